@@ -1,0 +1,108 @@
+"""Report on a sweep from what it left on disk: tables, figures, how the losses compare.
+
+    python scripts/report.py outputs/<sweep>            mean over seeds
+    python scripts/report.py outputs/<sweep> --seeds    each seed's figures as well
+    python scripts/report.py outputs/<sweep> --free     axes fitted to the curves, not the study's
+
+Prints the table of runs and the pairwise comparison of losses, and writes summary.csv, report.md
+and figures/ into the sweep's folder. Runs that are still going or failed are reported as such.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+from rich.console import Console
+
+from losswatch.report import (
+    cell_table,
+    compare_losses,
+    comparison_table,
+    markdown_escape,
+    markdown_table,
+    printable,
+    replace_file,
+    rich_table,
+    summary_table,
+    write_summary,
+)
+from losswatch.study import plot_sweep
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", type=Path, help="a sweep's folder, outputs/<sweep>")
+    parser.add_argument("--seeds", action="store_true", help="also a figure for each single seed")
+    parser.add_argument("--free", action="store_true", help="fit the axes to the curves")
+    args = parser.parse_args()
+
+    try:
+        runs = write_summary(args.sweep)
+        comparison = comparison_table(compare_losses(runs))
+        figures = plot_sweep(args.sweep, runs, free=args.free)
+        if args.seeds:
+            figures |= plot_sweep(args.sweep, runs, seeds=True, free=args.free)
+        report = args.sweep / "report.md"
+        replace_file(report, markdown(args.sweep, runs, comparison, figures))
+    except OSError as error:  # no such folder, no runs in it, nothing can be written there
+        print(f"report.py: {printable(error)}", file=sys.stderr)
+        return 2
+
+    # Without a terminal (a log, a pipe) there is no width to fit into.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(summary_table(runs))
+    if len(comparison):
+        console.print(rich_table(comparison))
+    print(f"{report} ({len(figures)} figures)")
+    return 0
+
+
+def markdown(
+    sweep: Path, runs: pd.DataFrame, comparison: pd.DataFrame, figures: dict[str, Path]
+) -> str:
+    """The report: what was run, results by setting, losses pair by pair, figures."""
+    counts = ", ".join(f"{n} {printable(s)}" for s, n in runs["status"].value_counts().items())
+    parts = [
+        f"# {markdown_escape(sweep.resolve().name)}",
+        f"Runs: {counts}. Every run and its settings: [summary.csv](summary.csv).",
+        "## Results",
+        "Validation metrics at the end of training: mean (lowest to highest) over each row's runs.",
+        markdown_table(cell_table(runs)),
+    ]
+    if len(comparison):
+        parts += [
+            "## Losses, pair by pair",
+            "Mean difference over pairs of runs that share everything but the training loss, with "
+            "its 95 % interval (paired t). Pairs of all settings are taken together.",
+            markdown_table(comparison),
+        ]
+    stopped = runs[runs["status"] != "done"]
+    if len(stopped):
+        parts += [
+            "## Not finished",
+            *(
+                f"- {markdown_escape(run)}: {markdown_escape(status)}"
+                + (f", {markdown_escape(error)}" if isinstance(error, str) else "")
+                for run, status, error in stopped[["run", "status", "error"]].values
+            ),
+        ]
+    if figures:
+        parts += [
+            "## Curves",
+            "A column per training loss. Above: global gradient norm of every watched loss, moving "
+            "mean over 201 observed steps (2 % of them in shorter runs). Below: the losses, over "
+            "11, and the validation accuracy (black, right-hand axis). Lines are means over "
+            "repeated runs, shades their range; the trained loss is the thicker line.",
+        ]
+    for title, path in figures.items():
+        link = quote(path.relative_to(sweep).as_posix(), safe="/=,")
+        parts += [f"### {markdown_escape(title)}", f"![{markdown_escape(title)}]({link})"]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

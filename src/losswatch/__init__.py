@@ -1,0 +1,1 @@
+"""losswatch: train a segmentation network with one loss, watch them all."""

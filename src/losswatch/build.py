@@ -1,0 +1,110 @@
+"""From a checked config to the objects of a run. Nothing here trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from losswatch.config import ConfigError, check_values, thresholds
+from losswatch.data import ThresholdedImages
+from losswatch.losses import LossSet
+
+
+def _instantiate(what: str, node: Any, **kwargs: Any) -> Any:
+    """hydra.utils.instantiate, its errors made one line about the config."""
+    if not OmegaConf.is_dict(node) or "_target_" not in node:
+        raise ConfigError(f"{what} needs a _target_, the class or function that makes it")
+    try:
+        get_object(node._target_)
+    except Exception as error:
+        raise ConfigError(f"{what}._target_={node._target_} cannot be imported: {error}") from error
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **kwargs)
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ConfigError(f"{what}: {' '.join(str(cause).split())}") from error
+
+
+def loss_files(sources: ListConfig | list[Any]) -> dict[str, Path]:
+    """Every loss's name and file: those of conf/loss and of each folder added by --config-dir."""
+    files: dict[str, Path] = {}
+    for source in sources:
+        if source.schema == "file":
+            for file in sorted(Path(source.path, "loss").glob("*.yaml")):
+                files.setdefault(file.stem, file)
+    return files
+
+
+def make_losses(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> LossSet:
+    """The losses watched, in the order of `watch`; the trained one is always among them.
+
+    The trained loss is made from `cfg.loss`, where the command line may have changed it.
+    """
+    nodes: dict[str, Any] = {}
+    for name in cfg.watch:
+        if not isinstance(name, str) or name not in files:
+            raise ConfigError(f"watch: there is no loss {name!r}; known are {', '.join(files)}")
+        nodes[name] = cfg.loss if name == trained else OmegaConf.load(files[name])
+    nodes.setdefault(trained, cfg.loss)
+    return LossSet({name: _instantiate(f"loss {name}", node) for name, node in nodes.items()})
+
+
+def make_net(cfg: DictConfig) -> nn.Module:
+    """The network, its weights drawn from `cfg.seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return _instantiate(
+            "model",
+            cfg.model,
+            in_channels=1,
+            num_classes=len(thresholds(cfg.theta)) + 1,
+            dims=cfg.data.dims,
+        )
+
+
+def make_data(cfg: DictConfig) -> ThresholdedImages:
+    return ThresholdedImages(thresholds(cfg.theta), seed=cfg.seed, **cfg.data)
+
+
+def check(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> None:
+    """Make everything once on PyTorch's meta device: what cannot work is said before any work.
+
+    Raises:
+        ConfigError: with one line for the user.
+    """
+    check_values(cfg)
+    classes = len(thresholds(cfg.theta)) + 1
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # initialising nothing is a no-op
+        net = make_net(cfg)
+        side = (cfg.data.image_size,) * cfg.data.dims
+        try:
+            shape = net(torch.empty(2, 1, *side)).shape
+        except Exception as error:
+            raise ConfigError(f"model: {' '.join(str(error).split())}") from error
+    if shape != (2, classes, *side):
+        raise ConfigError(
+            f"model must return logits of shape {(2, classes, *side)} for images of shape "
+            f"{(2, 1, *side)}, it returns {tuple(shape)}"
+        )
+    _instantiate("optimizer", cfg.optimizer, params=[torch.nn.Parameter(torch.zeros(1))])
+    losses = make_losses(cfg, trained, files)
+    logits = torch.randn(2, classes, *(4,) * cfg.data.dims)
+    target = torch.arange(2 * 4**cfg.data.dims).view(2, *(4,) * cfg.data.dims) % classes
+    for name, loss in zip(losses.names, losses.losses, strict=True):
+        try:
+            value = loss(logits, target)
+        except Exception as error:
+            raise ConfigError(f"loss {name}: {' '.join(str(error).split())}") from error
+        if not isinstance(value, torch.Tensor) or value.ndim:
+            raise ConfigError(f"loss {name} must return a scalar tensor, it returns {value!r}")

@@ -1,0 +1,120 @@
+"""What a run shows: the progress bar, images, and TensorBoard's charts and table of runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.tensorboard.summary import custom_scalars, hparams
+
+from losswatch.probe import Probe
+
+
+class EventLog(TensorBoardLogger):
+    """Lightning's TensorBoard logger with one event file a run: fit and test share it."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, name=None, version="", default_hp_metric=False)
+
+    def finalize(self, status: str) -> None:
+        self.experiment.flush()
+
+    def close(self) -> None:
+        self.experiment.close()
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's progress bar with the watched losses and the last validation's accuracy.
+
+    It asks the probe when it redraws itself, so it costs nothing in between. Off a terminal, and
+    for the short validations, it is silent.
+    """
+
+    def __init__(self, probe: Probe | None) -> None:
+        super().__init__(refresh_rate=20, leave=False)
+        self.probe = probe
+        if not sys.stderr.isatty():
+            self.disable()
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+    def init_test_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        shown = self.probe.latest() if self.probe else {}
+        shown = {name.removeprefix("loss/"): value for name, value in shown.items()}
+        if "val/accuracy" in trainer.callback_metrics:
+            shown["accuracy"] = float(trainer.callback_metrics["val/accuracy"])
+        return {name: f"{value:.3f}" for name, value in shown.items()}
+
+
+class Images(pl.Callback):
+    """At each validation the first images: input, label and prediction side by side."""
+
+    COUNT = 4
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx or not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        image, label = batch[0][: self.COUNT].float(), batch[1][: self.COUNT]
+        logits = module(batch[0][: self.COUNT])
+        brightest = max(logits.shape[1] - 1, 1)
+        prediction = logits.argmax(dim=1)
+        if image.ndim == 5:  # of a volume, the middle slice
+            middle = image.shape[2] // 2
+            image, label, prediction = image[:, :, middle], label[:, middle], prediction[:, middle]
+        low, high = image.amin(), image.amax()
+        image = ((image - low) / (high - low).clamp_min(1e-6))[:, 0]
+        columns = [image, label / brightest, prediction / brightest]
+        gap = image.new_full((*image.shape[:2], 2), 0.5)
+        side_by_side = torch.cat([columns[0], gap, columns[1], gap, columns[2]], dim=2)
+        trainer.logger.experiment.add_images(
+            "images/input_label_prediction", side_by_side[:, None], trainer.global_step
+        )
+
+
+def add_charts(logger: TensorBoardLogger, cosines: bool) -> None:
+    """The custom-scalars layout: all losses in one chart, all gradient norms in another."""
+    charts = {
+        "values of all losses": ["Multiline", ["^loss/"]],
+        "gradient norms of all losses": ["Multiline", ["^grad_norm/"]],
+        "validation": ["Multiline", ["^val/(accuracy|dice|iou)$"]],
+    }
+    if cosines:
+        charts["cosines of the losses' gradients"] = ["Multiline", ["^grad_cosine/"]]
+    logger.experiment.file_writer.add_summary(custom_scalars({"losswatch": charts}))
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        return {k: v for key in node for k, v in _flat(node[key], f"{prefix}{key}.").items()}
+    plain = isinstance(node, bool | int | float | str)
+    return {prefix[:-1]: node if plain else str(node)}
+
+
+def add_hparams(logger: TensorBoardLogger, cfg: DictConfig, loss: str) -> None:
+    """The HParams tab's row: what people sweep, beside the last value of each metric's curve."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    kept = ("theta", "seed", "model", "optimizer", "data")
+    params = {"loss": loss, **_flat({key: config[key] for key in kept})}
+    names = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
+    for summary in hparams(params, dict.fromkeys(names, 0.0)):
+        logger.experiment.file_writer.add_summary(summary)

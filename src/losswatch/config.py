@@ -1,0 +1,165 @@
+"""The typed schema of conf/config.yaml, its checks, and the names of run folders.
+
+Light to import (no torch): `train.py --help` and a misspelt key answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+class ConfigError(ValueError):
+    """A value that cannot work; the message is one line for the user."""
+
+
+# Types only: defaults and comments stand in conf/config.yaml, in one place.
+@dataclass
+class DataConfig:
+    image_size: int = MISSING
+    dims: int = MISSING
+    low: float = MISSING
+    high: float = MISSING
+    batch_size: int = MISSING
+    val_size: int = MISSING
+    test_size: int = MISSING
+    eval_batch_size: int = MISSING
+    num_workers: int = MISSING
+
+
+@dataclass
+class ProbeConfig:
+    every_n_steps: int = MISSING
+    cosines: bool = MISSING
+
+
+@dataclass
+class Config:
+    theta: Any = MISSING
+    seed: int = MISSING
+    watch: list[Any] = MISSING
+    compile: bool = MISSING
+    loss: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    data: DataConfig = MISSING
+    probe: ProbeConfig = MISSING
+    trainer: dict[str, Any] = MISSING
+
+
+def thresholds(theta: Any) -> list[float]:
+    """θ as a list of numbers.
+
+    Raises:
+        ConfigError: not a number in (0, 1), nor a strictly increasing list of such.
+
+    >>> thresholds(0.5), thresholds([0.3, 0.6])
+    ([0.5], [0.3, 0.6])
+    """
+    values = list(theta) if isinstance(theta, Sequence) and not isinstance(theta, str) else [theta]
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if (
+        not numbers
+        or len(numbers) < len(values)
+        or not all(0 < v < 1 for v in numbers)
+        or any(a >= b for a, b in zip(numbers, numbers[1:], strict=False))
+    ):
+        raise ConfigError(
+            "theta must be a number strictly between 0 and 1, or a strictly increasing list of "
+            f"such (quoted: 'theta=[0.3,0.6]'), got {theta}"
+        )
+    return numbers
+
+
+_AT_LEAST = {
+    "seed": 0,
+    "data.image_size": 1,
+    "data.batch_size": 1,
+    "data.val_size": 1,
+    "data.test_size": 1,
+    "data.eval_batch_size": 1,
+    "data.num_workers": 0,
+    "probe.every_n_steps": 0,
+    "trainer.max_steps": 1,
+    "trainer.val_check_interval": 1,
+    "trainer.accumulate_grad_batches": 1,
+}
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Check every number's range.
+
+    Raises:
+        ConfigError: naming the key, what is allowed and what was seen.
+    """
+    thresholds(OmegaConf.to_object(cfg.theta) if OmegaConf.is_config(cfg.theta) else cfg.theta)
+    for key, least in _AT_LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{key} must be a whole number of at least {least}, got {value}")
+    if cfg.data.dims not in (2, 3):
+        raise ConfigError(f"data.dims must be 2 or 3, got {cfg.data.dims}")
+    for key in ("data.low", "data.high"):
+        if not math.isfinite(OmegaConf.select(cfg, key)):
+            raise ConfigError(f"{key} must be a finite number, got {OmegaConf.select(cfg, key)}")
+    lr = cfg.optimizer.get("lr")
+    if not isinstance(lr, int | float) or not (0 < lr < math.inf):
+        raise ConfigError(f"optimizer.lr must be a number greater than 0, got {lr}")
+    if not cfg.watch:
+        raise ConfigError("watch must name at least one loss, got []")
+
+
+@functools.cache
+def sweep_name() -> str:
+    """A folder name for this command: its time, and a suffix where that is taken.
+
+    Creating the folder is what claims it, so two sweeps begun in one second get two folders.
+    """
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1, 1000):
+        name = stamp if attempt == 1 else f"{stamp}-{attempt}"
+        try:
+            Path("outputs", name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return name
+    raise ConfigError(f"outputs/ holds too many folders that begin with {stamp}")
+
+
+# Overrides that say how to run, not what: they would only blur the folder's name.
+_NOT_NAMED = ("hydra", "trainer.enable_progress_bar", "trainer.accelerator", "data.num_workers")
+_LONGEST = 150  # bytes; most file systems take 255 a name, and checkpoints sit below
+
+
+def run_name(overrides: Sequence[str]) -> str:
+    """The run's folder name: its overrides, unique, safe and never too long.
+
+    >>> run_name(["loss=dice", "theta=0.05"])
+    'loss=dice,theta=0.05'
+    >>> run_name([])
+    'default'
+    """
+    named = [o for o in overrides if not o.startswith(_NOT_NAMED)]
+    full = ",".join(sorted(named)) or "default"
+    safe = re.sub(r"[^\w.,=+~@\[\]-]", "_", full)
+    if safe == full and len(safe.encode()) <= _LONGEST:
+        return safe
+    digest = hashlib.sha256(full.encode()).hexdigest()[:8]
+    return safe.encode()[: _LONGEST - 9].decode(errors="ignore") + "-" + digest
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra; train.py calls it first."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)

@@ -1,0 +1,168 @@
+"""Thresholded random images: every batch a pure function of (seed, split, step).
+
+A pixel's value is a hash of its key and position, not the next draw of a generator. So there is
+no state to save: resuming, worker processes, ranks and stacked runs cannot change an image, a GPU
+makes the same bits as a CPU, and a compiled step can draw its own batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+TRAIN, VAL, TEST = 0, 1, 2
+
+# Constants of splitmix64 (Steele, Lea and Flood 2014), as signed 64-bit integers.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX2 = 0x94D049BB133111EB - 2**64
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64; `>>` is arithmetic there, hence the masks."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX1
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX2
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def uniform(seed: Tensor, split: int, step: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers on [0, 1), float32 of the given shape, multiples of 2^-24.
+
+    `seed` and `step` are int64 scalars (0-dim) on the device that shall draw.
+
+    >>> a = uniform(torch.tensor(0), TRAIN, torch.tensor(7), (2, 3))
+    >>> torch.equal(a, uniform(torch.tensor(0), TRAIN, torch.tensor(7), (2, 3)))
+    True
+    """
+    key = _mix(_mix(seed * _GOLDEN + split) + step * _GOLDEN)
+    position = torch.arange(1, prod(shape) + 1, device=step.device)
+    bits = (_mix(key + position * _GOLDEN) >> 40) & (2**24 - 1)
+    return bits.to(torch.float32).mul(2.0**-24).view(*shape)
+
+
+def image_and_label(
+    u: Tensor, thresholds: Tensor, low: float | Tensor, high: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Input `low + (high - low) * u` [N, 1, *space], and its label int64 [N, *space].
+
+    The label counts the thresholds (float32 [C - 1], sorted) that `u` exceeds. It is taken from
+    `u`, so θ is the background's share whatever the input range.
+
+    >>> u = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 3)
+    >>> image_and_label(u, torch.tensor([0.5]), 1.0, 0.0)
+    (tensor([[[0.8000, 0.5000, 0.1000]]]), tensor([[0, 0, 1]]))
+    """
+    label = (u > thresholds.view(-1, *[1] * (u.ndim - 2))).sum(dim=1)
+    return low + (high - low) * u, label
+
+
+class _Batches(Dataset):
+    """Item `step` is that step's whole batch, or this rank's share of it."""
+
+    def __init__(self, data: ThresholdedImages, split: int, batch_size: int, size: int) -> None:
+        self.data, self.split, self.batch_size, self.size = data, split, batch_size, size
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        data = self.data
+        count = min(self.batch_size, self.size - step * self.batch_size)
+        device = data.device
+        u = uniform(
+            torch.tensor(data.seed, device=device),
+            self.split,
+            torch.tensor(step, device=device),
+            (count, 1, *data.space),
+        )
+        # Every rank draws the whole batch and keeps its share: the number of devices changes
+        # nothing but who computes what.
+        u = u[data.rank :: data.world_size]
+        return image_and_label(u, data.thresholds.to(device), data.low, data.high)
+
+
+class _Steps(Sampler[int]):
+    """The steps still to be trained; counting goes on where a resumed run stopped."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def __iter__(self) -> Iterator[int]:
+        done = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        return iter(range(done, len(self)))
+
+
+class ThresholdedImages(pl.LightningDataModule):
+    """Images of independent uniform pixels; a pixel's class is where its value falls among θ.
+
+    Args:
+        thresholds: sorted values in (0, 1); C - 1 of them make C classes.
+        seed: chooses the images, with the split and the step.
+        image_size, dims: `dims` (2 or 3) sides of `image_size` pixels.
+        low, high: input range.
+        batch_size: images a training step, over all devices together.
+        val_size, test_size, eval_batch_size: the fixed sets, and how many images at once.
+        num_workers: 0 draws on the training device, more draws on the CPU in the background.
+    """
+
+    def __init__(
+        self,
+        thresholds: Sequence[float],
+        *,
+        seed: int = 0,
+        image_size: int = 32,
+        dims: int = 2,
+        low: float = 0.0,
+        high: float = 1.0,
+        batch_size: int = 8,
+        val_size: int = 100,
+        test_size: int = 100,
+        eval_batch_size: int = 25,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.thresholds = torch.tensor(thresholds, dtype=torch.float32)
+        self.seed, self.low, self.high = seed, low, high
+        self.space = (image_size,) * dims
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.val_size, self.test_size = val_size, test_size
+        self.num_workers = num_workers
+        self.device = torch.device("cpu")
+        self.rank, self.world_size = 0, 1
+
+    def setup(self, stage: str) -> None:
+        if self.trainer is not None:
+            self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
+            if self.num_workers == 0:
+                self.device = self.trainer.strategy.root_device
+
+    def _loader(self, dataset: Dataset, sampler: Sampler[int] | range) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=None,  # a batch is one item
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        steps = _Steps(self.trainer)
+        return self._loader(
+            _Batches(self, TRAIN, self.batch_size, len(steps) * self.batch_size), steps
+        )
+
+    def _fixed(self, split: int, size: int) -> DataLoader:
+        batches = range(-(-size // self.eval_batch_size))
+        return self._loader(_Batches(self, split, self.eval_batch_size, size), batches)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._fixed(VAL, self.val_size)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._fixed(TEST, self.test_size)

@@ -1,0 +1,170 @@
+"""The probe: the value and the gradient norm of every watched loss, at little cost.
+
+All losses share one forward pass, and their gradients share most of the backward passes. What a
+loss sends back into the network is its derivative by the logits, and those of cross entropy and of
+every Dice variant lie in a small space (`LossSet.rows`): four rows span it for two classes, however
+many variants are watched. One backward pass for each row gives a matrix J [rows, parameters], and
+the gradient of loss k is `coefficients[k] @ J`, exactly. One row needs no pass of its own: training
+computes the gradient of the trained loss anyway, and the row is what the others leave of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from losswatch.events import write_scalars
+from losswatch.module import SegmentationModule
+
+log = logging.getLogger(__name__)
+
+
+def tags(names: Sequence[str], cosines: bool) -> list[str]:
+    """The scalars of one step, in the order of `observe`.
+
+    >>> tags(["cce", "dice"], cosines=True)
+    ['loss/cce', 'loss/dice', 'grad_norm/cce', 'grad_norm/dice', 'grad_cosine/cce~dice']
+    """
+    pairs = combinations(names, 2) if cosines else ()
+    return [
+        *(f"loss/{name}" for name in names),
+        *(f"grad_norm/{name}" for name in names),
+        *(f"grad_cosine/{a}~{b}" for a, b in pairs),
+    ]
+
+
+def observe(values: Tensor, gradients: Tensor, cosines: bool) -> Tensor:
+    """Values [K], norms of gradients [K, P], and the cosines of their pairs, as one vector.
+
+    The cosine with a gradient that vanishes is NaN.
+    """
+    norms = torch.linalg.vector_norm(gradients, dim=1)
+    parts = [values, norms]
+    if cosines:
+        unit = gradients / norms[:, None]
+        a, b = torch.triu_indices(len(norms), len(norms), offset=1, device=norms.device)
+        parts.append((unit @ unit.T)[a, b])
+    return torch.cat(parts)
+
+
+class Probe(pl.Callback):
+    """Observes every `every_n_steps`-th training step, before clipping, and never changes it.
+
+    The norms are those of the gradient that the optimiser would be given, had that loss been the
+    trained one: averaged over accumulated batches and over ranks. Observations stay on the device
+    and are written to TensorBoard in blocks, and before each checkpoint.
+
+    Args:
+        every_n_steps: at least 1.
+        cosines: also the cosines between the gradients of all pairs of losses.
+    """
+
+    BLOCK = 500  # observations between two writes
+
+    def __init__(self, every_n_steps: int = 1, cosines: bool = False) -> None:
+        self.every_n_steps, self.cosines = every_n_steps, cosines
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, SegmentationModule)
+        self.tags = tags(module.losses.names, self.cosines)
+        self.block = torch.empty(self.BLOCK, len(self.tags), device=module.device)
+        self.steps: list[int] = []
+        self.warned: set[str] = set()
+        self.parameters = [p for p in module.net.parameters() if p.requires_grad]
+        # The trained gradient saves a row where it is the plain gradient of this very batch.
+        self.reuse = (
+            trainer.accumulate_grad_batches == 1
+            and trainer.world_size == 1
+            and trainer.precision != "16-mixed"
+        )
+        self.gradients = self.values = torch.zeros(())
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        if trainer.global_step % self.every_n_steps:
+            return
+        assert isinstance(module, SegmentationModule)
+        logits = module.logits
+        values, rows, coefficients = module.losses.rows(logits.detach(), module.target)
+        self.pivot = (
+            module.losses.pivot(module.trained, logits.shape[1]) if self.reuse else None
+        )
+        passes = [
+            self._flat(torch.autograd.grad(
+                logits, self.parameters, row.to(logits.dtype), retain_graph=True, allow_unused=True
+            ))
+            for i, row in enumerate(rows) if i != self.pivot
+        ]  # fmt: skip
+        self.passes, self.coefficients = passes, coefficients
+        share = 1 / trainer.accumulate_grad_batches
+        if self.pivot is None:
+            # Over accumulated batches these grow as the optimiser's gradient does.
+            self.gradients = self.gradients + share * (coefficients @ torch.stack(passes))
+        self.values = self.values + share * values
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.global_step % self.every_n_steps or trainer.fit_loop._should_accumulate():
+            return
+        assert isinstance(module, SegmentationModule)
+        if self.pivot is not None:
+            trained = self.coefficients[module.losses.names.index(module.trained)]
+            rest = torch.stack([trained[i] for i in range(len(trained)) if i != self.pivot])
+            row = self._flat([p.grad for p in self.parameters])
+            if self.passes:
+                row = row - rest @ torch.stack(self.passes)
+            self.passes.insert(self.pivot, row / trained[self.pivot])
+            self.gradients = self.coefficients @ torch.stack(self.passes)
+        self.gradients = trainer.strategy.reduce(self.gradients, reduce_op="mean")
+        self.block[len(self.steps)] = observe(self.values, self.gradients, self.cosines)
+        self.steps.append(trainer.global_step)
+        self.gradients = self.values = torch.zeros((), device=module.device)
+        self.passes = []
+        if len(self.steps) == self.BLOCK:
+            self.flush(trainer)
+
+    def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        return torch.cat([
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for p, g in zip(self.parameters, gradients, strict=True)
+        ])  # fmt: skip
+
+    def latest(self) -> dict[str, float]:
+        """The last observation's values, for the progress bar."""
+        if not self.steps:
+            return {}
+        names = [tag for tag in self.tags if tag.startswith("loss/")]
+        return dict(zip(names, self.block[len(self.steps) - 1].tolist(), strict=False))
+
+    def flush(self, trainer: pl.Trainer) -> None:
+        """Write what was observed since the last time."""
+        if not self.steps:
+            return
+        values = self.block[: len(self.steps)].cpu().numpy()
+        for tag, column in zip(self.tags, values.T, strict=True):
+            bad = [(s, v) for s, v in zip(self.steps, column, strict=True) if not abs(v) < 1e38]
+            if bad and tag not in self.warned and not tag.startswith("grad_cosine"):
+                self.warned.add(tag)
+                log.warning("%s is %s at step %d", tag, bad[0][1], bad[0][0])
+        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            write_scalars(trainer.logger.experiment, self.tags, np.array(self.steps), values)
+        self.steps = []
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.flush(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.flush(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
+        if hasattr(self, "steps"):
+            self.flush(trainer)

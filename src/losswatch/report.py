@@ -1,0 +1,428 @@
+"""What a sweep left on disk, as data frames, tables and figures.
+
+Nothing here trains or needs torch: a sweep is its folders, `<sweep>/<run>/` with TensorBoard event
+files and `result.json`, on whatever machine they lie. Their contents are data: never executed, and
+stripped of markup and control characters wherever they are shown.
+"""
+
+import json
+import logging
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from google.protobuf.message import DecodeError
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_HALF
+from tensorboard.util.tensor_util import make_ndarray
+
+log = logging.getLogger(__name__)
+
+# The tags of what is observed while training.
+WATCHED = ("loss/", "grad_norm/", "grad_cosine/")
+
+# Where `read_runs` finds a run's settings in its record, and what they are called in tables.
+SETTINGS = {
+    "loss": "choices.loss",
+    "theta": "config.theta",
+    "optimizer": "choices.optimizer",
+    "lr": "config.optimizer.lr",
+    "model": "choices.model",
+    "batch_norm": "config.model.batch_norm",
+    "seed": "config.seed",
+}
+# Losses in the order, and so the colours, in which tables and figures show them: the study's first.
+KNOWN_LOSSES = ["cce", "dice_fg", "dice", "dice_fg_square", "dice_square"]
+METRICS = ["accuracy", "dice", "iou"]
+OUTCOMES = [*METRICS, "seconds", "status", "error"]
+LABELS = {
+    "theta": "θ",
+    "optimizer": "optimiser",
+    "batch_norm": "BN",
+    "accuracy": "accuracy",
+    "dice": "Dice",
+    "iou": "IoU",
+}
+STATUS_STYLES = {"done": "green", "failed": "bold red", "unfinished": "yellow"}
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def read_scalars(run_dir: str | Path) -> pd.DataFrame:
+    """The scalars in a run's event files: a row per step (int64), a column per tag.
+
+    NaN stands where a tag has no value at a step. Where a run was resumed, the later file replaces
+    all that the earlier ones hold from the first step that it observed on; so does a restart marked
+    within a file. A value written twice counts as last written. A torn end is left out with a
+    warning. The frame is empty where there are no scalars.
+    """
+    columns: dict[str, dict[int, float]] = {}
+    for events in _event_files(Path(run_dir)):
+        fresh: dict[str, dict[int, float]] = {}
+        for event in events:
+            step = event.step
+            if event.session_log.status == SessionLog.START:
+                _forget(columns, step)
+                _forget(fresh, step)
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    scalar = value.simple_value
+                elif value.HasField("tensor") and _is_scalar(value.tensor):
+                    scalar = make_ndarray(value.tensor).item()
+                else:  # an image, HParams, a layout
+                    continue
+                column = fresh.setdefault(value.tag, {})
+                if step == 0 and any(column):  # that is, after a later step
+                    continue  # HParams: the final metrics, repeated as if at step 0
+                column[step] = scalar
+        # Metrics alone are no restart: a finished run that is looked at again writes them too.
+        observed = [min(c) for tag, c in fresh.items() if c and tag.startswith(WATCHED)]
+        if observed:
+            _forget(columns, min(observed))
+        for tag, column in fresh.items():
+            columns.setdefault(tag, {}).update(column)
+
+    frame = pd.DataFrame({tag: pd.Series(c, dtype=np.float64) for tag, c in columns.items() if c})
+    frame.index = pd.Index(frame.index, dtype=np.int64, name="step")
+    return frame.sort_index()
+
+
+def _forget(columns: dict[str, dict[int, float]], step: int) -> None:
+    """Drop what columns hold from a step on."""
+    for column in columns.values():
+        for stale in [s for s in column if s >= step]:
+            del column[stale]
+
+
+def _event_files(run_dir: Path) -> list[Iterator[Event]]:
+    """The event files of a folder, as their events, the file begun first coming first."""
+    begun = []
+    for path in sorted(run_dir.glob("events.out.tfevents.*")):
+        events = _events(path)
+        first = next(events, None)  # usually only the format's version
+        if first is not None:
+            begun.append((first.wall_time, chain([first], events)))
+    return [events for _, events in sorted(begun, key=lambda pair: pair[0])]
+
+
+def _events(path: Path) -> Iterator[Event]:
+    """The events of a file up to its end, or to the first torn record.
+
+    A record is its length (uint64), a checksum of that, the event, a checksum of the event. The
+    checksums are not verified: in Python that would take ten times as long as all the rest.
+    """
+    data = path.read_bytes()
+    length = struct.Struct("<Q")
+    position = 0
+    while position < len(data):
+        try:
+            begin = position + 12
+            end = begin + length.unpack_from(data, position)[0]
+            if end == begin or end + 4 > len(data):
+                raise ValueError
+            yield Event.FromString(data[begin:end])
+        except (ValueError, struct.error, DecodeError):
+            log.warning("%s: torn at byte %d; what follows is left out", printable(path), position)
+            return
+        position = end + 4
+
+
+def _is_scalar(tensor: Any) -> bool:
+    """Whether a tensor in an event is one floating-point number (half, float or double)."""
+    return tensor.dtype in (DT_HALF, DT_FLOAT, DT_DOUBLE) and all(
+        d.size == 1 for d in tensor.tensor_shape.dim
+    )
+
+
+def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
+    """A row per run of a sweep: its settings, then its validation metrics, time and status.
+
+    Settings are run, loss, theta, optimizer, lr, model, batch_norm, seed and every other key whose
+    override differs between the runs; a list of thetas is given as text. A run without a readable
+    `result.json` is still running or was killed: "unfinished". Raises FileNotFoundError for a
+    folder that does not exist or holds no runs.
+    """
+    sweep = Path(sweep_dir)
+    if not sweep.is_dir():
+        raise FileNotFoundError(f"no such folder: {sweep}")
+    folders = sorted((f for f in sweep.iterdir() if _is_run(f)), key=lambda f: _natural(f.name))
+    if not folders:
+        raise FileNotFoundError(f"holds no runs: {sweep}")
+    records = [_read_record(folder) for folder in folders]
+
+    given = [_parse_overrides(_get(record, "overrides")) for record in records]
+    known = {*SETTINGS, "optimizer.lr", "model.batch_norm", "run", *OUTCOMES}
+    others = [
+        key
+        for key in dict.fromkeys(key for overrides in given for key in overrides)
+        if key not in known and len({overrides.get(key) for overrides in given}) > 1
+    ]
+    rows = []
+    for folder, record, overrides in zip(folders, records, given, strict=True):
+        row: dict[str, Any] = {"run": folder.name}
+        row |= {name: _plain(_get(record, place)) for name, place in SETTINGS.items()}
+        for key in others:  # the resolved value says more than the text of the override
+            value = _get(record, f"config.{key}")
+            if value is None or isinstance(value, dict):
+                value = _get(record, f"choices.{key}") or overrides.get(key)
+            row[key] = _plain(value)
+        row |= {name: _number(_get(record, f"metrics.val/{name}")) for name in METRICS}
+        row["seconds"] = _number(_get(record, "seconds"))
+        row["status"] = str(_get(record, "status") or "unfinished")
+        row["error"] = _plain(_get(record, "error"))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _is_run(folder: Path) -> bool:
+    return folder.is_dir() and (
+        (folder / "result.json").exists()
+        or (folder / ".hydra").exists()
+        or any(folder.glob("events.out.tfevents.*"))
+    )
+
+
+def _read_record(run_dir: Path) -> dict[str, Any]:
+    """A run's `result.json`, or what its configuration alone tells where there is none."""
+    path = run_dir / "result.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
+        return record
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s: unreadable, counted as unfinished (%s)", printable(path), printable(error))
+    return {
+        "status": "unfinished",
+        "overrides": _read_yaml(run_dir / ".hydra/overrides.yaml"),
+        "choices": _get(_read_yaml(run_dir / ".hydra/hydra.yaml"), "hydra.runtime.choices"),
+        "config": _read_yaml(run_dir / ".hydra/config.yaml"),
+    }
+
+
+def _read_yaml(path: Path) -> Any:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, ValueError, YAMLError):  # killed before it was written
+        return None
+
+
+def _get(tree: Any, place: str) -> Any:
+    """The value at a dotted place in nested dicts, None where there is none.
+
+    >>> _get({"model": {"batch_norm": True}}, "model.batch_norm"), _get({"model": 3}, "model.lr")
+    (True, None)
+    """
+    for key in place.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _parse_overrides(overrides: Any) -> dict[str, str]:
+    """
+    >>> _parse_overrides(["loss=dice", "+note=a=b"])
+    {'loss': 'dice', 'note': 'a=b'}
+    """
+    overrides = overrides if isinstance(overrides, list) else []
+    parts = (str(override).lstrip("+~").partition("=") for override in overrides)
+    return {key: value for key, _, value in parts}
+
+
+def _plain(value: Any) -> bool | int | float | str | None:
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else np.nan
+
+
+def _natural(name: str) -> list[tuple[float, str]]:
+    """A sort key under which 2 stands before 10.
+
+    >>> sorted(["seed=10", "seed=2", "a"], key=_natural)
+    ['a', 'seed=2', 'seed=10']
+    """
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [(float(p), "") if i % 2 else (-1.0, p) for i, p in enumerate(parts)]
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def write_summary(sweep_dir: str | Path) -> pd.DataFrame:
+    """Write `summary.csv`, a row per run as `read_runs` gives them, and return the rows."""
+    runs = read_runs(sweep_dir)
+    replace_file(Path(sweep_dir) / "summary.csv", runs.to_csv(index=False))
+    return runs
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file at once: a reader, or a full disk, never meets half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def summary_table(runs: pd.DataFrame) -> Table:
+    """The table printed at the end of a sweep, a row per run."""
+    columns = ["loss", "theta", "optimizer", "batch_norm"]
+    columns += [c for c in swept(runs) if c not in columns]
+    columns += [*METRICS, "seconds", "status"]
+    columns += ["error"] if runs["error"].notna().any() else []
+    digits = {**dict.fromkeys(METRICS, 4), "seconds": 1}
+    shown = pd.DataFrame(
+        {LABELS.get(c, c): [show(v, digits.get(c)) for v in runs[c]] for c in columns}
+    )
+    return rich_table(shown)
+
+
+def compare_losses(runs: pd.DataFrame) -> pd.DataFrame:
+    """How the training losses differ, pair by pair, over runs that share everything but the loss.
+
+    A row per pair: `loss`, `other`, `pairs` (matched and done), and for accuracy and Dice the mean
+    of loss − other with its 95 % interval (`_low`, `_high`; paired t, NaN below two pairs). Matched
+    runs of several θ, networks or optimisers are taken as one sample: the interval then says how
+    far the sign holds over the sweep, not within a cell.
+    """
+    done = runs[runs["status"] == "done"]
+    settings = [done[c].map(repr) for c in done if c not in ("run", "loss", *OUTCOMES)]
+    cells = done.groupby([*settings, done["loss"]])[["accuracy", "dice"]].mean().unstack("loss")
+    rows = []
+    for loss, other in combinations(loss_order(done["loss"].dropna().unique()), 2):
+        row: dict[str, Any] = {"loss": loss, "other": other}
+        for metric in ("accuracy", "dice"):
+            difference = (cells[metric][loss] - cells[metric][other]).dropna()
+            pairs = len(difference)
+            margin = t_quantile(pairs - 1) * difference.sem() if pairs > 1 else np.nan
+            mean = difference.mean()
+            row |= {"pairs": pairs, metric: mean}
+            row |= {f"{metric}_low": mean - margin, f"{metric}_high": mean + margin}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def loss_order(names: Iterable[str]) -> list[str]:
+    """
+    >>> loss_order(["tversky", "dice", "boundary", "cce"])
+    ['cce', 'dice', 'boundary', 'tversky']
+    """
+    unknown = len(KNOWN_LOSSES)
+    rank = {name: i for i, name in enumerate(KNOWN_LOSSES)}
+    return sorted(names, key=lambda name: (rank.get(name, unknown), name))
+
+
+def t_quantile(freedom: int, confidence: float = 0.95) -> float:
+    """The t with P(|T| <= t) = confidence, for T of Student's distribution.
+
+    With T = √ν·tan φ the density is proportional to cos(φ)^(ν−1), which is summed up to φ.
+
+    >>> [round(t_quantile(freedom), 3) for freedom in (1, 2, 8, 100)]
+    [12.706, 4.303, 2.306, 1.984]
+    """
+    step = np.pi / 2 / 200_000
+    phi = np.arange(200_001) * step
+    below = np.concatenate([[0], np.cos(phi[:-1] + step / 2) ** (freedom - 1)]).cumsum()
+    return float(np.sqrt(freedom) * np.tan(np.interp(confidence * below[-1], below, phi)))
+
+
+def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
+    """`compare_losses` in words, ready for `rich_table` or `markdown_table`."""
+    rows = []
+    for pair in comparison.to_dict("records"):
+        row = {
+            "losses": f"{show(pair['loss'])} − {show(pair['other'])}",
+            "pairs": str(pair["pairs"]),
+        }
+        for metric in ("accuracy", "dice"):
+            mean, low, high = (pair[metric + end] for end in ("", "_low", "_high"))
+            text = "–" if np.isnan(mean) else f"{mean:+.4f}"
+            text += "" if np.isnan(low) else f" ({low:+.4f} to {high:+.4f})"
+            row[f"{LABELS[metric]} (95 % interval)"] = text
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row of text per setting: its runs, and each metric's mean over them with its range."""
+    columns = ["loss", *(c for c in swept(runs) if c != "seed")]
+    rows = []
+    for values, cell in runs.groupby([runs[c].map(show) for c in columns], sort=False):
+        row = {LABELS.get(c, c): value for c, value in zip(columns, values, strict=True)}
+        row["runs"] = f"{len(cell)}"
+        for metric in METRICS:
+            known = cell[metric].dropna()
+            text = f"{known.mean():.4f}" if len(known) else "–"
+            text += f" ({known.min():.4f} to {known.max():.4f})" if len(known) > 1 else ""
+            row[LABELS[metric]] = text
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def swept(runs: pd.DataFrame) -> list[str]:
+    """The settings, the loss aside, that differ between runs."""
+    settings = [c for c in runs if c not in ("run", "loss", *OUTCOMES)]
+    return [c for c in settings if runs[c].nunique(dropna=False) > 1]
+
+
+def show(value: Any, digits: int | None = None) -> str:
+    r"""A value as people read it, on one line and without control characters.
+
+    >>> show(0.05), show(0.12345, 2), show(True), show(float("nan")), show("a\x1b[31m\nb")
+    ('0.05', '0.12', 'on', '–', 'a�[31m�b')
+    """
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, bool | np.bool_):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}" if digits is None else f"{value:.{digits}f}"
+    return printable(value)
+
+
+def printable(value: object) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def rich_table(cells: pd.DataFrame) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in cells:
+        numbers = cells[name].str.fullmatch(r"[-–+.\d]+( \(.*\))?").all()
+        table.add_column(
+            Text(printable(name)), justify="right" if numbers else "left", overflow="fold"
+        )
+    for row in cells.itertuples(index=False):
+        # As Text, because a string would be read as markup.
+        table.add_row(*(Text(c, STATUS_STYLES.get(c, "")) for c in row))
+    return table
+
+
+def markdown_table(cells: pd.DataFrame) -> str:
+    lines = [list(cells), ["---"] * len(cells.columns), *cells.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(map(markdown_escape, line)) + " |" for line in lines)
+
+
+def markdown_escape(text: str) -> str:
+    r"""Text that Markdown shows as it stands.
+
+    >>> markdown_escape("a|b <img> `x` [95 %]")
+    'a\\|b \\<img\\> \\`x\\` \\[95 %\\]'
+    """
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", printable(text))

@@ -1,0 +1,448 @@
+"""Reading a sweep back from disk, its tables, comparison and figures."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+from torch.utils.tensorboard import SummaryWriter
+
+from losswatch import study
+from losswatch.report import (
+    KNOWN_LOSSES,
+    cell_table,
+    compare_losses,
+    markdown_table,
+    read_runs,
+    read_scalars,
+    show,
+    summary_table,
+    write_summary,
+)
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["cce", "dice_fg", "dice"]
+
+
+def write_events(run_dir: Path, steps: range, scale: float = 1.0, **writer_options) -> None:
+    """Losses and norms at every step, the accuracy at every tenth."""
+    with SummaryWriter(run_dir, **writer_options) as writer:
+        for step in steps:
+            for i, name in enumerate(NAMES, start=1):
+                writer.add_scalar(f"loss/{name}", scale * i / (10 + step), step)
+                writer.add_scalar(f"grad_norm/{name}", scale * i, step)
+            if step % 10 == 0:
+                writer.add_scalar("val/accuracy", 1 - 0.3 / (1 + step), step)
+
+
+def write_result(run_dir: Path, loss="dice", theta=0.5, seed=0, accuracy=0.9, **changes) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record = {
+        "status": "done",
+        "error": None,
+        "seconds": 12.34,
+        "overrides": [f"loss={loss}", f"theta={theta}", f"seed={seed}"],
+        "choices": {"loss": loss, "model": "unet", "optimizer": "adam"},
+        "config": {
+            "theta": theta,
+            "seed": seed,
+            "model": {"batch_norm": False},
+            "optimizer": {"lr": 1e-3},
+            "data": {"low": 0.0},
+        },
+        "metrics": {"val/accuracy": accuracy, "val/dice": accuracy - 0.1, "val/iou": 0.5},
+    }
+    (run_dir / "result.json").write_text(json.dumps(record | changes))
+
+
+def text_of(table) -> str:
+    console = Console(width=200, color_system="truecolor", force_terminal=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+# --- read_scalars --------------------------------------------------------------------------------
+
+
+def test_scalars_equal_tensorboards_own_reading(tmp_path):
+    write_events(tmp_path, range(50))
+    with SummaryWriter(tmp_path / "more") as writer:  # everything else that a run writes
+        writer.add_scalar("loss/as_tensor", 0.25, 3, new_style=True)
+        writer.add_scalar("loss/as_double", 0.1, 2**40, new_style=True, double_precision=True)
+        writer.add_scalar("loss/dice", float("nan"), 4)
+        writer.add_scalar("loss/dice", float("inf"), 5)
+        writer.add_image("images/input", np.zeros((1, 4, 4)), 3)
+        writer.add_text("note", "text", 3)
+        writer.add_histogram("weights", np.arange(9.0), 3)
+    for folder in (tmp_path, tmp_path / "more"):
+        ours = read_scalars(folder)
+        theirs = EventAccumulator(str(folder), {"scalars": 0, "tensors": 0}).Reload()
+        expected = {
+            tag: {event.step: event.value for event in theirs.Scalars(tag)}
+            for tag in theirs.Tags()["scalars"]
+        }
+        for tag in set(theirs.Tags()["tensors"]) & {"loss/as_tensor", "loss/as_double"}:
+            expected[tag] = {
+                event.step: make_ndarray(event.tensor_proto).item() for event in theirs.Tensors(tag)
+            }
+        found = {tag: dict(ours[tag].dropna()) for tag in ours}
+        assert found == {
+            tag: {step: v for step, v in values.items() if not np.isnan(v)}
+            for tag, values in expected.items()
+        }
+        assert ours.index.dtype == np.int64 and ours.index.name == "step"
+        assert ours.index.is_monotonic_increasing and ours.index.is_unique
+    assert list(ours.index) == [3, 4, 5, 2**40]  # a NaN keeps its step
+    assert len(found) == 3 and found["loss/dice"] == {5: float("inf")}
+
+
+def test_a_resumed_run_is_one_curve(tmp_path):
+    write_events(tmp_path, range(30), filename_suffix=".a")
+    write_events(tmp_path, range(12, 20), scale=2.0, filename_suffix=".b")
+    scalars = read_scalars(tmp_path)
+    assert list(scalars.index) == list(range(20))
+    assert (scalars["grad_norm/cce"] == [1.0] * 12 + [2.0] * 8).all()
+    assert list(scalars["val/accuracy"].dropna().index) == [0, 10]  # 20 was after the restart
+
+
+def test_a_marked_restart_purges_within_a_file(tmp_path):
+    write_events(tmp_path, range(10))
+    write_events(tmp_path, range(7, 8), scale=3.0, purge_step=5, filename_suffix=".b")
+    assert list(read_scalars(tmp_path).index) == [0, 1, 2, 3, 4, 7]
+
+
+def test_final_metrics_repeated_at_step_0_for_hparams_change_nothing(tmp_path):
+    write_events(tmp_path, range(21), filename_suffix=".a")
+    before = read_scalars(tmp_path)
+    with SummaryWriter(tmp_path, filename_suffix=".b") as writer:  # the finished run, once more
+        writer.add_scalar("val/dice", 0.9, 0)
+    with SummaryWriter(tmp_path, filename_suffix=".c") as writer:
+        writer.add_scalar("val/iou", 0.5, 20)
+        writer.add_scalar("val/iou", 0.5, 0)
+    after = read_scalars(tmp_path)
+    pd.testing.assert_frame_equal(after[list(before)], before)
+    assert after["val/iou"].dropna().to_dict() == {20: 0.5}
+
+
+def test_files_follow_in_the_order_of_their_first_event_not_of_their_names(tmp_path):
+    write_events(tmp_path, range(5), scale=1.0, filename_suffix=".z")
+    first = next(tmp_path.glob("*.z"))
+    first.rename(tmp_path / "events.out.tfevents.9999999999.host")
+    write_events(tmp_path, range(3, 5), scale=2.0)
+    assert read_scalars(tmp_path)["grad_norm/cce"].tolist() == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("kept", [1, 5, 11, 40, -1])
+def test_a_torn_record_ends_the_file_with_one_warning(tmp_path, caplog, kept):
+    write_events(tmp_path, range(20))
+    path = next(tmp_path.glob("events*"))
+    whole = read_scalars(tmp_path)
+    size = path.stat().st_size
+    with open(path, "ab") as file:
+        file.write((100).to_bytes(8, "little") + b"x" * 40)  # a length and some of its event
+        file.truncate(size + kept)
+    with caplog.at_level(logging.WARNING):
+        torn = read_scalars(tmp_path)
+    assert len(caplog.messages) == 1 and path.name in caplog.messages[0]
+    if kept < 0:  # the last value written is the one that is torn
+        whole.loc[19, "grad_norm/dice"] = np.nan
+    pd.testing.assert_frame_equal(torn, whole, check_exact=True)
+
+
+def test_nonsense_and_zeros_are_torn_too(tmp_path, caplog):
+    write_events(tmp_path, range(5))
+    path = next(tmp_path.glob("events*"))
+    data = path.read_bytes()
+    for tail in (bytes(100), (9).to_bytes(8, "little") + b"\xff" * 30, b"\xff" * 64):
+        path.write_bytes(data + tail)
+        caplog.clear()
+        assert list(read_scalars(tmp_path).index) == list(range(5))
+        assert len(caplog.messages) == 1
+
+
+def test_no_scalars_is_an_empty_frame(tmp_path):
+    assert read_scalars(tmp_path).empty
+    (tmp_path / "events.out.tfevents.1.host").touch()
+    assert read_scalars(tmp_path).empty
+
+
+# --- read_runs, summary.csv, tables --------------------------------------------------------------
+
+
+def test_runs_have_settings_results_and_status(tmp_path, caplog):
+    write_result(tmp_path / "loss=dice,seed=10", seed=10)
+    write_result(tmp_path / "loss=dice,seed=2", seed=2, theta=[0.3, 0.6])
+    write_result(tmp_path / "bad", status="failed", error="loss is NaN", metrics=None)
+    write_result(tmp_path / "moved", overrides=["data.low=-0.5"], config={"data": {"low": -0.5}})
+    write_events(tmp_path / "killed", range(2))
+    hydra = tmp_path / "killed" / ".hydra"
+    hydra.mkdir()
+    (hydra / "config.yaml").write_text("theta: 0.95\nseed: ${other}\n")
+    (hydra / "overrides.yaml").write_text("- loss=cce\n")
+    (hydra / "hydra.yaml").write_text("hydra: {runtime: {choices: {loss: cce}}}\n")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "result.json").write_text('{"status": "done", "metr')
+    (tmp_path / "figures").mkdir()  # no run
+
+    runs = read_runs(tmp_path)
+    assert list(runs["run"]) == [
+        "bad", "killed", "loss=dice,seed=2", "loss=dice,seed=10", "moved", "torn",
+    ]  # fmt: skip
+    runs = runs.set_index("run")
+    assert runs["status"].to_dict() == {
+        "bad": "failed",
+        "killed": "unfinished",
+        "loss=dice,seed=2": "done",
+        "loss=dice,seed=10": "done",
+        "moved": "done",
+        "torn": "unfinished",
+    }
+    done = runs.loc["loss=dice,seed=10"]
+    assert (done["accuracy"], done["iou"], done["seconds"]) == (0.9, 0.5, 12.34)
+    assert (done["loss"], done["optimizer"], done["lr"]) == ("dice", "adam", 1e-3)
+    assert not done["batch_norm"]
+    assert runs.loc["loss=dice,seed=2", "theta"] == "[0.3, 0.6]"
+    assert runs.loc["bad", "error"] == "loss is NaN" and np.isnan(runs.loc["bad", "accuracy"])
+    assert runs.loc["killed", "loss"] == "cce" and runs.loc["killed", "theta"] == 0.95
+    # A key overridden in one run only: the others show the value that they ran with.
+    assert runs.loc["moved", "data.low"] == -0.5 and done["data.low"] == 0.0
+    assert len(caplog.messages) == 1 and "torn" in caplog.messages[0]
+
+
+def test_summary_round_trips_and_leaves_no_partial_file(tmp_path):
+    for seed in range(3):
+        write_result(tmp_path / f"seed={seed}", seed=seed, accuracy=0.1 + 0.2 * seed)
+    written = write_summary(tmp_path)
+    read = pd.read_csv(tmp_path / "summary.csv")
+    assert written["error"].isna().all()  # None, which comes back as NaN
+    pd.testing.assert_frame_equal(read, written.assign(error=np.nan))
+    assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["summary.csv"]
+
+
+def test_table_names_what_was_swept_and_colours_the_status(tmp_path):
+    write_result(tmp_path / "a", seed=1)
+    write_result(tmp_path / "b", loss="cce", seed=2, status="failed", error="loss is NaN")
+    table = summary_table(read_runs(tmp_path))
+    assert [str(c.header) for c in table.columns] == [
+        "loss", "θ", "optimiser", "BN", "seed", "accuracy", "Dice", "IoU", "seconds", "status",
+        "error",
+    ]  # fmt: skip
+    text = text_of(table)
+    assert "0.9000" in text and "12.3" in text and "loss is NaN" in text
+    assert "\x1b[32mdone" in text and "\x1b[1;31mfailed" in text
+
+
+def test_strings_from_disk_are_shown_as_text(tmp_path):
+    evil = "[red]x[/red]|<b>\x1b[2J\x1b]0;title\x07\r\nnext"
+    write_result(tmp_path / "a", loss=evil, error=evil, status="failed")
+    write_result(tmp_path / "b")
+    runs = read_runs(tmp_path)
+    text = text_of(summary_table(runs))
+    assert "[red]x[/red]|<b>" in text  # not taken for markup
+    assert "\x1b[2J" not in text and "\x1b]" not in text and "\x07" not in text and "\r" not in text
+    row = next(line for line in markdown_table(cell_table(runs)).splitlines() if "red" in line)
+    assert row.startswith(r"| \[red\]x\[/red\]\|\<b\>")
+    figure = study.draw({evil: [curves()]}, title="$\\frac$ " + evil)  # no broken formula
+    figure.canvas.draw()
+    assert show(evil).count("\N{REPLACEMENT CHARACTER}") == 5
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", '"x"', "\xff", '{"config": 3}', "{}"])
+def test_any_result_file_is_survived(tmp_path, content):
+    write_result(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "result.json").write_bytes(content.encode("latin-1"))
+    runs = read_runs(tmp_path)
+    assert list(runs["status"]) == ["done", "unfinished"]
+    summary_table(runs)
+
+
+# --- compare_losses ------------------------------------------------------------------------------
+
+
+def test_pairs_are_matched_on_everything_but_the_loss(tmp_path):
+    # dice − cce is 0.02, 0.04, 0.06 over the matched runs; the unmatched would spoil the mean.
+    for i, (theta, seed) in enumerate([(0.05, 0), (0.05, 1), (0.5, 0)]):
+        write_result(tmp_path / f"c{i}", "cce", theta, seed, accuracy=0.5 + 0.1 * i)
+        write_result(tmp_path / f"d{i}", "dice", theta, seed, accuracy=0.52 + 0.12 * i)
+    write_result(tmp_path / "unmatched", "dice", 0.95, 0, accuracy=0.0)
+    write_result(tmp_path / "failed", "dice", 0.05, 0, accuracy=0.0, status="failed")
+    (row,) = compare_losses(read_runs(tmp_path)).to_dict("records")
+    assert (row["loss"], row["other"], row["pairs"]) == ("cce", "dice", 3)
+    assert row["accuracy"] == pytest.approx(-0.04)
+    # By hand: t(2 degrees of freedom) = 4.302653, standard error 0.02 / √3.
+    half = 4.302653 * 0.02 / 3**0.5
+    assert row["accuracy_low"] == pytest.approx(-0.04 - half, abs=1e-6)
+    assert row["dice_high"] == pytest.approx(-0.04 + half, abs=1e-6)
+
+
+def test_one_pair_has_no_interval_and_one_loss_no_pairs(tmp_path):
+    write_result(tmp_path / "a", "cce")
+    assert compare_losses(read_runs(tmp_path)).empty
+    write_result(tmp_path / "b", "dice", accuracy=0.8)
+    (row,) = compare_losses(read_runs(tmp_path)).to_dict("records")
+    assert row["pairs"] == 1 and row["accuracy"] == pytest.approx(0.1)
+    assert np.isnan(row["accuracy_low"])
+    write_result(tmp_path / "a", "cce", status="failed")
+    write_result(tmp_path / "b", "dice", status="failed")
+    assert compare_losses(read_runs(tmp_path)).empty
+
+
+# --- Figures -------------------------------------------------------------------------------------
+
+
+def curves(steps: int = 400, scale: float = 1.0) -> pd.DataFrame:
+    """Scalars as `read_scalars` gives them: observed every other step, validated every 50th."""
+    index = pd.Index(range(steps), name="step", dtype=np.int64)
+    frame = pd.DataFrame(index=index)
+    for i, name in enumerate(NAMES, start=1):
+        frame[f"loss/{name}"] = scale * i / (1 + index / 50)
+        frame[f"grad_norm/{name}"] = scale * i
+    frame[index % 2 == 1] = np.nan
+    frame["val/accuracy"] = np.where(index % 50 == 0, 0.95 + index / 1e5, np.nan)
+    return frame
+
+
+def lines(ax) -> dict:
+    return {line.get_color(): line for line in ax.get_lines()}
+
+
+def test_a_figure_has_the_studys_form():
+    figure = study.draw(
+        {"cce": [curves(), curves(scale=2.0)], "dice": [curves(300)]}, title="θ = 0.5"
+    )
+    above, above2, below, below2, right, right2 = figure.axes
+    assert [ax.get_title() for ax in (above, above2)] == ["trained with cce", "trained with dice"]
+    assert (above.get_ylim(), below.get_ylim(), right.get_ylim()) == ((0, 4), (0, 1), (0.9, 1.012))
+    assert above2.get_ylim() == (0, 4) and right2.get_ylim() == (0.9, 1.012)
+    assert above.get_ylabel() == "global gradient norm" and below.get_ylabel() == "loss"
+    assert right2.get_ylabel() == "validation accuracy" and below.get_xlabel() == "step"
+    assert figure.get_suptitle() == "θ = 0.5"
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        "cce", "dice_fg", "dice", "accuracy", "range of 2 runs",
+    ]  # fmt: skip
+    # The mean of the two runs with their range shaded; one run alone has no shade.
+    looks = study.loss_looks(NAMES)
+    cce = lines(above)[looks["cce"]["color"]]
+    assert (cce.get_ydata() == 1.5).all() and list(cce.get_xdata()) == list(range(0, 400, 2))
+    assert len(above.collections) == 3 and len(above2.collections) == 0
+    shade = above.collections[0].get_datalim(above.transData)
+    assert (shade.y0, shade.y1) == (1, 2)
+    # The trained loss stands out.
+    assert cce.get_linewidth() > lines(above2)[looks["cce"]["color"]].get_linewidth()
+    (accuracy,) = right.get_lines()
+    assert list(accuracy.get_xdata()) == list(range(0, 400, 50))
+
+
+def test_fitted_axes_show_everything():
+    tall = curves(scale=9.0)
+    tall["val/accuracy"] -= 0.9
+    above, below, right = study.draw({"cce": [tall]}, free=True).axes
+    assert above.get_ylim()[0] == 0 and above.get_ylim()[1] > 27
+    assert below.get_ylim()[1] > 26
+    assert right.get_ylim()[0] < 0.05 and right.get_ylim()[1] == 1.012
+
+
+def test_moving_mean_is_the_studys_and_shorter_for_short_runs():
+    values = np.random.default_rng(0).normal(size=10_001)
+    smooth = study.moving_mean(pd.DataFrame({"x": values}), 201)["x"]
+    assert smooth[5000] == pytest.approx(values[4900:5101].mean())
+    assert smooth[0] == pytest.approx(values[:101].mean())
+    short = study.moving_mean(pd.DataFrame({"x": values[:500]}), 201)["x"]
+    assert short[100] == pytest.approx(values[95:106].mean())  # 11 of 500
+
+
+def test_looks_are_the_same_everywhere_and_differ_within_a_figure():
+    many = ["cce", "dice", "tversky", *(f"loss_{i}" for i in range(13))]
+    looks = study.loss_looks(many)
+    assert len({str(look) for look in looks.values()}) == 16
+    assert looks["cce"] == study.loss_looks(["cce"])["cce"]
+    alone = study.loss_looks(["tversky"])["tversky"]
+    assert study.loss_looks(["dice", "tversky", "cce"])["tversky"] == alone
+    assert alone not in study.loss_looks(KNOWN_LOSSES).values()
+
+
+def test_curves_of_a_short_unvalidated_or_diverged_run(tmp_path):
+    plot = tmp_path / "curves.png"
+    study.plot_curves(curves(3).drop(columns="val/accuracy"), plot, title="a run", trained="dice")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    plot.unlink()
+    diverged = curves()
+    diverged.loc[100:, :] = np.nan
+    diverged.loc[90:100, "loss/cce"] = np.inf
+    study.plot_curves(diverged, plot)
+    assert plot.exists()
+
+
+def test_a_figure_per_combination_or_per_seed(tmp_path):
+    for loss in ("cce", "dice"):
+        for theta in (0.05, 0.5):
+            for seed in (0, 1):
+                run = tmp_path / f"loss={loss},theta={theta},seed={seed}"
+                write_result(run, loss, theta, seed)
+                write_events(run, range(12))
+    shutil.rmtree(tmp_path / "loss=dice,theta=0.5,seed=1")
+    write_result(tmp_path / "empty", "cce", 0.95)  # failed before its first step
+    runs = read_runs(tmp_path)
+    figures = study.plot_sweep(tmp_path, runs)
+    assert [path.name for path in figures.values()] == ["theta=0.05.png", "theta=0.5.png"]
+    assert list(figures)[0] == "θ = 0.05 (95 % foreground)   optimiser = adam   BN = off"
+    assert all(path.parent == tmp_path / "figures" and path.exists() for path in figures.values())
+    figures = study.plot_sweep(tmp_path, runs[runs["theta"] == 0.05], seeds=True)
+    assert [path.name for path in figures.values()] == ["seed=0.png", "seed=1.png"]
+
+
+# --- The script ----------------------------------------------------------------------------------
+
+
+def report(*arguments) -> subprocess.CompletedProcess:
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "scripts/report.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+
+
+def test_script_reports_from_disk_without_torch(tmp_path):
+    sweep = tmp_path / "my sweep"
+    for loss in ("cce", "dice"):
+        for seed in (0, 1):
+            write_result(sweep / f"{loss},{seed}", loss, seed=seed, accuracy=0.9 + seed / 100)
+            write_events(sweep / f"{loss},{seed}", range(12))
+    write_result(sweep / "failed", "dice", seed=2, status="failed", error="loss is NaN | at 3")
+    done = report(sweep, "--seeds")
+    assert done.returncode == 0, done.stderr
+    assert "0.9100" in done.stdout and "cce − dice" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"{sweep / 'report.md'} (3 figures)"
+    assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    text = (sweep / "report.md").read_text()
+    assert text.startswith("# my sweep\n") and "4 done, 1 failed" in text
+    assert r"loss is NaN \| at 3" in text and "0.9050 (0.9000 to 0.9100)" in text
+    images = [
+        unquote(line.split("](")[1][:-1]) for line in text.splitlines() if line.startswith("![")
+    ]
+    assert len(images) == 3 and all((sweep / image).exists() for image in images)
+    assert len(pd.read_csv(sweep / "summary.csv")) == 5
+
+
+def test_script_refuses_a_folder_without_runs_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder: .*none"):
+        read_runs(tmp_path / "none")
+    done = report(tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    messages = [line for line in done.stderr.splitlines() if not line.startswith("import time")]
+    assert messages == [f"report.py: holds no runs: {tmp_path}"]
+    assert not list(tmp_path.iterdir())
