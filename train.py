@@ -32,8 +32,9 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     import pytorch_lightning as pl
     import torch
     from pytorch_lightning.callbacks import ModelCheckpoint
+    from torch._dynamo.exc import TorchDynamoException
 
-    from losswatch import build, callbacks
+    from losswatch import build, callbacks, fuse
     from losswatch.module import SegmentationModule
     from losswatch.probe import Probe
 
@@ -42,28 +43,40 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", ".*configure_optimizers.*returned `None`.*")
     # Softmax saturates in time, and its denormal gradients are 1.4 to 35 times as slow on a CPU.
     torch.set_flush_denormal(True)
 
-    datamodule = build.make_data(cfg)
-    module = SegmentationModule(
-        net=build.make_net(cfg),
-        losses=build.make_losses(cfg, trained, files),
-        trained=trained,
-        optimizer=hydra.utils.instantiate(cfg.optimizer, _partial_=True, _convert_="all"),
-        num_classes=len(schema.thresholds(cfg.theta)) + 1,
-    )
-    probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
-    watchers = [
-        ModelCheckpoint(folder / "checkpoints", filename="step={step}", save_top_k=1, monitor=None),
-        callbacks.Images(),
-        callbacks.Progress(probe),
-    ]
+    data, net = build.make_data(cfg), build.make_net(cfg)
+    losses = build.make_losses(cfg, trained, files)
+    optimizer = hydra.utils.instantiate(cfg.optimizer, _partial_=True, _convert_="all")
+    options = build.trainer_options(cfg)
     logger = callbacks.EventLog(str(folder))
     callbacks.add_charts(logger, cosines=cfg.probe.cosines)
     callbacks.add_hparams(logger, cfg, trained)
+
+    if cfg.compile:
+        try:
+            if why := fuse.obstacle(options):
+                raise NotImplementedError(f"{why} needs the ordinary step")
+            member = fuse.Member(net, data, trained, optimizer(net.parameters()), logger)
+            fuse.fit([member], losses, options, [callbacks.Progress(None)], **cfg.probe)
+            logger.close()
+            return member.metrics
+        except (NotImplementedError, TorchDynamoException) as error:
+            log.warning("not compiled: %s", " ".join(str(error).split())[:200])
+
+    module = SegmentationModule(
+        net, losses, trained, optimizer, num_classes=len(schema.thresholds(cfg.theta)) + 1
+    )
+    probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
+    watchers = [
+        ModelCheckpoint(folder / "checkpoints", filename="{step}"),
+        callbacks.Images(),
+        callbacks.Progress(probe),
+    ]
     trainer = pl.Trainer(
-        **cfg.trainer,
+        **options,
         logger=logger,
         callbacks=[probe, *watchers] if probe else watchers,
         # One epoch is the whole training; every rank draws its own share of a batch.
@@ -72,9 +85,9 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule)
+    trainer.fit(module, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    trainer.test(module, datamodule, verbose=False)
+    trainer.test(module, data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     logger.close()
     return metrics

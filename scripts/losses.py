@@ -1,10 +1,10 @@
-"""Every loss in conf/loss: its formula, the knobs that differ from the default, its value on one example.
+"""Every loss in conf/loss: its formula, the knobs that it sets, its value on one example.
 
     python scripts/losses.py               a table in the terminal
     python scripts/losses.py --markdown    the same for the README
 
-The example: two 4×4 images, 6 of 32 pixels foreground, a network that finds 4 of them, is unsure of the
-others and sees 2 where there are none.
+The example: two 4×4 images, 6 of 32 pixels foreground; the network is sure of 4 of them, less so of
+2, and sees 2 where there are none.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def example() -> tuple[Tensor, Tensor]:
 def knobs(config: DictConfig) -> str:
     """`name=value` of all but the target, nested losses in brackets."""
     parts = []
-    for name, value in OmegaConf.to_container(config).items():  # type: ignore[union-attr]
+    for name, value in config.items():
         if name == "losses":
-            inner = [OmegaConf.create(part) for part in value]
-            parts.append(" + ".join(f"{c._target_.split('.')[-1]}({knobs(c)})" for c in inner))
+            inner = (f"{part._target_.split('.')[-1]}({knobs(part)})" for part in value)
+            parts.append(" + ".join(inner))
         elif name != "_target_":
-            parts.append(f"{name}={value}")
+            parts.append(f"{name!s}={value}")
     return ", ".join(parts)
 
 

@@ -70,6 +70,7 @@ def reference(logits, target, k):
             continue
         terms, weights, present = [], [], []
         for cs in [kept] if k["joint"] else [[c] for c in kept]:
+
             def of(knob, cs=cs):
                 return knob[cs[0]] if isinstance(knob, list) else knob
 
@@ -78,9 +79,9 @@ def reference(logits, target, k):
             both = np.minimum(pv, yc) if k["intersection"] == "minimum" else pv * yc
             tp = both.sum()
             fp = (pc ** k["exponent"] * vg).sum() - tp
-            fn = (yc if t.ndim == z.ndim else yc ** k["exponent"]).sum() - tp
+            fn = (yc ** k["exponent"]).sum() - tp
             den = 2 * tp + 2 * k["alpha"] * fp + 2 * k["beta"] * fn + of(k["smooth_dr"])
-            d = (2 * tp + of(k["smooth_nr"])) / max(den, k["floor"], 1e-20)
+            d = (2 * tp + of(k["smooth_nr"])) / max(den, k["floor"])
             link = {"1-d": 1 - d, "-d": -d, "-log": -math.log(max(d, 1e-12)),
                     "power": max(1 - d, 1e-12) ** k["power"]}[k["link"]]  # fmt: skip
             w = 1.0 if k["weight"] is None else k["weight"][cs[0]]
@@ -166,12 +167,14 @@ def test_any_knobs_match_the_reference(classes, data):
 
 @pytest.mark.parametrize("intersection", ["product", "minimum"])
 @pytest.mark.parametrize("over", ["row", "sample", "global"])
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
-def test_soft_targets_match_the_reference(intersection, over, activation):
+@pytest.mark.parametrize("activation, exponent", [("softmax", 1), ("sigmoid", 2), ("none", 1.5)])
+def test_soft_targets_match_the_reference(intersection, over, activation, exponent):
     g = torch.Generator().manual_seed(0)
     p = torch.rand(2, 3, 4, 5, generator=g, dtype=torch.float64)
     target = torch.rand(2, 3, 4, 5, generator=g, dtype=torch.float64)
-    k = DEFAULT | dict(intersection=intersection, over=over, activation=activation)
+    k = DEFAULT | dict(
+        intersection=intersection, over=over, activation=activation, exponent=exponent
+    )
     loss = Dice(**k)
     assert loss(p, target).item() == pytest.approx(reference(p, target, k), abs=1e-12)
     assert torch.autograd.gradcheck(lambda x: loss(x, target), (p.requires_grad_(),))
@@ -187,7 +190,9 @@ def test_every_config_is_documented_and_has_the_right_gradient(path):
     hot = one_hot(target, 2)
     assert loss(logits, hot).item() == pytest.approx(loss(logits, target).item(), abs=1e-12)
     deep, label = batch(space=(2, 3, 2))  # 3-D
-    assert loss(deep, label).item() == pytest.approx(loss(deep, one_hot(label, 2)).item(), abs=1e-12)
+    assert loss(deep, label).item() == pytest.approx(
+        loss(deep, one_hot(label, 2)).item(), abs=1e-12
+    )
     assert torch.equal(gradient(loss, deep, label).isfinite(), torch.ones_like(deep).bool())
 
 
@@ -268,7 +273,9 @@ def test_cross_entropy_equals_torch(classes, weight, smoothing, ignore, clip):
         ignore_index=-100 if ignore is None else ignore,
     )  # fmt: skip
     assert loss(logits, target).item() == pytest.approx(other(logits, target).item(), abs=1e-12)
-    assert torch.allclose(gradient(loss, logits, target), gradient(other, logits, target), atol=1e-13)
+    assert torch.allclose(
+        gradient(loss, logits, target), gradient(other, logits, target), atol=1e-13
+    )
 
 
 def test_clipping_stops_the_gradient_as_in_the_article():
@@ -304,7 +311,9 @@ def zoo(classes):
         "stable": CrossEntropy(clip=None),
         "weighted_ce": CrossEntropy(weight=weight, label_smoothing=0.1),
         "both": Sum([Dice(exponent=2), CrossEntropy()], weights=[0.5, 2]),
-        "nested": Sum([Sum([Dice(), Dice(over="sample")], weights=[1, 3]), CrossEntropy(clip=None)]),
+        "nested": Sum(
+            [Sum([Dice(), Dice(over="sample")], weights=[1, 3]), CrossEntropy(clip=None)]
+        ),
         "foreign": torch.nn.CrossEntropyLoss(),
     }
 
@@ -340,7 +349,9 @@ def test_rows_are_exact(classes, space):
 @settings(max_examples=40, deadline=None)
 def test_rows_are_exact_for_random_sets(data):
     classes = data.draw(st.sampled_from([2, 3]))
-    losses = {f"d{i}": Dice(**k) for i, k in enumerate(data.draw(st.lists(knobs(classes), max_size=9)))}
+    losses = {
+        f"d{i}": Dice(**k) for i, k in enumerate(data.draw(st.lists(knobs(classes), max_size=9)))
+    }
     if data.draw(st.booleans()) or not losses:
         losses["cce"] = CrossEntropy(ignore_index=data.draw(st.sampled_from([None, 255])))
     logits, target = batch(c=classes, space=(3, 4), seed=data.draw(st.integers(0, 9)))
@@ -351,7 +362,9 @@ def test_rows_are_exact_for_random_sets(data):
 def test_few_rows_serve_many_losses(classes, most):
     losses = {"cce": CrossEntropy(), "twin": CrossEntropy()}
     for i in range(16):
-        losses[f"dice{i}"] = Dice(exponent=1 + i % 2, alpha=0.1 * i, link=["1-d", "-log"][i % 3 == 0])
+        losses[f"dice{i}"] = Dice(
+            exponent=1 + i % 2, alpha=0.1 * i, link=["1-d", "-log"][i % 3 == 0]
+        )
     logits, target = batch(c=classes)
     assert len(check_rows(losses, logits, target, 1e-12)) == most
     assert len(LossSet({"dice": Dice()}).rows(logits, target)[1]) == 1
@@ -362,10 +375,12 @@ def test_pivots_recover_their_row():
     joint = LossSet({name: load(name) for name in ARTICLE})
     _, rows, coefficients = joint.rows(logits, target)
     for k, name in enumerate(ARTICLE):
+        own = gradient(load(name), logits, target)
+        others = coefficients[k].clone()
         pivot = joint.pivot(name, 2)
-        g = torch.tensordot(coefficients[k], rows, 1)
-        others = g - torch.tensordot(coefficients[k], rows, 1) + coefficients[k, pivot] * rows[pivot]
-        assert torch.allclose(others / coefficients[k, pivot], rows[pivot])
+        others[pivot] = 0
+        row = (own - torch.tensordot(others, rows, 1)) / coefficients[k, pivot]
+        assert torch.allclose(row, rows[pivot], atol=1e-12)
     fragile = LossSet({"zero": Dice(absent="zero"), **{str(i): Dice() for i in range(5)}})
     assert fragile.pivot("zero", 2) is None
 
@@ -375,7 +390,9 @@ def test_a_set_takes_other_libraries_losses():
     logits, target = batch(dtype=torch.float32)
     loss = OneHotTarget(monai.DiceLoss(softmax=True))
     check_rows({"dice": load("dice_monai"), "monai": loss}, logits, target, 1e-6)
-    assert loss(logits, target).item() == pytest.approx(load("dice_monai")(logits, target).item(), abs=1e-6)
+    assert loss(logits, target).item() == pytest.approx(
+        load("dice_monai")(logits, target).item(), abs=1e-6
+    )
 
 
 # -- transforms ------------------------------------------------------------------------------------
@@ -397,7 +414,9 @@ def test_vmap_over_stacked_runs(classes):
         g = gradient(lambda x, t: joint(x, t).sum(), logits[r], target[r])
         assert torch.allclose(grads[r], g, atol=1e-13)
     single = torch.func.vmap(Dice())(logits, target)
-    assert torch.allclose(single, torch.stack([Dice()(x, t) for x, t in zip(logits, target, strict=True)]))
+    assert torch.allclose(
+        single, torch.stack([Dice()(x, t) for x, t in zip(logits, target, strict=True)])
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
@@ -448,7 +467,7 @@ def test_half_modules_keep_their_knobs():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("label", [0, 1])
-@pytest.mark.parametrize("scale", [0, 1, 100, 1e4, -1e4])
+@pytest.mark.parametrize("scale", [0, 100, 1e4, -1e4])
 def test_edges_are_finite(path, label, scale):
     """Empty and full classes, saturated logits, one pixel."""
     loss = instantiate(OmegaConf.load(path))
@@ -461,7 +480,9 @@ def test_edges_are_finite(path, label, scale):
         assert rows.isfinite().all() and coefficients.isfinite().all()
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if "Sum" not in p.read_text("utf-8")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if "Sum" not in p.read_text("utf-8")], ids=lambda p: p.stem
+)
 def test_all_ignored_is_zero(path):
     loss = instantiate(OmegaConf.load(path), ignore_index=255)
     logits, target = batch(dtype=torch.float32)
@@ -477,7 +498,10 @@ def test_ignored_pixels_count_nowhere():
     some[:, 2:] = 255
     for over in ("row", "sample", "global"):
         # Rows that hold no pixel count 0, so compare the sum.
-        loss, plain = Dice(over=over, ignore_index=255, reduction="sum"), Dice(over=over, reduction="sum")
+        loss, plain = (
+            Dice(over=over, ignore_index=255, reduction="sum"),
+            Dice(over=over, reduction="sum"),
+        )
         expected = plain(logits[:, :, :2], target[:, :2]).item()
         assert loss(logits, some).item() == pytest.approx(expected, abs=1e-12)
         assert gradient(loss, logits, some)[:, :, 2:].abs().max() == 0
@@ -490,7 +514,9 @@ def test_saturation_is_told():
     far[:, 0] = 60
     seen = saturation(load("dice_fg"), far, torch.ones(1, 16, 16, dtype=torch.int64))
     assert seen.value > 0.999 and seen.slope < 1e-9 and "gradient" in seen.reason
-    drowned = saturation(load("dice_smooth100"), torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=int))
+    drowned = saturation(
+        load("dice_smooth100"), torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=int)
+    )
     assert drowned.smoothing > 0.75 and "smoothing" in drowned.reason
 
 
@@ -531,6 +557,8 @@ def test_properties(seed, scale, name):
         (dict(smooth_nr=-1), ["smooth_nr=-1", "at least 0"]),
         (dict(smooth_nr=[1, 2], smooth_dr=[1, 2, 3]), ["smooth_nr for 2", "smooth_dr for 3"]),
         (dict(weight="ab"), ["weight='ab'"]),
+        (dict(weight=[1, 0], include_background=False), ["weight=[1, 0]", "above 0"]),
+        (dict(weight=[1, 2], joint=True), ["weight", "joint"]),
     ],
 )
 def test_bad_settings(knobs, words):

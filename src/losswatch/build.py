@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from losswatch.config import ConfigError, check_values, thresholds
 from losswatch.data import ThresholdedImages
 from losswatch.losses import LossSet
 
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it would say each error twice
+
 
 def _instantiate(what: str, node: Any, **kwargs: Any) -> Any:
     """hydra.utils.instantiate, its errors made one line about the config."""
@@ -25,7 +28,8 @@ def _instantiate(what: str, node: Any, **kwargs: Any) -> Any:
     try:
         get_object(node._target_)
     except Exception as error:
-        raise ConfigError(f"{what}._target_={node._target_} cannot be imported: {error}") from error
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{what}._target_={node._target_} cannot be imported: {why}") from error
     try:
         return hydra.utils.instantiate(node, _convert_="all", **kwargs)
     except Exception as error:
@@ -51,6 +55,8 @@ def make_losses(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> Los
     The trained loss is made from `cfg.loss`, where the command line may have changed it.
     """
     nodes: dict[str, Any] = {}
+    if trained not in files:  # loss=[dice,cce], ~loss
+        raise ConfigError(f"loss must be one of {', '.join(files)}")
     for name in cfg.watch:
         if not isinstance(name, str) or name not in files:
             raise ConfigError(f"watch: there is no loss {name!r}; known are {', '.join(files)}")
@@ -108,3 +114,10 @@ def check(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> None:
             raise ConfigError(f"loss {name}: {' '.join(str(error).split())}") from error
         if not isinstance(value, torch.Tensor) or value.ndim:
             raise ConfigError(f"loss {name} must return a scalar tensor, it returns {value!r}")
+
+
+def trainer_options(cfg: DictConfig) -> dict[str, Any]:
+    """`cfg.trainer`, the validation interval within the training's length."""
+    options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
+    options["val_check_interval"] = min(options["val_check_interval"], options["max_steps"])
+    return options

@@ -107,6 +107,8 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{key} must be a whole number of at least {least}, got {value}")
+    if cfg.seed >= 2**63:
+        raise ConfigError(f"seed must be less than 2^63, got {cfg.seed}")
     if cfg.data.dims not in (2, 3):
         raise ConfigError(f"data.dims must be 2 or 3, got {cfg.data.dims}")
     for key in ("data.low", "data.high"):
@@ -136,9 +138,9 @@ def sweep_name() -> str:
     raise ConfigError(f"outputs/ holds too many folders that begin with {stamp}")
 
 
-# Overrides that say how to run, not what: they would only blur the folder's name.
-_NOT_NAMED = ("hydra", "trainer.enable_progress_bar", "trainer.accelerator", "data.num_workers")
 _LONGEST = 150  # bytes; most file systems take 255 a name, and checkpoints sit below
+# Commas only inside brackets: a row of such overrides joined by commas is read in one way only.
+_PLAIN = re.compile(r"(?:[\w.=+~@-]|\[[\w.,=+~@-]*\])+")
 
 
 def run_name(overrides: Sequence[str]) -> str:
@@ -149,12 +151,12 @@ def run_name(overrides: Sequence[str]) -> str:
     >>> run_name([])
     'default'
     """
-    named = [o for o in overrides if not o.startswith(_NOT_NAMED)]
-    full = ",".join(sorted(named)) or "default"
-    safe = re.sub(r"[^\w.,=+~@\[\]-]", "_", full)
-    if safe == full and len(safe.encode()) <= _LONGEST:
-        return safe
-    digest = hashlib.sha256(full.encode()).hexdigest()[:8]
+    named = sorted(overrides)
+    name = ",".join(named) or "default"
+    if all(map(_PLAIN.fullmatch, named)) and len(name.encode()) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(repr(named).encode()).hexdigest()[:8]
+    safe = re.sub(r"[^\w.,=+~@\[\]-]", "_", name)
     return safe.encode()[: _LONGEST - 9].decode(errors="ignore") + "-" + digest
 
 

@@ -59,6 +59,8 @@ def encode(tags: Sequence[str], steps: np.ndarray, values: np.ndarray, wall_time
         values: [B, K].
         wall_time: seconds since the epoch, for the whole block.
     """
+    if np.any(np.asarray(steps) >> (7 * STEP_BYTES)):  # a negative one too
+        raise ValueError(f"steps must lie in [0, 2^{7 * STEP_BYTES}), got {steps}")
     names = [tag.encode() for tag in tags]
     # Summary.Value: field 1 (tag), field 2 (simple_value, a float32 to be filled in)
     entries = [b"\x0a" + _varint(len(n)) + n + b"\x15\0\0\0\0" for n in names]

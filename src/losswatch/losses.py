@@ -1,13 +1,14 @@
-"""Segmentation losses: one Dice family, cross entropy, and a set that evaluates many of them at once.
+"""Segmentation losses: one Dice family, cross entropy, and sets of them evaluated together.
 
-A batch-summed loss depends on the logits only through a small table of sums (per class: sum of y, p,
-y*p and p**exponent, and the log-likelihood). So a set of losses shares one softmax and one table, and the
-gradient of every loss is a short combination of the same few rows (`LossSet.rows`).
+A batch-summed loss depends on the logits only through a small table of sums (per class: sum of y,
+p, y*p and p**exponent, and the log-likelihood). So a set of losses shares one softmax and one
+table, and the gradient of every loss is a short combination of the same few rows (`LossSet.rows`).
 
-Everywhere: logits are floating point [N, C, *space] with any number of spatial axes; target holds class
-indices [N, *space] (integers, the fast path) or one-hot or soft labels [N, C, *space]. Half-precision
-logits are cast to float32 before anything else, and nothing here is on autocast's list of operations to
-lower, so the values are float32's with or without autocast. float64 stays float64.
+Everywhere: logits are floating point [N, C, *space] with any number of spatial axes; target holds
+class indices [N, *space] (integers, the fast path) or one-hot or soft labels [N, C, *space].
+Half-precision logits are cast to float32 before anything else, and nothing here is on autocast's
+list of operations to lower, so the values are float32's with or without autocast. float64 stays
+float64.
 
 Under `torch.distributed` the sums, and the pixel count of cross entropy, run over all ranks (one
 all-reduce). Gradients are scaled by the number of ranks, so that their average over ranks, as
@@ -17,6 +18,7 @@ all-reduce). Gradients are scaled by the number of ranks, so that their average 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,15 +27,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# No denominator falls below TINY: a class with neither pixels nor probability gives 0 / TINY = 0 and
-# finite gradients instead of NaN. -log(d) and (1 - d)**power, or their slopes, are infinite at 0: their
-# arguments stop at NEAR.
+# smooth_dr is at least TINY: a class with neither pixels nor probability gives 0 / TINY = 0 and
+# finite gradients, not NaN. -log(d) and (1 - d)**power, or their slopes, are infinite at 0, so
+# their arguments stop at NEAR.
 TINY = 1e-20
 NEAR = 1e-12
 
 
 class Dice(nn.Module):
-    """1 - Dice, with a knob for each way in which Dice losses differ. The defaults are the article's DICE.
+    """1 - Dice, with a knob for each way in which Dice losses differ; as it stands the article's.
 
     Per class, and per group of pixels summed together,
 
@@ -45,28 +47,29 @@ class Dice(nn.Module):
     Args:
         activation: makes p of the logits: "softmax", "sigmoid", or "none" for probabilities.
         include_background: keep class 0.
-        exponent: of the denominator's terms; 1 (Dice) or 2 (after Milletari), or any number above 0.
-        alpha, beta: Tversky's weights of false positives and negatives; 0.5, 0.5 is Dice, 1, 1 Jaccard.
+        exponent: of the denominator's terms, above 0; 1 is Dice, 2 Milletari's.
+        alpha, beta: Tversky's weights of fp and fn; 0.5, 0.5 is Dice, 1, 1 Jaccard.
         smooth_nr, smooth_dr: added to numerator and denominator; a number or one per class.
         floor: the denominator is at least this.
-        over: what one sum runs over: "row" (the last spatial axis), "sample", "batch" (of this rank),
-            "global" (the batch of all ranks).
+        over: what one sum runs over: "row" (the last spatial axis), "sample", "batch" (of this
+            rank), "global" (the batch of all ranks).
         joint: one d for all kept classes together (micro average).
         link: "1-d", "-d", "-log" or "power", which is (1 - d)**power.
         power: of link "power" (focal Tversky).
         weight: one factor per class on link(d).
         weight_normalised: divide by the kept classes' total weight instead of their number.
         reduction: "mean", or "sum" over classes and groups.
-        absent: classes without a target pixel in a group count as the formula "smooth"-ly gives, as "zero",
-            or are left out of the mean ("skip").
-        intersection: tp is the sum of "product" y·p or of "minimum" min(y, p), which is 0 loss at p = y for
-            soft labels too. Equal for hard labels.
+        absent: classes without a target pixel in a group count as the formula "smooth"-ly gives,
+            as "zero", or are left out of the mean ("skip").
+        intersection: tp is the sum of "product" y·p or of "minimum" min(y, p), which is 0 loss at
+            p = y for soft labels too. Equal for hard labels.
         ignore_index: pixels of this label count nowhere (class indices only).
 
-    Defined at the edges: with every pixel of a group ignored, or no class left to average, the group's loss
-    is 0; where all sums and smoothings are 0, d is 0.
+    Defined at the edges: with every pixel of a group ignored, or no class left to average, the
+    group's loss is 0; where all sums and smoothings are 0, d is 0.
 
-    Raises ValueError for settings, shapes or labels that don't fit, and (eager, on the CPU) for NaN logits.
+    Raises ValueError for settings, shapes or labels that don't fit, and (eager, on the CPU) for
+    NaN logits.
 
     >>> logits, target = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]]), torch.tensor([[0, 1]])
     >>> f"{Dice()(logits, target):.4f} {Dice(alpha=1, beta=1)(logits, target):.4f}"  # Dice, Jaccard
@@ -114,9 +117,13 @@ class Dice(nn.Module):
         self.ignore_index = ignore_index
         if self.exponent == 0:
             raise ValueError("exponent=0: allowed is a number above 0")
+        if self.weight and not sum(self.weight[0 if include_background else 1 :]):
+            raise ValueError(f"weight={weight!r}: at least one kept class needs a weight above 0")
         for name in ("smooth_nr", "smooth_dr", "weight"):
             if joint and isinstance(getattr(self, name), tuple):
-                raise ValueError(f"{name}: one per class, but joint=True makes one d of all classes")
+                raise ValueError(
+                    f"{name}: one per class, but joint=True makes one d of all classes"
+                )
         self.stack = _Stack([self], [])
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -127,10 +134,12 @@ class CrossEntropy(nn.Module):
     """Mean over pixels of -Σ_c y_c·log p_c, p the softmax. The defaults are the article's CCE.
 
     Args:
-        clip: p is clipped to [clip, 1 - clip], with gradient 0 outside; None: log-softmax, which never needs it.
+        clip: p is clipped to [clip, 1 - clip], with gradient 0 outside; None: log-softmax, which
+            never needs it.
         weight: one factor per class; the mean is then over the pixels' total weight.
         label_smoothing: this share of y spread evenly over the classes.
-        ignore_index: pixels of this label count nowhere (class indices only); with all ignored the loss is 0.
+        ignore_index: pixels of this label count nowhere (class indices only); with all ignored the
+            loss is 0.
         count_ignored: divide by the number of all pixels, ignored ones too.
 
     Raises ValueError as `Dice` does.
@@ -213,11 +222,11 @@ class OneHotTarget(nn.Module):
 class LossSet(nn.Module):
     """Many losses of the same logits, evaluated together.
 
-    Batch-summed softmax Dice losses and plain cross entropies of one ignore_index share one softmax and
-    one table of sums, also as parts of a `Sum`. Any other module (logits, target) -> scalar is called
-    as it is. Nothing here depends on the data but the tensors' values, so it all works under
-    `torch.func` and `torch.compile`, as far as foreign modules do. Bad labels or logits are not looked for:
-    see `check_inputs`.
+    Batch-summed softmax Dice losses and plain cross entropies of one ignore_index share one
+    softmax and one table of sums, also as parts of a `Sum`. Any other module (logits, target) ->
+    scalar is called as it is. Nothing here depends on the data but the tensors' values, so it all
+    works under `torch.func` and `torch.compile`, as far as foreign modules do. Bad labels or
+    logits are not looked for: see `check_inputs`.
 
     >>> losses = LossSet({"dice": Dice(), "cce": CrossEntropy()})
     >>> losses(torch.zeros(1, 2, 3), torch.tensor([[0, 1, 1]]))
@@ -274,10 +283,11 @@ class LossSet(nn.Module):
 
             d values[k] / d logits = Σ_m coefficients[k, m] · rows[m]
 
-        exactly, for all k. M, at most K unless sums have many parts, depends on the settings and shapes alone,
-        so one backward pass through a network per row gives the parameter gradients of all losses. With two
-        classes four rows serve cross entropy and any number of Dice losses of exponent 1 and 2. The rows are
-        a transposed view of one contiguous [N, M, C, *space] buffer.
+        exactly, for all k. M, at most K unless sums have many parts, depends on the settings and
+        shapes alone, so one backward pass through a network per row gives the parameter gradients
+        of all losses. With two classes four rows serve cross entropy and any number of Dice losses
+        of exponent 1 and 2. The rows are a transposed view of one contiguous [N, M, C, *space]
+        buffer.
         """
         logits = logits.detach()
         values, rows, size = [], [], self.stack.size
@@ -302,8 +312,8 @@ class LossSet(nn.Module):
     def pivot(self, name: str, num_classes: int) -> int | None:
         """Index of a row on which loss `name` always has a coefficient well away from 0.
 
-        None where the data can make it vanish: an absent class that counts zero, a denominator at its
-        floor, a link whose slope can be 0.
+        None where the data can make it vanish: an absent class that counts zero, a denominator at
+        its floor, a link whose slope can be 0.
         """
         for weight, i in sorted(self.mix[self.names.index(name)], key=lambda part: -part[1]):
             row = self.stack.pivot(i, num_classes)
@@ -352,7 +362,7 @@ class Saturation(NamedTuple):
 
 
 def saturation(loss: Dice, logits: Tensor, target: Tensor) -> Saturation:
-    """Tell whether a Dice loss is saturated: stuck near 1 without a gradient, or drowned by its smoothing.
+    """Tell whether a Dice loss is stuck near 1 without a gradient, or drowned by its smoothing.
 
     >>> far = torch.tensor([[[999.0, 999.0], [0.0, 0.0]]])
     >>> saturation(Dice(), far, torch.tensor([[1, 1]])).reason
@@ -365,7 +375,7 @@ def saturation(loss: Dice, logits: Tensor, target: Tensor) -> Saturation:
         g, value = torch.func.grad_and_value(lambda x: stack(x, target)[0])(_wide(logits.detach()))
         sums = stack.measure(stack.pixels(stack.activate(_wide(logits)), target, dense=True))
         smooth = torch.as_tensor(loss.smooth_dr, dtype=value.dtype, device=value.device)
-        total = sums.y + sums.powers[0]
+        total = sums.labels[0] + sums.powers[0]
         if loss.joint:
             total = total.sum(-1, keepdim=True)
         share = (smooth / (total + smooth).clamp_min(TINY)).expand_as(total)
@@ -380,7 +390,7 @@ def saturation(loss: Dice, logits: Tensor, target: Tensor) -> Saturation:
 
 
 # --------------------------------------------------------------------------------------------------
-# The one implementation: K Dice losses and Z cross entropies, with the sums they need and nothing else.
+# The one implementation: K Dice losses and Z cross entropies, from the sums they need.
 
 
 class _Pixels(NamedTuple):
@@ -388,21 +398,23 @@ class _Pixels(NamedTuple):
     y: Tensor | None  # [N, C, *space], or None: use `label`
     label: Tensor  # [N, 1, *space] indices, 0 where ignored
     valid: Tensor | None  # [N, 1, *space] 0 or 1, or None: all count
-    own: Tensor | None  # [N, 1, *space] p of the label, for class indices
+    own: Tensor | None  # [N, 1, *space] p of the label where asked for, 0 where ignored
+    hard: bool  # y is 0 or 1
+    py: Tensor | None = None  # p·y, if known
 
 
 class _Sums(NamedTuple):
     tp: Tensor  # [*groups, C]
-    y: Tensor  # [*groups, C]
     counted: Tensor | None  # pixels, [*groups], or None: all
-    powers: Sequence[Tensor]  # of p**exponent, [*groups, C] per exponent
+    powers: Sequence[Tensor]  # Σ p**exponent, [*groups, C] per exponent
+    labels: Sequence[Tensor]  # Σ y**exponent, one for all if y is 0 or 1
 
 
 class _Stack(nn.Module):
     """K Dice losses, then Z cross entropies, of equal activation, `over` and ignore_index.
 
-    "batch" and "global" Dice losses may be mixed. All Dice losses are computed at once on [*groups, K, C],
-    where groups is () for batch sums, [N] per sample, [N, *space[:-1]] per row.
+    "batch" and "global" Dice losses may be mixed. All Dice losses are computed at once on
+    [*groups, K, C], where groups is () for batch sums, [N] per sample, [N, *space[:-1]] per row.
     """
 
     knobs: Tensor
@@ -429,10 +441,10 @@ class _Stack(nn.Module):
         self.zero, self.skip = (
             any(d.absent == absent for d in dices) for absent in ("zero", "skip")
         )
-        self.floors = any(d.floor > TINY for d in dices)
+        self.floors = any(d.floor for d in dices)
         # A coefficient of these can't vanish while tp's has a slope: see `pivot`.
         self.steady = [d.absent == "smooth" and d.link in ("1-d", "-d") and d.ignore_index is None
-                       and d.floor <= TINY and not (d.weight and min(d.weight) == 0)
+                       and not d.floor and not (d.weight and min(d.weight) == 0)
                        for d in dices]  # fmt: skip
 
         lists: dict[str, int] = {}  # what the per-class lists demand of the logits
@@ -453,17 +465,19 @@ class _Stack(nn.Module):
             elif d.weight_normalised and d.weight:
                 divisor = (sum(kept), 0.0)
             knobs = (
-                2 - 2 * d.alpha - 2 * d.beta, 2 * d.alpha, 2 * d.beta, d.smooth_nr, d.smooth_dr,
-                max(d.floor, TINY), d.weight or 1.0, float(d.include_background), *divisor,
-                float(d.link != "-d"), d.power,
+                2 - 2 * d.alpha - 2 * d.beta, 2 * d.alpha, 2 * d.beta, d.smooth_nr,
+                _at_least(TINY, d.smooth_dr), d.floor or -math.inf, d.weight or 1.0,
+                float(d.include_background), *divisor, float(d.link != "-d"), d.power,
             )  # fmt: skip
             flags = (d.link == "-log", d.link == "power", d.joint, d.absent == "zero",
                      d.absent == "skip", d.over == "global")  # fmt: skip
             row = (*knobs, *map(float, flags))
             table.append([x if isinstance(x, tuple) else (x,) * (self.classes or 1) for x in row])
-        # The bits of float64 as integers: they follow .to(device), but half() doesn't round 1e-7 away.
+        # The bits of float64 as integers: they follow .to(device), but half() doesn't round 1e-7
+        # away.
         bits = torch.tensor(table, dtype=torch.float64).view(torch.int64)
-        which = torch.tensor([self.exponents.index(d.exponent) for d in dices], dtype=torch.int64)
+        self.exponent_of = [self.exponents.index(d.exponent) for d in dices]
+        which = torch.tensor(self.exponent_of, dtype=torch.int64)
         self.register_buffer("knobs", bits, persistent=False)
         self.register_buffer("which", which, persistent=False)
 
@@ -479,64 +493,97 @@ class _Stack(nn.Module):
         return x.sigmoid() if self.activation == "sigmoid" else x.view_as(x)
 
     def dense(self, logits: Tensor, target: Tensor) -> bool:
-        """Whether to spell the target out as one-hot. Indexing is faster in eager mode on a CPU only."""
-        soft = target.ndim == logits.ndim or target.ndim == 1 or self.minimum or not self.plain
-        return soft or logits.device.type != "cpu" or torch.compiler.is_compiling()
+        """Whether to spell the target out as one-hot.
 
-    def pixels(self, p: Tensor, target: Tensor, dense: bool) -> _Pixels:
+        Indexing is faster in eager mode on a CPU with many classes, and only there.
+        """
+        soft = target.ndim == logits.ndim or self.minimum or not self.plain
+        few = target.ndim == 1 or logits.shape[1] == 2
+        return soft or few or logits.device.type != "cpu" or torch.compiler.is_compiling()
+
+    def pixels(
+        self,
+        p: Tensor,
+        target: Tensor,
+        dense: bool,
+        y: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> _Pixels:
+        """What the losses read of p and target; y and own may be known from before."""
         if target.ndim == p.ndim:
-            return _Pixels(p, target.to(p.dtype), target, None, None)
-        label, valid, y = target.unsqueeze(1), None, None
+            return _Pixels(p, target.to(p.dtype), target, None, None, False)
+        label, valid = target.unsqueeze(1), None
         if self.ignore_index is not None:
             counted = label.ne(self.ignore_index)
             label, valid = torch.where(counted, label, 0), counted.to(p.dtype)
         if not dense:
-            return _Pixels(p, None, label, valid, p.gather(1, label))
-        y = _one_hot(label, p).to(p.dtype)
-        own = (p * y).sum(1, keepdim=True)  # which a compiler fuses better than indexing
-        return _Pixels(p, y if valid is None else y * valid, label, valid, own)
+            return _Pixels(p, None, label, valid, p.gather(1, label) if own is None else own, True)
+        py = None
+        if y is None:
+            y = _one_hot(label, p)
+            y = y if valid is None else y * valid
+        if own is None and self.ces and self.plain:  # a compiler fuses this better than indexing
+            py = p * y
+            own = py.sum(1, keepdim=True)
+        return _Pixels(p, y, label, valid, own, True, py)
 
     def measure(self, pixels: _Pixels) -> _Sums:
-        p, y, label, valid, own = pixels
+        p, y, label, valid, own, hard, py = pixels
         if p.ndim == 2:  # no space: one pixel per sample
-            p, valid = p.unsqueeze(-1), None if valid is None else valid.unsqueeze(-1)
-            y = None if y is None else y.unsqueeze(-1)
+            p = p.unsqueeze(-1)
+            valid, y, py = (None if x is None else x.unsqueeze(-1) for x in (valid, y, py))
         last = p.ndim - 1
-        axes = {"row": (last,), "sample": (*range(2, last), last)}.get(self.over, (0, *range(2, p.ndim)))
+        axes = {"row": (last,), "sample": (*range(2, last), last)}.get(
+            self.over, (0, *range(2, p.ndim))
+        )
 
-        def total(t: Tensor, axes: tuple[int, ...] = axes) -> Tensor:  # [N, C, *space] to [*groups, C]
+        def total(
+            t: Tensor, axes: tuple[int, ...] = axes
+        ) -> Tensor:  # [N, C, *space] to [*groups, C]
             t = t.sum(axes) if axes else t
             return t.movedim(1, -1) if self.over == "row" else t
 
         if y is not None:
-            tp, ys = total(torch.minimum(p, y) if self.minimum else p * y), total(y)
+            tp = total(torch.minimum(p, y) if self.minimum else p * y if py is None else py)
+            labels = [total(y**e if e != 1 else y) for e in ([1] if hard else self.exponents)]
         else:
-            # Row by row, since scattering adds one by one, and float32 can't add a million that way.
+            # Row by row, since scattering adds one by one, and float32 can't add a million that
+            # way.
             assert own is not None
-            one = torch.ones_like(own) if valid is None else valid
-            t, own, one = (x.squeeze(1) for x in (label, own if valid is None else own * valid, one))
+            one = own.new_ones(()).expand_as(own) if valid is None else valid
+            t, own, one = (
+                x.squeeze(1) for x in (label, own if valid is None else own * valid, one)
+            )
             rows = p.new_zeros(*t.shape[:-1], p.shape[1])
-            tp, ys = (total(rows.scatter_add(-1, t, x).movedim(-1, 1), axes[:-1]) for x in (own, one))
+            tp, count = (
+                total(rows.scatter_add(-1, t, x).movedim(-1, 1), axes[:-1]) for x in (own, one)
+            )
+            labels = [count]
         p = p if valid is None else p * valid
         powers = []
         for exponent in self.exponents:
-            if exponent == 2:  # row by row for the same reason; the norm reads p once and writes no p²
+            if (
+                exponent == 2
+            ):  # row by row for the same reason; the norm reads p once and writes no p²
                 powers.append(total(torch.linalg.vector_norm(p, dim=-1).square(), axes[:-1]))
             else:
                 powers.append(total(p if exponent == 1 else p**exponent))
-        return _Sums(tp, ys, None if valid is None else total(valid).squeeze(-1), powers)
+        counted = None if valid is None else total(valid).squeeze(-1)
+        return _Sums(tp, counted, powers, labels)
 
     # -- values and their derivatives by the sums --------------------------------------------------
 
     def evaluate(
         self, logits: Tensor, target: Tensor, dense: bool
     ) -> tuple[_Pixels, tuple[Tensor, ...]]:
-        """The pixels, and values [K+Z], a = ∂/∂tp and b = ∂/∂power [*groups, K, C], e = 1/pixels [Z]."""
+        """The pixels; values [K+Z]; their derivatives a by tp, b by the power [*groups, K, C] and
+        e by minus the likelihood [Z].
+        """
         x = _wide(logits)
         logp = x.log_softmax(1) if self.logs else None
         pixels = self.pixels(self.activate(x) if logp is None else logp.exp(), target, dense)
         none = x.new_zeros(0)
-        local = everywhere = self.measure(pixels) if self.dices else _Sums(none, none, None, [])
+        local = everywhere = self.measure(pixels) if self.dices else _Sums(none, None, [], [])
         ce = [-self._likelihood(pixels, logp, settings) for settings in self.ces]
         norm = [self._weight_sum(pixels, settings) for settings in self.ces]
         world = _world()
@@ -560,7 +607,7 @@ class _Stack(nn.Module):
 
     def _gather(self, local: _Sums, ce: list[Tensor], norm: list):
         """Sums over all ranks, in one all-reduce."""
-        parts = [] if self.grouped or not self.dices else [local.tp, local.y, *local.powers]
+        parts = [] if self.grouped or not self.dices else [local.tp, *local.powers, *local.labels]
         if parts and local.counted is not None:
             parts.append(local.counted)
         dices = len(parts)
@@ -576,9 +623,10 @@ class _Stack(nn.Module):
         parts = [s.view(t.shape) for s, t in split]
         ce, norm = parts[dices : dices + len(ce)], parts[dices + len(ce) :]
         if dices:
-            powers = parts[2 : 2 + len(local.powers)]
-            count = None if local.counted is None else parts[dices - 1]
-            local = _Sums(parts[0], parts[1], count, powers)
+            last = 1 + len(local.powers)
+            powers, labels = parts[1:last], parts[last : last + len(local.labels)]
+            counted = None if local.counted is None else parts[dices - 1]
+            local = _Sums(parts[0], counted, powers, labels)
         return local, ce, norm
 
     def _dice(self, local: _Sums, everywhere: _Sums, world: int, classes: int):
@@ -586,12 +634,16 @@ class _Stack(nn.Module):
         (own, alpha, beta, smooth_nr, smooth_dr, floor, weight, background, plus, times,
          one, power, log, powered, joint, zero, skip, every) = knobs  # fmt: skip
 
+        def each(
+            tables: Sequence[Tensor],
+        ) -> Tensor:  # [*groups, C] per exponent to [*groups, K, C]
+            if len(tables) == 1:
+                return tables[0].unsqueeze(-2)
+            return torch.stack(list(tables), -2).index_select(-2, self.which)
+
         def stacked(sums: _Sums):
-            powers = sums.powers[0].unsqueeze(-2)
-            if len(sums.powers) > 1:
-                powers = torch.stack(list(sums.powers), -2).index_select(-2, self.which)
             count = None if sums.counted is None else sums.counted[..., None, None]
-            return sums.tp.unsqueeze(-2), sums.y.unsqueeze(-2), powers, count
+            return sums.tp.unsqueeze(-2), each(sums.labels), each(sums.powers), count
 
         tp, ys, ps, count = stacked(local)
         if everywhere is not local:
@@ -616,7 +668,7 @@ class _Stack(nn.Module):
             w = w * (count > 0)
 
         den = torch.addcmul(torch.addcmul(torch.addcmul(smooth_dr, own, tp), alpha, ps), beta, ys)
-        safe = torch.maximum(den, floor)
+        safe = torch.maximum(den, floor) if self.floors else den
         d = torch.add(smooth_nr, tp, alpha=2) / safe
         terms, slope = one - d, None
         if self.log:
@@ -651,10 +703,11 @@ class _Stack(nn.Module):
 
     def _likelihood(self, pixels: _Pixels, logp: Tensor | None, settings: tuple) -> Tensor:
         """Σ y log p of the softened target."""
-        p, y, label, valid, own = pixels
+        p, y, label, valid, own, hard, py = pixels
         clip = settings[0]
-        if own is not None and self.plain:
+        if hard and self.plain:
             if clip is not None:
+                assert own is not None
                 log = own.clamp(clip, 1 - clip).log()
             else:
                 assert logp is not None
@@ -666,7 +719,7 @@ class _Stack(nn.Module):
 
     def _weight_sum(self, pixels: _Pixels, settings: tuple) -> Tensor | float:
         """What the cross entropy is divided by."""
-        p, y, _, valid, _ = pixels
+        p, y, _, valid, _, _, _ = pixels
         _, weight, _, _, count_ignored = settings
         if count_ignored or (weight is None and valid is None):
             return p.numel() / p.shape[1]
@@ -678,7 +731,7 @@ class _Stack(nn.Module):
 
     def _soften(self, pixels: _Pixels, settings: tuple) -> Tensor:
         """The target with label smoothing and class weights, dense."""
-        p, y, _, valid, _ = pixels
+        p, y, _, valid, _, _, _ = pixels
         _, weight, smoothing, _, _ = settings
         assert y is not None
         if smoothing:
@@ -688,61 +741,75 @@ class _Stack(nn.Module):
 
     # -- gradients ---------------------------------------------------------------------------------
 
-    def pullback(self, g: Tensor, pixels: _Pixels, a: Tensor, b: Tensor, e: Tensor) -> Tensor:
-        """Σ_k g[k] · ∂values[k]/∂logits."""
-        p, y, label, valid, prob = pixels
-        dice, h, own, late = (
-            g[: self.dices, None],
-            None,
-            None,
-            [],
-        )  # own: h's part on the pixel's label
-        if self.dices:
-            for i, exponent in enumerate(self.exponents):
-                mine = (
-                    dice * b if len(self.exponents) == 1 else dice * (self.which == i)[:, None] * b
+    def pullback(
+        self,
+        pixels: _Pixels,
+        a: Tensor | None,
+        powers: Mapping[float, Tensor],
+        ces: Sequence[tuple[tuple, Tensor]],
+    ) -> Tensor:
+        """Gradient by the logits from the derivatives by the sums.
+
+        a is by tp, `powers` by Σ p**exponent ([*groups, C] each); for pairs (settings, c) in `ces`,
+        c is by minus the likelihood.
+
+        Big tensors are few and reused: in large images allocating one costs more than filling it.
+        """
+        p, y, label, valid, own, hard, py = pixels
+        bare = self.activation == "none"  # p are the logits; otherwise dp brings a factor p
+        q: Any = None
+        for exponent, c in powers.items():
+            c = self._spread(exponent * c, p)
+            if exponent == 1:
+                q = c if q is None else q + c
+            elif exponent == 2:
+                q = c * p if q is None else _addcmul(q, c, p)
+            else:  # p**(exponent - 1) may be infinite at 0, its product with p is not
+                q = c * (p if bare else p.clamp_min(1e-30)) ** (exponent - 1) + (
+                    0 if q is None else q
                 )
-                c = self._spread(exponent * mine.sum(-2), p)
-                if exponent == 1:
-                    h = c if h is None else h + c
-                elif exponent == 2:
-                    h = c * p if h is None else torch.addcmul(h, c, p)
-                else:  # p**(exponent - 1) may be infinite at 0; softmax and sigmoid then multiply by p
-                    base = p if self.activation == "none" else p.clamp_min(1e-30)
-                    h = c * base ** (exponent - 1) + (0 if h is None else h)
-            assert h is not None
-            h = h if valid is None else h * valid
-            first = self._spread((dice * a).sum(-2), p)
-            if y is None:
-                own = first.expand_as(p).gather(1, label)
-                own = own if valid is None else own * valid
+        w: Any = None  # the part of q that lies on each pixel's label
+        if a is not None:
+            q = q if valid is None else q * valid
+            if y is not None:
+                hit = 0.5 * (1 - torch.sign(p - y)) if self.minimum else y
+                q = _addcmul(q, self._spread(a, p), hit)
             else:
-                h = h + first * (0.5 * (1 - torch.sign(p - y)) if self.minimum else y)
-        for z, settings in enumerate(self.ces):
+                if self.grouped:
+                    w = self._spread(a, p).expand_as(p).gather(1, label)
+                else:
+                    w = a.flatten().index_select(0, label.flatten()).view(label.shape)
+                w = w if bare else w * own
+            full = q.shape == p.shape
+            if bare:
+                q = q if full else q.expand_as(p).clone()
+            else:
+                q = q.mul_(p) if full else q * p
+        for settings, c in ces:
+            if not (hard and self.plain):
+                q = (0 if q is None else q) - c * self._ce_field(pixels, settings)
+                continue
+            assert own is not None
             clip = settings[0]
-            c = g[self.dices + z] * e[z]
-            if y is None and clip is not None:
-                assert prob is not None
-                kept = prob.clamp(clip, 1 - clip)
-                mine = c * (kept == prob) / -kept
-                mine = mine if valid is None else mine * valid
-                own = mine if own is None else own + mine
-            else:
-                late.append(c * self._ce_row(pixels, settings))
-        if h is None and own is None:
-            return torch.stack(late).sum(0) if len(late) > 1 else late[0]
-        h = torch.zeros_like(p) if h is None else h
-        if own is not None:
-            h = (h.clone() if h.shape == p.shape else h.expand_as(p).clone()).scatter_add_(
-                1, label, own
-            )
-        if self.activation == "softmax":  # p·(h - Σ p·h), in one pass
-            h = torch.ops.aten._softmax_backward_data(h, p, 1, p.dtype)
-        elif self.activation == "sigmoid":
-            h = h * p * (1 - p)
-        for row in late:
-            h = h + row
-        return h
+            mine = c.expand_as(own) if clip is None else c * (own == own.clamp(clip, 1 - clip))
+            w = -mine if w is None else w - mine
+        if w is not None:
+            w = w if valid is None else w * valid
+            if q is None:  # cross entropy alone
+                q = p * -w
+                return q.scatter_add_(1, label, w) if y is None else _addcmul(q, y, w)
+            q = q.scatter_add_(1, label, w) if y is None else _addcmul(q, y, w)
+        if bare:
+            return q
+        if self.activation == "sigmoid":
+            return q * (1 - p)
+        return _addcmul(q, p, q.sum(1, keepdim=True), value=-1)
+
+    def _by_exponent(self, b: Tensor) -> dict[float, Tensor]:
+        """b with 0 for all losses but those of the exponent."""
+        if len(self.exponents) == 1:
+            return {self.exponents[0]: b}
+        return {x: b * (self.which == i)[:, None] for i, x in enumerate(self.exponents)}
 
     def _spread(self, t: Tensor, p: Tensor) -> Tensor:
         """[*groups, C] to something that broadcasts with [N, C, *space]."""
@@ -751,21 +818,17 @@ class _Stack(nn.Module):
         t = t if self.over == "sample" else t.unsqueeze(0)
         return t.view(*t.shape, *(1,) * (p.ndim - 2))
 
-    def _ce_row(self, pixels: _Pixels, settings: tuple) -> Tensor:
-        """Gradient of the undivided cross entropy, [N, C, *space]."""
-        p, y, label, valid, own = pixels
+    def _ce_field(self, pixels: _Pixels, settings: tuple) -> Tensor:
+        """The softened target where clipping leaves a gradient, which is p Σ field - field."""
+        p, y, _, _, own, hard, _ = pixels
         clip = settings[0]
-        if y is None:  # plain and without clip
-            one = torch.ones_like(label, dtype=p.dtype) if valid is None else valid
-            return (p * one).scatter_add_(1, label, -one)
-        if own is not None and self.plain:
-            row = p - y
-            row = row if clip is None else row * (own == own.clamp(clip, 1 - clip))
-            return row if valid is None else row * valid
-        q = self._soften(pixels, settings)
-        if clip is not None:
-            q = q * ((p >= clip) & (p <= 1 - clip))
-        return p * q.sum(1, keepdim=True) - q
+        field = self._soften(pixels, settings)
+        if clip is None:
+            return field
+        if hard and self.plain:
+            assert own is not None
+            return field * (own == own.clamp(clip, 1 - clip))
+        return field * (p == p.clamp(clip, 1 - clip))
 
     # -- rows --------------------------------------------------------------------------------------
 
@@ -789,28 +852,34 @@ class _Stack(nn.Module):
             return k
         if k >= self.dices:
             return self.basis(classes) - self.size + k
-        # tp of class 1, which every loss keeps. Its coefficient is -w (2 - (2 - 2 beta) d) / den or further from 0.
+        # tp of class 1, which every loss keeps. Its coefficient is -w (2 - (2 - 2 beta) d) / den
+        # or further from 0.
         return (1 if self.background or classes == 2 else 0) if self.steady[k] else None
 
     def rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """values [K + Z], rows [N, M, C, *space], coefficients [K + Z, M]."""
         _check_shapes(self, logits, target)
-        pixels, (values, a, b, e) = self.evaluate(logits, target, dense=True)
-        p, y, classes = pixels.p, pixels.y, logits.shape[1]
-        assert y is not None
-        if self.basis(classes) > self.size or target.ndim == logits.ndim:
-            one = torch.eye(self.size, dtype=p.dtype, device=p.device)
-            each = [self.pullback(g, pixels, a, b, e) for g in one.unbind()]
+        classes = logits.shape[1]
+        alone = self.basis(classes) > self.size or target.ndim == logits.ndim
+        dense = not alone or self.dense(logits, target)
+        pixels, (values, a, b, e) = self.evaluate(logits, target, dense)
+        if alone:
+            each = [
+                self.pullback(pixels, a[k], {self.exponents[i]: b[k]}, [])
+                for k, i in enumerate(self.exponent_of)
+            ]
+            for settings, c in zip(self.ces, e.unbind(), strict=True):
+                each.append(self.pullback(pixels, None, {}, [(settings, c)]))
+            one = torch.eye(self.size, dtype=values.dtype, device=values.device)
             return values, torch.stack(each, 1), one
         rows, columns = [], []
         if self.dices:
-            each = [b * (self.which == i)[:, None] for i in range(len(self.exponents))]
-            powers = dict(zip(self.exponents, each if len(each) > 1 else [b], strict=True))
             spell = self._two_class_rows if classes == 2 else self._many_class_rows
-            rows, columns = spell(pixels, a, powers)
-        top = torch.stack(columns, 1) if columns else p.new_zeros(0, 0)
+            rows, columns = spell(pixels, a, self._by_exponent(b))
+        top = torch.stack(columns, 1) if columns else values.new_zeros(0, 0)
         for settings in self.ces:
-            row = self._ce_row(pixels, settings)
+            field = self._ce_field(pixels, settings)
+            row = torch.addcmul(-field, pixels.p, field.sum(1, keepdim=True))
             rows.append(row[:, 1] if classes == 2 else row.unsqueeze(1))
         if self.ces:
             own = F.pad(torch.diag(e), (len(columns), 0))
@@ -821,11 +890,11 @@ class _Stack(nn.Module):
         return values, torch.stack([-up, up], 2), top
 
     def _two_class_rows(self, pixels: _Pixels, a: Tensor, powers: dict[float, Tensor]):
-        """Rows of Σ y_c p_c and Σ p_c**exponent for the second logit, [N, *space], and columns of coefficients.
+        """Rows of Σ y_c p_c and Σ p_c**exponent for the second logit, and coefficients' columns.
 
-        With v = p0·p1, a rising second logit and falling first one move Σ y_1 p_1 by y_1·v, Σ y_0 p_0 by
-        -y_0·v and Σ p_1 by v, their difference. Squared, p_1 gives 2p_1·v = v + (p_1 - p_0)·v and p_0
-        -v + (p_1 - p_0)·v. Rows of disjoint support keep float32 from cancelling.
+        With v = p0·p1, a rising second logit and falling first one move Σ y_1 p_1 by y_1·v, Σ y_0
+        p_0 by -y_0·v and Σ p_1 by v, their difference. Squared, p_1 gives 2p_1·v = v + (p_1 -
+        p_0)·v and p_0 -v + (p_1 - p_0)·v. Rows of disjoint support keep float32 from cancelling.
         """
         assert pixels.y is not None
         p0, p1 = pixels.p.unbind(1)
@@ -851,7 +920,7 @@ class _Stack(nn.Module):
 
     def _many_class_rows(self, pixels: _Pixels, a: Tensor, powers: dict[float, Tensor]):
         """As above for C classes; Σ_c Σ p_c is fixed, so that C - 1 rows serve the Σ p_c."""
-        p, y, _, valid, _ = pixels
+        p, y, _, valid, _, _, _ = pixels
         assert y is not None
         one = _shaped(torch.eye(p.shape[1], dtype=p.dtype, device=p.device), p)
         start = 0 if self.background else 1
@@ -881,20 +950,35 @@ class _Evaluate(torch.autograd.Function):
     def forward(logits, target, stack):
         _check_shapes(stack, logits, target)
         pixels, rest = stack.evaluate(logits, target, stack.dense(logits, target))
-        return rest[0], pixels.p, *rest[1:]
+        none = logits.new_zeros(0)
+        y = none if pixels.y is None or not pixels.hard else pixels.y
+        return rest[0], pixels.p, y, none if pixels.own is None else pixels.own, *rest[1:]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         logits, target, ctx.stack = inputs
         ctx.dtype = logits.dtype
+        ctx.set_materialize_grads(False)  # no zeros for p
         ctx.save_for_backward(target, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx, g, *_):
-        target, p, a, b, e = ctx.saved_tensors
-        pixels = ctx.stack.pixels(p, target, ctx.stack.dense(p, target))
-        return ctx.stack.pullback(g, pixels, a, b, e).to(ctx.dtype), None, None
+        if g is None:
+            return None, None, None
+        target, p, y, own, a, b, e = ctx.saved_tensors
+        stack = ctx.stack
+        known = [x if x.numel() else None for x in (y, own)]
+        pixels = stack.pixels(p, target, stack.dense(p, target), *known)
+        dice, ce = g[: stack.dices, None], (g[stack.dices :] * e).unbind() if stack.ces else ()
+        powers = (
+            {x: (dice * each).sum(-2) for x, each in stack._by_exponent(b).items()}
+            if stack.dices
+            else {}
+        )
+        a = (dice * a).sum(-2) if stack.dices else None
+        pairs = list(zip(stack.ces, ce, strict=True))
+        return stack.pullback(pixels, a, powers, pairs).to(ctx.dtype), None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -904,13 +988,29 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def _traced(x: Tensor) -> bool:
+    """Whether a compiler or a torch.func transform stands between us and the numbers."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _addcmul(q: Tensor, x: Tensor, y: Tensor, value: float = 1) -> Tensor:
+    """q + value·x·y, into q where it has the size and nobody traces it."""
+    if _traced(q) or q.shape != torch.broadcast_shapes(x.shape, y.shape):
+        return torch.addcmul(q, x, y, value=value)
+    return q.addcmul_(x, y, value=value)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _one_hot(label: Tensor, logits: Tensor) -> Tensor:
-    """Labels [N, 1, *space] as booleans [N, C, *space]."""
-    return label == _shaped(torch.arange(logits.shape[1], device=label.device), logits)
+    """Labels [N, 1, *space] as 0 and 1 [N, C, *space] of the logits' type, at least float32."""
+    kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if logits.shape[1] == 2 and not _traced(label):  # half the work, if not for a compiler
+        one = label.to(kind)
+        return torch.cat([1 - one, one], 1)
+    return (label == _shaped(torch.arange(logits.shape[1], device=label.device), logits)).to(kind)
 
 
 def _shaped(values: Any, like: Tensor) -> Tensor:
@@ -936,16 +1036,15 @@ def _sharing(loss: nn.Module) -> tuple | None:
 
 
 def _checked(loss: Any, logits: Tensor, target: Tensor) -> Tensor:
-    """The loss's value; in eager mode on the CPU, where reading one is free, bad data is explained."""
-    if torch.compiler.is_compiling() or logits.device.type != "cpu":
+    """The loss's value; bad data is explained where looking at them is cheap: eager, on the CPU."""
+    if logits.device.type != "cpu" or _traced(logits) or _traced(target):
         return loss.stack(logits, target)[0]
-    try:
-        value = loss.stack(logits, target)[0]
-    except (IndexError, RuntimeError):  # a label that is no index
-        check_inputs(logits, target, loss.ignore_index)
-        raise
-    # What torch.func transforms can't be read.
-    if not torch._C._functorch.is_functorch_wrapped_tensor(value) and value.isnan():
+    if target.ndim < logits.ndim and target.numel():
+        low, high = torch.aminmax(target)
+        if low < 0 or high >= logits.shape[1]:
+            check_inputs(logits, target, loss.ignore_index)
+    value = loss.stack(logits, target)[0]
+    if value.isnan():
         check_inputs(logits, target, loss.ignore_index)
     return value
 
@@ -987,6 +1086,10 @@ def _per_class(name: str, value: Any) -> tuple[float, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise ValueError(f"{name}={value!r}: allowed is one number per class")
     return tuple(_number(f"{name}[{c}]", v) for c, v in enumerate(value))
+
+
+def _at_least(low: float, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+    return tuple(max(low, v) for v in value) if isinstance(value, tuple) else max(low, value)
 
 
 def _numbers(name: str, value: Any) -> float | tuple[float, ...]:

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassJaccardIndex,
-)
+from pytorch_lightning.loggers import TensorBoardLogger
+from torchmetrics.classification import MulticlassConfusionMatrix
 
+from losswatch.events import write_scalars
 from losswatch.losses import LossSet
 from losswatch.networks import GEMM_CHANNELS
 
 
-def segmentation_metrics(num_classes: int) -> MetricCollection:
-    """Pixel accuracy, and Dice (F1 of the pixels) and IoU of each class.
+def scores(confusion: Tensor) -> dict[str, Tensor]:
+    """Pixel accuracy, and Dice and IoU of each class and on average, from confusion matrices.
 
-    A class that neither label nor prediction holds is perfect: 1.
+    Args:
+        confusion: [..., C, C], label by prediction. A class that neither holds counts as perfect.
+
+    >>> scores(torch.tensor([[3, 1], [0, 4]]))["dice/class_1"]
+    tensor(0.8889)
     """
-    per_class = {"num_classes": num_classes, "average": "none", "validate_args": False}
-    return MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            "dice": MulticlassF1Score(**per_class, zero_division=1.0),
-            "iou": MulticlassJaccardIndex(**per_class, zero_division=1.0),
-        }
-    )
+    hits = confusion.diagonal(dim1=-2, dim2=-1).double()
+    both = (confusion.sum(-1) + confusion.sum(-2)).double()
+    per_class = {
+        "dice": torch.where(both > 0, 2 * hits / both, 1.0),
+        "iou": torch.where(both > 0, hits / (both - hits), 1.0),
+    }
+    out = {"accuracy": hits.sum(-1) / confusion.sum((-1, -2))}
+    for name, values in per_class.items():
+        out[name] = values.mean(-1)
+        out |= {f"{name}/class_{i}": values[..., i] for i in range(values.shape[-1])}
+    return {name: value.float() for name, value in out.items()}
 
 
 class SegmentationModule(pl.LightningModule):
@@ -58,9 +63,7 @@ class SegmentationModule(pl.LightningModule):
         self.net, self.losses, self.trained = net, losses, trained
         self.loss = losses.losses[losses.names.index(trained)]
         self.make_optimizer = optimizer
-        self.metrics = nn.ModuleDict(
-            {stage: segmentation_metrics(num_classes) for stage in ("val", "test")}
-        )
+        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         # Sums over pixels of each loss, and of the pixels, while a stage runs.
         self.loss_sums = torch.zeros(len(losses.names) + 1, dtype=torch.float64)
         self.logits = self.target = torch.empty(0)
@@ -88,36 +91,36 @@ class SegmentationModule(pl.LightningModule):
     def on_train_batch_end(self, *_: object) -> None:
         self.logits = self.target = torch.empty(0)  # the graph is not kept
 
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, target = batch
         logits = self.net(images)
-        self.metrics[stage].update(logits.argmax(dim=1), target)
-        pixels = target.numel()
-        values = torch.cat([self.losses(logits, target) * pixels, target.new_tensor([pixels])])
+        self.confusion.update(logits.argmax(dim=1), target)
+        pixels = logits.new_tensor([target.numel()])
+        values = torch.cat([self.losses(logits, target) * pixels, pixels])
         self.loss_sums = self.loss_sums.to(values.device) + values
 
     def _report(self, stage: str) -> None:
-        metrics = self.metrics[stage].compute()
-        self.metrics[stage].reset()
-        scalars = {f"{stage}/accuracy": metrics["accuracy"]}
-        for name in ("dice", "iou"):
-            scalars[f"{stage}/{name}"] = metrics[name].mean()
-            for i, value in enumerate(metrics[name]):
-                scalars[f"{stage}/{name}/class_{i}"] = value
+        scalars = scores(self.confusion.compute())
+        self.confusion.reset()
         sums = self.trainer.strategy.reduce(self.loss_sums, reduce_op="sum")
         self.loss_sums = torch.zeros_like(self.loss_sums)
         for name, value in zip(self.losses.names, sums[:-1] / sums[-1], strict=True):
-            scalars[f"{stage}/loss/{name}"] = value.float()
-        self.log_dict(scalars)
+            scalars[f"loss/{name}"] = value.float()
+        scalars = {f"{stage}/{name}": value for name, value in scalars.items()}
+        self.log_dict(scalars, logger=False)
+        if isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero:
+            values = torch.stack(list(scalars.values())).cpu().numpy()[None]
+            step = np.array([self.trainer.global_step])
+            write_scalars(self.logger.experiment, list(scalars), step, values)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch)
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         self._report("test")

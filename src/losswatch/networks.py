@@ -6,6 +6,7 @@ Both take the input [N, in_channels, *space] and return logits [N, num_classes, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +18,52 @@ from torch import Tensor, nn
 GEMM_CHANNELS = 8
 
 
+def _columns(x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """[N, C, H, W] -> [C·taps, N·H·W]: for each tap of the kernel, the pixel that it meets."""
+    n, c, h, w = x.shape
+    kh, kw = kernel
+    x = F.pad(x.transpose(0, 1), (kw // 2, kw // 2, kh // 2, kh // 2))
+    taps = [x[:, :, i : i + h, j : j + w] for i in range(kh) for j in range(kw)]
+    return torch.stack(taps, dim=1).reshape(c * kh * kw, n * h * w)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """A "same" convolution as one matrix product."""
+    n, _, h, w = x.shape
+    y = weight.flatten(1) @ _columns(x, weight.shape[2:])
+    return y.reshape(-1, n, h, w).transpose(0, 1)
+
+
+class _MatrixConvolution(torch.autograd.Function):
+    """`_product` with a backward of products too: autograd would scatter where this one gathers,
+    which costs half of a compiled step."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return _product(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        grad_x = _product(g, weight.transpose(0, 1).flip(2, 3))
+        grad_w = g.transpose(0, 1).flatten(1) @ _columns(x, weight.shape[2:]).T
+        return grad_x, grad_w.view(weight.shape)
+
+
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d (odd kernel, "same" padding, stride 1) that compiles to a matrix product."""
+    """nn.Conv2d (odd kernel, "same" padding, stride 1) that compiles to matrix products."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() or self.in_channels > GEMM_CHANNELS:
             return super().forward(x)
-        n, c, h, w = x.shape
-        kh, kw = self.kernel_size
-        # Channels first: the kernel's taps are rows, all pixels of the batch are columns.
-        x = F.pad(x.transpose(0, 1), (kw // 2, kw // 2, kh // 2, kh // 2))
-        taps = [x[:, :, i : i + h, j : j + w] for i in range(kh) for j in range(kw)]
-        columns = torch.stack(taps, dim=1).reshape(c * kh * kw, n * h * w)
-        y = self.weight.reshape(self.out_channels, -1) @ columns
-        if self.bias is not None:
-            y = y + self.bias[:, None]
-        return y.reshape(self.out_channels, n, h, w).transpose(0, 1)
+        y = _MatrixConvolution.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias[:, None, None]
 
 
 _CONV = {2: Conv2d, 3: nn.Conv3d}

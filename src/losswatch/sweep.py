@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from rich.console import Console
 
-from losswatch.config import ConfigError
+from losswatch.config import ConfigError, run_name
 
 TOTAL = "LOSSWATCH_RUNS"  # the number of runs, for job processes on this machine
 
@@ -22,6 +26,38 @@ def stop(message: str) -> None:
     """One clear line, and a non-zero exit that passes through Hydra's error reports."""
     print(f"losswatch: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def explain(error: Exception) -> str:
+    """Hydra's complaint about an override in one line that names what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        known = ", ".join(error.options or [])
+        return f"there is no {group}={choice}; {group} is one of {known}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        parent, _, _ = cause.full_key.rpartition(".")
+        keys = cause.parent_node.keys() if OmegaConf.is_dict(cause.parent_node) else []
+        known = ", ".join(str(key) for key in keys if key != "hydra")
+        return f"there is no {cause.full_key}; {parent or 'the config'} has {known or 'no keys'}"
+    lines = [str(error)] if cause is error else [str(error), str(cause).split("\n")[0]]
+    said = [line for text in lines for line in text.splitlines() if "https://" not in line]
+    return ": ".join(line.strip().rstrip(".:") for line in said if line.strip())
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Hydra's errors as one line; with HYDRA_FULL_ERROR=1 set, as they are."""
+    if "HYDRA_FULL_ERROR" in os.environ:
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # that is, Hydra raises them instead of printing them
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        stop(explain(error))
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
 
 
 def grid(config: DictConfig) -> list[list[str]]:
@@ -47,14 +83,17 @@ class SweepCallback(Callback):
         jobs = grid(config)
         os.environ[TOTAL] = str(len(jobs))
         loader = GlobalHydra.instance().config_loader()
-        for overrides in jobs:
+        names = [run_name(overrides) for overrides in jobs]
+        for overrides, name in zip(jobs, names, strict=True):
+            if names.count(name) > 1:
+                stop(f"the run {' '.join(overrides)} is asked for twice; nothing was started")
             try:
                 job = loader.load_sweep_config(config, overrides)
             except Exception:
                 return  # Hydra's sweeper finds the same, and says it well
             files = loss_files(job.hydra.runtime.config_sources)
             try:
-                check(job, job.hydra.runtime.choices.loss, files)
+                check(job, job.hydra.runtime.choices.get("loss"), files)
             except ConfigError as error:
                 stop(f"{error} (in the run {' '.join(overrides)}; nothing was started)")
 

@@ -1,0 +1,316 @@
+"""Runs trained as one: their parameters stacked, one step for all, each with its own numbers.
+
+One run is a stack of one; that is how `compile=true` trains it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
+
+from losswatch.data import TEST, VAL, ThresholdedImages, image_and_label, uniform
+from losswatch.events import write_scalars
+from losswatch.losses import LossSet
+from losswatch.module import scores
+from losswatch.probe import tags
+from losswatch.step import compiled, make_step, optimizer_rule, splitter, trained_parameters
+
+log = logging.getLogger(__name__)
+
+BLOCK = 500  # steps between two writes, at most
+# Members whose step is one call: their tensors should stay in a core's cache.
+CHUNK = 8
+
+
+@dataclass
+class Member:
+    """One run of a stack."""
+
+    net: nn.Module  # holds the initial weights, and the trained ones in the end
+    data: ThresholdedImages
+    trained: str
+    optimizer: torch.optim.Optimizer  # of `net`; its kind and numbers count, it never steps
+    logger: TensorBoardLogger | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class Blocks:
+    """The training steps as (first, last + 1), what is left of them when iterated."""
+
+    def __init__(self, trainer: pl.Trainer, steps: int, block: int) -> None:
+        self.trainer, self.steps, self.block = trainer, steps, block
+
+    def __len__(self) -> int:
+        return -(-self.steps // self.block)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for first in range(self.trainer.global_step, self.steps, self.block):
+            yield first, min(first + self.block, self.steps)
+
+
+def block_size(val_check_interval: int) -> int:
+    """Steps a block: the largest divisor of the validation interval that is at most BLOCK.
+
+    >>> block_size(250), block_size(2000), block_size(7)
+    (250, 500, 7)
+    """
+    return max(n for n in range(1, BLOCK + 1) if val_check_interval % n == 0)
+
+
+class StackedModule(pl.LightningModule):
+    """Trains R runs at once; all but `Member` is common to them.
+
+    A training batch is a block of steps, taken without returning to Lightning in between.
+
+    Args:
+        members: R runs of one architecture, image shape, kind of optimiser and number of classes.
+        losses: the losses watched.
+        every_n_steps, cosines: what `Probe` takes; 0 observes nothing.
+        compile: compile the step; without, torch.vmap runs it eagerly.
+
+    Raises:
+        NotImplementedError: the optimiser is not one that `step.optimizer_rule` knows.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        losses: LossSet,
+        *,
+        every_n_steps: int = 1,
+        cosines: bool = False,
+        compile: bool = True,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.members, self.losses = list(members), losses
+        self.every_n_steps, self.compile_step = every_n_steps, compile
+        self.net = copy.deepcopy(members[0].net)
+        names = trained_parameters(self.net)
+        self.rule, first_numbers, self.moment_names = optimizer_rule(members[0].optimizer)
+        self.tags = tags(losses.names, cosines)
+        data = members[0].data
+        self.shape = (data.batch_size, 1, *data.space)
+
+        states = [m.net.state_dict() for m in self.members]
+        flat = torch.stack([
+            torch.cat([state[name].flatten() for name in names]) for state in states
+        ])  # fmt: skip
+        # A state: parameters [R, P], and what is not trained, and the optimiser's moments.
+        self.flat = flat
+        self.rest = {
+            name: torch.stack([state[name] for state in states])
+            for name in states[0] if name not in names
+        }  # fmt: skip
+        self.moments = tuple(torch.zeros_like(flat) for _ in self.moment_names)
+
+        def column(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32)
+
+        rules = [optimizer_rule(m.optimizer)[1] for m in self.members]
+        self.numbers = {key: column([rule[key] for rule in rules]) for key in first_numbers}
+        datas = [m.data for m in self.members]
+        self.numbers |= {
+            "seed": torch.tensor([d.seed for d in datas]),
+            "thresholds": torch.stack([d.thresholds for d in datas]),
+            "low": column([d.low for d in datas]),
+            "high": column([d.high for d in datas]),
+            "trained": column(
+                [[float(n == m.trained) for n in losses.names] for m in self.members]
+            ),
+        }
+        self.make = {
+            observed: vmap(
+                make_step(self.net, losses, self.rule, self.shape, observed=observed,
+                          cosines=cosines),
+                in_dims=(0, 0, 0, 0, None),
+            )
+            for observed in (True, False)
+        }  # fmt: skip
+        self.steps_of: dict[tuple[bool, int], Callable[..., Any]] = {}
+        self.seconds = 0.0
+
+    # -- the state, in chunks ----------------------------------------------------------------------
+
+    def configure_optimizers(self) -> None:
+        """None: the step holds the optimiser's rule."""
+
+    def on_fit_start(self) -> None:
+        self.losses.to(self.device)
+        self.net.to(self.device)
+        chunk = CHUNK if self.device.type == "cpu" else len(self.members)
+        tensors = (self.flat, self.rest, self.moments, self.numbers)
+        moved = tree_map(lambda t: t.to(self.device), tensors)
+        self.chunks = [
+            # Copies, so that each chunk is dense: the graph is compiled for those strides.
+            tree_map(lambda t: t[i : i + chunk].clone(), moved)
+            for i in range(0, len(self.members), chunk)
+        ]
+
+    def step_for(self, observed: bool, state: tuple, step: Tensor) -> Callable[..., Any]:
+        key = (observed, len(state[0]))
+        if key not in self.steps_of:
+            function = self.make[observed]
+            self.steps_of[key] = compiled(function, *state, step) if self.compile_step else function
+        return self.steps_of[key]
+
+    def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
+        first, last = batch
+        begin = time.perf_counter()
+        steps = torch.arange(first, last, device=self.device).unbind()
+        watched = [
+            s for s in range(first, last) if self.every_n_steps and s % self.every_n_steps == 0
+        ]
+        for i, (parameters, buffers, moments, numbers) in enumerate(self.chunks):
+            seen = []
+            for number, step in zip(range(first, last), steps, strict=True):
+                observed = bool(self.every_n_steps) and number % self.every_n_steps == 0
+                state = (parameters, buffers, moments, numbers)
+                run = self.step_for(observed, state, step)
+                parameters, buffers, moments, values = run(*state, step)
+                if observed:
+                    seen.append(values)
+            self.chunks[i] = (parameters, buffers, moments, numbers)
+            if seen:
+                self._write(i, np.array(watched), torch.stack(seen, dim=1).cpu().numpy())
+        self.seconds += time.perf_counter() - begin
+        # Lightning counts the steps of its own optimisers; these are ours.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.total.ready += last - first
+        progress.total.completed += last - first
+
+    def _chunk_members(self, chunk: int) -> list[Member]:
+        size = len(self.chunks[0][0])
+        return self.members[chunk * size : (chunk + 1) * size]
+
+    def _write(self, chunk: int, steps: np.ndarray, values: np.ndarray) -> None:
+        for member, block in zip(self._chunk_members(chunk), values, strict=True):
+            bad = ~np.isfinite(block[:, : 2 * len(self.losses.names)])
+            if bad.any() and member.error is None:
+                row, column = np.argwhere(bad)[0]
+                member.error = f"{self.tags[column]} is {block[row, column]} at step {steps[row]}"
+                log.warning("%s (loss %s)", member.error, member.trained)
+            if member.logger is not None:
+                write_scalars(member.logger.experiment, self.tags, steps, block)
+
+    def on_fit_end(self) -> None:
+        """Give each member its trained weights."""
+        split = splitter(self.net)
+        for i, (parameters, buffers, _, _) in enumerate(self.chunks):
+            for k, member in enumerate(self._chunk_members(i)):
+                state = {name: b[k] for name, b in buffers.items()} | split(parameters[k])
+                member.net.load_state_dict(state)
+
+    # -- validation --------------------------------------------------------------------------------
+
+    def evaluate(self, split: int, size: int) -> list[dict[str, float]]:
+        """Metrics and losses of each member on `size` fixed images of its own."""
+        batch = self.members[0].data.eval_batch_size
+        classes = self.numbers["thresholds"].shape[1] + 1
+        split_flat = splitter(self.net)
+
+        def one(parameters: Tensor, buffers: Any, numbers: Any, step: Tensor, count: int) -> Any:
+            shape = (count, *self.shape[1:])
+            u = uniform(numbers["seed"], split, step, shape)
+            image, label = image_and_label(
+                u, numbers["thresholds"], numbers["low"], numbers["high"]
+            )
+            logits = functional_call(self.net, (split_flat(parameters), buffers), (image,))
+            every = torch.arange(classes, device=logits.device)
+            truth = (label.flatten()[:, None] == every).double()
+            guess = (logits.argmax(dim=1).flatten()[:, None] == every).double()
+            return truth.T @ guess, self.losses(logits, label) * label.numel()
+
+        results = []
+        self.net.eval()
+        for parameters, buffers, _, numbers in self.chunks:
+            confusion: Any = 0
+            sums: Any = 0
+            for i in range(-(-size // batch)):
+                count = min(batch, size - i * batch)
+                step = torch.tensor(i, device=self.device)
+                matrix, values = vmap(one, in_dims=(0, 0, 0, None, None))(
+                    parameters, buffers, numbers, step, count
+                )
+                confusion, sums = confusion + matrix, sums + values
+            found = scores(confusion)
+            means = sums / confusion.sum((-1, -2))[:, None]
+            found |= {f"loss/{n}": means[:, k] for k, n in enumerate(self.losses.names)}
+            table = {name: value.tolist() for name, value in found.items()}
+            results += [{n: v[i] for n, v in table.items()} for i in range(len(parameters))]
+        self.net.train()
+        return results
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.report("val", VAL, self.members[0].data.val_size)
+
+    def report(self, stage: str, split: int, size: int) -> None:
+        """Evaluate all members, and write down what came out."""
+        step = np.array([self.trainer.global_step])
+        for member, found in zip(self.members, self.evaluate(split, size), strict=True):
+            scalars = {f"{stage}/{name}": value for name, value in found.items()}
+            member.metrics |= scalars
+            if member.logger is not None:
+                values = np.array([list(scalars.values())])
+                write_scalars(member.logger.experiment, list(scalars), step, values)
+        accuracies = [m.metrics[f"{stage}/accuracy"] for m in self.members]
+        # For the progress bar; `log` is only for use inside Lightning's loops.
+        self.trainer.callback_metrics[f"{stage}/accuracy"] = torch.tensor(accuracies).mean()
+
+
+def obstacle(trainer: Mapping[str, Any]) -> str | None:
+    """Why runs with these Trainer options cannot be trained as a stack; None if they can."""
+    needed = {
+        "precision": "32-true",
+        "gradient_clip_val": None,
+        "accumulate_grad_batches": 1,
+        "devices": 1,
+        "num_nodes": 1,
+    }
+    for key, value in needed.items():
+        if str(trainer[key]) not in (str(value), "32"):
+            return f"trainer.{key}={trainer[key]}"
+    return None
+
+
+def fit(
+    members: Sequence[Member],
+    losses: LossSet,
+    trainer_options: Mapping[str, Any],
+    callbacks: Sequence[pl.Callback],
+    **options: Any,
+) -> None:
+    """Train the members, validate and test them; results are in each.
+
+    Args:
+        members, losses, options: of `StackedModule`.
+        trainer_options: of pytorch_lightning.Trainer; steps are steps of each run.
+    """
+    torch.backends.mkldnn.enabled = True
+    module = StackedModule(members, losses, **options)
+    steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
+    block = block_size(interval)
+    trainer = pl.Trainer(
+        **{**trainer_options, "val_check_interval": interval // block},
+        logger=False,
+        callbacks=list(callbacks),
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, Blocks(trainer, steps, block), range(1))  # type: ignore[arg-type]
+    module.report("test", TEST, members[0].data.test_size)

@@ -1,0 +1,160 @@
+"""One training step of one run as a pure function, to be stacked over runs and compiled.
+
+The same networks, losses and observations as in an ordinary run (module.py, probe.py); what differs
+is that the images are drawn inside the step, the backward passes of all rows are one batched
+vector-Jacobian product, and the optimiser's rule is written out, so that all of it can be mapped
+over stacked runs by `torch.vmap` and handed to `torch.compile` as one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from losswatch.data import TRAIN, image_and_label, uniform
+from losswatch.losses import LossSet
+from losswatch.probe import observe
+
+State = dict[str, Tensor]
+# (parameters, their gradient, moments, steps done before, numbers) -> (parameters, moments)
+Rule = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor, State], tuple[Tensor, tuple]]
+
+
+def _adam(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], t: Tensor, n: State) -> Any:
+    """torch.optim.Adam and AdamW; Kingma and Ba 2015, Loshchilov and Hutter 2019."""
+    g = g + n["weight_decay"] * (1 - n["decoupled"]) * p
+    p = p * (1 - n["lr"] * n["weight_decay"] * n["decoupled"])
+    m = moments[0] + (1 - n["beta1"]) * (g - moments[0])
+    v = n["beta2"] * moments[1] + (1 - n["beta2"]) * g * g
+    # float64: 0.999^t must not lose the digits that make 1 - 0.999^t at small t.
+    correction1 = 1 - n["beta1"].double() ** (t + 1)
+    correction2 = 1 - n["beta2"].double() ** (t + 1)
+    size = (n["lr"] / correction1).float()
+    return p - size * m / (v.sqrt() / correction2.sqrt().float() + n["eps"]), (m, v)
+
+
+def _sgd(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], t: Tensor, n: State) -> Any:
+    """torch.optim.SGD, with momentum, Nesterov's too."""
+    g = g + n["weight_decay"] * p
+    m = torch.where(t > 0, n["momentum"] * moments[0] + g, g)
+    g = torch.where(n["nesterov"] > 0, g + n["momentum"] * m, m)
+    return p - n["lr"] * g, (m,)
+
+
+def _adam_numbers(group: Mapping[str, Any], decoupled: float) -> dict[str, float]:
+    if group["amsgrad"] or group["maximize"]:
+        raise NotImplementedError("amsgrad and maximize are not written out for stacked runs")
+    beta1, beta2 = group["betas"]
+    return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"],
+            "weight_decay": group["weight_decay"], "decoupled": decoupled}  # fmt: skip
+
+
+def _sgd_numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    if group["dampening"] or group["maximize"]:
+        raise NotImplementedError("dampening and maximize are not written out for stacked runs")
+    return {"lr": group["lr"], "momentum": group["momentum"],
+            "nesterov": float(group["nesterov"]), "weight_decay": group["weight_decay"]}  # fmt: skip
+
+
+def optimizer_rule(optimizer: torch.optim.Optimizer) -> tuple[Rule, dict[str, float], list[str]]:
+    """The rule of a torch optimiser, its numbers, and the names of its moments in a state_dict.
+
+    Raises:
+        NotImplementedError: for one that is not written out here.
+    """
+    group = optimizer.param_groups[0]
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
+        return _adam, _adam_numbers(group, float(decoupled)), ["exp_avg", "exp_avg_sq"]
+    if type(optimizer) is torch.optim.SGD:
+        return _sgd, _sgd_numbers(group), ["momentum_buffer"]
+    raise NotImplementedError(f"{type(optimizer).__name__} is not written out for stacked runs")
+
+
+def trained_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def splitter(net: nn.Module) -> Callable[[Tensor], State]:
+    """The function that cuts [P] into the trained parameters of `net` by name."""
+    shapes = {name: p.shape for name, p in trained_parameters(net).items()}
+    sizes = [shape.numel() for shape in shapes.values()]
+
+    def split(flat: Tensor) -> State:
+        parts = zip(shapes.items(), flat.split(sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
+
+    return split
+
+
+def make_step(
+    net: nn.Module,
+    losses: LossSet,
+    rule: Rule,
+    shape: tuple[int, ...],
+    *,
+    observed: bool,
+    cosines: bool = False,
+) -> Callable[..., Any]:
+    """The step as a function of one run's tensors, pure but for nothing.
+
+    Args of the result:
+        parameters: [P], those that require a gradient, one after another.
+        buffers: name -> tensor, batch norm's statistics and frozen parameters.
+        moments: tuple of [P], what the optimiser keeps.
+        numbers: the optimiser's, each a scalar; and the run's own: `seed` (int64), `thresholds`
+            [C - 1], `low`, `high`, `trained` [K] (1 at the loss trained with, else 0).
+        step: int64 scalar, the steps done before.
+
+    It returns the new parameters, buffers and moments, and what was observed (`probe.observe`),
+    empty if not `observed`.
+    """
+
+    split = splitter(net)
+
+    def step(
+        parameters: Tensor, buffers: State, moments: tuple, numbers: State, step: Tensor
+    ) -> Any:
+        u = uniform(numbers["seed"], TRAIN, step, shape)
+        image, label = image_and_label(u, numbers["thresholds"], numbers["low"], numbers["high"])
+
+        def forward(parameters: Tensor) -> tuple[Tensor, State]:
+            moved = {name: b.clone() for name, b in buffers.items()}
+            return functional_call(net, (split(parameters), moved), (image,)), moved
+
+        logits, pull, buffers = vjp(forward, parameters, has_aux=True)
+        values, rows, coefficients = losses.rows(logits, label)
+
+        if observed:
+            gradients = coefficients @ vmap(pull)(rows)[0]
+            seen = observe(values, gradients, cosines)
+            gradient = numbers["trained"] @ gradients
+        else:
+            row = torch.tensordot(numbers["trained"] @ coefficients, rows, dims=1)
+            gradient, seen = pull(row)[0], values.new_zeros(0)
+
+        parameters, moments = rule(parameters, gradient, moments, step, numbers)
+        return parameters, buffers, moments, seen
+
+    return step
+
+
+def compiled(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
+    """`function` compiled for tensors of the shapes of `example`.
+
+    make_fx traces it, since Dynamo does not take an autograd.Function under torch.func. What it
+    records are the operations of one shape, so nothing is ever compiled again.
+    """
+    with torch.compiler._compile_session_context():  # is_compiling() is true, as under Dynamo
+        graph = make_fx(function)(*example)
+    for node in graph.graph.nodes:
+        # Inductor lays intermediate tensors out anew, and then a recorded view may not be one.
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return torch.compile(graph, fullgraph=True, dynamic=False)

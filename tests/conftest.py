@@ -1,0 +1,180 @@
+"""What several test files share: composed configs, small runs in this process, train.py in a new one.
+
+Everything writes to temporary folders.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import hydra
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf, open_dict
+
+from losswatch import build, config
+from losswatch.callbacks import EventLog
+from losswatch.data import ThresholdedImages
+from losswatch.losses import LossSet
+from losswatch.module import SegmentationModule
+from losswatch.networks import ConvNet, UNet
+
+ROOT = Path(__file__).parents[1]
+ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
+
+
+# --- Configs -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Composed:
+    """A composed config as train.py gets it: the config, the trained loss, the losses' files."""
+
+    cfg: object
+    trained: str
+    files: dict
+
+    def check(self):
+        build.check(self.cfg, self.trained, self.files)
+
+
+@pytest.fixture(scope="session")
+def compose():
+    """compose("loss=dice", ...) -> Composed, without a process of its own."""
+    config.register()
+
+    def make(*overrides: str) -> Composed:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+        runtime = cfg.hydra.runtime
+        composed = Composed(
+            cfg, runtime.choices.get("loss"), build.loss_files(runtime.config_sources)
+        )
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return composed
+
+    return make
+
+
+# --- Runs in this process ------------------------------------------------------------------------
+
+
+def load_losses(*names, **own):
+    """Losses of conf/loss by name, and one's own, as a LossSet."""
+    files = {name: OmegaConf.load(ROOT / "conf" / "loss" / f"{name}.yaml") for name in names}
+    return LossSet({name: instantiate(node) for name, node in files.items()} | own)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A small run, built as train.py builds one but from plain arguments.
+
+    make_run(...) -> namespace of module, data, trainer, folder and fit(); the probe is off unless
+    given. Keywords of Trainer go through.
+    """
+
+    def make(
+        net="convnet", batch_norm=False, classes=2, losses=None, trained="dice", probe=None,
+        callbacks=(), steps=4, seed=0, optimizer=None, data=None, folder="run", validate=True,
+        **trainer,
+    ):  # fmt: skip
+        torch.manual_seed(seed)
+        kind = {"convnet": ConvNet, "unet": lambda *a, **k: UNet(*a, widths=(2, 3, 4), **k)}[net]
+        module = SegmentationModule(
+            net=kind(1, classes, batch_norm=batch_norm),
+            losses=losses or load_losses(*ARTICLE),
+            trained=trained,
+            optimizer=optimizer or (lambda p: torch.optim.Adam(p, lr=1e-2)),
+            num_classes=classes,
+        )
+        thresholds = [(i + 1) / classes for i in range(classes - 1)]
+        images = ThresholdedImages(
+            thresholds,
+            seed=seed,
+            **{"image_size": 8, "batch_size": 3, "val_size": 3, "test_size": 3} | (data or {}),
+        )
+        options = {"max_steps": steps, "max_epochs": 1, "accelerator": "cpu"} | trainer
+        fitter = pl.Trainer(
+            logger=EventLog(str(tmp_path / folder)),
+            callbacks=[*([probe] if probe else []), *callbacks],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=1.0 if validate else 0,
+            use_distributed_sampler=False,
+            **options,
+        )
+
+        def fit(**options):
+            fitter.fit(module, images, **options)
+            fitter.logger.close()
+            return module
+
+        return SimpleNamespace(
+            module=module, data=images, trainer=fitter, folder=tmp_path / folder, fit=fit
+        )
+
+    return make
+
+
+@pytest.fixture
+def observed(monkeypatch):
+    """All that the probe observes, unrounded: a list of vectors in the order of `probe.tags`."""
+    import losswatch.probe
+
+    seen = []
+    observe = losswatch.probe.observe
+
+    def record(*args, **kwargs):
+        seen.append(observe(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(losswatch.probe, "observe", record)
+    return seen
+
+
+# --- train.py in a process of its own ------------------------------------------------------------
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+def run_train(*args: str, cwd: Path, status: int | None = 0, **options):
+    """`python train.py ...` as a user would, its outputs in `cwd`; checks the exit status."""
+    options = {"env": ENVIRONMENT, "timeout": 180, "stdin": subprocess.DEVNULL} | options
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *args],
+        cwd=cwd, capture_output=True, text=True, **options,
+    )  # fmt: skip
+    if status is not None and done.returncode != status:
+        pytest.fail(f"exit status {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def run_folders(cwd: Path) -> dict[str, Path]:
+    """The runs below `cwd`/outputs by name."""
+    return {
+        file.parents[1].name: file.parents[1] for file in cwd.glob("outputs/*/*/.hydra/config.yaml")
+    }
+
+
+def read_result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """One real run that tests may only read: its folder, output and result."""
+    cwd = tmp_path_factory.mktemp("smoke")
+    done = run_train("experiment=smoke", "seed=3", "probe.cosines=true", cwd=cwd)
+    [folder] = run_folders(cwd).values()
+    return SimpleNamespace(cwd=cwd, folder=folder, done=done, result=read_result(folder))

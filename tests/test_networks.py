@@ -1,0 +1,164 @@
+"""The networks: sizes, initialisation, and the compiled convolution against PyTorch's."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from torch import nn
+
+from losswatch import networks
+from losswatch.networks import Conv2d, ConvNet, UNet
+
+CONVS = (nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def size(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("dims, taps", [(2, 9), (3, 27)])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_convnet_size(dims, taps, classes):
+    plain = ConvNet(1, classes, dims=dims)
+    assert size(plain) == (taps * 4 + 4) + (taps * 16 + 4) + (4 * classes + classes)
+    # Batch norm brings a scale and a shift, and takes the bias away.
+    assert size(ConvNet(1, classes, dims=dims, batch_norm=True)) == size(plain) + 2 * (8 - 4)
+    deep = ConvNet(3, classes, dims=dims, width=5, depth=3)
+    assert size(deep) == taps * 5 * (3 + 5 + 5) + 15 + 6 * classes
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_unet_size(batch_norm):
+    def block(i, o):
+        return 9 * o * (i + o) + (4 if batch_norm else 2) * o
+
+    down = block(1, 8) + block(8, 16) + block(16, 32)
+    up = (32 * 16 + 16) + block(32, 16) + (16 * 8 + 8) + block(16, 8)
+    assert size(UNet(1, 2, batch_norm=batch_norm)) == down + up + 8 * 2 + 2
+
+
+@pytest.mark.parametrize("make", [ConvNet, UNet])
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_initialisation(make, dims, batch_norm):
+    torch.manual_seed(0)
+    net = make(1, 3, dims=dims, batch_norm=batch_norm, bn_momentum=0.07)
+    convs = [m for m in net.modules() if isinstance(m, CONVS)]
+    taps = [math.prod(m.kernel_size) for m in convs]
+    for conv, k in zip(convs, taps, strict=True):
+        bound = math.sqrt(6 / (k * (conv.in_channels + conv.out_channels)))
+        assert conv.weight.abs().max() <= bound
+        if conv.weight.numel() > 100:  # uniform up to the bound: standard deviation bound / √3
+            assert conv.weight.abs().max() > 0.9 * bound
+            assert conv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+        assert conv.bias is None or not conv.bias.any()
+    norms = [m for m in net.modules() if isinstance(m, NORMS)]
+    assert bool(norms) == batch_norm
+    for norm in norms:
+        assert (norm.eps, norm.momentum) == (1e-3, 0.07)
+
+
+@pytest.mark.parametrize("make", [ConvNet, UNet])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_batch_norm_stands_between_convolution_and_relu(make, batch_norm):
+    net = make(1, 2, batch_norm=batch_norm)
+    row = [m for m in net.modules() if not list(m.children())]
+    relus = [i for i, layer in enumerate(row) if isinstance(layer, nn.ReLU)]
+    assert relus
+    for i in relus:
+        conv = row[i - 2] if batch_norm else row[i - 1]
+        assert isinstance(conv, CONVS)
+        assert isinstance(row[i - 1], NORMS) == batch_norm
+        assert (conv.bias is None) == batch_norm
+    heads = [m for m in row if isinstance(m, CONVS) and m.kernel_size[0] == 1]
+    assert heads and all(head.bias is not None for head in heads)
+
+
+def test_default_momenta_are_those_of_conf():
+    for name, net in (("convnet", ConvNet(1, 2, batch_norm=True)), ("unet", UNet(1, 2))):
+        file = Path(__file__).parents[1] / "conf" / "model" / f"{name}.yaml"
+        momenta = {m.momentum for m in net.modules() if isinstance(m, NORMS)}
+        assert momenta == {OmegaConf.load(file).bn_momentum}
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inputs", [1, 4, networks.GEMM_CHANNELS + 1])
+def test_compiled_form_is_the_convolution(monkeypatch, kernel, bias, inputs):
+    """Value and gradients of the matrix product, which compilation alone takes, in float64."""
+    torch.manual_seed(0)
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    conv = Conv2d(inputs, 3, kernel, padding=padding, bias=bias).double()
+    x = torch.randn(2, inputs, 5, 7, dtype=torch.float64, requires_grad=True)
+    wanted = F.conv2d(x, conv.weight, conv.bias, padding=padding)
+    back = torch.randn_like(wanted)
+    parameters = [x, *conv.parameters()]
+    wanted_gradients = torch.autograd.grad(wanted, parameters, back)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if inputs <= networks.GEMM_CHANNELS:  # this path must not end in the very function it replaces
+        monkeypatch.setattr(nn.Conv2d, "forward", None)
+    y = conv(x)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    for gradient, reference in zip(
+        torch.autograd.grad(y, parameters, back), wanted_gradients, strict=True
+    ):
+        torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    "widths, good, bad", [((4,), (1, 3, 8), ()), ((2, 3, 4), (4, 8, 12), (1, 2, 6, 9))]
+)
+def test_unet_takes_what_its_levels_divide(dims, widths, good, bad):
+    net = UNet(2, 3, dims=dims, widths=widths).eval()
+    for side in good:
+        assert net(torch.zeros(1, 2, *(side,) * dims)).shape == (1, 3, *(side,) * dims)
+    for side in bad:
+        with pytest.raises(ValueError, match=r"divisible by 4.*data.image_size or model.widths"):
+            net(torch.zeros(1, 2, *(side,) * dims))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_convnet_takes_any_size(dims):
+    net = ConvNet(1, 2, dims=dims)
+    for side in (1, 2, 7):
+        assert net(torch.zeros(1, 1, *(side,) * dims)).shape == (1, 2, *(side,) * dims)
+
+
+@pytest.mark.parametrize(
+    "make, knobs, message",
+    [
+        (UNet, {"widths": []}, r"model.widths must name .* at least one level, got \[\]"),
+        (UNet, {"widths": [8, 0]}, "each of model.widths must be a whole number .* got 0"),
+        (UNet, {"widths": [8, 2.5]}, "each of model.widths must be a whole number .* got 2.5"),
+        (UNet, {"convs": 0}, "model.convs must be a whole number of at least 1, got 0"),
+        (ConvNet, {"width": -1}, "model.width must be a whole number of at least 1, got -1"),
+        (ConvNet, {"depth": 0}, "model.depth must be a whole number of at least 1, got 0"),
+        (ConvNet, {"depth": True}, "model.depth must be a whole number of at least 1, got True"),
+    ],
+)
+def test_bad_settings(make, knobs, message):
+    with pytest.raises(ValueError, match=message):
+        make(1, 2, **knobs)
+
+
+def test_unet_uses_every_level():
+    """Each parameter, the skips' included, moves the output."""
+    torch.manual_seed(0)
+    net = UNet(1, 2, batch_norm=False).double()
+    x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    net(x).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_unet_narrows_before_it_enlarges():
+    """As the comment in UNet claims, 1x1 convolution and interpolation can change places."""
+    conv = networks._conv(2, 4, 2, 1, bias=True)
+    x = torch.randn(1, 4, 3, 3)
+    torch.testing.assert_close(
+        F.interpolate(conv(x), scale_factor=2.0), conv(F.interpolate(x, scale_factor=2.0))
+    )

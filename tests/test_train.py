@@ -1,0 +1,338 @@
+"""`python train.py ...`: what a run leaves, that it repeats itself, what it refuses."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ARTICLE, ENVIRONMENT, ROOT, read_result, run_folders, run_train
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from losswatch.report import read_scalars
+
+METRICS = ["accuracy", "dice", "iou", "dice/class_0", "dice/class_1", "iou/class_0", "iou/class_1"]
+
+
+@pytest.fixture(scope="module")
+def events(smoke):
+    accumulator = EventAccumulator(str(smoke.folder), size_guidance={"scalars": 0, "images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+# --- What a run leaves ---------------------------------------------------------------------------
+
+
+def test_files(smoke):
+    assert smoke.folder.parent.parent == smoke.cwd / "outputs"
+    assert smoke.folder.name == "experiment=smoke,probe.cosines=true,seed=3"
+    assert len(list(smoke.folder.glob("events.out.tfevents.*"))) == 1
+    assert list(smoke.folder.glob("checkpoints/*.ckpt"))
+    assert (smoke.folder / "train.log").read_text().count("val accuracy") == 1
+    assert (smoke.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(smoke.cwd.glob("*.*")), "nothing may lie beside outputs/"
+
+
+def test_output_is_short(smoke):
+    """Off a terminal: what runs, how it went; no bar, no warning."""
+    said = smoke.done.stderr + smoke.done.stdout
+    assert "Warning" not in said and "warn" not in said
+    lines = said.splitlines()
+    assert len(lines) <= 4
+    assert any(re.search(r"val accuracy 0\.\d{4} in [\d.]+ s", line) for line in lines)
+
+
+def test_watched_scalars(events, smoke):
+    scalars = events.Tags()["scalars"]
+    for tag in [f"{kind}/{name}" for kind in ("loss", "grad_norm") for name in ARTICLE]:
+        seen = events.Scalars(tag)
+        assert [e.step for e in seen] == list(range(30))
+        assert all(np.isfinite(e.value) and e.value > 0 for e in seen)
+    cosines = [tag for tag in scalars if tag.startswith("grad_cosine/")]
+    assert len(cosines) == 10 and "grad_cosine/cce~dice" in cosines
+    assert all(abs(e.value) <= 1 + 1e-6 for tag in cosines for e in events.Scalars(tag))
+    frame = read_scalars(smoke.folder)
+    assert set(frame.columns) == set(scalars)
+
+
+def test_validation_scalars(events):
+    for tag in [*METRICS, *(f"loss/{name}" for name in ARTICLE)]:
+        assert [e.step for e in events.Scalars(f"val/{tag}")] == [10, 20, 30]
+    shares = [e.value for tag in METRICS for e in events.Scalars(f"val/{tag}")]
+    assert all(0 <= share <= 1 for share in shares)
+    mean = (
+        events.Scalars("val/dice/class_0")[-1].value + events.Scalars("val/dice/class_1")[-1].value
+    ) / 2
+    assert events.Scalars("val/dice")[-1].value == pytest.approx(mean, rel=1e-6)
+
+
+def test_images(events):
+    [tag] = {tag.rpartition("/")[0] for tag in events.Tags()["images"]}
+    assert tag == "images/input_label_prediction"
+    for i in range(4):
+        shown = events.Images(f"{tag}/{i}")
+        assert [image.step for image in shown] == [10, 20, 30]
+        assert (shown[0].width, shown[0].height) == (3 * 16 + 2 * 2, 16)
+
+
+def test_hparams(events, smoke):
+    plugin = events.PluginTagToContent("hparams")
+    data = {tag: HParamsPluginData.FromString(content) for tag, content in plugin.items()}
+    start = data["_hparams_/session_start_info"].session_start_info.hparams
+    assert start["loss"].string_value == "dice"
+    assert start["theta"].number_value == 0.5
+    assert start["seed"].number_value == 3
+    assert start["optimizer.lr"].number_value == smoke.result["config"]["optimizer"]["lr"]
+    assert start["model.batch_norm"].bool_value is False
+    assert start["data.batch_size"].number_value == 2
+    infos = data["_hparams_/experiment"].experiment.metric_infos
+    metrics = {info.name.tag for info in infos}
+    assert metrics == {f"{s}/{m}" for s in ("val", "test") for m in ("accuracy", "dice", "iou")}
+    # Each of them is the last value of a curve, and the curve's is the one in result.json.
+    for tag in metrics:
+        assert events.Scalars(tag)[-1].value == pytest.approx(
+            smoke.result["metrics"][tag], rel=1e-6
+        )
+
+
+def test_custom_scalars_layout(events):
+    """Read from the event file: all losses in one chart, all norms in another."""
+    [tensor] = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(tensor.tensor_proto.string_val[0])
+    charts = [c for category in layout.category for c in category.chart]
+    tags = events.Tags()["scalars"]
+
+    def shown(chart):
+        return {tag for tag in tags for regex in chart.multiline.tag if re.search(regex, tag)}
+
+    sets = [shown(chart) for chart in charts]
+    assert {f"loss/{name}" for name in ARTICLE} in sets
+    assert {f"grad_norm/{name}" for name in ARTICLE} in sets
+    assert {tag for tag in tags if tag.startswith("grad_cosine/")} in sets
+    assert all(sets)
+
+
+def test_result(smoke):
+    result = smoke.result
+    assert result["status"] == "done" and result["error"] is None
+    assert result["run"] == smoke.folder.name
+    assert result["choices"] == {"loss": "dice", "model": "convnet", "optimizer": "adam"}
+    assert result["steps"] == 30 and 0 < result["seconds"] < 60
+    assert set(result["metrics"]) >= {f"{s}/{m}" for s in ("val", "test") for m in METRICS}
+    assert set(result["metrics"]) >= {f"val/loss/{name}" for name in ARTICLE}
+    assert result["config"]["theta"] == 0.5 and result["config"]["seed"] == 3
+
+
+def test_overrides_are_recorded(smoke):
+    hydra = smoke.folder / ".hydra"
+    given = ["experiment=smoke", "seed=3", "probe.cosines=true"]
+    assert list(OmegaConf.load(hydra / "overrides.yaml")) == given == smoke.result["overrides"]
+    config = OmegaConf.to_container(OmegaConf.load(hydra / "config.yaml"))
+    assert config == smoke.result["config"]
+    assert config["data"]["image_size"] == 16 and config["probe"]["cosines"] is True
+
+
+def test_checkpoint_is_plain_and_of_the_last_step(smoke):
+    [file] = smoke.folder.glob("checkpoints/*.ckpt")
+    assert file.name == "step=30.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    assert checkpoint["global_step"] == 30
+    assert checkpoint["state_dict"]
+
+
+# --- The same seed gives the same numbers --------------------------------------------------------
+
+
+def test_repeats_itself_also_with_workers(smoke, tmp_path):
+    """The smoke run again: alone in a sweep with other worker counts and another seed."""
+    run_train(
+        "-m", "experiment=smoke", "seed=3,4", "probe.cosines=true", "data.num_workers=0,2",
+        cwd=tmp_path,
+    )  # fmt: skip
+    wanted = read_scalars(smoke.folder)
+    folders = run_folders(tmp_path)
+    assert len(folders) == 4
+    for name, folder in folders.items():
+        frame = read_scalars(folder)
+        assert set(frame.columns) == set(wanted.columns) and len(frame) == len(wanted)
+        assert frame[wanted.columns].equals(wanted) == ("seed=3" in name), name
+
+
+# --- Other people's parts ------------------------------------------------------------------------
+
+OWN = '''
+import torch
+from torch import nn
+
+
+class Mine(nn.Module):
+    """Mean squared error of the softmax."""
+
+    def __init__(self, power=2.0):
+        super().__init__()
+        self.power = power
+
+    def forward(self, logits, target):
+        p = logits.float().softmax(1)
+        y = nn.functional.one_hot(target, p.shape[1]).movedim(-1, 1)
+        return (p - y).abs().pow(self.power).mean()
+
+
+def net(in_channels, num_classes, dims, width):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 1), nn.Tanh(), nn.Conv2d(width, num_classes, 1)
+    )
+'''
+
+
+BOOM = """
+class Boom(Mine):
+    def forward(self, logits, target):
+        if logits.shape[-1] == 16:  # not in the check before training
+            raise RuntimeError("boom\\nsecond line")
+        return super().forward(logits, target)
+"""
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """A sweep over a user's own losses and network, one of MONAI's and one that fails."""
+    cwd = tmp_path_factory.mktemp("own losses, networks")
+    (cwd / "mine.py").write_text(OWN + BOOM)
+    for path, text in {
+        "loss/mse": "_target_: mine.Mine\npower: 2.0",
+        "loss/boom": "_target_: mine.Boom",
+        "loss/monai": "_target_: losswatch.losses.OneHotTarget\n"
+        "loss: {_target_: monai.losses.GeneralizedDiceLoss, softmax: true}",
+        "model/mine": "_target_: mine.net\nwidth: 3",
+    }.items():
+        file = cwd / "conf" / f"{path}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    path = os.pathsep.join([str(cwd), os.environ.get("PYTHONPATH", "")])
+    done = run_train(
+        "-m", "--config-dir", "conf", "experiment=smoke", "model=mine", "loss=mse,boom",
+        "theta=0.5,[0.3,0.6]", f"watch=[{','.join([*ARTICLE, *LONG, 'mse', 'monai'])}]",
+        "+trainer.default_root_dir='a b/\"c\"; d'", "trainer.max_steps=10",
+        cwd=cwd, status=1, env=ENVIRONMENT | {"PYTHONPATH": path},
+    )  # fmt: skip
+    runs = {name: read_result(folder) for name, folder in run_folders(cwd).items()}
+    return cwd, done, runs
+
+
+LONG = ["dice_log", "dice_tversky", "dice_gamma", "dice_jaccard", "dice_kornia_macro", "dice_flat"]
+
+
+def test_own_losses_and_network(others):
+    cwd, _, runs = others
+    assert len(runs) == 4
+    for name, result in runs.items():
+        if result["choices"]["loss"] == "boom":
+            continue
+        assert result["status"] == "done" and result["choices"]["model"] == "mine"
+        frame = read_scalars(run_folders(cwd)[name])
+        for loss in ("cce", "mse", "monai"):
+            assert len(frame[f"loss/{loss}"].dropna()) == 10
+            assert (frame[f"grad_norm/{loss}"].dropna() > 0).all()
+        classes = 3 if isinstance(result["config"]["theta"], list) else 2
+        assert f"val/dice/class_{classes - 1}" in result["metrics"]
+        assert f"val/dice/class_{classes}" not in result["metrics"]
+
+
+def test_a_failing_run_ends_no_sweep(others):
+    cwd, done, runs = others
+    failed = {name for name, result in runs.items() if result["status"] == "failed"}
+    assert failed == {n for n, result in runs.items() if result["choices"]["loss"] == "boom"}
+    assert len(failed) == 2
+    for name in failed:
+        assert runs[name]["error"] == "RuntimeError: boom second line"
+        assert "Traceback" in (run_folders(cwd)[name] / "train.log").read_text()
+    assert "Traceback" not in done.stderr and done.stderr.count("boom second line") == 2
+    [file] = cwd.glob("outputs/*/summary.csv")
+    summary = pd.read_csv(file)
+    assert sorted(summary.status) == ["done", "done", "failed", "failed"]
+    assert set(summary.error.dropna()) == {"RuntimeError: boom second line"}
+
+
+def test_folder_names_of_long_and_strange_overrides(others):
+    _, _, runs = others
+    for name in runs:
+        assert len(name.encode()) <= 150 and re.fullmatch(r"[\w.,=+~@\[\]-]+", name)
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("loss=dise", "there is no loss=dise; loss is one of cce,.* dice,.*dice_fg"),
+        ("-m loss=dice,dise", "there is no loss=dise; loss is one of cce,.* dice,.*dice_fg"),
+        ("data.imagesize=3", "there is no data.imagesize; data has image_size,"),
+        ("-m trainer.max_stepz=3,4", "there is no trainer.max_stepz; trainer has max_steps,"),
+        ("data.batch_size=two", "data.batch_size=two: .*Integer"),
+        ("theta", "Error parsing override 'theta'"),
+    ],
+)
+def test_misspelt_names(tmp_path, arguments, message):
+    done = run_train(*arguments.split(), cwd=tmp_path, status=None)
+    assert done.returncode not in (0, None)
+    [line] = (done.stdout + done.stderr).splitlines()
+    assert re.match(f"losswatch: .*{message}", line)
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_bad_value(tmp_path):
+    done = run_train("experiment=smoke", "theta=1.5", cwd=tmp_path, status=2)
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"losswatch: theta must be a number strictly between 0 and 1.*got 1\.5", last)
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("events.out.*")) and not list(tmp_path.rglob("result.json"))
+
+
+def test_help_is_worth_reading(tmp_path):
+    shown = run_train("--help", cwd=tmp_path).stdout
+    for text in ("loss: cce, dice", "model: convnet, unet", "optimizer: adam", "experiment: smoke",
+                 "theta=0.05,0.5,0.95", "batch_size: 8", "tensorboard --logdir"):  # fmt: skip
+        assert text in shown
+    assert not list(tmp_path.iterdir())
+
+
+# --- Interrupted ---------------------------------------------------------------------------------
+
+
+def test_interrupted_run_loses_nothing(tmp_path):
+    """Control-C: all steps up to the last are on disk, and the run isn't called done."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "experiment=smoke", "trainer.max_steps=1000000",
+         "trainer.val_check_interval=100"],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.rglob("*.ckpt")):  # validated once, so it is under way
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "Traceback" not in said
+    [folder] = run_folders(tmp_path).values()
+    if (folder / "result.json").exists():
+        assert read_result(folder)["status"] == "failed"
+    steps = read_scalars(folder)["loss/dice"].dropna().index
+    validated = read_scalars(folder)["val/accuracy"].dropna().index
+    assert list(steps) == list(range(len(steps)))
+    assert len(steps) > 100 and len(steps) > validated.max(), "the last block was lost"
