@@ -13,7 +13,6 @@ result.json in outputs/<sweep>/<run>/.
 import logging
 import time
 import traceback
-import warnings
 from pathlib import Path
 
 import hydra
@@ -30,7 +29,6 @@ schema.register()
 def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -> dict[str, float]:
     """Train one run in `folder`; return its final metrics."""
     import pytorch_lightning as pl
-    import torch
     from pytorch_lightning.callbacks import ModelCheckpoint
     from torch._dynamo.exc import TorchDynamoException
 
@@ -38,34 +36,21 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     from losswatch.module import SegmentationModule
     from losswatch.probe import Probe
 
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # The images are made, not loaded: workers have nothing to hide.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
-    warnings.filterwarnings("ignore", ".*configure_optimizers.*returned `None`.*")
-    # Softmax saturates in time, and its denormal gradients are 1.4 to 35 times as slow on a CPU.
-    torch.set_flush_denormal(True)
-
-    data, net = build.make_data(cfg), build.make_net(cfg)
+    build.prepare_process()
     losses = build.make_losses(cfg, trained, files)
-    optimizer = hydra.utils.instantiate(cfg.optimizer, _partial_=True, _convert_="all")
     options = build.trainer_options(cfg)
-    logger = callbacks.EventLog(str(folder))
-    callbacks.add_charts(logger, cosines=cfg.probe.cosines)
-    callbacks.add_hparams(logger, cfg, trained)
-
     if cfg.compile:
         try:
             if why := fuse.obstacle(options):
                 raise NotImplementedError(f"{why} needs the ordinary step")
-            member = fuse.Member(net, data, trained, optimizer(net.parameters()), logger)
-            fuse.fit([member], losses, options, [callbacks.Progress(None)], **cfg.probe)
-            logger.close()
-            return member.metrics
+            member = fuse.make_member(cfg, trained, folder)
+            fuse.fit([member], losses, options, **cfg.probe)
+            return member.result()
         except (NotImplementedError, TorchDynamoException) as error:
             log.warning("not compiled: %s", " ".join(str(error).split())[:200])
 
+    data, net, optimizer = build.make_data(cfg), build.make_net(cfg), build.make_optimizer(cfg)
+    logger = callbacks.open_log(cfg, trained, folder)
     module = SegmentationModule(
         net, losses, trained, optimizer, num_classes=len(schema.thresholds(cfg.theta)) + 1
     )
@@ -96,7 +81,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Check, train, and write down how it went; the returned accuracy is for sweepers."""
-    from losswatch import build
+    from losswatch import build, fuse
     from losswatch.report import read_scalars
     from losswatch.result import write_result
     from losswatch.study import plot_curves
@@ -122,7 +107,9 @@ def main(cfg: DictConfig) -> float | None:
     }
     start = time.perf_counter()
     try:
-        metrics = train(cfg, trained, files, folder)
+        # The fused launcher trains its runs first, and has each finished here like any other.
+        fused = fuse.FINISHED.pop(folder, None)
+        metrics = fused.result() if fused else train(cfg, trained, files, folder)
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         log.error("failed: %s (traceback in %s)", result["error"], folder / f"{job.job.name}.log")
@@ -131,7 +118,7 @@ def main(cfg: DictConfig) -> float | None:
         if job.mode.name == "RUN":
             raise SystemExit(1) from error
         return float("nan")
-    seconds = time.perf_counter() - start
+    seconds = fused.seconds if fused else time.perf_counter() - start
     write_result(folder, result | {"status": "done", "seconds": seconds, "metrics": metrics})
     plot_curves(read_scalars(folder), folder / "curves.png", title=folder.name, trained=trained)
     log.info("val accuracy %.4f in %.1f s: %s", metrics["val/accuracy"], seconds, folder)

@@ -1,6 +1,9 @@
 """Measure losswatch, one section per subcommand.
 
     python scripts/benchmark.py losses    losses and their gradient against other libraries'
+    python scripts/benchmark.py probe     what watching costs, against plain training
+    python scripts/benchmark.py run       steps a second of a whole run, Lightning and files included
+    python scripts/benchmark.py sweep     runs x steps a second of each launcher
 
 Peers are measured where they are installed:
 pip install monai kornia segmentation-models-pytorch nnunetv2
@@ -9,16 +12,34 @@ pip install monai kornia segmentation-models-pytorch nnunetv2
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
+import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
+
+from losswatch.data import TRAIN, image_and_label, uniform
+from losswatch.losses import Dice, LossSet
+from losswatch.module import SegmentationModule
+from losswatch.networks import ConvNet, UNet
+from losswatch.probe import Probe
+from losswatch.step import compiled, make_step, optimizer_rule
 
 SIZES = ((2, 2, 256, 256), (2, 4, 512, 512))
 Job = Callable[[], object]
@@ -56,11 +77,6 @@ def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targ
 
 
 def losses(rounds: int) -> None:
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    from losswatch.losses import Dice, LossSet
-
     def load(name: str) -> torch.nn.Module:
         return instantiate(OmegaConf.load(Path(__file__).parent.parent / f"conf/loss/{name}.yaml"))
 
@@ -138,14 +154,224 @@ def peers(classes: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return found
 
 
+ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
+
+
+def watched(count: int) -> LossSet:
+    """The article's five losses and, up to `count`, more Dice variants."""
+    folder = Path(__file__).parent.parent / "conf/loss"
+    found = {name: instantiate(OmegaConf.load(folder / f"{name}.yaml")) for name in ARTICLE}
+    for i in range(count - len(found)):
+        found[f"tversky{i}"] = Dice(exponent=1 + i % 2, alpha=0.1 + 0.05 * i)
+    return LossSet(found)
+
+
+def saturate(net: nn.Module) -> nn.Module:
+    """The state late in training: most pixels' softmax is 0 or 1 to float32."""
+    with torch.no_grad():
+        *_, head = (m for m in net.modules() if isinstance(m, nn.Conv2d))
+        head.weight *= 50
+    return net
+
+
+def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, Job]:
+    """One training step in each way, trained with Dice and Adam on fresh images."""
+
+    def parts(count: int = 5) -> tuple[SegmentationModule, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = SegmentationModule(make_net(), watched(count), "dice", torch.optim.Adam, 2)
+        return module, torch.optim.Adam(module.net.parameters())
+
+    thresholds, seed = torch.tensor([0.5]), torch.tensor(0)
+    counter = itertools.count()
+
+    def batch() -> tuple[Tensor, Tensor]:
+        u = uniform(seed, TRAIN, torch.tensor(next(counter)), shape)
+        return image_and_label(u, thresholds, 0.0, 1.0)
+
+    def plain(sequential: bool, module: SegmentationModule, adam: torch.optim.Optimizer) -> None:
+        image, label = batch()
+        logits = module.net(image)
+        adam.zero_grad()
+        if sequential:
+            for value in module.losses(logits, label):
+                parameters = list(module.net.parameters())
+                grads = torch.autograd.grad(value, parameters, retain_graph=True)
+                torch.cat([g.flatten() for g in grads]).norm()
+        module.loss(logits, label).backward()
+        adam.step()
+
+    def probed(every: int, count: int) -> Job:
+        module, adam = parts(count)
+        probe = Probe(every_n_steps=every)
+        strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
+        trainer: Any = SimpleNamespace(
+            global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true",
+            fit_loop=SimpleNamespace(_should_accumulate=lambda: False), strategy=strategy,
+            logger=None, is_global_zero=True,
+        )  # fmt: skip
+        module.on_fit_start()
+        narrow = not torch.backends.mkldnn.enabled
+        probe.on_fit_start(trainer, module)
+
+        def step() -> None:
+            # As the module sets it for the length of a run; here runs take turns.
+            torch.backends.mkldnn.enabled = not narrow
+            loss = module.training_step(batch(), 0)
+            adam.zero_grad()
+            probe.on_before_backward(trainer, module, loss)
+            loss.backward()
+            probe.on_after_backward(trainer, module)
+            adam.step()
+            trainer.global_step += 1
+            torch.backends.mkldnn.enabled = True
+
+        return step
+
+    def fused(count: int) -> Job:
+        module, adam = parts(count)
+        rule, numbers, names = optimizer_rule(adam)
+        flat = torch.cat([p.detach().flatten() for p in module.net.parameters()])[None]
+        buffers = {n: b.clone()[None] for n, b in module.net.named_buffers()}
+        given = {n: torch.tensor([v]) for n, v in numbers.items()} | {
+            "seed": seed[None], "thresholds": thresholds[None],
+            "low": torch.zeros(1), "high": torch.ones(1),
+            "trained": torch.tensor([[float(n == "dice") for n in module.losses.names]]),
+        }  # fmt: skip
+        moments = tuple(torch.zeros_like(flat) for _ in names)
+        step = make_step(module.net, module.losses, rule, shape, observed=True)
+        step = torch.vmap(step, in_dims=(0, 0, 0, 0, None))
+        run = compiled(step, flat, buffers, moments, given, seed)
+        state = [flat, buffers, moments]
+
+        def one() -> None:
+            *state[:], _ = run(*state, given, torch.tensor(next(counter)))
+
+        return one
+
+    default, layout = parts(), torch.contiguous_format
+    default[0].net.to(memory_format=layout)  # type: ignore[call-overload]
+    sequential = parts()
+    sequential[0].net.to(memory_format=layout)  # type: ignore[call-overload]
+    jobs: dict[str, Job] = {
+        "plain PyTorch, one loss": partial(plain, False, *default),
+        "one autograd.grad per loss": partial(plain, True, *sequential),
+        "probe, 5 losses": probed(1, 5),
+        "probe, 16 losses": probed(1, 16),
+        "probe every 10 steps": probed(10, 5),
+    }
+    if sum(p.numel() for p in make_net().parameters()) < 1000:
+        jobs |= {"compiled, 5 losses": fused(5), "compiled, 16 losses": fused(16)}
+    return jobs
+
+
+def probe(rounds: int) -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    cases: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+        "article's net, 2×32×32": (lambda: ConvNet(1, 2), (2, 1, 32, 32)),
+        "U-Net (8, 16, 32), 8×64×64": (lambda: UNet(1, 2, batch_norm=False), (8, 1, 64, 64)),
+    }
+    for title, (make, shape) in cases.items():
+        for stage, net in (("early", make), ("late", lambda make=make: saturate(make()))):
+            jobs = training_steps(net, shape)
+            # Ten steps a turn, so that every tenth is observed once a turn.
+            turns = {name: partial(repeat, job, 10) for name, job in jobs.items()}
+            times = interleaved(turns, rounds)
+            base = times["plain PyTorch, one loss"]
+            table = Table("a step", title=f"{title}, {stage}, one thread")
+            table.add_column("ms", justify="right")
+            table.add_column("× plain", justify="right")
+            for name, ms in times.items():
+                table.add_row(name, f"{ms / 10:.2f}", f"{ms / base:.2f}")
+            Console(width=100).print(table)
+
+
+def repeat(job: Job, times: int) -> None:
+    for _ in range(times):
+        job()
+
+
+def whole_run(steps: int) -> None:
+    """Steps a second of `train.py` itself: the last steps, less the first, which compile."""
+    torch.set_num_threads(1)
+    common = ["model=convnet", "data.batch_size=2", "optimizer.lr=1e-3",
+              "trainer.val_check_interval=250", "trainer.enable_progress_bar=false"]  # fmt: skip
+    table = Table("whole run, article's net", title="Lightning, data, probe, events; one thread")
+    table.add_column("steps/s", justify="right")
+    for name, extra in (("eager", []), ("compile=true", ["compile=true"])):
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = []
+            for count in (250, 250 + steps):
+                args = [
+                    *common,
+                    *extra,
+                    f"trainer.max_steps={count}",
+                    f"hydra.run.dir={folder}/{count}",
+                ]
+                subprocess.run([sys.executable, "train.py", *args], check=True,
+                               capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                seconds.append(
+                    json.loads(Path(folder, str(count), "result.json").read_text())["seconds"]
+                )
+        table.add_row(name, f"{steps / (seconds[1] - seconds[0]):.0f}")
+    Console(width=100).print(table)
+
+
+def sweep(steps: int, counts: list[int]) -> None:
+    """Runs × steps a second of each launcher, from their results on disk, less the start."""
+    launchers = {
+        "basic": [],
+        "joblib, all cores": ["hydra/launcher=joblib"],
+        "fused, eager": ["hydra/launcher=fused"],
+        "fused, compiled": ["hydra/launcher=fused", "compile=true"],
+    }
+    table = Table("launcher", title="runs × steps a second, article's net, five losses watched")
+    for count in counts:
+        table.add_column(f"{count} runs", justify="right")
+    for name, extra in launchers.items():
+        row = []
+        for count in counts:
+            seconds = []
+            for length in (250, 250 + steps):
+                with tempfile.TemporaryDirectory() as folder:
+                    args = ["-m", "model=convnet", "data.batch_size=2", "optimizer.lr=1e-3", *extra,
+                            "trainer.val_check_interval=250", f"trainer.max_steps={length}",
+                            "loss=cce,dice,dice_fg", "theta=0.05,0.5,0.95",
+                            f"seed=range({count // 9})", f"hydra.sweep.dir={folder}/sweep"]  # fmt: skip
+                    begin = time.perf_counter()
+                    subprocess.run([sys.executable, "train.py", *args], check=True,
+                                   capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                    seconds.append(time.perf_counter() - begin)
+            row.append(f"{count * steps / (seconds[1] - seconds[0]):.0f}")
+        table.add_row(name, *row)
+    Console(width=100).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sections = parser.add_subparsers(dest="section", required=True)
-    section = sections.add_parser("losses", help="losses and gradients against other libraries'")
-    section.add_argument("--rounds", type=int, default=25, help="interleaved rounds of the median")
+    for name, text in (("losses", "losses and gradients against other libraries'"),
+                       ("probe", "what watching costs")):  # fmt: skip
+        section = sections.add_parser(name, help=text)
+        section.add_argument("--rounds", type=int, default=25, help="interleaved rounds")
+    section = sections.add_parser("run", help="steps a second of a whole run")
+    section.add_argument("--steps", type=int, default=3000)
+    section = sections.add_parser("sweep", help="runs x steps a second of each launcher")
+    section.add_argument("--steps", type=int, default=1000)
+    section.add_argument("--runs", type=int, nargs="+", default=[9, 27, 54, 108])
     args = parser.parse_args()
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    )
     if args.section == "losses":
         losses(args.rounds)
+    elif args.section == "probe":
+        probe(args.rounds)
+    elif args.section == "run":
+        whole_run(args.steps)
+    else:
+        sweep(args.steps, args.runs)
 
 
 if __name__ == "__main__":

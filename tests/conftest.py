@@ -1,4 +1,4 @@
-"""What several test files share: composed configs, small runs in this process, train.py in a new one.
+"""What test files share: composed configs, small runs in this process, train.py in a new one.
 
 Everything writes to temporary folders.
 """
@@ -103,6 +103,7 @@ def make_run(tmp_path):
             **{"image_size": 8, "batch_size": 3, "val_size": 3, "test_size": 3} | (data or {}),
         )
         options = {"max_steps": steps, "max_epochs": 1, "accelerator": "cpu"} | trainer
+        options["log_every_n_steps"] = 1  # unused, but Lightning warns of short runs
         fitter = pl.Trainer(
             logger=EventLog(str(tmp_path / folder)),
             callbacks=[*([probe] if probe else []), *callbacks],

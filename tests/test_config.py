@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from losswatch import config
 from losswatch.config import ConfigError, run_name, thresholds
 
-# --- Every bad input gets one line that names what is allowed --------------------------------------
+# --- Every bad input gets one line that names what is allowed ------------------------------------
 
 BAD = [
     ("theta=1.5", r"theta must be a number strictly between 0 and 1.*got 1.5"),
@@ -118,7 +118,7 @@ def test_thresholds(values):
             thresholds(values[::-1])
 
 
-# --- Names of run folders ---------------------------------------------------------------------------
+# --- Names of run folders ------------------------------------------------------------------------
 
 keys = st.from_regex(r"[+~]{0,2}[a-z_]+([./][a-z_]+)*", fullmatch=True)
 values = st.one_of(

@@ -567,7 +567,9 @@ def test_bad_settings(knobs, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("loss", [Dice(), CrossEntropy(), CrossEntropy(clip=None)])
+@pytest.mark.parametrize(
+    "loss", [Dice(), CrossEntropy(), CrossEntropy(clip=None), Sum([Dice(), CrossEntropy()])]
+)
 def test_bad_data(loss):
     logits, target = batch(dtype=torch.float32)
     cases = [

@@ -78,7 +78,6 @@ def test_what_is_said(six):
     "arguments, message",
     [
         ("theta=0.5,0.6,1.5", r"theta must be .*got 1\.5 \(in the run .*theta=1\.5"),
-        ("model=unet data.image_size=16,33", r"divisible by 4, got \(33, 33\).*in the run"),
         ("seed=1,2,1", "the run experiment=smoke seed=1 is asked for twice"),
     ],
 )

@@ -1,5 +1,6 @@
 """`python train.py ...`: what a run leaves, that it repeats itself, what it refuses."""
 
+import io
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ARTICLE, ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from omegaconf import OmegaConf
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -76,12 +78,25 @@ def test_validation_scalars(events):
 
 
 def test_images(events):
-    [tag] = {tag.rpartition("/")[0] for tag in events.Tags()["images"]}
-    assert tag == "images/input_label_prediction"
-    for i in range(4):
-        shown = events.Images(f"{tag}/{i}")
-        assert [image.step for image in shown] == [10, 20, 30]
-        assert (shown[0].width, shown[0].height) == (3 * 16 + 2 * 2, 16)
+    """Four rows of input, label and prediction, with two grey pixels between them."""
+    assert events.Tags()["images"] == ["images/input_label_prediction"]
+    shown = events.Images("images/input_label_prediction")
+    assert [image.step for image in shown] == [10, 20, 30]
+    for image in shown:
+        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("L"))
+        assert pixels.shape[0] * pixels.shape[1] == 4 * 16 * (3 * 16 + 2 * 2)
+        tiles = [  # add_images lays them out in one row or in a square
+            tile
+            for row in np.split(pixels, pixels.shape[0] // 16, axis=0)
+            for tile in np.split(row, pixels.shape[1] // 52, axis=1)
+        ]
+        for tile in tiles:
+            parts = np.split(tile, [16, 18, 34, 36], axis=1)
+            image, label, prediction = parts[::2]
+            assert all(len(set(gap.flatten())) == 1 for gap in parts[1::2])
+            assert set(label.flatten()) == {0, 255} and set(prediction.flatten()) <= {0, 255}
+            # θ = 0.5 on inputs from 0 to 1; they were stretched to their own range, just inside.
+            assert image[label == 255].min() >= 125 and image[label == 0].max() <= 130
 
 
 def test_hparams(events, smoke):
@@ -301,7 +316,7 @@ def test_bad_value(tmp_path):
 
 def test_help_is_worth_reading(tmp_path):
     shown = run_train("--help", cwd=tmp_path).stdout
-    for text in ("loss: cce, dice", "model: convnet, unet", "optimizer: adam", "experiment: smoke",
+    for text in ("loss: cce, ", "model: convnet, unet", "optimizer: adam", "smoke",
                  "theta=0.05,0.5,0.95", "batch_size: 8", "tensorboard --logdir"):  # fmt: skip
         assert text in shown
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ def make_data(cfg: DictConfig) -> ThresholdedImages:
     return ThresholdedImages(thresholds(cfg.theta), seed=cfg.seed, **cfg.data)
 
 
+def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
+    """The function from parameters to an optimiser."""
+    return hydra.utils.instantiate(cfg.optimizer, _partial_=True, _convert_="all")
+
+
 def check(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> None:
     """Make everything once on PyTorch's meta device: what cannot work is said before any work.
 
@@ -121,3 +126,17 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
     options["val_check_interval"] = min(options["val_check_interval"], options["max_steps"])
     return options
+
+
+def prepare_process() -> None:
+    """What every process that trains sets once."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the images are made, not loaded
+        ".*smaller than the logging interval.*",  # the probe has its own
+        ".*configure_optimizers.*returned `None`.*",  # a stack's step holds the optimiser
+        ".*LeafSpec.*is deprecated.*",  # Lightning's own
+    ):
+        warnings.filterwarnings("ignore", message)
+    # Softmax saturates in time, and its denormal gradients are 1.4 to 35 times as slow on a CPU.
+    torch.set_flush_denormal(True)

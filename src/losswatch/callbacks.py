@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
@@ -22,6 +24,9 @@ class EventLog(TensorBoardLogger):
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder, name=None, version="", default_hp_metric=False)
+
+    def save(self) -> None:
+        """No hparams.yaml: the config stands in .hydra/ and result.json."""
 
     def finalize(self, status: str) -> None:
         self.experiment.flush()
@@ -90,7 +95,8 @@ class Images(pl.Callback):
         )
 
 
-def add_charts(logger: TensorBoardLogger, cosines: bool) -> None:
+@rank_zero_only  # the others have no file to write to
+def add_charts(logger: EventLog, cosines: bool) -> None:
     """The custom-scalars layout: all losses in one chart, all gradient norms in another."""
     charts = {
         "values of all losses": ["Multiline", ["^loss/"]],
@@ -109,7 +115,8 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: node if plain else str(node)}
 
 
-def add_hparams(logger: TensorBoardLogger, cfg: DictConfig, loss: str) -> None:
+@rank_zero_only
+def add_hparams(logger: EventLog, cfg: DictConfig, loss: str) -> None:
     """The HParams tab's row: what people sweep, beside the last value of each metric's curve."""
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
@@ -118,3 +125,11 @@ def add_hparams(logger: TensorBoardLogger, cfg: DictConfig, loss: str) -> None:
     names = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
     for summary in hparams(params, dict.fromkeys(names, 0.0)):
         logger.experiment.file_writer.add_summary(summary)
+
+
+def open_log(cfg: DictConfig, loss: str, folder: Path) -> EventLog:
+    """The run's event file, with its charts and its row of the HParams tab."""
+    logger = EventLog(str(folder))
+    add_charts(logger, cosines=cfg.probe.cosines)
+    add_hparams(logger, cfg, loss)
+    return logger

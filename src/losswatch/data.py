@@ -97,6 +97,16 @@ class _Steps(Sampler[int]):
         return iter(range(done, len(self)))
 
 
+class _Loader(DataLoader):
+    """Tells Lightning that it can resume. Its whole state is the trainer's step (`_Steps`)."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
 class ThresholdedImages(pl.LightningDataModule):
     """Images of independent uniform pixels; a pixel's class is where its value falls among θ.
 
@@ -142,7 +152,7 @@ class ThresholdedImages(pl.LightningDataModule):
                 self.device = self.trainer.strategy.root_device
 
     def _loader(self, dataset: Dataset, sampler: Sampler[int] | range) -> DataLoader:
-        return DataLoader(
+        return _Loader(
             dataset,
             batch_size=None,  # a batch is one item
             sampler=sampler,

@@ -10,16 +10,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
+from losswatch.build import make_data, make_net, make_optimizer
+from losswatch.callbacks import EventLog, Progress, open_log
 from losswatch.data import TEST, VAL, ThresholdedImages, image_and_label, uniform
 from losswatch.events import write_scalars
 from losswatch.losses import LossSet
@@ -38,13 +41,35 @@ CHUNK = 8
 class Member:
     """One run of a stack."""
 
+    folder: Path
     net: nn.Module  # holds the initial weights, and the trained ones in the end
     data: ThresholdedImages
     trained: str
     optimizer: torch.optim.Optimizer  # of `net`; its kind and numbers count, it never steps
-    logger: TensorBoardLogger | None = None
+    logger: EventLog
     metrics: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
+    error: str | None = None  # why it counts as failed
+    seconds: float = 0.0  # its share of the stack's time
+
+    def result(self) -> dict[str, float]:
+        """The final metrics.
+
+        Raises:
+            FloatingPointError: something became NaN or infinite; says what and when.
+        """
+        if self.error:
+            raise FloatingPointError(self.error)
+        return self.metrics
+
+
+# Members whose training is done, by folder, until train.py writes their results.
+FINISHED: dict[Path, Member] = {}
+
+
+def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
+    net = make_net(cfg)
+    optimizer = make_optimizer(cfg)(net.parameters())
+    return Member(folder, net, make_data(cfg), trained, optimizer, open_log(cfg, trained, folder))
 
 
 class Blocks:
@@ -154,11 +179,9 @@ class StackedModule(pl.LightningModule):
         chunk = CHUNK if self.device.type == "cpu" else len(self.members)
         tensors = (self.flat, self.rest, self.moments, self.numbers)
         moved = tree_map(lambda t: t.to(self.device), tensors)
-        self.chunks = [
-            # Copies, so that each chunk is dense: the graph is compiled for those strides.
-            tree_map(lambda t: t[i : i + chunk].clone(), moved)
-            for i in range(0, len(self.members), chunk)
-        ]
+        # Copies, so that each chunk is dense: the graph is compiled for those strides.
+        starts = range(0, len(self.members), chunk)
+        self.chunks = [tree_map(lambda t, i=i: t[i : i + chunk].clone(), moved) for i in starts]
 
     def step_for(self, observed: bool, state: tuple, step: Tensor) -> Callable[..., Any]:
         key = (observed, len(state[0]))
@@ -203,8 +226,7 @@ class StackedModule(pl.LightningModule):
                 row, column = np.argwhere(bad)[0]
                 member.error = f"{self.tags[column]} is {block[row, column]} at step {steps[row]}"
                 log.warning("%s (loss %s)", member.error, member.trained)
-            if member.logger is not None:
-                write_scalars(member.logger.experiment, self.tags, steps, block)
+            write_scalars(member.logger.experiment, self.tags, steps, block)
 
     def on_fit_end(self) -> None:
         """Give each member its trained weights."""
@@ -263,9 +285,8 @@ class StackedModule(pl.LightningModule):
         for member, found in zip(self.members, self.evaluate(split, size), strict=True):
             scalars = {f"{stage}/{name}": value for name, value in found.items()}
             member.metrics |= scalars
-            if member.logger is not None:
-                values = np.array([list(scalars.values())])
-                write_scalars(member.logger.experiment, list(scalars), step, values)
+            values = np.array([list(scalars.values())])
+            write_scalars(member.logger.experiment, list(scalars), step, values)
         accuracies = [m.metrics[f"{stage}/accuracy"] for m in self.members]
         # For the progress bar; `log` is only for use inside Lightning's loops.
         self.trainer.callback_metrics[f"{stage}/accuracy"] = torch.tensor(accuracies).mean()
@@ -290,7 +311,6 @@ def fit(
     members: Sequence[Member],
     losses: LossSet,
     trainer_options: Mapping[str, Any],
-    callbacks: Sequence[pl.Callback],
     **options: Any,
 ) -> None:
     """Train the members, validate and test them; results are in each.
@@ -299,14 +319,14 @@ def fit(
         members, losses, options: of `StackedModule`.
         trainer_options: of pytorch_lightning.Trainer; steps are steps of each run.
     """
-    torch.backends.mkldnn.enabled = True
+    begin = time.perf_counter()
     module = StackedModule(members, losses, **options)
     steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
     block = block_size(interval)
     trainer = pl.Trainer(
         **{**trainer_options, "val_check_interval": interval // block},
         logger=False,
-        callbacks=list(callbacks),
+        callbacks=[Progress(None)],
         max_epochs=1,
         num_sanity_val_steps=0,
         enable_model_summary=False,
@@ -314,3 +334,6 @@ def fit(
     )
     trainer.fit(module, Blocks(trainer, steps, block), range(1))  # type: ignore[arg-type]
     module.report("test", TEST, members[0].data.test_size)
+    for member in members:
+        member.logger.close()
+        member.seconds = (time.perf_counter() - begin) / len(members)

@@ -127,7 +127,7 @@ class Dice(nn.Module):
         self.stack = _Stack([self], [])
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _checked(self, logits, target)
+        return _checked(self.stack, logits, target, self.ignore_index).squeeze(0)
 
 
 class CrossEntropy(nn.Module):
@@ -177,7 +177,7 @@ class CrossEntropy(nn.Module):
         return self.weight is None and not self.label_smoothing and not self.count_ignored
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _checked(self, logits, target)
+        return _checked(self.stack, logits, target, self.ignore_index).squeeze(0)
 
 
 class Sum(nn.Module):
@@ -197,9 +197,16 @@ class Sum(nn.Module):
                 f"weights={weights!r}: one per loss is needed, and there are {len(losses)} losses"
             )
 
+        self.together = LossSet({str(i): loss for i, loss in enumerate(losses)})
+        ignored = (getattr(part, "ignore_index", None) for _, part in _parts(self))
+        self.ignore_index = next((index for index in ignored if index is not None), None)
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        terms = [w * f(logits, target) for w, f in zip(self.weights, self.losses, strict=True)]
-        return torch.stack(terms).sum()
+        return _checked(self._value, logits, target, self.ignore_index)
+
+    def _value(self, logits: Tensor, target: Tensor) -> Tensor:
+        values = self.together(logits, target).unbind()
+        return torch.stack([w * v for w, v in zip(self.weights, values, strict=True)]).sum()
 
 
 class OneHotTarget(nn.Module):
@@ -495,10 +502,10 @@ class _Stack(nn.Module):
     def dense(self, logits: Tensor, target: Tensor) -> bool:
         """Whether to spell the target out as one-hot.
 
-        Indexing is faster in eager mode on a CPU with many classes, and only there.
+        Indexing is faster in eager mode on a CPU, but for Dice of two classes, and only there.
         """
         soft = target.ndim == logits.ndim or self.minimum or not self.plain
-        few = target.ndim == 1 or logits.shape[1] == 2
+        few = target.ndim == 1 or (logits.shape[1] == 2 and self.dices > 0)
         return soft or few or logits.device.type != "cpu" or torch.compiler.is_compiling()
 
     def pixels(
@@ -711,7 +718,8 @@ class _Stack(nn.Module):
                 log = own.clamp(clip, 1 - clip).log()
             else:
                 assert logp is not None
-                log = logp.gather(1, label) if y is None else torch.where(y > 0, logp, 0.0)
+                fuse = y is not None and _traced(logp)
+                log = torch.where(y > 0, logp, 0.0) if fuse else logp.gather(1, label)  # type: ignore
             return (log if valid is None else log * valid).sum()
         q = self._soften(pixels, settings)
         log = p.clamp(clip, 1 - clip).log() if logp is None or clip is not None else logp
@@ -1035,17 +1043,18 @@ def _sharing(loss: nn.Module) -> tuple | None:
     return (loss.ignore_index,) if isinstance(loss, CrossEntropy) and loss.plain else None
 
 
-def _checked(loss: Any, logits: Tensor, target: Tensor) -> Tensor:
-    """The loss's value; bad data is explained where looking at them is cheap: eager, on the CPU."""
+def _checked(loss: Any, logits: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
+    """The value; bad data is explained where a look is cheap: in eager mode, on the CPU."""
     if logits.device.type != "cpu" or _traced(logits) or _traced(target):
-        return loss.stack(logits, target)[0]
-    if target.ndim < logits.ndim and target.numel():
+        return loss(logits, target)
+    index = (*logits.shape[:1], *logits.shape[2:])
+    if target.shape == index and target.numel() and logits.ndim > 1 < logits.shape[1]:
         low, high = torch.aminmax(target)
         if low < 0 or high >= logits.shape[1]:
-            check_inputs(logits, target, loss.ignore_index)
-    value = loss.stack(logits, target)[0]
+            check_inputs(logits, target, ignore_index)
+    value = loss(logits, target)
     if value.isnan():
-        check_inputs(logits, target, loss.ignore_index)
+        check_inputs(logits, target, ignore_index)
     return value
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from losswatch.events import write_scalars

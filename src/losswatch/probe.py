@@ -95,9 +95,7 @@ class Probe(pl.Callback):
         assert isinstance(module, SegmentationModule)
         logits = module.logits
         values, rows, coefficients = module.losses.rows(logits.detach(), module.target)
-        self.pivot = (
-            module.losses.pivot(module.trained, logits.shape[1]) if self.reuse else None
-        )
+        self.pivot = module.losses.pivot(module.trained, logits.shape[1]) if self.reuse else None
         passes = [
             self._flat(torch.autograd.grad(
                 logits, self.parameters, row.to(logits.dtype), retain_graph=True, allow_unused=True

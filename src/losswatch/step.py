@@ -57,8 +57,8 @@ def _adam_numbers(group: Mapping[str, Any], decoupled: float) -> dict[str, float
 def _sgd_numbers(group: Mapping[str, Any]) -> dict[str, float]:
     if group["dampening"] or group["maximize"]:
         raise NotImplementedError("dampening and maximize are not written out for stacked runs")
-    return {"lr": group["lr"], "momentum": group["momentum"],
-            "nesterov": float(group["nesterov"]), "weight_decay": group["weight_decay"]}  # fmt: skip
+    numbers = {key: float(group[key]) for key in ("momentum", "nesterov", "weight_decay")}
+    return {"lr": group["lr"], **numbers}
 
 
 def optimizer_rule(optimizer: torch.optim.Optimizer) -> tuple[Rule, dict[str, float], list[str]]:

@@ -78,19 +78,21 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
             return
-        from losswatch.build import check, loss_files
-
         jobs = grid(config)
         os.environ[TOTAL] = str(len(jobs))
-        loader = GlobalHydra.instance().config_loader()
         names = [run_name(overrides) for overrides in jobs]
         for overrides, name in zip(jobs, names, strict=True):
             if names.count(name) > 1:
                 stop(f"the run {' '.join(overrides)} is asked for twice; nothing was started")
-            try:
-                job = loader.load_sweep_config(config, overrides)
-            except Exception:
-                return  # Hydra's sweeper finds the same, and says it well
+        loader = GlobalHydra.instance().config_loader()
+        try:
+            configs = [loader.load_sweep_config(config, overrides) for overrides in jobs]
+        except Exception:
+            return  # Hydra's sweeper finds the same, and says it well
+
+        from losswatch.build import check, loss_files
+
+        for overrides, job in zip(jobs, configs, strict=True):
             files = loss_files(job.hydra.runtime.config_sources)
             try:
                 check(job, job.hydra.runtime.choices.get("loss"), files)

@@ -1,0 +1,360 @@
+"""The probe against one `torch.autograd.grad` per loss, and its promise to change nothing."""
+
+import copy
+import logging
+from itertools import combinations
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import ARTICLE, load_losses
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
+from losswatch.probe import Probe, tags
+from losswatch.report import read_scalars
+
+
+class Reference(pl.Callback):
+    """At each step: a copy of the network, one forward and one backward pass for every loss.
+
+    Stands before the probe. `rows` holds per optimiser step the tags' values; gradients are
+    averaged over accumulated batches.
+    """
+
+    def __init__(self):
+        self.rows, self.parts = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        images, target = batch
+        values, gradients = [], []
+        for loss in module.losses.losses:
+            net = copy.deepcopy(module.net)
+            with torch.enable_grad():
+                value = loss(net(images), target)
+                trained = [p for p in net.parameters() if p.requires_grad]
+                found = torch.autograd.grad(value, trained, allow_unused=True)
+            gradients.append(
+                torch.cat([
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for p, g in zip(trained, found, strict=True)
+                ])
+            )  # fmt: skip
+            values.append(value.detach())
+        self.parts.append((torch.stack(values), torch.stack(gradients)))
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        values, gradients = (torch.stack(part).mean(0) for part in zip(*self.parts, strict=True))
+        self.parts = []
+        norms = gradients.square().sum(1).sqrt()
+        cosines = [
+            nn.functional.cosine_similarity(a, b, dim=0, eps=0)
+            for a, b in combinations(gradients, 2)
+        ]
+        self.rows.append(torch.cat([values, norms, torch.stack(cosines)]))
+
+    def table(self):
+        return torch.stack(self.rows)
+
+
+def monai():
+    from monai.losses import GeneralizedDiceLoss
+
+    return OneHotTarget(GeneralizedDiceLoss(softmax=True))
+
+
+def assert_exact(observed, reference):
+    seen, wanted = torch.stack(observed), reference.table()
+    assert seen.dtype == wanted.dtype == torch.float64
+    torch.testing.assert_close(seen, wanted, rtol=1e-9, atol=1e-9)
+
+
+# --- Exact ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("net", ["convnet", "unet"])
+@pytest.mark.parametrize("trained", ["dice", "cce"])
+def test_equals_one_gradient_per_loss(make_run, observed, net, batch_norm, classes, trained):
+    """All the Dice variants, cross entropy, one of MONAI's and two outside of the shared rows."""
+    names = [*ARTICLE, "dice_jaccard", "dice_log", "dice_monai", "dice_cce"]
+    losses = load_losses(*names, monai=monai(), cubic=Dice(exponent=3))
+    reference = Reference()
+    run = make_run(
+        net, batch_norm, classes, losses, trained,
+        probe=Probe(cosines=True), callbacks=[reference], precision="64-true", validate=False,
+    )  # fmt: skip
+    run.fit()
+    assert len(observed) == 4
+    assert_exact(observed, reference)
+
+
+@pytest.mark.parametrize("watched", [["dice"], ["cce"], ["dice_fg"], ["dice_log"], ["dice_monai"]])
+def test_a_single_watched_loss(make_run, observed, watched):
+    losses = load_losses(*watched)
+    run = make_run(
+        losses=losses, trained=watched[0], probe=Probe(), precision="64-true", validate=False
+    )
+    reference = Reference()
+    reference_run = make_run(
+        losses=load_losses(*watched, "cce" if watched != ["cce"] else "dice"), trained=watched[0],
+        callbacks=[reference], precision="64-true", validate=False, folder="reference",
+    )  # fmt: skip
+    run.fit()
+    reference_run.fit()
+    wanted = reference.table()[:, [0, 2]]
+    torch.testing.assert_close(torch.stack(observed), wanted, rtol=1e-9, atol=1e-9)
+
+
+dices = st.builds(
+    Dice,
+    include_background=st.booleans(),
+    exponent=st.sampled_from([1, 2, 1.5]),
+    alpha=st.floats(0.1, 1),
+    beta=st.floats(0.1, 1),
+    smooth_nr=st.floats(0, 2),
+    smooth_dr=st.floats(1e-7, 2),
+    over=st.sampled_from(["row", "sample", "batch", "global"]),
+    joint=st.booleans(),
+    link=st.sampled_from(["1-d", "-d", "-log"]),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+entropies = st.builds(
+    CrossEntropy,
+    clip=st.sampled_from([None, 1e-7, 0.01]),
+    label_smoothing=st.sampled_from([0, 0.1]),
+)
+sums = st.builds(Sum, st.lists(st.one_of(dices, entropies), min_size=1, max_size=2))
+
+
+@given(
+    st.lists(st.one_of(dices, entropies, sums), min_size=2, max_size=6),
+    st.integers(2, 4),
+    st.data(),
+)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_random_losses(make_run, observed, modules, classes, data):
+    observed.clear()
+    losses = LossSet({f"loss{i}": module for i, module in enumerate(modules)})
+    reference = Reference()
+    run = make_run(
+        losses=losses, classes=classes, trained=data.draw(st.sampled_from(losses.names)),
+        probe=Probe(cosines=True), callbacks=[reference], steps=2, precision="64-true",
+        validate=False, data={"image_size": 4},
+    )  # fmt: skip
+    run.fit()
+    assert_exact(observed, reference)
+
+
+def test_norms_before_clipping(make_run, observed):
+    reference = Reference()
+    run = make_run(
+        probe=Probe(cosines=True), callbacks=[reference], precision="64-true", validate=False,
+        gradient_clip_val=1e-3,
+    )  # fmt: skip
+    run.fit()
+    assert_exact(observed, reference)
+    assert (reference.table()[:, 5:10] > 1e-3).all(), "clipping must have had something to do"
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_accumulated_batches(make_run, observed, batch_norm):
+    """One observation an optimiser step: the norm of the mean gradient."""
+    reference = Reference()
+    run = make_run(
+        batch_norm=batch_norm, probe=Probe(cosines=True), callbacks=[reference],
+        precision="64-true", validate=False, accumulate_grad_batches=3,
+    )  # fmt: skip
+    run.fit()
+    assert len(observed) == 4
+    assert_exact(observed, reference)
+
+
+def test_frozen_parameters_do_not_count(make_run, observed):
+    reference = Reference()
+    run = make_run(
+        "unet", True, probe=Probe(cosines=True), callbacks=[reference], precision="64-true",
+        validate=False,
+    )  # fmt: skip
+    run.module.net.down.requires_grad_(False)
+    run.fit()
+    assert_exact(observed, reference)
+
+
+class Unused(nn.Module):
+    """A network with a parameter that has no part in the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Conv2d(1, 2, 3, padding=1), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_unused_parameters_count_as_zero(make_run, observed):
+    reference = Reference()
+    run = make_run(
+        probe=Probe(cosines=True), callbacks=[reference], precision="64-true", validate=False
+    )
+    run.module.net = Unused()
+    run.fit()
+    assert_exact(observed, reference)
+
+
+# --- It changes nothing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("net", ["convnet", "unet"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_clip_val": 0.01, "accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}],
+)
+def test_training_is_bit_identical(make_run, net, batch_norm, every, options):
+    """Weights, running statistics and the optimiser's moments after the same steps."""
+    states = []
+    for probe in (None, Probe(every_n_steps=every, cosines=True)):
+        run = make_run(net, batch_norm, probe=probe, steps=8, val_check_interval=4, **options)
+        states.append(run.fit().state_dict() | {
+            f"{i}.{name}": moment
+            for i, state in run.trainer.optimizers[0].state_dict()["state"].items()
+            for name, moment in state.items()
+        })  # fmt: skip
+    assert states[0].keys() == states[1].keys()
+    different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert not different
+    if batch_norm:
+        [counts] = {int(v) for k, v in states[1].items() if k.endswith("num_batches_tracked")}
+        assert counts == 8 * options.get("accumulate_grad_batches", 1)
+
+
+def test_random_numbers_are_left_alone(make_run):
+    drawn = []
+    for probe in (None, Probe()):
+        make_run(probe=probe, validate=False).fit()
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+# --- What is written -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every, steps", [(1, range(9)), (2, range(0, 9, 2)), (4, [0, 4, 8])])
+def test_every_n_steps(make_run, every, steps):
+    run = make_run(probe=Probe(every_n_steps=every), steps=9, validate=False)
+    run.fit()
+    frame = read_scalars(run.folder)
+    for tag in tags(ARTICLE, cosines=False):
+        assert list(frame[tag].dropna().index) == list(steps)
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 100])
+def test_blocks(make_run, observed, monkeypatch, block):
+    """Written values are the observed ones, wherever a block ends."""
+    monkeypatch.setattr(Probe, "BLOCK", block)
+    run = make_run(probe=Probe(cosines=True), steps=8, val_check_interval=5)
+    run.fit()
+    frame = read_scalars(run.folder)[tags(ARTICLE, cosines=True)].dropna()
+    assert list(frame.index) == list(range(8))
+    np.testing.assert_array_equal(frame.to_numpy(), torch.stack(observed).double().numpy())
+
+
+class FailAt(pl.Callback):
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == self.step:
+            raise self.error
+
+
+def test_flushed_on_exception(make_run):
+    run = make_run(probe=Probe(), callbacks=[FailAt(6, RuntimeError("boom"))], steps=20)
+    with pytest.raises(RuntimeError, match="boom"):
+        run.fit()
+    run.trainer.logger.close()
+    assert list(read_scalars(run.folder)["grad_norm/dice"].dropna().index) == list(range(7))
+
+
+class Spoil(pl.Callback):
+    """Makes a weight NaN or infinite before a step."""
+
+    def __init__(self, step, value):
+        self.step, self.value = step, value
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == self.step:
+            with torch.no_grad():
+                next(module.net.parameters()).view(-1)[0] = self.value
+
+
+class Foreign(nn.Module):
+    """A loss that says nothing about NaN logits, unlike ours."""
+
+    def forward(self, logits, target):
+        return logits.square().mean()
+
+
+def test_nan_is_named(make_run, caplog):
+    losses = LossSet({"foreign": Foreign(), "more": Foreign()})
+    run = make_run(
+        losses=losses, trained="foreign", probe=Probe(), callbacks=[Spoil(3, float("nan"))],
+        steps=6, validate=False,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="losswatch"):
+        run.fit()
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("losswatch")]
+    assert sorted(said) == sorted(
+        f"{kind}/{name} is nan at step 3"
+        for kind in ("loss", "grad_norm")
+        for name in ("foreign", "more")
+    )
+    frame = read_scalars(run.folder)
+    assert frame["grad_norm/foreign"].isna().tolist() == [False] * 3 + [True] * 3
+
+
+def test_infinity_is_named(make_run, caplog):
+    class Overflow(Foreign):
+        def forward(self, logits, target):
+            return super().forward(logits, target) * torch.finfo(torch.float32).max
+
+    losses = LossSet({"foreign": Foreign(), "over": Overflow()})
+    run = make_run(losses=losses, trained="foreign", probe=Probe(), steps=2, validate=False,
+                   callbacks=[Spoil(0, 1e6)])  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="losswatch"):
+        run.fit()
+    assert any("loss/over is inf at step 0" in r.getMessage() for r in caplog.records)
+
+
+def test_latest_is_for_the_progress_bar(make_run, observed):
+    probe = Probe()
+    shown = []
+
+    class Ask(pl.Callback):
+        def on_train_batch_end(self, *_):
+            shown.append(probe.latest())
+
+    make_run(probe=probe, callbacks=[Ask()], validate=False).fit()
+    for asked, seen in zip(shown, observed, strict=True):
+        assert asked == pytest.approx({
+            f"loss/{name}": value for name, value in zip(ARTICLE, seen.tolist(), strict=False)
+        })  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_is_close(make_run, observed, precision):
+    reference = []
+    for chosen in ("32-true", precision):
+        observed.clear()
+        run = make_run(probe=Probe(), steps=3, validate=False, precision=chosen)
+        run.fit()
+        reference.append(torch.stack(observed).float())
+    torch.testing.assert_close(*reference, rtol=0.1, atol=0.02)
