@@ -303,7 +303,7 @@ def test_misspelt_names(tmp_path, arguments, message):
     assert done.returncode not in (0, None)
     [line] = (done.stdout + done.stderr).splitlines()
     assert re.match(f"losswatch: .*{message}", line)
-    assert not list(tmp_path.glob("outputs/*/*"))
+    assert not list(tmp_path.glob("outputs/*/*/"))
 
 
 def test_bad_value(tmp_path):

@@ -229,12 +229,21 @@ class StackedModule(pl.LightningModule):
             write_scalars(member.logger.experiment, self.tags, steps, block)
 
     def on_fit_end(self) -> None:
-        """Give each member its trained weights."""
-        split = splitter(self.net)
-        for i, (parameters, buffers, _, _) in enumerate(self.chunks):
+        """Give each member its weights and its optimiser's state, and save its checkpoint."""
+        split, done = splitter(self.net), self.trainer.global_step
+        for i, (flat, rest, moments, _) in enumerate(self.chunks):
             for k, member in enumerate(self._chunk_members(i)):
-                state = {name: b[k] for name, b in buffers.items()} | split(parameters[k])
+                state = {name: b[k] for name, b in rest.items()} | split(flat[k])
                 member.net.load_state_dict(state)
+                adam = self.moment_names != ["momentum_buffer"]
+                if adam or member.optimizer.param_groups[0]["momentum"]:
+                    named = [split(m[k].clone()) for m in moments]
+                    for name, p in trained_parameters(member.net).items():
+                        kept = {n: m[name] for n, m in zip(self.moment_names, named, strict=True)}
+                        if adam:
+                            kept["step"] = torch.tensor(float(done))
+                        member.optimizer.state[p] = kept
+                save_checkpoint(member, done)
 
     # -- validation --------------------------------------------------------------------------------
 
@@ -290,6 +299,34 @@ class StackedModule(pl.LightningModule):
         accuracies = [m.metrics[f"{stage}/accuracy"] for m in self.members]
         # For the progress bar; `log` is only for use inside Lightning's loops.
         self.trainer.callback_metrics[f"{stage}/accuracy"] = torch.tensor(accuracies).mean()
+
+
+def save_checkpoint(member: Member, step: int) -> None:
+    """The checkpoint that Lightning would have written, had the run been trained alone."""
+    bare = pl.Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
+    loops = bare.fit_loop.state_dict()
+    for when in ("total", "current"):
+        progress = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        progress["step"][when] = dict.fromkeys(("ready", "completed"), step)
+        batches = loops["epoch_loop.batch_progress"]
+        batches[when] = dict.fromkeys(("ready", "started", "processed", "completed"), step)
+        loops["epoch_progress"][when] |= {"ready": 1, "started": 1}
+    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": step}
+    folder = member.folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    checkpoint = {
+        "epoch": 0,
+        "global_step": step,
+        "pytorch-lightning_version": pl.__version__,
+        "state_dict": {f"net.{n}": t.cpu() for n, t in member.net.state_dict().items()},
+        "loops": {"fit_loop": loops},
+        "callbacks": {},
+        "optimizer_states": [member.optimizer.state_dict()],
+        "lr_schedulers": [],
+    }
+    torch.save(checkpoint, folder / f"step={step}.ckpt")
 
 
 def obstacle(trainer: Mapping[str, Any]) -> str | None:

@@ -96,18 +96,24 @@ class Probe(pl.Callback):
         logits = module.logits
         values, rows, coefficients = module.losses.rows(logits.detach(), module.target)
         self.pivot = module.losses.pivot(module.trained, logits.shape[1]) if self.reuse else None
-        passes = [
-            self._flat(torch.autograd.grad(
-                logits, self.parameters, row.to(logits.dtype), retain_graph=True, allow_unused=True
-            ))
-            for i, row in enumerate(rows) if i != self.pivot
-        ]  # fmt: skip
-        self.passes, self.coefficients = passes, coefficients
+        jacobian = coefficients.new_zeros(len(rows), sum(p.numel() for p in self.parameters))
+        for i, row in enumerate(rows):
+            if i != self.pivot:
+                jacobian[i] = self._flat(
+                    torch.autograd.grad(
+                        logits,
+                        self.parameters,
+                        row.to(logits.dtype),
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
+                )
+        self.jacobian, self.coefficients = jacobian, coefficients
         share = 1 / trainer.accumulate_grad_batches
+        self.values = self.values + share * values
         if self.pivot is None:
             # Over accumulated batches these grow as the optimiser's gradient does.
-            self.gradients = self.gradients + share * (coefficients @ torch.stack(passes))
-        self.values = self.values + share * values
+            self.gradients = self.gradients + share * (coefficients @ jacobian)
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.global_step % self.every_n_steps or trainer.fit_loop._should_accumulate():
@@ -115,25 +121,23 @@ class Probe(pl.Callback):
         assert isinstance(module, SegmentationModule)
         if self.pivot is not None:
             trained = self.coefficients[module.losses.names.index(module.trained)]
-            rest = torch.stack([trained[i] for i in range(len(trained)) if i != self.pivot])
-            row = self._flat([p.grad for p in self.parameters])
-            if self.passes:
-                row = row - rest @ torch.stack(self.passes)
-            self.passes.insert(self.pivot, row / trained[self.pivot])
-            self.gradients = self.coefficients @ torch.stack(self.passes)
+            gradient = self._flat([p.grad for p in self.parameters])
+            rest = gradient.to(trained.dtype) - trained @ self.jacobian
+            self.jacobian[self.pivot] = rest / trained[self.pivot]
+            self.gradients = self.coefficients @ self.jacobian
         self.gradients = trainer.strategy.reduce(self.gradients, reduce_op="mean")
         self.block[len(self.steps)] = observe(self.values, self.gradients, self.cosines)
         self.steps.append(trainer.global_step)
-        self.gradients = self.values = torch.zeros((), device=module.device)
-        self.passes = []
+        self.gradients = self.values = self.jacobian = torch.zeros((), device=module.device)
         if len(self.steps) == self.BLOCK:
             self.flush(trainer)
 
     def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        return torch.cat([
+        parts = [
             torch.zeros_like(p).flatten() if g is None else g.flatten()
             for p, g in zip(self.parameters, gradients, strict=True)
-        ])  # fmt: skip
+        ]
+        return torch.cat(parts)
 
     def latest(self) -> dict[str, float]:
         """The last observation's values, for the progress bar."""

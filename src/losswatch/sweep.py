@@ -66,7 +66,7 @@ def grid(config: DictConfig) -> list[list[str]]:
 
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     arguments = [f"{key}={value}" for key, value in params.items()]
-    arguments += OmegaConf.to_object(config.hydra.overrides.task)
+    arguments += list(config.hydra.overrides.task)
     overrides = OverridesParser.create().parse_overrides(arguments)
     [batch] = BasicSweeper.split_arguments(overrides, None)
     return batch
