@@ -17,10 +17,11 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from losswatch import config as schema
-from losswatch.sweep import stop
+from losswatch.sweep import clear_errors, stop
 
 log = logging.getLogger("losswatch")
 schema.register()
@@ -34,6 +35,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
 
     from losswatch import build, callbacks, fuse
     from losswatch.module import SegmentationModule
+    from losswatch.networks import fast_convolutions
     from losswatch.probe import Probe
 
     build.prepare_process()
@@ -70,7 +72,10 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
-    trainer.fit(module, data)
+    with fast_convolutions(net):
+        trainer.fit(module, data)
+    if options["max_steps"] % options["val_check_interval"]:
+        trainer.validate(module, data, verbose=False)  # the final weights, too
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.test(module, data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -88,7 +93,7 @@ def main(cfg: DictConfig) -> float | None:
 
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
-    trained = job.runtime.choices.loss
+    trained = job.runtime.choices.get("loss") or ""  # check says what is wrong with that
     files = build.loss_files(job.runtime.config_sources)
     try:
         build.check(cfg, trained, files)
@@ -101,7 +106,7 @@ def main(cfg: DictConfig) -> float | None:
         "status": "failed",
         "error": None,
         "overrides": list(job.overrides.task),
-        "choices": {group: job.runtime.choices[group] for group in groups},
+        "choices": {group: job.runtime.choices.get(group) for group in groups},
         "config": OmegaConf.to_container(cfg, resolve=True),
         "steps": cfg.trainer.max_steps,
     }
@@ -110,20 +115,27 @@ def main(cfg: DictConfig) -> float | None:
         # The fused launcher trains its runs first, and has each finished here like any other.
         fused = fuse.FINISHED.pop(folder, None)
         metrics = fused.result() if fused else train(cfg, trained, files, folder)
-    except Exception as error:
-        result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        log.error("failed: %s (traceback in %s)", result["error"], folder / f"{job.job.name}.log")
-        log.debug(traceback.format_exc())
+    except BaseException as error:
+        # On Ctrl-C Lightning shuts down in order, and then exits.
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        result["error"] = "interrupted" if interrupted else said
         write_result(folder, result | {"seconds": time.perf_counter() - start})
-        if job.mode.name == "RUN":
+        if interrupted:
+            raise KeyboardInterrupt from error
+        log.error("failed: %s (traceback in %s)", said, folder / f"{job.job.name}.log")
+        log.debug(traceback.format_exc())
+        if job.mode == RunMode.RUN:
             raise SystemExit(1) from error
         return float("nan")
     seconds = fused.seconds if fused else time.perf_counter() - start
     write_result(folder, result | {"status": "done", "seconds": seconds, "metrics": metrics})
     plot_curves(read_scalars(folder), folder / "curves.png", title=folder.name, trained=trained)
-    log.info("val accuracy %.4f in %.1f s: %s", metrics["val/accuracy"], seconds, folder)
-    return metrics["val/accuracy"]
+    accuracy = metrics.get("val/accuracy", float("nan"))
+    log.info("val accuracy %.4f in %.1f s: %s", accuracy, seconds, folder)
+    return accuracy
 
 
 if __name__ == "__main__":
-    main()
+    with clear_errors():
+        main()

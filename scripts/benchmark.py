@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from losswatch.data import TRAIN, image_and_label, uniform
 from losswatch.losses import Dice, LossSet
 from losswatch.module import SegmentationModule
-from losswatch.networks import ConvNet, UNet
+from losswatch.networks import ConvNet, UNet, fast_convolutions
 from losswatch.probe import Probe
 from losswatch.step import compiled, make_step, optimizer_rule
 
@@ -45,7 +45,7 @@ SIZES = ((2, 2, 256, 256), (2, 4, 512, 512))
 Job = Callable[[], object]
 
 
-def interleaved(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
+def interleaved(jobs: Mapping[str, Job], rounds: int) -> dict[str, float]:
     """Median CPU milliseconds of each job; they take turns, so a busy moment hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for i in range(rounds + 2):
@@ -210,13 +210,9 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
             fit_loop=SimpleNamespace(_should_accumulate=lambda: False), strategy=strategy,
             logger=None, is_global_zero=True,
         )  # fmt: skip
-        module.on_fit_start()
-        narrow = not torch.backends.mkldnn.enabled
         probe.on_fit_start(trainer, module)
 
         def step() -> None:
-            # As the module sets it for the length of a run; here runs take turns.
-            torch.backends.mkldnn.enabled = not narrow
             loss = module.training_step(batch(), 0)
             adam.zero_grad()
             probe.on_before_backward(trainer, module, loss)
@@ -224,9 +220,8 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
             probe.on_after_backward(trainer, module)
             adam.step()
             trainer.global_step += 1
-            torch.backends.mkldnn.enabled = True
 
-        return step
+        return lambda: fast_convolutions(module.net)(step)()  # as train.py does for a whole run
 
     def fused(count: int) -> Job:
         module, adam = parts(count)

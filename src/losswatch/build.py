@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import pytorch_lightning as pl
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -87,6 +90,16 @@ def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
     return hydra.utils.instantiate(cfg.optimizer, _partial_=True, _convert_="all")
 
 
+@functools.cache  # one Trainer for all runs of a sweep with the same options
+def _check_trainer(options: str) -> None:
+    prepare_process()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    try:
+        pl.Trainer(**{**json.loads(options), **quiet, "enable_progress_bar": False})
+    except Exception as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
 def check(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> None:
     """Make everything once on PyTorch's meta device: what cannot work is said before any work.
 
@@ -109,6 +122,7 @@ def check(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> None:
             f"{(2, 1, *side)}, it returns {tuple(shape)}"
         )
     _instantiate("optimizer", cfg.optimizer, params=[torch.nn.Parameter(torch.zeros(1))])
+    _check_trainer(json.dumps(trainer_options(cfg)))
     losses = make_losses(cfg, trained, files)
     logits = torch.randn(2, classes, *(4,) * cfg.data.dims)
     target = torch.arange(2 * 4**cfg.data.dims).view(2, *(4,) * cfg.data.dims) % classes

@@ -370,6 +370,8 @@ def fit(
         enable_checkpointing=False,
     )
     trainer.fit(module, Blocks(trainer, steps, block), range(1))  # type: ignore[arg-type]
+    if steps % interval:
+        module.report("val", VAL, members[0].data.val_size)  # the final weights, too
     module.report("test", TEST, members[0].data.test_size)
     for member in members:
         member.logger.close()

@@ -13,7 +13,6 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from losswatch.events import write_scalars
 from losswatch.losses import LossSet
-from losswatch.networks import GEMM_CHANNELS
 
 
 def scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -70,15 +69,6 @@ class SegmentationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-
-    def on_fit_start(self) -> None:
-        widths = [m.in_channels for m in self.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
-        # On a CPU, oneDNN's convolutions take 2.5 times as long as PyTorch's own on so narrow a
-        # net. Backward looks the switch up again, so it holds for the whole run.
-        torch.backends.mkldnn.enabled = max(widths, default=64) > GEMM_CHANNELS
-
-    def on_fit_end(self) -> None:
-        torch.backends.mkldnn.enabled = True
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)

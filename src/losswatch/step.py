@@ -127,7 +127,7 @@ def make_step(
             moved = {name: b.clone() for name, b in buffers.items()}
             return functional_call(net, (split(parameters), moved), (image,)), moved
 
-        logits, pull, buffers = vjp(forward, parameters, has_aux=True)
+        logits, pull, buffers = vjp(forward, parameters, has_aux=True)  # type: ignore[misc]
         values, rows, coefficients = losses.rows(logits, label)
 
         if observed:

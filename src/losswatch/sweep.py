@@ -47,17 +47,23 @@ def explain(error: Exception) -> str:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Hydra's errors as one line; with HYDRA_FULL_ERROR=1 set, as they are."""
-    if "HYDRA_FULL_ERROR" in os.environ:
-        yield
-        return
+    """Hydra's errors as one line (with HYDRA_FULL_ERROR=1 set, as they are), and Ctrl-C too."""
+    verbose = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # that is, Hydra raises them instead of printing them
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
+        if verbose:
+            raise
         stop(explain(error))
+    except KeyboardInterrupt:
+        if SweepCallback.folder is not None:
+            show_table(SweepCallback.folder)
+        print("losswatch: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
-        del os.environ["HYDRA_FULL_ERROR"]
+        if not verbose:
+            del os.environ["HYDRA_FULL_ERROR"]
 
 
 def grid(config: DictConfig) -> list[list[str]]:
@@ -75,9 +81,12 @@ def grid(config: DictConfig) -> list[list[str]]:
 class SweepCallback(Callback):
     """Hydra calls it around a run or a sweep (conf/config.yaml, hydra.callbacks)."""
 
+    folder: Path | None = None  # of the sweep under way
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
             return
+        SweepCallback.folder = Path(config.hydra.sweep.dir)
         jobs = grid(config)
         os.environ[TOTAL] = str(len(jobs))
         names = [run_name(overrides) for overrides in jobs]
@@ -108,14 +117,18 @@ class SweepCallback(Callback):
         print(f"run{which}: {overrides}", file=sys.stderr)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from losswatch.report import summary_table, write_summary
-
-        folder = Path(config.hydra.sweep.dir)
-        runs = write_summary(folder)
-        # Off a terminal rich would fold the table at 80 columns.
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        console.print(summary_table(runs))
-        console.print(f"[bold]Summary[/]  {folder / 'summary.csv'}", highlight=False)
-        console.print(f"[bold]Browse[/]   tensorboard --logdir {folder}", highlight=False)
-        if (runs.status != "done").any():
+        if show_table(Path(config.hydra.sweep.dir)):
             raise SystemExit(1)
+
+
+def show_table(folder: Path) -> bool:
+    """Write summary.csv and print the table of a sweep's runs; whether any did not finish."""
+    from losswatch.report import summary_table, write_summary
+
+    runs = write_summary(folder)
+    # Off a terminal rich would fold the table at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(summary_table(runs))
+    console.print(f"[bold]Summary[/]  {folder / 'summary.csv'}", highlight=False)
+    console.print(f"[bold]Browse[/]   tensorboard --logdir {folder}", highlight=False)
+    return bool((runs.status != "done").any())
