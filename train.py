@@ -35,10 +35,10 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
 
     from losswatch import build, callbacks, fuse
     from losswatch.module import SegmentationModule
-    from losswatch.networks import fast_convolutions
+    from losswatch.networks import fast_on_cpu
     from losswatch.probe import Probe
 
-    build.prepare_process()
+    build.quieten()
     losses = build.make_losses(cfg, trained, files)
     options = build.trainer_options(cfg)
     if cfg.compile:
@@ -72,7 +72,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
-    with fast_convolutions(net):
+    with fast_on_cpu(net):
         trainer.fit(module, data)
     if options["max_steps"] % options["val_check_interval"]:
         trainer.validate(module, data, verbose=False)  # the final weights, too

@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from losswatch.data import TRAIN, image_and_label, uniform
 from losswatch.losses import Dice, LossSet
 from losswatch.module import SegmentationModule
-from losswatch.networks import ConvNet, UNet, fast_convolutions
+from losswatch.networks import ConvNet, UNet, fast_on_cpu
 from losswatch.probe import Probe
 from losswatch.step import compiled, make_step, optimizer_rule
 
+ROOT = Path(__file__).parent.parent
 SIZES = ((2, 2, 256, 256), (2, 4, 512, 512))
 Job = Callable[[], object]
 
@@ -78,7 +79,7 @@ def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targ
 
 def losses(rounds: int) -> None:
     def load(name: str) -> torch.nn.Module:
-        return instantiate(OmegaConf.load(Path(__file__).parent.parent / f"conf/loss/{name}.yaml"))
+        return instantiate(OmegaConf.load(ROOT / f"conf/loss/{name}.yaml"))
 
     article = {n: load(n) for n in ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")}
     many = {f"dice{i}": Dice(exponent=1 + i % 2, alpha=0.1 + 0.05 * i) for i in range(16)}
@@ -159,7 +160,7 @@ ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
 
 def watched(count: int) -> LossSet:
     """The article's five losses and, up to `count`, more Dice variants."""
-    folder = Path(__file__).parent.parent / "conf/loss"
+    folder = ROOT / "conf/loss"
     found = {name: instantiate(OmegaConf.load(folder / f"{name}.yaml")) for name in ARTICLE}
     for i in range(count - len(found)):
         found[f"tversky{i}"] = Dice(exponent=1 + i % 2, alpha=0.1 + 0.05 * i)
@@ -221,7 +222,7 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
             adam.step()
             trainer.global_step += 1
 
-        return lambda: fast_convolutions(module.net)(step)()  # as train.py does for a whole run
+        return lambda: fast_on_cpu(module.net)(step)()  # as train.py does for a whole run
 
     def fused(count: int) -> Job:
         module, adam = parts(count)
@@ -287,35 +288,36 @@ def repeat(job: Job, times: int) -> None:
         job()
 
 
+def train(*overrides: str) -> None:
+    """train.py in a process of its own; each process on one thread."""
+    common = ("model=convnet", "data.batch_size=2", "optimizer.lr=1e-3",
+              "trainer.val_check_interval=250", "trainer.enable_progress_bar=false")  # fmt: skip
+    subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *common, *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+
+
 def whole_run(steps: int) -> None:
-    """Steps a second of `train.py` itself: the last steps, less the first, which compile."""
-    torch.set_num_threads(1)
-    common = ["model=convnet", "data.batch_size=2", "optimizer.lr=1e-3",
-              "trainer.val_check_interval=250", "trainer.enable_progress_bar=false"]  # fmt: skip
-    table = Table("whole run, article's net", title="Lightning, data, probe, events; one thread")
+    """Steps a second of a run, from the seconds of a long one less those of a short one."""
+    table = Table("run", title="article's net; Lightning, data, probe and events; one thread")
     table.add_column("steps/s", justify="right")
     for name, extra in (("eager", []), ("compile=true", ["compile=true"])):
+        seconds = []
         with tempfile.TemporaryDirectory() as folder:
-            seconds = []
             for count in (250, 250 + steps):
-                args = [
-                    *common,
-                    *extra,
-                    f"trainer.max_steps={count}",
-                    f"hydra.run.dir={folder}/{count}",
-                ]
-                subprocess.run([sys.executable, "train.py", *args], check=True,
-                               capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-                seconds.append(
-                    json.loads(Path(folder, str(count), "result.json").read_text())["seconds"]
-                )
+                run = Path(folder, str(count))
+                train(*extra, f"trainer.max_steps={count}", f"hydra.run.dir={run}")
+                seconds.append(json.loads((run / "result.json").read_text("utf-8"))["seconds"])
         table.add_row(name, f"{steps / (seconds[1] - seconds[0]):.0f}")
     Console(width=100).print(table)
 
 
 def sweep(steps: int, counts: list[int]) -> None:
-    """Runs × steps a second of each launcher, from their results on disk, less the start."""
-    launchers = {
+    """Runs × steps a second, from the seconds of a long sweep less those of a short one."""
+    launchers: dict[str, list[str]] = {
         "basic": [],
         "joblib, all cores": ["hydra/launcher=joblib"],
         "fused, eager": ["hydra/launcher=fused"],
@@ -327,16 +329,13 @@ def sweep(steps: int, counts: list[int]) -> None:
     for name, extra in launchers.items():
         row = []
         for count in counts:
+            grid = ["loss=cce,dice,dice_fg", "theta=0.05,0.5,0.95", f"seed=range({count // 9})"]
             seconds = []
             for length in (250, 250 + steps):
                 with tempfile.TemporaryDirectory() as folder:
-                    args = ["-m", "model=convnet", "data.batch_size=2", "optimizer.lr=1e-3", *extra,
-                            "trainer.val_check_interval=250", f"trainer.max_steps={length}",
-                            "loss=cce,dice,dice_fg", "theta=0.05,0.5,0.95",
-                            f"seed=range({count // 9})", f"hydra.sweep.dir={folder}/sweep"]  # fmt: skip
+                    place = f"hydra.sweep.dir={folder}/sweep"
                     begin = time.perf_counter()
-                    subprocess.run([sys.executable, "train.py", *args], check=True,
-                                   capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                    train("-m", *grid, *extra, f"trainer.max_steps={length}", place)
                     seconds.append(time.perf_counter() - begin)
             row.append(f"{count * steps / (seconds[1] - seconds[0]):.0f}")
         table.add_row(name, *row)
@@ -356,9 +355,8 @@ def main() -> None:
     section.add_argument("--steps", type=int, default=1000)
     section.add_argument("--runs", type=int, nargs="+", default=[9, 27, 54, 108])
     args = parser.parse_args()
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}")
     if args.section == "losses":
         losses(args.rounds)
     elif args.section == "probe":

@@ -92,7 +92,7 @@ def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
 
 @functools.cache  # one Trainer for all runs of a sweep with the same options
 def _check_trainer(options: str) -> None:
-    prepare_process()
+    quieten()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     try:
         pl.Trainer(**{**json.loads(options), **quiet, "enable_progress_bar": False})
@@ -142,8 +142,8 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
     return options
 
 
-def prepare_process() -> None:
-    """What every process that trains sets once."""
+def quieten() -> None:
+    """Keep to itself what Lightning says of things that are meant to be so."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",  # the images are made, not loaded
@@ -152,5 +152,3 @@ def prepare_process() -> None:
         ".*LeafSpec.*is deprecated.*",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", message)
-    # Softmax saturates in time, and its denormal gradients are 1.4 to 35 times as slow on a CPU.
-    torch.set_flush_denormal(True)

@@ -27,6 +27,7 @@ from losswatch.data import TEST, VAL, ThresholdedImages, image_and_label, unifor
 from losswatch.events import write_scalars
 from losswatch.losses import LossSet
 from losswatch.module import scores
+from losswatch.networks import fast_on_cpu
 from losswatch.probe import tags
 from losswatch.step import compiled, make_step, optimizer_rule, splitter, trained_parameters
 
@@ -369,7 +370,8 @@ def fit(
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(module, Blocks(trainer, steps, block), range(1))  # type: ignore[arg-type]
+    with fast_on_cpu(module.net):
+        trainer.fit(module, Blocks(trainer, steps, block), range(1))  # type: ignore[arg-type]
     if steps % interval:
         module.report("val", VAL, members[0].data.val_size)  # the final weights, too
     module.report("test", TEST, members[0].data.test_size)

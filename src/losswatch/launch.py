@@ -28,7 +28,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from losswatch import config as schema
 from losswatch import fuse
-from losswatch.build import loss_files, make_losses, prepare_process, trainer_options
+from losswatch.build import loss_files, make_losses, quieten, trainer_options
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _execute(jobs: Sequence[Job], context: Any, singletons: Any) -> list[JobRetu
         setup_globals()
         schema.register()
         Singleton.set_state(singletons)
-    prepare_process()
+    quieten()
     try:
         HydraConfig.instance().set_config(jobs[0].config)
         _train(jobs)

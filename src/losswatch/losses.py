@@ -496,7 +496,11 @@ class _Stack(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         if self.activation == "softmax":
-            return x.softmax(1)
+            if x.shape[1] != 2 or _traced(x):
+                return x.softmax(1)
+            p = torch.empty_like(x)  # a sigmoid of the difference, as exact in half the time
+            torch.neg(torch.sub(x[:, 1], x[:, 0], out=p[:, 1]), out=p[:, 0])
+            return p.sigmoid_()
         return x.sigmoid() if self.activation == "sigmoid" else x.view_as(x)
 
     def dense(self, logits: Tensor, target: Tensor) -> bool:
@@ -764,6 +768,8 @@ class _Stack(nn.Module):
         Big tensors are few and reused: in large images allocating one costs more than filling it.
         """
         p, y, label, valid, own, hard, py = pixels
+        if self.activation == "softmax" and p.shape[1] == 2 and y is not None:
+            return _antisymmetric(self._up(pixels, a, powers, ces))
         bare = self.activation == "none"  # p are the logits; otherwise dp brings a factor p
         q: Any = None
         for exponent, c in powers.items():
@@ -812,6 +818,42 @@ class _Stack(nn.Module):
         if self.activation == "sigmoid":
             return q * (1 - p)
         return _addcmul(q, p, q.sum(1, keepdim=True), value=-1)
+
+    def _up(
+        self,
+        pixels: _Pixels,
+        a: Tensor | None,
+        powers: Mapping[float, Tensor],
+        ces: Sequence[tuple[tuple, Tensor]],
+    ) -> Tensor:
+        """`pullback` for the second of two softmax logits, [N, *space]; the first's is minus it."""
+        p, y, _, valid, own, _, _ = pixels
+        assert y is not None
+        p0, p1 = p.unbind(1)
+        up: Any = None
+        if a is not None:
+            hit = 0.5 * (1 - torch.sign(p - y)) if self.minimum else y
+            a0, a1 = self._spread(a, p).unbind(1)
+            up = _addcmul(hit[:, 1] * a1, hit[:, 0], a0, value=-1)
+            for exponent, b in powers.items():
+                b0, b1 = self._spread(exponent * b, p).unbind(1)
+                if exponent == 1:
+                    up = up.add_(b1 - b0) if not _traced(up) else up + (b1 - b0)
+                    continue
+                for p_c, b_c in ((p0, -b0), (p1, b1)):
+                    power = p_c if exponent == 2 else p_c.clamp_min(1e-30) ** (exponent - 1)
+                    up = _addcmul(up, power, b_c)
+            up = up * p0 if valid is None else up * (p0 * valid[:, 0])
+            up = up * p1 if _traced(up) else up.mul_(p1)
+        for settings, c in ces:
+            row = self._ce_row(pixels, settings)[:, 1]
+            up = c * row if up is None else _addcmul(up, c, row)
+        return up
+
+    def _ce_row(self, pixels: _Pixels, settings: tuple) -> Tensor:
+        """Derivative of minus the likelihood by the logits."""
+        field = self._ce_field(pixels, settings)
+        return torch.addcmul(-field, pixels.p, field.sum(1, keepdim=True))
 
     def _by_exponent(self, b: Tensor) -> dict[float, Tensor]:
         """b with 0 for all losses but those of the exponent."""
@@ -886,16 +928,14 @@ class _Stack(nn.Module):
             rows, columns = spell(pixels, a, self._by_exponent(b))
         top = torch.stack(columns, 1) if columns else values.new_zeros(0, 0)
         for settings in self.ces:
-            field = self._ce_field(pixels, settings)
-            row = torch.addcmul(-field, pixels.p, field.sum(1, keepdim=True))
+            row = self._ce_row(pixels, settings)
             rows.append(row[:, 1] if classes == 2 else row.unsqueeze(1))
         if self.ces:
             own = F.pad(torch.diag(e), (len(columns), 0))
             top = torch.cat([F.pad(top, (0, len(self.ces))), own]) if columns else own
         if classes > 2:
             return values, torch.cat(rows, 1), top
-        up = torch.stack(rows, 1)  # what moves the second logit up moves the first down as much
-        return values, torch.stack([-up, up], 2), top
+        return values, _antisymmetric(torch.stack(rows, 1), 2), top
 
     def _two_class_rows(self, pixels: _Pixels, a: Tensor, powers: dict[float, Tensor]):
         """Rows of Σ y_c p_c and Σ p_c**exponent for the second logit, and coefficients' columns.
@@ -1008,6 +1048,16 @@ def _addcmul(q: Tensor, x: Tensor, y: Tensor, value: float = 1) -> Tensor:
     return q.addcmul_(x, y, value=value)
 
 
+def _antisymmetric(up: Tensor, dim: int = 1) -> Tensor:
+    """Both logits' rows: what moves the second of two up moves the first down as much."""
+    if _traced(up):
+        return torch.stack([-up, up], dim)
+    both = up.new_empty(*up.shape[:dim], 2, *up.shape[dim:])
+    torch.neg(up, out=both.select(dim, 0))
+    both.select(dim, 1).copy_(up)
+    return both
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -1016,8 +1066,9 @@ def _one_hot(label: Tensor, logits: Tensor) -> Tensor:
     """Labels [N, 1, *space] as 0 and 1 [N, C, *space] of the logits' type, at least float32."""
     kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if logits.shape[1] == 2 and not _traced(label):  # half the work, if not for a compiler
-        one = label.to(kind)
-        return torch.cat([1 - one, one], 1)
+        one = torch.empty(logits.shape, dtype=kind, device=label.device)
+        torch.neg(one[:, 1:].copy_(label), out=one[:, :1]).add_(1)
+        return one
     return (label == _shaped(torch.arange(logits.shape[1], device=label.device), logits)).to(kind)
 
 

@@ -68,20 +68,23 @@ class Conv2d(nn.Conv2d):
 
 
 @contextmanager
-def fast_convolutions(net: nn.Module) -> Iterator[None]:
-    """Training inside uses the CPU's faster convolutions for the width of `net`.
+def fast_on_cpu(net: nn.Module) -> Iterator[None]:
+    """Training inside uses what is fastest for `net` on a CPU; these are switches of the process.
 
-    oneDNN takes 2.5 times as long as PyTorch's own on so narrow a net as the article's. Backward
-    looks the switch up again, so it must hold for the whole step.
+    Once the softmax saturates, denormal gradients are 1.4 to 35 times as slow: they count as 0.
+    oneDNN's convolutions take 2.5 times as long as PyTorch's own on so narrow a net as the
+    article's. Backward looks that switch up again, so it must hold for the whole step.
     """
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
     narrow = bool(convs) and max(m.in_channels for m in convs) <= GEMM_CHANNELS
     before = torch.backends.mkldnn.enabled
+    torch.set_flush_denormal(True)
     torch.backends.mkldnn.enabled = before and not narrow  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.backends.mkldnn.enabled = before
+        torch.set_flush_denormal(False)
 
 
 _CONV = {2: Conv2d, 3: nn.Conv3d}
