@@ -8,7 +8,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+import torch.nn.functional as F
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -78,21 +79,27 @@ class Images(pl.Callback):
     ) -> None:
         if batch_idx or not isinstance(trainer.logger, TensorBoardLogger):
             return
-        image, label = batch[0][: self.COUNT].float(), batch[1][: self.COUNT]
-        logits = module(batch[0][: self.COUNT])
-        brightest = max(logits.shape[1] - 1, 1)
-        prediction = logits.argmax(dim=1)
-        if image.ndim == 5:  # of a volume, the middle slice
-            middle = image.shape[2] // 2
-            image, label, prediction = image[:, :, middle], label[:, middle], prediction[:, middle]
-        low, high = image.amin(), image.amax()
-        image = ((image - low) / (high - low).clamp_min(1e-6))[:, 0]
-        columns = [image, label / brightest, prediction / brightest]
-        gap = image.new_full((*image.shape[:2], 2), 0.5)
-        side_by_side = torch.cat([columns[0], gap, columns[1], gap, columns[2]], dim=2)
-        trainer.logger.experiment.add_images(
-            "images/input_label_prediction", side_by_side[:, None], trainer.global_step
-        )
+        images, label = batch[0][: self.COUNT], batch[1][: self.COUNT]
+        log_images(trainer.logger, images, label, module(images), trainer.global_step)
+
+
+def log_images(
+    logger: TensorBoardLogger, image: Tensor, label: Tensor, logits: Tensor, step: int
+) -> None:
+    """Input [N, 1, *space], label [N, *space] and prediction side by side, a row an image."""
+    prediction, brightest = logits.argmax(dim=1), logits.shape[1] - 1
+    image = image[:, 0].float()
+    low, high = image.amin(), image.amax()
+    columns = [(image - low) / (high - low).clamp_min(1e-6), label / brightest]
+    grid = torch.stack([*columns, prediction / brightest], dim=1)
+    if grid.ndim == 5:  # of a volume, the middle slice
+        grid = grid[:, :, grid.shape[2] // 2]
+    zoom = -(-96 // grid.shape[-1])  # TensorBoard shows a pixel as a pixel
+    grid = grid.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    grid = F.pad(grid, (4, 4, 4, 4), value=0.5)
+    rows, columns_, height, width = grid.shape
+    picture = grid.transpose(1, 2).reshape(1, rows * height, columns_ * width)
+    logger.experiment.add_image("images/input_label_prediction", picture, step)
 
 
 @rank_zero_only  # the others have no file to write to
@@ -108,20 +115,17 @@ def add_charts(logger: EventLog, cosines: bool) -> None:
     logger.experiment.file_writer.add_summary(custom_scalars({"losswatch": charts}))
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(node, dict):
-        return {k: v for key in node for k, v in _flat(node[key], f"{prefix}{key}.").items()}
-    plain = isinstance(node, bool | int | float | str)
-    return {prefix[:-1]: node if plain else str(node)}
-
-
 @rank_zero_only
 def add_hparams(logger: EventLog, cfg: DictConfig, loss: str) -> None:
     """The HParams tab's row: what people sweep, beside the last value of each metric's curve."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
-    kept = ("theta", "seed", "model", "optimizer", "data")
-    params = {"loss": loss, **_flat({key: config[key] for key in kept})}
+    model = cfg.model._target_.split(".")[-1]
+    params = {
+        "loss": loss,
+        "theta": float(cfg.theta) if isinstance(cfg.theta, float) else str(cfg.theta),
+        "model": f"{model} BN" if cfg.model.get("batch_norm") else model,
+        "optimizer": cfg.optimizer._target_.split(".")[-1],
+        "lr": float(cfg.optimizer.lr),
+    }  # five, which is what the tab shows without a click; the rest is in result.json
     names = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
     for summary in hparams(params, dict.fromkeys(names, 0.0)):
         logger.experiment.file_writer.add_summary(summary)

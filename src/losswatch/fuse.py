@@ -22,7 +22,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
 from losswatch.build import make_data, make_net, make_optimizer
-from losswatch.callbacks import EventLog, Progress, open_log
+from losswatch.callbacks import EventLog, Images, Progress, log_images, open_log
 from losswatch.data import TEST, VAL, ThresholdedImages, image_and_label, uniform
 from losswatch.events import write_scalars
 from losswatch.losses import LossSet
@@ -286,6 +286,21 @@ class StackedModule(pl.LightningModule):
         self.net.train()
         return results
 
+    def show_images(self) -> None:
+        """What callbacks.Images logs, once: stacks are for runs by the hundred."""
+        data, split = self.members[0].data, splitter(self.net)
+        shape, first = (min(Images.COUNT, data.val_size), *self.shape[1:]), torch.tensor(0)
+        self.net.eval()
+        for i, (flat, rest, _, numbers) in enumerate(self.chunks):
+            for k, member in enumerate(self._chunk_members(i)):
+                own = {name: value[k] for name, value in numbers.items()}
+                u = uniform(own["seed"], VAL, first.to(self.device), shape)
+                image, label = image_and_label(u, own["thresholds"], own["low"], own["high"])
+                state = split(flat[k]) | {name: b[k] for name, b in rest.items()}
+                logits = functional_call(self.net, state, (image,))
+                log_images(member.logger, image, label, logits, self.trainer.global_step)
+        self.net.train()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.report("val", VAL, self.members[0].data.val_size)
 
@@ -364,7 +379,7 @@ def fit(
     trainer = pl.Trainer(
         **{**trainer_options, "val_check_interval": interval // block},
         logger=False,
-        callbacks=[Progress(None)],
+        callbacks=[Progress(None)] if trainer_options["enable_progress_bar"] else [],
         max_epochs=1,
         num_sanity_val_steps=0,
         enable_model_summary=False,
@@ -374,6 +389,7 @@ def fit(
         trainer.fit(module, Blocks(trainer, steps, block), range(1))  # type: ignore[arg-type]
     if steps % interval:
         module.report("val", VAL, members[0].data.val_size)  # the final weights, too
+    module.show_images()
     module.report("test", TEST, members[0].data.test_size)
     for member in members:
         member.logger.close()
