@@ -31,7 +31,6 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     """Train one run in `folder`; return its final metrics."""
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
-    from torch._dynamo.exc import TorchDynamoException
 
     from losswatch import build, callbacks, fuse
     from losswatch.module import SegmentationModule
@@ -48,7 +47,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
             member = fuse.make_member(cfg, trained, folder)
             fuse.fit([member], losses, options, **cfg.probe)
             return member.result()
-        except (NotImplementedError, TorchDynamoException) as error:
+        except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too
             log.warning("not compiled: %s", " ".join(str(error).split())[:200])
 
     data, net, optimizer = build.make_data(cfg), build.make_net(cfg), build.make_optimizer(cfg)

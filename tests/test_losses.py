@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -385,6 +386,28 @@ def test_pivots_recover_their_row():
     assert fragile.pivot("zero", 2) is None
 
 
+@pytest.mark.parametrize(
+    "knobs, safe",
+    [(dict(beta=0), False), (dict(smooth_nr=1.0), False), (dict(exponent=3), False),
+     (dict(exponent=2, alpha=1), False), (dict(exponent=2, beta=0.5), True),
+     (dict(smooth_nr=[1.0, 0.0], smooth_dr=[1.0, 0.5]), True)],
+)  # fmt: skip
+def test_no_pivot_where_the_coefficient_can_vanish(knobs, safe):
+    joint = LossSet(
+        {str(i): Dice() for i in range(9)} | {"it": Dice(include_background=False, **knobs)}
+    )
+    assert (joint.pivot("it", 2) is not None) == safe
+
+
+def test_without_weight_on_fn_a_perfect_prediction_has_no_coefficient():
+    _, target = batch()
+    joint = LossSet(
+        {str(i): Dice() for i in range(9)} | {"it": Dice(include_background=False, beta=0)}
+    )
+    _, _, coefficients = joint.rows(30 * one_hot(target, 2), target)
+    assert coefficients[-1, joint.pivot("0", 2)].abs() < 1e-9
+
+
 def test_a_set_takes_other_libraries_losses():
     monai = pytest.importorskip("monai.losses")
     logits, target = batch(dtype=torch.float32)
@@ -417,6 +440,26 @@ def test_vmap_over_stacked_runs(classes):
     assert torch.allclose(
         single, torch.stack([Dice()(x, t) for x, t in zip(logits, target, strict=True)])
     )
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_traced_to_a_graph(classes):
+    joint = LossSet({n: load(n) for n in (*ARTICLE, "cce_stable")})
+    (x, t), (x2, t2) = (batch(c=classes, seed=seed) for seed in (0, 1))
+
+    def step(x, t):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(joint(x, t)[1], x)[0], *joint.rows(x, t)
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(step)(x, t)
+    for a, b in zip(graph(x2, t2), step(x2, t2), strict=True):
+        assert torch.allclose(a, b, atol=1e-14)
+
+
+def test_losses_out_of_use_have_no_gradient():
+    logits, target = batch()
+    joint = LossSet({n: load(n) for n in ARTICLE})
+    assert gradient(lambda x, t: 0 * joint(x, t).sum(), logits, target).abs().max() == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
@@ -586,6 +629,9 @@ def test_bad_data(loss):
         with pytest.raises(ValueError) as error:
             loss(x, t)
         assert all(word in str(error.value) for word in words), error.value
+    for bad in (4, -1):
+        with pytest.raises(ValueError, match=f"class {bad}, allowed are 0 to 3"):
+            loss(torch.zeros(2, 4, 5, 6), torch.full_like(target, bad))
     with pytest.raises(ValueError, match="smooth_nr for 3 classes.*have 2"):
         Dice(smooth_nr=[1, 2, 3])(logits, target)
     with pytest.raises(ValueError, match="over='row'"):

@@ -86,6 +86,7 @@ class Probe(pl.Callback):
             and trainer.precision != "16-mixed"
         )
         self.gradients = self.values = torch.zeros(())
+        self.newest = torch.empty(0)
 
     def on_before_backward(
         self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor
@@ -126,7 +127,8 @@ class Probe(pl.Callback):
             self.jacobian[self.pivot] = rest / trained[self.pivot]
             self.gradients = self.coefficients @ self.jacobian
         self.gradients = trainer.strategy.reduce(self.gradients, reduce_op="mean")
-        self.block[len(self.steps)] = observe(self.values, self.gradients, self.cosines)
+        self.newest = observe(self.values, self.gradients, self.cosines)
+        self.block[len(self.steps)] = self.newest
         self.steps.append(trainer.global_step)
         self.gradients = self.values = self.jacobian = torch.zeros((), device=module.device)
         if len(self.steps) == self.BLOCK:
@@ -141,10 +143,8 @@ class Probe(pl.Callback):
 
     def latest(self) -> dict[str, float]:
         """The last observation's values, for the progress bar."""
-        if not self.steps:
-            return {}
         names = [tag for tag in self.tags if tag.startswith("loss/")]
-        return dict(zip(names, self.block[len(self.steps) - 1].tolist(), strict=False))
+        return dict(zip(names, self.newest.tolist(), strict=False))
 
     def flush(self, trainer: pl.Trainer) -> None:
         """Write what was observed since the last time."""

@@ -1,0 +1,341 @@
+"""hydra/launcher=fused: which runs are trained together, and that nothing else changes."""
+
+import re
+from types import SimpleNamespace
+
+import hydra
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, read_result, run_folders, run_train
+from omegaconf import OmegaConf
+
+from losswatch import config, fuse, launch
+from losswatch.report import read_scalars
+
+SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
+
+
+# --- Groups --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """jobs([overrides], ...) -> what the launcher makes of them."""
+    config.register()
+
+    def make(*runs):
+        found = []
+        for i, overrides in enumerate(runs):
+            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+                cfg = hydra.compose(
+                    "config", overrides=[*SMALL, *overrides], return_hydra_config=True
+                )
+            found.append(launch.Job(i, list(overrides), cfg, tmp_path / str(i)))
+        return found
+
+    return make
+
+
+def indices(found):
+    return [[job.index for job in group] for group in found]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["seed=0", "seed=1"],
+        ["theta=0.05", "theta=0.5", "theta=0.95"],
+        ["theta=[0.1,0.2]", "theta=[0.3,0.6]"],
+        ["theta=0.5", "theta=[0.5]"],
+        ["loss=dice", "loss=cce", "loss=dice_fg"],
+        ["optimizer.lr=1e-3", "optimizer.lr=1e-2"],
+        ["optimizer.weight_decay=0", "optimizer.weight_decay=0.1"],
+        ["optimizer.betas=[0.9,0.99]", "optimizer.betas=[0.5,0.99]"],
+        ["optimizer.eps=1e-3", "optimizer.eps=1e-8"],
+        ["data.low=0", "data.low=-1", "data.high=3"],
+        ["watch=[cce,dice]", "watch=[dice,cce]"],
+        ["watch=[cce,dice]", "watch=[cce]"],  # dice is trained with
+    ],
+)
+def test_what_may_differ_stays_together(jobs, values):
+    found, differ = launch.groups(jobs(*([value] for value in values)))
+    assert indices(found) == [list(range(len(values)))]
+    assert differ == []
+
+
+@pytest.mark.parametrize("values", ["momentum=0 momentum=0.9", "nesterov=true weight_decay=0.1"])
+def test_numbers_of_sgd_stay_together(jobs, values):
+    common = ["optimizer=sgd", "optimizer.momentum=0.5"]
+    runs = jobs(*([*common, f"optimizer.{value}"] for value in values.split()))
+    assert indices(launch.groups(runs)[0]) == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    "values, name",
+    [
+        (["model=convnet", "model=unet"], "model._target_"),
+        (["model.batch_norm=true", "model.batch_norm=false"], "model.batch_norm"),
+        (["model.width=3", "model.width=4"], "model.width"),
+        (["model.bn_momentum=0.3", "model.bn_momentum=0.4"], "model.bn_momentum"),
+        (["optimizer=adam", "optimizer=sgd"], "optimizer._target_"),
+        (["optimizer=adam", "optimizer=adamw"], "optimizer._target_"),
+        (["+optimizer.amsgrad=true", "+optimizer.amsgrad=false"], "optimizer.amsgrad"),
+        (["theta=0.5", "theta=[0.3,0.6]"], "theta"),
+        (["compile=true", "compile=false"], "compile"),
+        (["probe.every_n_steps=1", "probe.every_n_steps=2"], "probe.every_n_steps"),
+        (["probe.cosines=true", "probe.cosines=false"], "probe.cosines"),
+        (["trainer.max_steps=5", "trainer.max_steps=6"], "trainer.max_steps"),
+        (["trainer.precision=64-true", "trainer.precision=32-true"], "trainer.precision"),
+        (["data.image_size=8", "data.image_size=16"], "data.image_size"),
+        (["data.batch_size=3", "data.batch_size=2"], "data.batch_size"),
+        (["data.dims=3", "data.dims=2"], "data.dims"),
+        (["data.val_size=3", "data.val_size=4"], "data.val_size"),
+        (["watch=[cce]", "watch=[dice_fg]"], "watched"),
+        (["loss=dice", "loss=dice_log"], "watched"),
+    ],
+)
+def test_what_must_be_equal_splits(jobs, values, name):
+    """In the order of their first runs, and it is said why."""
+    found, differ = launch.groups(jobs([values[0]], [values[1]], [values[0], "seed=3"]))
+    assert indices(found) == [[0, 2], [1]]
+    assert name in differ
+    assert {key.split(".")[0] for key in differ} == {name.split(".")[0]}
+
+
+def test_a_changed_loss_is_another(jobs):
+    """Its name is taken by the one of its file, which the other runs watch."""
+    runs = jobs(
+        ["loss=dice"], ["loss=dice", "loss.exponent=2"] if False else ["loss=dice_square"],
+        ["loss=dice", "+loss.exponent=2"], ["loss=dice", "+loss.exponent=2", "seed=1"],
+        ["loss=dice", "+loss.exponent=3"],
+    )  # fmt: skip
+    found, differ = launch.groups(runs)
+    assert indices(found) == [[0, 1], [2, 3], [4]]
+    assert differ and all(name.startswith("changed loss") for name in differ)
+
+
+def test_members_stay_in_order():
+    assert launch._split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert launch._split([1, 2], 5) == [[1, 2]]
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fits", [4, 2, 1])
+def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
+    """As a group too large for a GPU; each run is trained once, and leaves one event file."""
+    trained = []
+    fit = fuse.fit
+
+    def small(members, *args, **options):
+        if len(members) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        trained.append(len(members))
+        fit(members, *args, **options)
+
+    monkeypatch.setattr(fuse, "fit", small)
+    monkeypatch.setattr(fuse, "FINISHED", {})
+    runs = jobs(*([f"seed={i}"] for i in range(5)))
+    launch._train(runs)
+    assert sum(trained) == 5 and max(trained) <= fits
+    assert list(fuse.FINISHED) == [run.folder for run in runs]
+    said = [r.getMessage() for r in caplog.records if "do not fit into memory" in r.getMessage()]
+    assert said[0] == "5 runs do not fit into memory; trying half as many at once"
+    for run in runs:
+        assert fuse.FINISHED[run.folder].result()["test/accuracy"] > 0
+        assert list(read_scalars(run.folder)["loss/dice"].dropna().index) == list(range(12))
+        assert len(list(run.folder.glob("events.out.tfevents.*"))) == 1
+
+
+def test_one_run_too_large_fails(jobs, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fuse, "fit", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        launch._train(jobs(["seed=0"]))
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+def sweep(cwd, *args, status=0):
+    done = run_train("-m", *SMALL, *args, cwd=cwd, status=status)
+    [folder] = (cwd / "outputs").iterdir()
+    return SimpleNamespace(folder=folder, done=done, runs=run_folders(cwd), said=done.stderr)
+
+
+def tree(folder):
+    """All files of a sweep, event files without the host's and time's part of their names."""
+    names = (str(p.relative_to(folder)) for p in folder.rglob("*"))
+    return sorted(re.sub(r"(events\.out\.tfevents)\..*", r"\1", name) for name in names)
+
+
+def fused_line(said):
+    [line] = [line for line in said.splitlines() if line.startswith("fused: ")]
+    return line
+
+
+GRID = ["loss=dice,cce", "theta=0.3,0.9", "seed=0,1", "optimizer.lr=1e-3,1e-2"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The same sweep by both launchers."""
+    return [
+        sweep(tmp_path_factory.mktemp(name), *GRID, *args)
+        for name, args in [
+            ("basic", []),
+            ("fused", ["hydra/launcher=fused", "hydra.launcher.workers=2"]),
+        ]
+    ]
+
+
+def test_same_files(two):
+    basic, fused = two
+    assert len(basic.runs) == 16
+    assert tree(fused.folder) == tree(basic.folder)
+
+
+def test_same_results(two):
+    basic, fused = two
+    for name, folder in basic.runs.items():
+        a, b = read_result(folder), read_result(fused.runs[name])
+        assert b["status"] == "done" and b.pop("seconds") > 0 and a.pop("seconds") > 0
+        metrics, others = a.pop("metrics"), b.pop("metrics")
+        assert a == b
+        assert others == pytest.approx(metrics, rel=1e-3, abs=1e-3)
+        curve, other = read_scalars(folder), read_scalars(fused.runs[name])
+        assert set(curve.columns) == set(other.columns)
+        watched = [c for c in curve.columns if c.startswith(("loss/", "grad_norm/"))]
+        np.testing.assert_allclose(
+            curve[watched].to_numpy(), other[watched].to_numpy(), rtol=1e-4, atol=1e-5
+        )
+        for file in ("config.yaml", "overrides.yaml"):
+            texts = [(f / ".hydra" / file).read_text() for f in (folder, fused.runs[name])]
+            assert texts[0] == texts[1]
+
+
+def test_same_summary(two):
+    basic, fused = (pd.read_csv(s.folder / "summary.csv").drop(columns="seconds") for s in two)
+    pd.testing.assert_frame_equal(basic, fused, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_said(two):
+    _, fused = two
+    assert fused_line(fused.said) == "fused: 16 runs in 2 groups of up to 8, 2 at once"
+    assert "Warning" not in fused.said + fused.done.stdout
+    assert "one by one" not in fused.said
+    counted = re.findall(r"run (\d+) of 16: ", fused.said)
+    assert sorted(map(int, counted)) == list(range(1, 17))
+    assert sum(line.strip().endswith("done") for line in fused.done.stdout.splitlines()) == 16
+
+
+def complete(swept, count):
+    """All runs are done, and each left what it should, once."""
+    assert len(swept.runs) == count
+    for folder in swept.runs.values():
+        assert read_result(folder)["status"] == "done"
+        assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+        frame = read_scalars(folder)
+        assert list(frame["loss/cce"].dropna().index) == list(range(12))
+        assert (folder / "curves.png").exists() and list(folder.glob("checkpoints/*.ckpt"))
+
+
+def test_what_cannot_be_stacked_is_trained_one_by_one(tmp_path):
+    """An optimiser that is not written out, and clipping, beside runs that can."""
+    extra = tmp_path / "conf" / "optimizer"
+    extra.mkdir(parents=True)
+    OmegaConf.save({"_target_": "torch.optim.Adagrad", "lr": 0.01}, extra / "adagrad.yaml")
+    swept = sweep(
+        tmp_path, "--config-dir", str(tmp_path / "conf"), "hydra/launcher=fused",
+        "hydra.launcher.workers=1", "optimizer=adam,adagrad", "seed=0,1",
+        "trainer.gradient_clip_val=null,1",
+    )  # fmt: skip
+    complete(swept, 8)
+    line = fused_line(swept.said)
+    assert line.startswith("fused: 8 runs in 4 groups of up to 2, 1 at once (they differ in ")
+    assert "optimizer._target_" in line and "trainer.gradient_clip_val" in line
+    said = [line for line in swept.said.splitlines() if "one by one" in line]
+    clip = "2 runs are trained one by one: trainer.gradient_clip_val=1 needs the ordinary step"
+    own = "2 runs are trained one by one: Adagrad is not written out for stacked runs"
+    assert sorted(said) == sorted([clip, clip, own])
+
+
+def test_max_members(tmp_path):
+    swept = sweep(
+        tmp_path, "hydra/launcher=fused", "hydra.launcher.workers=1",
+        "hydra.launcher.max_members=2", "seed=range(5)",
+    )  # fmt: skip
+    complete(swept, 5)
+    assert fused_line(swept.said) == "fused: 5 runs in 3 groups of up to 2, 1 at once"
+
+
+def test_a_failing_member(tmp_path):
+    """It is marked, the others are done, and the exit status says so."""
+    swept = sweep(
+        tmp_path, "hydra/launcher=fused", "hydra.launcher.workers=1", "optimizer.lr=1e-3,1e30,1e-2",
+        status=1,
+    )  # fmt: skip
+    results = {read_result(f)["config"]["optimizer"]["lr"]: f for f in swept.runs.values()}
+    failed = read_result(results.pop(1e30))
+    assert failed["status"] == "failed"
+    assert re.match(
+        r"FloatingPointError: (loss|grad_norm)/\w+ is \S+ at step \d+$", failed["error"]
+    )
+    assert [read_result(f)["status"] for f in results.values()] == ["done", "done"]
+    summary = pd.read_csv(swept.folder / "summary.csv")
+    assert sorted(summary.status) == ["done", "done", "failed"]
+    assert "Traceback" not in swept.said
+
+
+def test_compile_with_clipping_falls_back(tmp_path):
+    done = run_train(*SMALL, "compile=true", "trainer.gradient_clip_val=1", cwd=tmp_path)
+    said = [line for line in done.stderr.splitlines() if "not compiled" in line]
+    assert len(said) == 1
+    assert said[0].endswith("not compiled: trainer.gradient_clip_val=1 needs the ordinary step")
+    [folder] = run_folders(tmp_path).values()
+    assert read_result(folder)["status"] == "done"
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "hydra/launcher=fused", "seed=0,1,2"]])
+def test_compiled(tmp_path, launcher):
+    """compile=true gives the numbers of compile=false; no warning on the way."""
+    runs = []
+    for compiled in ("true", "false"):
+        cwd = tmp_path / compiled
+        cwd.mkdir()
+        plain = [a for a in launcher if compiled == "true" or "launcher" not in a]
+        done = run_train("experiment=smoke", f"compile={compiled}", *plain, cwd=cwd, timeout=500)
+        assert "Warning" not in done.stderr and "not compiled" not in done.stderr
+        runs.append([
+            folder for _, folder in
+            sorted((read_result(f)["config"]["seed"], f) for f in run_folders(cwd).values())
+        ])  # fmt: skip
+    assert len(runs[0]) == len(runs[1]) == (3 if launcher else 1)
+    for a, b in zip(*runs, strict=True):
+        fast, plain = read_scalars(a), read_scalars(b)
+        assert set(fast.columns) == set(plain.columns)
+        watched = [c for c in plain.columns if c.startswith(("loss/", "grad_norm/"))]
+        np.testing.assert_allclose(fast[watched], plain[watched], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            fast.loc[:9, watched], plain.loc[:9, watched], rtol=1e-5, atol=1e-5
+        )
+        metrics = [read_result(f)["metrics"] for f in (a, b)]
+        assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_with_another_optimizer_falls_back(tmp_path):
+    done = run_train(
+        *SMALL, "compile=true", "optimizer._target_=torch.optim.RAdam", cwd=tmp_path, timeout=500
+    )
+    said = [line for line in done.stderr.splitlines() if "not compiled" in line]
+    assert len(said) == 1 and said[0].endswith("RAdam is not written out for stacked runs")
+    [folder] = run_folders(tmp_path).values()
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
