@@ -56,11 +56,9 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         net, losses, trained, optimizer, num_classes=len(schema.thresholds(cfg.theta)) + 1
     )
     probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
-    watchers = [
-        ModelCheckpoint(folder / "checkpoints", filename="{step}"),
-        callbacks.Images(),
-        callbacks.Progress(probe),
-    ]
+    watchers = [ModelCheckpoint(folder / "checkpoints", filename="{step}"), callbacks.Images()]
+    if options["enable_progress_bar"]:
+        watchers.append(callbacks.Progress(probe))
     trainer = pl.Trainer(
         **options,
         logger=logger,
@@ -73,8 +71,9 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     )
     with fast_on_cpu(net):
         trainer.fit(module, data)
-    if options["max_steps"] % options["val_check_interval"]:
-        trainer.validate(module, data, verbose=False)  # the final weights, too
+    if options["max_steps"] % options["val_check_interval"]:  # the final weights, too
+        trainer.validate(module, data, verbose=False)
+        trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.test(module, data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -12,6 +12,7 @@ from conftest import ROOT, read_result, run_folders, run_train
 from omegaconf import OmegaConf
 
 from losswatch import config, fuse, launch
+from losswatch.build import quieten
 from losswatch.report import read_scalars
 
 SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
@@ -107,7 +108,7 @@ def test_what_must_be_equal_splits(jobs, values, name):
 def test_a_changed_loss_is_another(jobs):
     """Its name is taken by the one of its file, which the other runs watch."""
     runs = jobs(
-        ["loss=dice"], ["loss=dice", "loss.exponent=2"] if False else ["loss=dice_square"],
+        ["loss=dice"], ["loss=dice_square"],
         ["loss=dice", "+loss.exponent=2"], ["loss=dice", "+loss.exponent=2", "seed=1"],
         ["loss=dice", "+loss.exponent=3"],
     )  # fmt: skip
@@ -128,19 +129,20 @@ def test_members_stay_in_order():
 def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
     """As a group too large for a GPU; each run is trained once, and leaves one event file."""
     trained = []
-    fit = fuse.fit
+    train = fuse.StackedModule.training_step
 
-    def small(members, *args, **options):
-        if len(members) > fits:
+    def small(module, *args):
+        if len(module.members) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        trained.append(len(members))
-        fit(members, *args, **options)
+        trained.append(len(module.members))
+        train(module, *args)
 
-    monkeypatch.setattr(fuse, "fit", small)
+    monkeypatch.setattr(fuse.StackedModule, "training_step", small)
     monkeypatch.setattr(fuse, "FINISHED", {})
     runs = jobs(*([f"seed={i}"] for i in range(5)))
+    quieten()
     launch._train(runs)
-    assert sum(trained) == 5 and max(trained) <= fits
+    assert sum(trained) == 5 * 2 and max(trained) <= fits  # two blocks each
     assert list(fuse.FINISHED) == [run.folder for run in runs]
     said = [r.getMessage() for r in caplog.records if "do not fit into memory" in r.getMessage()]
     assert said[0] == "5 runs do not fit into memory; trying half as many at once"
@@ -151,10 +153,11 @@ def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
 
 
 def test_one_run_too_large_fails(jobs, monkeypatch):
-    def full(*args, **options):
+    def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fuse, "fit", full)
+    quieten()
+    monkeypatch.setattr(fuse.StackedModule, "training_step", full)
     with pytest.raises(torch.OutOfMemoryError):
         launch._train(jobs(["seed=0"]))
 
@@ -179,7 +182,7 @@ def fused_line(said):
     return line
 
 
-GRID = ["loss=dice,cce", "theta=0.3,0.9", "seed=0,1", "optimizer.lr=1e-3,1e-2"]
+GRID = ["loss=dice,cce", "theta=0.3,0.9", "seed=1,3"]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +199,7 @@ def two(tmp_path_factory):
 
 def test_same_files(two):
     basic, fused = two
-    assert len(basic.runs) == 16
+    assert len(basic.runs) == 8
     assert tree(fused.folder) == tree(basic.folder)
 
 
@@ -226,12 +229,12 @@ def test_same_summary(two):
 
 def test_what_is_said(two):
     _, fused = two
-    assert fused_line(fused.said) == "fused: 16 runs in 2 groups of up to 8, 2 at once"
+    assert fused_line(fused.said) == "fused: 8 runs in 2 groups of up to 4, 2 at once"
     assert "Warning" not in fused.said + fused.done.stdout
     assert "one by one" not in fused.said
-    counted = re.findall(r"run (\d+) of 16: ", fused.said)
-    assert sorted(map(int, counted)) == list(range(1, 17))
-    assert sum(line.strip().endswith("done") for line in fused.done.stdout.splitlines()) == 16
+    counted = re.findall(r"run (\d+) of 8: ", fused.said)
+    assert sorted(map(int, counted)) == list(range(1, 9))
+    assert sum(line.strip().endswith("done") for line in fused.done.stdout.splitlines()) == 8
 
 
 def complete(swept, count):
@@ -251,35 +254,26 @@ def test_what_cannot_be_stacked_is_trained_one_by_one(tmp_path):
     extra.mkdir(parents=True)
     OmegaConf.save({"_target_": "torch.optim.Adagrad", "lr": 0.01}, extra / "adagrad.yaml")
     swept = sweep(
-        tmp_path, "--config-dir", str(tmp_path / "conf"), "hydra/launcher=fused",
-        "hydra.launcher.workers=1", "optimizer=adam,adagrad", "seed=0,1",
-        "trainer.gradient_clip_val=null,1",
+        tmp_path, "hydra/launcher=fused", "hydra.launcher.workers=1", "optimizer=adam,adagrad",
+        "trainer.gradient_clip_val=null,1", "--config-dir", str(tmp_path / "conf"),
     )  # fmt: skip
-    complete(swept, 8)
+    complete(swept, 4)
     line = fused_line(swept.said)
-    assert line.startswith("fused: 8 runs in 4 groups of up to 2, 1 at once (they differ in ")
+    assert line.startswith("fused: 4 runs in 4 groups of up to 1, 1 at once (they differ in ")
     assert "optimizer._target_" in line and "trainer.gradient_clip_val" in line
     said = [line for line in swept.said.splitlines() if "one by one" in line]
-    clip = "2 runs are trained one by one: trainer.gradient_clip_val=1 needs the ordinary step"
-    own = "2 runs are trained one by one: Adagrad is not written out for stacked runs"
+    clip = "1 runs are trained one by one: trainer.gradient_clip_val=1 needs the ordinary step"
+    own = "1 runs are trained one by one: Adagrad is not written out for stacked runs"
     assert sorted(said) == sorted([clip, clip, own])
 
 
-def test_max_members(tmp_path):
+def test_a_failing_member(tmp_path):
+    """It is marked, the others are done, in groups no larger than asked; the status says so."""
     swept = sweep(
         tmp_path, "hydra/launcher=fused", "hydra.launcher.workers=1",
-        "hydra.launcher.max_members=2", "seed=range(5)",
+        "hydra.launcher.max_members=2", "optimizer.lr=1e-3,1e30,1e-2", status=1,
     )  # fmt: skip
-    complete(swept, 5)
-    assert fused_line(swept.said) == "fused: 5 runs in 3 groups of up to 2, 1 at once"
-
-
-def test_a_failing_member(tmp_path):
-    """It is marked, the others are done, and the exit status says so."""
-    swept = sweep(
-        tmp_path, "hydra/launcher=fused", "hydra.launcher.workers=1", "optimizer.lr=1e-3,1e30,1e-2",
-        status=1,
-    )  # fmt: skip
+    assert fused_line(swept.said) == "fused: 3 runs in 2 groups of up to 2, 1 at once"
     results = {read_result(f)["config"]["optimizer"]["lr"]: f for f in swept.runs.values()}
     failed = read_result(results.pop(1e30))
     assert failed["status"] == "failed"
@@ -292,16 +286,6 @@ def test_a_failing_member(tmp_path):
     assert "Traceback" not in swept.said
 
 
-def test_compile_with_clipping_falls_back(tmp_path):
-    done = run_train(*SMALL, "compile=true", "trainer.gradient_clip_val=1", cwd=tmp_path)
-    said = [line for line in done.stderr.splitlines() if "not compiled" in line]
-    assert len(said) == 1
-    assert said[0].endswith("not compiled: trainer.gradient_clip_val=1 needs the ordinary step")
-    [folder] = run_folders(tmp_path).values()
-    assert read_result(folder)["status"] == "done"
-    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["-m", "hydra/launcher=fused", "seed=0,1,2"]])
 def test_compiled(tmp_path, launcher):
@@ -312,7 +296,8 @@ def test_compiled(tmp_path, launcher):
         cwd.mkdir()
         plain = [a for a in launcher if compiled == "true" or "launcher" not in a]
         done = run_train("experiment=smoke", f"compile={compiled}", *plain, cwd=cwd, timeout=500)
-        assert "Warning" not in done.stderr and "not compiled" not in done.stderr
+        said = done.stderr.replace("DeprecationWarning: `torch.jit.script_method`", "")  # PyTorch's
+        assert "Warning" not in said and "not compiled" not in said
         runs.append([
             folder for _, folder in
             sorted((read_result(f)["config"]["seed"], f) for f in run_folders(cwd).values())

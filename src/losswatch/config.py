@@ -163,5 +163,7 @@ def run_name(overrides: Sequence[str]) -> str:
 def register() -> None:
     """Make the schema and the resolvers known to Hydra; train.py calls it first."""
     ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
+    # Cached in the config, which Hydra hands to the processes of other launchers: one sweep, one
+    # folder.
+    OmegaConf.register_new_resolver("sweep_name", sweep_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)

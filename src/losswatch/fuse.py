@@ -9,6 +9,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,20 @@ def obstacle(trainer: Mapping[str, Any]) -> str | None:
     return None
 
 
+@contextmanager
+def _or_nothing(members: Sequence[Member]) -> Iterator[None]:
+    """What trains the members after a failure begins event files of its own: remove theirs."""
+    try:
+        yield
+    except RuntimeError:
+        for member in members:
+            writer = member.logger.experiment
+            file = Path(writer.file_writer.event_writer._file_name)
+            writer.close()
+            file.unlink(missing_ok=True)
+        raise
+
+
 def fit(
     members: Sequence[Member],
     losses: LossSet,
@@ -371,26 +386,30 @@ def fit(
     Args:
         members, losses, options: of `StackedModule`.
         trainer_options: of pytorch_lightning.Trainer; steps are steps of each run.
+
+    Raises:
+        RuntimeError: they cannot be trained as a stack, or memory ran out.
     """
-    begin = time.perf_counter()
-    module = StackedModule(members, losses, **options)
-    steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
-    block = block_size(interval)
-    trainer = pl.Trainer(
-        **{**trainer_options, "val_check_interval": interval // block},
-        logger=False,
-        callbacks=[Progress(None)] if trainer_options["enable_progress_bar"] else [],
-        max_epochs=1,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    with fast_on_cpu(module.net):
-        trainer.fit(module, Blocks(trainer, steps, block), range(1))  # type: ignore[arg-type]
-    if steps % interval:
-        module.report("val", VAL, members[0].data.val_size)  # the final weights, too
-    module.show_images()
-    module.report("test", TEST, members[0].data.test_size)
-    for member in members:
-        member.logger.close()
-        member.seconds = (time.perf_counter() - begin) / len(members)
+    with _or_nothing(members):
+        begin = time.perf_counter()
+        module = StackedModule(members, losses, **options)
+        steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
+        block = block_size(interval)
+        trainer = pl.Trainer(
+            **{**trainer_options, "val_check_interval": interval // block},
+            logger=False,
+            callbacks=[Progress(None)] if trainer_options["enable_progress_bar"] else [],
+            max_epochs=1,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        with fast_on_cpu(module.net):
+            trainer.fit(module, Blocks(trainer, steps, block), range(1))  # type: ignore[arg-type]
+        if steps % interval:
+            module.report("val", VAL, members[0].data.val_size)  # the final weights, too
+        module.show_images()
+        module.report("test", TEST, members[0].data.test_size)
+        for member in members:
+            member.logger.close()
+            member.seconds = (time.perf_counter() - begin) / len(members)

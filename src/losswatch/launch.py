@@ -173,6 +173,7 @@ def launch(
         job = hydra_context.config_loader.load_sweep_config(config, list(overrides))
         with open_dict(job):
             job.hydra.job.id = str(index)
+            job.hydra.sweep.dir = config.hydra.sweep.dir  # a new process would make another name
             job.hydra.job.num = index
         HydraConfig.instance().set_config(job)  # what ${hydra:...} in the folder's name refers to
         folder = Path(job.hydra.sweep.dir, job.hydra.sweep.subdir).absolute()
