@@ -56,7 +56,8 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         net, losses, trained, optimizer, num_classes=len(schema.thresholds(cfg.theta)) + 1
     )
     probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
-    watchers = [ModelCheckpoint(folder / "checkpoints", filename="{step}"), callbacks.Images()]
+    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{step}")
+    watchers = [checkpoint, callbacks.Images()]
     if options["enable_progress_bar"]:
         watchers.append(callbacks.Progress(probe))
     trainer = pl.Trainer(
@@ -74,6 +75,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     if options["max_steps"] % options["val_check_interval"]:  # the final weights, too
         trainer.validate(module, data, verbose=False)
         trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
+        Path(checkpoint.best_model_path).unlink()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.test(module, data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -81,7 +81,7 @@ def checkpoint(folder):
     return file.name, torch.load(file, weights_only=True)
 
 
-def assert_same_runs(runs, late=1e-3, validated_beside=False):
+def assert_same_runs(runs, late=1e-3):
     """Curves to 1e-5 over the first ten steps; all of them, metrics and weights to `late`."""
     for member, folder, wanted in zip(runs.members, runs.folders, runs.wanted, strict=True):
         assert member.error is None
@@ -102,10 +102,7 @@ def assert_same_runs(runs, late=1e-3, validated_beside=False):
             near = late if "/loss/" in tag else pixels
             assert member.metrics[tag] == pytest.approx(value, abs=near), tag
         (name, saved), (plain_name, plain) = checkpoint(member.folder), checkpoint(folder)
-        assert name == f"step={reference.index[-1]}.ckpt"
-        if name != plain_name:  # Lightning saves at validations alone
-            assert validated_beside
-            continue
+        assert name == plain_name == f"step={reference.index[-1]}.ckpt"
         assert saved["state_dict"].keys() == plain["state_dict"].keys()
         for key, value in plain["state_dict"].items():
             torch.testing.assert_close(saved["state_dict"][key], value, rtol=late, atol=late)
@@ -169,7 +166,7 @@ def test_intervals(both, steps, interval, every):
         f"trainer.max_steps={steps}", f"trainer.val_check_interval={interval}",
         f"probe.every_n_steps={every}", grid=GRID[:2],
     )  # fmt: skip
-    assert_same_runs(runs, validated_beside=bool(steps % min(steps, interval)))
+    assert_same_runs(runs)
     frame = read_scalars(runs.members[0].folder)
     seen = list(frame["loss/dice"].dropna().index) if every else []
     assert seen == (list(range(0, steps, every)) if every else [])

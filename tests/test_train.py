@@ -78,22 +78,23 @@ def test_validation_scalars(events):
 
 
 def test_images(events):
-    """Four rows of input, label and prediction, with two grey pixels between them."""
+    """Four rows of input, label and prediction, six times as large, framed in grey."""
     assert events.Tags()["images"] == ["images/input_label_prediction"]
     shown = events.Images("images/input_label_prediction")
     assert [image.step for image in shown] == [10, 20, 30]
-    for image in shown:
-        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("L"))
-        assert pixels.shape[0] * pixels.shape[1] == 4 * 16 * (3 * 16 + 2 * 2)
-        tiles = [  # add_images lays them out in one row or in a square
-            tile
-            for row in np.split(pixels, pixels.shape[0] // 16, axis=0)
-            for tile in np.split(row, pixels.shape[1] // 52, axis=1)
-        ]
-        for tile in tiles:
-            parts = np.split(tile, [16, 18, 34, 36], axis=1)
-            image, label, prediction = parts[::2]
-            assert all(len(set(gap.flatten())) == 1 for gap in parts[1::2])
+    side, frame = 6 * 16, 4
+    for picture in shown:
+        pixels = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)).convert("L"))
+        assert pixels.shape == (4 * (side + 2 * frame), 3 * (side + 2 * frame))
+        for row in np.split(pixels, 4, axis=0):
+            tiles = np.split(row, 3, axis=1)
+            for tile in tiles:
+                assert set(tile[:frame].flatten()) == {tile[0, 0]}
+                assert set(tile[:, -frame:].flatten()) == {tile[0, 0]}
+                inner = tile[frame:-frame, frame:-frame]
+                assert np.array_equal(inner, inner[::6, ::6].repeat(6, axis=0).repeat(6, axis=1))
+            image, label, prediction = (t[frame:-frame:6, frame:-frame:6] for t in tiles)
+            assert image.shape == (16, 16)
             assert set(label.flatten()) == {0, 255} and set(prediction.flatten()) <= {0, 255}
             # θ = 0.5 on inputs from 0 to 1; they were stretched to their own range, just inside.
             assert image[label == 255].min() >= 125 and image[label == 0].max() <= 130
@@ -105,10 +106,9 @@ def test_hparams(events, smoke):
     start = data["_hparams_/session_start_info"].session_start_info.hparams
     assert start["loss"].string_value == "dice"
     assert start["theta"].number_value == 0.5
-    assert start["seed"].number_value == 3
-    assert start["optimizer.lr"].number_value == smoke.result["config"]["optimizer"]["lr"]
-    assert start["model.batch_norm"].bool_value is False
-    assert start["data.batch_size"].number_value == 2
+    assert start["model"].string_value == "ConvNet"
+    assert start["optimizer"].string_value == "Adam"
+    assert start["lr"].number_value == smoke.result["config"]["optimizer"]["lr"]
     infos = data["_hparams_/experiment"].experiment.metric_infos
     metrics = {info.name.tag for info in infos}
     assert metrics == {f"{s}/{m}" for s in ("val", "test") for m in ("accuracy", "dice", "iou")}
