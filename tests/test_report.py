@@ -446,3 +446,12 @@ def test_script_refuses_a_folder_without_runs_in_one_line(tmp_path):
     messages = [line for line in done.stderr.splitlines() if not line.startswith("import time")]
     assert messages == [f"report.py: holds no runs: {tmp_path}"]
     assert not list(tmp_path.iterdir())
+
+
+def test_long_titles_are_broken():
+    curves = pd.DataFrame({"loss/dice": [0.5, 0.4], "grad_norm/dice": [1.0, 0.9]})
+    name = ",".join(f"optimizer.lr={i}" for i in range(12))
+    figure = study.draw({"dice": [curves]}, title=name)
+    lines = figure.get_suptitle().split("\n")
+    assert len(lines) > 2 and max(map(len, lines)) <= 60
+    assert "".join(lines).replace(", ", ",").replace(" ", "") == name

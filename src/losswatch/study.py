@@ -6,6 +6,7 @@ is safe in a training process.
 
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -206,7 +207,9 @@ def draw(
         handlelength=2.2,
         columnspacing=1.4,
     )
-    figure.suptitle(_label(title), fontsize=12)
+    # A run's name can be longer than its figure is wide, and has no blanks to break at.
+    broken = textwrap.wrap(title.replace(",", ", "), width=60 if len(runs) == 1 else 120)
+    figure.suptitle("\n".join(map(_label, broken)), fontsize=12)
     return figure
 
 
