@@ -24,7 +24,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch._dynamo.exc import TorchDynamoException
 
 from losswatch import config as schema
 from losswatch import fuse
@@ -58,8 +57,7 @@ def _key(job: Job) -> dict[str, Any]:
     config: Any = OmegaConf.to_container(job.task, resolve=True)
     per_run = {"lr", "betas", "eps", "weight_decay", "momentum", "nesterov"}
     config["optimizer"] = {k: v for k, v in config["optimizer"].items() if k not in per_run}
-    for free in ("seed", "low", "high"):
-        config.pop(free, config["data"].pop(free, None))
+    del config["seed"], config["data"]["low"], config["data"]["high"]
     config["theta"] = f"{len(schema.thresholds(config['theta'])) + 1} classes"
     # The trained loss as it would be among those watched.
     trained = config.pop("loss")
@@ -130,7 +128,7 @@ def _execute(jobs: Sequence[Job], context: Any, singletons: Any) -> list[JobRetu
     try:
         HydraConfig.instance().set_config(jobs[0].config)
         _train(jobs)
-    except (NotImplementedError, TorchDynamoException, RuntimeError) as error:
+    except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too
         reason = " ".join(str(error).split())[:200]
         print(f"{len(jobs)} runs are trained one by one: {reason}", file=sys.stderr)
     returns = []
