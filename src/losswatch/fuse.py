@@ -35,8 +35,8 @@ from losswatch.step import compiled, make_step, optimizer_rule, splitter, traine
 log = logging.getLogger(__name__)
 
 BLOCK = 500  # steps between two writes, at most
-# Members whose step is one call: their tensors should stay in a core's cache.
-CHUNK = 8
+# Members whose step is one call, at most: more share the cost of calling it, and fall out of cache.
+CHUNK = 14
 
 
 @dataclass
@@ -167,7 +167,7 @@ class StackedModule(pl.LightningModule):
             )
             for observed in (True, False)
         }  # fmt: skip
-        self.steps_of: dict[tuple[bool, int], Callable[..., Any]] = {}
+        self.steps_of: dict[bool, Callable[..., Any]] = {}
         self.seconds = 0.0
 
     # -- the state, in chunks ----------------------------------------------------------------------
@@ -178,19 +178,24 @@ class StackedModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.losses.to(self.device)
         self.net.to(self.device)
-        chunk = CHUNK if self.device.type == "cpu" else len(self.members)
+        count = len(self.members)
+        pieces = -(-count // CHUNK) if self.device.type == "cpu" else 1
+        self.chunk = -(-count // pieces)
+        # All chunks have one shape, for which the step is compiled; the last one repeats a member.
+        index = torch.arange(pieces * self.chunk).clamp_max(count - 1)
         tensors = (self.flat, self.rest, self.moments, self.numbers)
-        moved = tree_map(lambda t: t.to(self.device), tensors)
-        # Copies, so that each chunk is dense: the graph is compiled for those strides.
-        starts = range(0, len(self.members), chunk)
-        self.chunks = [tree_map(lambda t, i=i: t[i : i + chunk].clone(), moved) for i in starts]
+        self.chunks = [
+            tree_map(lambda t, i=part: t[i].to(self.device), tensors)
+            for part in index.split(self.chunk)
+        ]
 
     def step_for(self, observed: bool, state: tuple, step: Tensor) -> Callable[..., Any]:
-        key = (observed, len(state[0]))
-        if key not in self.steps_of:
+        if observed not in self.steps_of:
             function = self.make[observed]
-            self.steps_of[key] = compiled(function, *state, step) if self.compile_step else function
-        return self.steps_of[key]
+            self.steps_of[observed] = (
+                compiled(function, *state, step) if self.compile_step else function
+            )
+        return self.steps_of[observed]
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
         first, last = batch
@@ -218,11 +223,10 @@ class StackedModule(pl.LightningModule):
         progress.total.completed += last - first
 
     def _chunk_members(self, chunk: int) -> list[Member]:
-        size = len(self.chunks[0][0])
-        return self.members[chunk * size : (chunk + 1) * size]
+        return self.members[chunk * self.chunk : (chunk + 1) * self.chunk]
 
     def _write(self, chunk: int, steps: np.ndarray, values: np.ndarray) -> None:
-        for member, block in zip(self._chunk_members(chunk), values, strict=True):
+        for member, block in zip(self._chunk_members(chunk), values, strict=False):
             bad = ~np.isfinite(block[:, : 2 * len(self.losses.names)])
             if bad.any() and member.error is None:
                 row, column = np.argwhere(bad)[0]
@@ -285,7 +289,7 @@ class StackedModule(pl.LightningModule):
             table = {name: value.tolist() for name, value in found.items()}
             results += [{n: v[i] for n, v in table.items()} for i in range(len(parameters))]
         self.net.train()
-        return results
+        return results[: len(self.members)]
 
     def show_images(self) -> None:
         """What callbacks.Images logs, once: stacks are for runs by the hundred."""
