@@ -18,7 +18,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from losswatch import config as schema
 from losswatch.sweep import clear_errors, stop
@@ -32,7 +32,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from losswatch import build, callbacks, fuse
+    from losswatch import build, callbacks, fuse, resume
     from losswatch.module import SegmentationModule
     from losswatch.networks import fast_on_cpu
     from losswatch.probe import Probe
@@ -50,20 +50,24 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too
             log.warning("not compiled: %s", " ".join(str(error).split())[:200])
 
+    start, state = resume.newest(folder, below=cfg.trainer.max_steps) or (None, {})
+    if start:
+        log.info("resumed from step %d", state["global_step"])
     data, net, optimizer = build.make_data(cfg), build.make_net(cfg), build.make_optimizer(cfg)
-    logger = callbacks.open_log(cfg, trained, folder)
+    logger = callbacks.open_log(cfg, trained, folder, state.get("losswatch", {}).get("events"))
     module = SegmentationModule(
         net, losses, trained, optimizer, num_classes=len(schema.thresholds(cfg.theta)) + 1
     )
     probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
-    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{step}")
-    watchers = [checkpoint, callbacks.Images()]
+    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{step}", save_top_k=-1)
+    watchers = [checkpoint, callbacks.Record(resume.plain(cfg)), callbacks.Images()]
     if options["enable_progress_bar"]:
         watchers.append(callbacks.Progress(probe))
     trainer = pl.Trainer(
         **options,
         logger=logger,
         callbacks=[probe, *watchers] if probe else watchers,
+        plugins=[resume.AtomicCheckpoints()],
         # One epoch is the whole training; every rank draws its own share of a batch.
         max_epochs=1,
         use_distributed_sampler=False,
@@ -71,11 +75,10 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         enable_model_summary=False,
     )
     with fast_on_cpu(net):
-        trainer.fit(module, data)
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
     if options["max_steps"] % options["val_check_interval"]:  # the final weights, too
         trainer.validate(module, data, verbose=False)
         trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
-        Path(checkpoint.best_model_path).unlink()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.test(module, data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -86,7 +89,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Check, train, and write down how it went; the returned accuracy is for sweepers."""
-    from losswatch import build, fuse
+    from losswatch import build, fuse, resume
     from losswatch.report import read_scalars
     from losswatch.result import write_result
     from losswatch.study import plot_curves
@@ -97,8 +100,12 @@ def main(cfg: DictConfig) -> float | None:
     files = build.loss_files(job.runtime.config_sources)
     try:
         build.check(cfg, trained, files)
+        resume.check_folder(folder, cfg)
     except schema.ConfigError as error:
         stop(str(error))
+    if earlier := resume.finished(folder):
+        log.info("done before, skipped: %s", folder)
+        return earlier["metrics"].get("val/accuracy", float("nan"))
 
     groups = ("loss", "model", "optimizer")
     result = {
@@ -107,7 +114,7 @@ def main(cfg: DictConfig) -> float | None:
         "error": None,
         "overrides": list(job.overrides.task),
         "choices": {group: job.runtime.choices.get(group) for group in groups},
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": resume.plain(cfg),
         "steps": cfg.trainer.max_steps,
     }
     start = time.perf_counter()

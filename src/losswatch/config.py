@@ -49,6 +49,7 @@ class Config:
     seed: int = MISSING
     watch: list[Any] = MISSING
     compile: bool = MISSING
+    resume: str | None = None
     loss: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
@@ -138,6 +139,11 @@ def sweep_name() -> str:
     raise ConfigError(f"outputs/ holds too many folders that begin with {stamp}")
 
 
+def run_folder(resume: str | None, overrides: Sequence[str]) -> str:
+    """Where one run goes: the folder that it resumes, or one of its own in a new sweep's folder."""
+    return resume or str(Path("outputs", sweep_name(), run_name(overrides)))
+
+
 _LONGEST = 150  # bytes; most file systems take 255 a name, and checkpoints sit below
 # Commas only inside brackets: a row of such overrides joined by commas is read in one way only.
 _PLAIN = re.compile(r"(?:[\w.=+~@-]|\[[\w.,=+~@-]*\])+")
@@ -167,3 +173,4 @@ def register() -> None:
     # folder.
     OmegaConf.register_new_resolver("sweep_name", sweep_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
