@@ -3,6 +3,7 @@
     python train.py                                             one run with conf/config.yaml
     python train.py loss=cce theta=0.05 optimizer.lr=3e-4       one run, some of it changed
     python train.py -m loss=dice,cce theta=0.05,0.5,0.95        a sweep: six runs, and their table
+    python train.py mode=test checkpoint=outputs/<sweep>/<run>  its test metrics, nothing trained
     python train.py --help                                      all groups and keys
     tensorboard --logdir outputs                                browse the curves
 
@@ -86,6 +87,37 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     return metrics
 
 
+def test(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -> dict[str, float]:
+    """The test metrics of the net in `cfg.checkpoint`; nothing is trained."""
+    import pytorch_lightning as pl
+
+    from losswatch import build, callbacks, resume
+    from losswatch.module import SegmentationModule
+    from losswatch.networks import fast_on_cpu
+
+    build.quieten()
+    net = build.make_net(cfg)
+    resume.load_net(net, resume.find(cfg.checkpoint))
+    module = SegmentationModule(
+        net,
+        build.make_losses(cfg, trained, files),
+        trained,
+        build.make_optimizer(cfg),
+        num_classes=len(schema.thresholds(cfg.theta)) + 1,
+    )
+    logger = callbacks.EventLog(str(folder))
+    trainer = pl.Trainer(
+        **{**build.trainer_options(cfg), "enable_progress_bar": False},
+        logger=logger,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    with fast_on_cpu(net):
+        trainer.test(module, build.make_data(cfg), verbose=False)
+    logger.close()
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Check, train, and write down how it went; the returned accuracy is for sweepers."""
@@ -99,7 +131,13 @@ def main(cfg: DictConfig) -> float | None:
     trained = job.runtime.choices.get("loss") or ""  # check says what is wrong with that
     files = build.loss_files(job.runtime.config_sources)
     try:
+        if cfg.checkpoint is not None:
+            given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
+            checkpoint = resume.find(cfg.checkpoint)
+            resume.adopt(cfg, checkpoint, given)
         build.check(cfg, trained, files)
+        if cfg.checkpoint is not None:
+            resume.load_net(build.make_net(cfg), checkpoint)
         resume.check_folder(folder, cfg)
     except schema.ConfigError as error:
         stop(str(error))
@@ -121,7 +159,8 @@ def main(cfg: DictConfig) -> float | None:
     try:
         # The fused launcher trains its runs first, and has each finished here like any other.
         fused = fuse.FINISHED.pop(folder, None)
-        metrics = fused.result() if fused else train(cfg, trained, files, folder)
+        work = train if cfg.mode == "train" else test
+        metrics = fused.result() if fused else work(cfg, trained, files, folder)
     except BaseException as error:
         # On Ctrl-C Lightning shuts down in order, and then exits.
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -137,9 +176,13 @@ def main(cfg: DictConfig) -> float | None:
         return float("nan")
     seconds = fused.seconds if fused else time.perf_counter() - start
     write_result(folder, result | {"status": "done", "seconds": seconds, "metrics": metrics})
-    plot_curves(read_scalars(folder), folder / "curves.png", title=folder.name, trained=trained)
-    accuracy = metrics.get("val/accuracy", float("nan"))
-    log.info("val accuracy %.4f in %.1f s: %s", accuracy, seconds, folder)
+    resume.prune(folder, keep=1)
+    stage = "val" if cfg.mode == "train" else "test"
+    if cfg.mode == "train":
+        curves = folder / "curves.png"
+        plot_curves(read_scalars(folder), curves, title=folder.name, trained=trained)
+    accuracy = metrics.get(f"{stage}/accuracy", float("nan"))
+    log.info("%s accuracy %.4f in %.1f s: %s", stage, accuracy, seconds, folder)
     return accuracy
 
 

@@ -278,7 +278,8 @@ def test_a_failing_member(tmp_path):
     failed = read_result(results.pop(1e30))
     assert failed["status"] == "failed"
     assert re.match(
-        r"FloatingPointError: (loss|grad_norm)/\w+ is \S+ at step \d+$", failed["error"]
+        r"FloatingPointError: trained with dice, step \d+: (loss|grad_norm)/dice is \S+$",
+        failed["error"],
     )
     assert [read_result(f)["status"] for f in results.values()] == ["done", "done"]
     summary = pd.read_csv(swept.folder / "summary.csv")

@@ -49,7 +49,9 @@ class Config:
     seed: int = MISSING
     watch: list[Any] = MISSING
     compile: bool = MISSING
+    mode: str = MISSING
     resume: str | None = None
+    checkpoint: str | None = None
     loss: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
@@ -118,6 +120,10 @@ def check_values(cfg: DictConfig) -> None:
     lr = cfg.optimizer.get("lr")
     if not isinstance(lr, int | float) or not (0 < lr < math.inf):
         raise ConfigError(f"optimizer.lr must be a number greater than 0, got {lr}")
+    if cfg.mode not in ("train", "test"):
+        raise ConfigError(f"mode must be train or test, got {cfg.mode}")
+    if (cfg.mode == "test") != (cfg.checkpoint is not None):
+        raise ConfigError("mode=test and checkpoint=<file or run folder> go together")
     if not cfg.watch:
         raise ConfigError("watch must name at least one loss, got []")
 

@@ -83,9 +83,7 @@ def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
         folder, net, make_data(cfg), trained, optimizer, logger, resume.plain(cfg), start
     )
     if start:
-        net.load_state_dict(
-            {n.removeprefix("net."): t for n, t in found["state_dict"].items() if n[:4] == "net."}
-        )
+        resume.load_net(net, found)
         optimizer.load_state_dict(found["optimizer_states"][0])
     return member
 
@@ -243,6 +241,10 @@ class StackedModule(pl.LightningModule):
             self.chunks[i] = (parameters, buffers, moments, numbers)
             if seen:
                 self._write(i, np.array(watched), torch.stack(seen, dim=1).cpu().numpy())
+            finite = parameters.isfinite().all(dim=1).tolist()
+            for member, good in zip(self._chunk_members(i), finite, strict=False):
+                if not good:  # all that tells where nothing is observed
+                    self._fail(member, "a weight is not finite", last - 1)
         self.seconds += time.perf_counter() - begin
         # Lightning counts the steps of its own optimisers; these are ours.
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
@@ -254,12 +256,16 @@ class StackedModule(pl.LightningModule):
 
     def _write(self, chunk: int, steps: np.ndarray, values: np.ndarray) -> None:
         for member, block in zip(self._chunk_members(chunk), values, strict=False):
-            bad = ~np.isfinite(block[:, : 2 * len(self.losses.names)])
-            if bad.any() and member.error is None:
-                row, column = np.argwhere(bad)[0]
-                member.error = f"{self.tags[column]} is {block[row, column]} at step {steps[row]}"
-                log.warning("%s (loss %s)", member.error, member.trained)
+            tags = [f"{kind}/{member.trained}" for kind in ("loss", "grad_norm")]
+            own = block[:, [self.tags.index(tag) for tag in tags]]
+            for row, column in np.argwhere(~np.isfinite(own))[:1]:
+                self._fail(member, f"{tags[column]} is {own[row, column]}", steps[row])
             write_scalars(member.logger.experiment, self.tags, steps, block)
+
+    def _fail(self, member: Member, what: str, step: int) -> None:
+        if member.error is None:
+            member.error = f"trained with {member.trained}, step {step}: {what}"
+            log.warning("%s: %s", member.folder.name, member.error)
 
     def save(self) -> None:
         """Give each member its weights and its optimiser's state, and write its checkpoint.

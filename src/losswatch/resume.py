@@ -13,13 +13,14 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import nn
 
 from losswatch.config import ConfigError
 from losswatch.report import replace_file
@@ -40,7 +41,12 @@ def save(content: Mapping[str, Any], path: Path) -> None:
     torch.save(dict(content), buffer)
     path.parent.mkdir(exist_ok=True)
     replace_file(path, buffer.getvalue())
-    for old in _files(path.parent.parent)[KEPT:]:
+    prune(path.parent.parent, KEPT)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove a run's checkpoints but the `keep` newest."""
+    for old in _files(folder)[keep:]:
         old.unlink()
 
 
@@ -83,6 +89,26 @@ def newest(folder: Path, below: float = float("inf")) -> tuple[Path, dict[str, A
     return None
 
 
+def find(place: str) -> dict[str, Any]:
+    """The checkpoint that a file or a run's folder holds.
+
+    Raises:
+        ConfigError: there is none that can be read.
+    """
+    path = Path(place)
+    if path.is_dir():
+        found = newest(path)
+        if not found:
+            raise ConfigError(f"checkpoint={place}: the folder holds no readable checkpoint")
+        return found[1]
+    if not path.exists():
+        raise ConfigError(f"checkpoint={place}: there is no such file or run folder")
+    try:
+        return load(path)
+    except ValueError as error:
+        raise ConfigError(f"checkpoint={error}") from error
+
+
 def _step(path: Path) -> int:
     found = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
     return int(found[1]) if found else -1
@@ -117,6 +143,43 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     """The config, without Hydra's own, as plain data: so it stands in checkpoints and results."""
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return OmegaConf.to_container(own, resolve=True)  # type: ignore[return-value]
+
+
+def adopt(cfg: DictConfig, content: Mapping[str, Any], given: Collection[str]) -> None:
+    """Set θ, seed, data and the model's numbers as in a checkpoint, but for the keys `given`.
+
+    Numbers only: nothing that a file says is ever imported or called.
+    """
+    saved = dict(_flat(content.get("losswatch", {}).get("config", {})))
+    for key, value in saved.items():
+        group = key.split(".")[0]
+        if group not in ("theta", "seed", "data", "model") or key in given:
+            continue
+        if group == "model" and saved.get("model._target_") != cfg.model._target_:
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        if all(isinstance(n, int | float) for n in numbers):
+            OmegaConf.update(cfg, key, value)
+
+
+def load_net(net: nn.Module, content: Mapping[str, Any]) -> None:
+    """Load a checkpoint's weights.
+
+    Raises:
+        ConfigError: they are not of this net; names the first that differs, and both shapes.
+    """
+    state = {n[4:]: t for n, t in content["state_dict"].items() if n.startswith("net.")}
+    own = net.state_dict()
+    for name in own | state:
+        here, there = (tuple(s[name].shape) if name in s else "absent" for s in (own, state))
+        if here != there:
+            model = content.get("losswatch", {}).get("config", {}).get("model", {})
+            settings = ", ".join(f"{key}={value}" for key, value in model.items())
+            raise ConfigError(
+                f"checkpoint: {name} is {there} there and {here} in this model; it was trained "
+                f"with {settings or 'another'}"
+            )
+    net.load_state_dict(state)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

@@ -133,7 +133,8 @@ def make_step(
         if observed:
             gradients = coefficients @ vmap(pull)(rows)[0]
             seen = observe(values, gradients, cosines)
-            gradient = numbers["trained"] @ gradients
+            # Not a product: another loss may be infinite, and 0 times that is NaN.
+            gradient = torch.where(numbers["trained"][:, None] > 0, gradients, 0).sum(0)
         else:
             row = torch.tensordot(numbers["trained"] @ coefficients, rows, dims=1)
             gradient, seen = pull(row)[0], values.new_zeros(0)
