@@ -247,7 +247,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
     for i, one in enumerate(runs.composed):
         ended = []
         for which, folder in (("fused", runs.members[i].folder), ("alone", runs.folders[i])):
-            [file] = folder.glob("checkpoints/*.ckpt")
+            file, _ = resume.newest(folder)
             state = torch.load(file, weights_only=True)
             # Where the run kept its checkpoints; the two differ in that, and it is warned of.
             state["callbacks"] = {}

@@ -105,7 +105,7 @@ class Blocks:
 def _moment(member: Member, name: str) -> Tensor:
     """[P], what the optimiser keeps of each parameter; 0 before its first step."""
     state = member.optimizer.state
-    kept = [(state[p].get(name), p) for p in trained_parameters(member.net).values()]
+    kept = [(state.get(p, {}).get(name), p) for p in trained_parameters(member.net).values()]
     return torch.cat([torch.zeros_like(p).flatten() if m is None else m.flatten() for m, p in kept])
 
 

@@ -184,7 +184,8 @@ def launch(
         HydraConfig.instance().set_config(job)  # what ${hydra:...} in the folder's name refers to
         folder = Path(job.hydra.sweep.dir, job.hydra.sweep.subdir).absolute()
         jobs.append(Job(index, list(overrides), job, folder))
-    done, todo = [], []
+    done: list[Job] = []
+    todo: list[Job] = []
     for job in jobs:
         (done if resume.finished(job.folder) else todo).append(job)
     alike, differ = groups(todo) if todo else ([], [])

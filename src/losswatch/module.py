@@ -66,7 +66,7 @@ class SegmentationModule(pl.LightningModule):
         # Sums over pixels of each loss, and of the pixels, while a stage runs.
         self.loss_sums = torch.zeros(len(losses.names) + 1, dtype=torch.float64)
         self.logits = self.target = self.value = torch.empty(0)
-        # The first step whose loss or gradient is not finite; a tensor, so that a GPU need not wait.
+        # The first step whose loss or gradient is not finite; a tensor, so no GPU need wait.
         self.bad_step = torch.tensor(-1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -78,7 +78,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path, below: float = float("inf")) -> tuple[Path, dict[str, Any]] | None:
-    """The newest readable checkpoint of a run before step `below`; others are named in a warning."""
+    """The newest checkpoint before step `below` that can be read; a warning names the others."""
     for path in _files(folder):
         if _step(path) >= below:
             continue
