@@ -104,11 +104,13 @@ class SweepCallback(Callback):
         for overrides, job in zip(jobs, configs, strict=True):
             files = loss_files(job.hydra.runtime.config_sources)
             try:
-                check(job, job.hydra.runtime.choices.get("loss"), files)
+                check(job, job.hydra.runtime.choices.get("loss"), files, multirun=True)
             except ConfigError as error:
                 stop(f"{error} (in the run {' '.join(overrides)}; nothing was started)")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if int(os.environ.get("LOCAL_RANK", 0)):  # one of many processes that train one run
+            return
         overrides = " ".join(config.hydra.overrides.task) or "all defaults"
         which = ""
         if config.hydra.mode.name == "MULTIRUN":
