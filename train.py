@@ -75,7 +75,8 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     if options["max_steps"] % options["val_check_interval"]:  # the final weights, too
         trainer.validate(module, data, verbose=False)
         trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
-        Path(checkpoint.best_model_path).unlink()
+        if trainer.is_global_zero:
+            Path(checkpoint.best_model_path).unlink()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.test(module, data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -86,6 +87,8 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Check, train, and write down how it went; the returned accuracy is for sweepers."""
+    from pytorch_lightning.utilities import rank_zero_only
+
     from losswatch import build, fuse
     from losswatch.report import read_scalars
     from losswatch.result import write_result
@@ -96,7 +99,7 @@ def main(cfg: DictConfig) -> float | None:
     trained = job.runtime.choices.get("loss") or ""  # check says what is wrong with that
     files = build.loss_files(job.runtime.config_sources)
     try:
-        build.check(cfg, trained, files)
+        build.check(cfg, trained, files, multirun=job.mode == RunMode.MULTIRUN)
     except schema.ConfigError as error:
         stop(str(error))
 
@@ -110,6 +113,11 @@ def main(cfg: DictConfig) -> float | None:
         "config": OmegaConf.to_container(cfg, resolve=True),
         "steps": cfg.trainer.max_steps,
     }
+    # Lightning starts this program again for each further device. Those processes train along, and
+    # leave it to the first to say how it went, unless they are the ones that fail.
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if not first:
+        logging.disable(logging.WARNING)
     start = time.perf_counter()
     try:
         # The fused launcher trains its runs first, and has each finished here like any other.
@@ -120,18 +128,22 @@ def main(cfg: DictConfig) -> float | None:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         result["error"] = "interrupted" if interrupted else said
-        write_result(folder, result | {"seconds": time.perf_counter() - start})
+        if first:
+            write_result(folder, result | {"seconds": time.perf_counter() - start})
         if interrupted:
             raise KeyboardInterrupt from error
+        logging.disable(logging.NOTSET)
         log.error("failed: %s (traceback in %s)", said, folder / f"{job.job.name}.log")
         log.debug(traceback.format_exc())
         if job.mode == RunMode.RUN:
             raise SystemExit(1) from error
         return float("nan")
+    accuracy = metrics.get("val/accuracy", float("nan"))
+    if not first:
+        return accuracy
     seconds = fused.seconds if fused else time.perf_counter() - start
     write_result(folder, result | {"status": "done", "seconds": seconds, "metrics": metrics})
     plot_curves(read_scalars(folder), folder / "curves.png", title=folder.name, trained=trained)
-    accuracy = metrics.get("val/accuracy", float("nan"))
     log.info("val accuracy %.4f in %.1f s: %s", accuracy, seconds, folder)
     return accuracy
 
