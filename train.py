@@ -137,7 +137,7 @@ def main(cfg: DictConfig) -> float | None:
         log.debug(traceback.format_exc())
         if job.mode == RunMode.RUN:
             raise SystemExit(1) from error
-        return float("nan")
+        return None  # to a sweeper that searches: no score
     accuracy = metrics.get("val/accuracy", float("nan"))
     if not first:
         return accuracy
