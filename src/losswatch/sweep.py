@@ -19,6 +19,7 @@ from rich.console import Console
 
 from losswatch.config import ConfigError, run_name
 
+EXTRAS = ("joblib", "submitit", "ray", "optuna")  # of pyproject.toml
 TOTAL = "LOSSWATCH_RUNS"  # the number of runs, for job processes on this machine
 
 
@@ -33,7 +34,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         known = ", ".join(error.options or [])
-        return f"there is no {group}={choice}; {group} is one of {known}"
+        extra = choice.partition("_")[0]  # submitit_slurm comes with submitit
+        more = f'; pip install -e ".[{extra}]" adds {choice}' if extra in EXTRAS else ""
+        return f"there is no {group}={choice}; {group} is one of {known}{more}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         parent, _, _ = cause.full_key.rpartition(".")
@@ -61,6 +64,13 @@ def clear_errors() -> Iterator[None]:
             show_table(SweepCallback.folder)
         print("losswatch: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:  # of a launcher or sweeper; those of the runs are theirs
+        if verbose or SweepCallback.folder is None:
+            raise
+        show_table(SweepCallback.folder)
+        said = " ".join(str(error).split())
+        print(f"losswatch: the sweep ended early: {type(error).__name__}: {said}", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         if not verbose:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -84,9 +94,9 @@ class SweepCallback(Callback):
     folder: Path | None = None  # of the sweep under way
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
-            return
         SweepCallback.folder = Path(config.hydra.sweep.dir)
+        if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+            return  # one that searches chooses its runs as it goes, and each is checked then
         jobs = grid(config)
         os.environ[TOTAL] = str(len(jobs))
         names = [run_name(overrides) for overrides in jobs]
