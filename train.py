@@ -121,6 +121,8 @@ def test(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) ->
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Check, train, and write down how it went; the returned accuracy is for sweepers."""
+    from pytorch_lightning.utilities import rank_zero_only
+
     from losswatch import build, fuse, resume
     from losswatch.report import read_scalars
     from losswatch.result import write_result
@@ -135,7 +137,7 @@ def main(cfg: DictConfig) -> float | None:
             given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
             checkpoint = resume.find(cfg.checkpoint)
             resume.adopt(cfg, checkpoint, given)
-        build.check(cfg, trained, files)
+        build.check(cfg, trained, files, multirun=job.mode == RunMode.MULTIRUN)
         if cfg.checkpoint is not None:
             resume.load_net(build.make_net(cfg), checkpoint)
         resume.check_folder(folder, cfg)
@@ -155,6 +157,11 @@ def main(cfg: DictConfig) -> float | None:
         "config": resume.plain(cfg),
         "steps": cfg.trainer.max_steps,
     }
+    # Lightning starts this program again for each further device. Those processes train along, and
+    # leave it to the first to say how it went, unless they are the ones that fail.
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if not first:
+        logging.disable(logging.WARNING)
     start = time.perf_counter()
     try:
         # The fused launcher trains its runs first, and has each finished here like any other.
@@ -166,22 +173,26 @@ def main(cfg: DictConfig) -> float | None:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         result["error"] = "interrupted" if interrupted else said
-        write_result(folder, result | {"seconds": time.perf_counter() - start})
+        if first:
+            write_result(folder, result | {"seconds": time.perf_counter() - start})
         if interrupted:
             raise KeyboardInterrupt from error
+        logging.disable(logging.NOTSET)
         log.error("failed: %s (traceback in %s)", said, folder / f"{job.job.name}.log")
         log.debug(traceback.format_exc())
         if job.mode == RunMode.RUN:
             raise SystemExit(1) from error
-        return float("nan")
+        return None  # to a sweeper that searches: no score
+    stage = "val" if cfg.mode == "train" else "test"
+    accuracy = metrics.get(f"{stage}/accuracy", float("nan"))
+    if not first:
+        return accuracy
     seconds = fused.seconds if fused else time.perf_counter() - start
     write_result(folder, result | {"status": "done", "seconds": seconds, "metrics": metrics})
     resume.prune(folder, keep=1)
-    stage = "val" if cfg.mode == "train" else "test"
     if cfg.mode == "train":
         curves = folder / "curves.png"
         plot_curves(read_scalars(folder), curves, title=folder.name, trained=trained)
-    accuracy = metrics.get(f"{stage}/accuracy", float("nan"))
     log.info("%s accuracy %.4f in %.1f s: %s", stage, accuracy, seconds, folder)
     return accuracy
 

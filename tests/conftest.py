@@ -179,3 +179,12 @@ def smoke(tmp_path_factory):
     done = run_train("experiment=smoke", "seed=3", "probe.cosines=true", cwd=cwd)
     [folder] = run_folders(cwd).values()
     return SimpleNamespace(cwd=cwd, folder=folder, done=done, result=read_result(folder))
+
+
+@pytest.fixture(scope="session")
+def six(tmp_path_factory):
+    """One real sweep of six runs by the basic launcher, which tests may only read."""
+    cwd = tmp_path_factory.mktemp("six")
+    done = run_train("-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95", cwd=cwd)
+    [folder] = (cwd / "outputs").iterdir()
+    return SimpleNamespace(folder=folder, done=done, runs=run_folders(cwd))

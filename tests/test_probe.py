@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from losswatch.data import TRAIN, uniform
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
 from losswatch.probe import Probe, tags
 from losswatch.report import read_scalars
@@ -242,6 +243,44 @@ def test_random_numbers_are_left_alone(make_run):
         make_run(probe=probe, validate=False).fit()
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
+
+
+def test_accumulated_dice_is_the_mean_of_the_batches(make_run, observed):
+    """Not the Dice of the joined batch, but for cross entropy, a mean of pixels, both are one."""
+    run = make_run(
+        losses=load_losses("dice", "cce"), probe=Probe(), precision="64-true", validate=False,
+        steps=1, accumulate_grad_batches=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
+    )  # fmt: skip
+    net = copy.deepcopy(run.module.net).double()
+    before = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    run.fit()
+    after = torch.nn.utils.parameters_to_vector(run.module.net.parameters()).detach()
+
+    batches = []
+    for step in (0, 1):
+        u = uniform(torch.tensor(0), TRAIN, torch.tensor(step), (3, 1, 8, 8))
+        batches.append(((u.double()), (u[:, 0] > 0.5).long()))
+    joined = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+    def dice(images, target):
+        p, y = net(images).softmax(1), nn.functional.one_hot(target, 2).movedim(-1, 1)
+        sums = (p * y).sum((0, 2, 3)), p.sum((0, 2, 3)) + y.sum((0, 2, 3))
+        return 1 - ((2 * sums[0] + 1e-7) / (sums[1] + 1e-7)).mean()
+
+    def cce(images, target):
+        return nn.functional.cross_entropy(net(images), target)
+
+    [seen] = observed
+    for k, loss in enumerate((dice, cce)):
+        mean = (loss(*batches[0]) + loss(*batches[1])) / 2
+        gradient = torch.autograd.grad(mean, tuple(net.parameters()))
+        gradient = torch.cat([g.flatten() for g in gradient])
+        assert seen[k].item() == pytest.approx(mean.item(), rel=1e-9)
+        assert seen[2 + k].item() == pytest.approx(gradient.norm().item(), rel=1e-9)
+        if loss is dice:  # the trained one
+            torch.testing.assert_close(after, before - 0.5 * gradient, rtol=0, atol=1e-12)
+    assert abs(seen[0].item() - dice(*joined).item()) > 1e-6
+    assert seen[1].item() == pytest.approx(cce(*joined).item(), rel=1e-9)
 
 
 # --- What is written -----------------------------------------------------------------------------

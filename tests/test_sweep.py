@@ -2,11 +2,10 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from conftest import read_result, run_folders, run_train
+from conftest import read_result, run_train
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
@@ -15,14 +14,6 @@ from losswatch.report import read_scalars
 from losswatch.result import write_result
 
 THETAS = [0.05, 0.5, 0.95]
-
-
-@pytest.fixture(scope="module")
-def six(tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("six")
-    done = run_train("-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95", cwd=cwd)
-    [folder] = (cwd / "outputs").iterdir()
-    return SimpleNamespace(folder=folder, done=done, runs=run_folders(cwd))
 
 
 def test_six_runs(six):

@@ -15,6 +15,8 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 
 from losswatch.config import ConfigError, check_values, thresholds
@@ -91,16 +93,43 @@ def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
 
 
 @functools.cache  # one Trainer for all runs of a sweep with the same options
-def _check_trainer(options: str) -> None:
+def _check_trainer(options: str, multirun: bool) -> int:
+    """Check the options together with this machine; return the number of ranks."""
     quieten()
+    asked = json.loads(options)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     try:
-        pl.Trainer(**{**json.loads(options), **quiet, "enable_progress_bar": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run's own Trainer says it again
+            trainer = pl.Trainer(**{**asked, **quiet, "enable_progress_bar": False})
     except Exception as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
+    # Lightning would take bfloat16.
+    if on_cpu and str(asked.get("precision")) in ("16", "16-mixed"):
+        raise ConfigError(
+            f"trainer.precision={asked.get('precision')} needs a GPU; on a CPU there is bf16-mixed"
+        )
+    ranks = trainer.num_devices * trainer.num_nodes
+    if ranks > 1 and on_cpu and asked.get("sync_batchnorm"):
+        raise ConfigError(
+            "trainer.sync_batchnorm=true needs GPUs, PyTorch has none for CPUs; on several "
+            "CPU processes each has its own statistics"
+        )
+    # A fork of a process with threads hangs; spawned ranks begin again for the test, and their
+    # logs are not the run's.
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigError(f"trainer.strategy={asked.get('strategy')} cannot be used here; ddp can")
+    # Lightning starts each rank by this process's own command line, here that of the whole sweep.
+    if multirun and ranks > 1:
+        raise ConfigError(
+            f"trainer.devices={asked.get('devices')} works outside of sweeps; give these runs as "
+            "single commands, without -m"
+        )
+    return ranks
 
 
-def check(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> None:
+def check(cfg: DictConfig, trained: str, files: Mapping[str, Path], multirun: bool = False) -> None:
     """Make everything once on PyTorch's meta device: what cannot work is said before any work.
 
     Raises:
@@ -122,7 +151,12 @@ def check(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> None:
             f"{(2, 1, *side)}, it returns {tuple(shape)}"
         )
     _instantiate("optimizer", cfg.optimizer, params=[torch.nn.Parameter(torch.zeros(1))])
-    _check_trainer(json.dumps(trainer_options(cfg)))
+    ranks = _check_trainer(json.dumps(trainer_options(cfg)), multirun)
+    for key in ("batch_size", "eval_batch_size"):
+        if (images := cfg.data[key]) < ranks:
+            raise ConfigError(
+                f"data.{key} must be at least {ranks}, an image for each device, got {images}"
+            )
     losses = make_losses(cfg, trained, files)
     logits = torch.randn(2, classes, *(4,) * cfg.data.dims)
     target = torch.arange(2 * 4**cfg.data.dims).view(2, *(4,) * cfg.data.dims) % classes
@@ -144,8 +178,10 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
 
 def quieten() -> None:
     """Keep to itself what Lightning says of things that are meant to be so."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for library in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     for message in (
+        ".*recommended to use .*sync_dist=True.*",  # metrics are summed over ranks before
         ".*does not have many workers.*",  # the images are made, not loaded
         ".*smaller than the logging interval.*",  # the probe has its own
         ".*configure_optimizers.*returned `None`.*",  # a stack's step holds the optimiser

@@ -158,7 +158,8 @@ def open_log(
 
     Of an earlier attempt's files only the `events` of a checkpoint are kept.
     """
-    resume.rewind(folder, events or {})
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        resume.rewind(folder, events or {})
     logger = EventLog(str(folder))
     add_charts(logger, cosines=cfg.probe.cosines)
     add_hparams(logger, cfg, loss)

@@ -131,7 +131,8 @@ class SegmentationModule(pl.LightningModule):
         self.confusion.update(logits.argmax(dim=1), target)
         pixels = logits.new_tensor([target.numel()])
         values = torch.cat([self.losses(logits, target) * pixels, pixels])
-        self.loss_sums = self.loss_sums.to(values.device) + values
+        if target.numel():  # a last batch may leave nothing to some ranks, whose loss may be NaN
+            self.loss_sums = self.loss_sums.to(values.device) + values
 
     def _report(self, stage: str) -> None:
         scalars = scores(self.confusion.compute())

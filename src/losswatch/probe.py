@@ -126,6 +126,8 @@ class Probe(pl.Callback):
             rest = gradient.to(trained.dtype) - trained @ self.jacobian
             self.jacobian[self.pivot] = rest / trained[self.pivot]
             self.gradients = self.coefficients @ self.jacobian
+        # A loss of each rank's own batch has a value there; the optimiser follows their mean.
+        self.values = trainer.strategy.reduce(self.values, reduce_op="mean")
         self.gradients = trainer.strategy.reduce(self.gradients, reduce_op="mean")
         self.newest = observe(self.values, self.gradients, self.cosines)
         self.block[len(self.steps)] = self.newest

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from losswatch.config import ConfigError, run_name
 
+EXTRAS = ("joblib", "submitit", "ray", "optuna")  # of pyproject.toml
 TOTAL = "LOSSWATCH_RUNS"  # the number of runs, for job processes on this machine
 
 
@@ -33,7 +34,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         known = ", ".join(error.options or [])
-        return f"there is no {group}={choice}; {group} is one of {known}"
+        extra = choice.partition("_")[0]  # submitit_slurm comes with submitit
+        more = f'; pip install -e ".[{extra}]" adds {choice}' if extra in EXTRAS else ""
+        return f"there is no {group}={choice}; {group} is one of {known}{more}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         parent, _, _ = cause.full_key.rpartition(".")
@@ -61,6 +64,13 @@ def clear_errors() -> Iterator[None]:
             show_table(SweepCallback.folder)
         print("losswatch: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:  # of a launcher or sweeper; those of the runs are theirs
+        if verbose or SweepCallback.folder is None:
+            raise
+        show_table(SweepCallback.folder)
+        said = " ".join(str(error).split())
+        print(f"losswatch: the sweep ended early: {type(error).__name__}: {said}", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         if not verbose:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -98,9 +108,9 @@ class SweepCallback(Callback):
             stop(str(error))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
-            return
         SweepCallback.folder = Path(config.hydra.sweep.dir)
+        if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+            return  # one that searches chooses its runs as it goes, and each is checked then
         jobs = grid(config)
         if config.resume is not None:
             stop("resume=... is for one run; a sweep is resumed by hydra.sweep.dir=<its folder>")
@@ -121,12 +131,14 @@ class SweepCallback(Callback):
         for overrides, name, job in zip(jobs, names, configs, strict=True):
             files = loss_files(job.hydra.runtime.config_sources)
             try:
-                check(job, job.hydra.runtime.choices.get("loss"), files)
+                check(job, job.hydra.runtime.choices.get("loss"), files, multirun=True)
                 check_folder(SweepCallback.folder / name, job)
             except ConfigError as error:
                 stop(f"{error} (in the run {' '.join(overrides)}; nothing was started)")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if int(os.environ.get("LOCAL_RANK", 0)):  # one of many processes that train one run
+            return
         overrides = " ".join(config.hydra.overrides.task) or "all defaults"
         which = ""
         if config.hydra.mode.name == "MULTIRUN":
