@@ -12,6 +12,7 @@ result.json in outputs/<sweep>/<run>/.
 """
 
 import logging
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -198,5 +199,6 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    sys.argv = [schema.quoted(argument) for argument in sys.argv]
     with clear_errors():
         main()

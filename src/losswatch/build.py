@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -177,7 +178,11 @@ def trainer_options(cfg: DictConfig) -> dict[str, Any]:
 
 
 def quieten() -> None:
-    """Keep to itself what Lightning says of things that are meant to be so."""
+    """Keep to itself what libraries say of things that are meant to be so."""
+    # TensorBoard's thread on a full disk: its next caller gets the same error, and reports it.
+    threading.excepthook = lambda failed: (
+        None if isinstance(failed.exc_value, OSError) else threading.__excepthook__(failed)
+    )
     for library in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in (

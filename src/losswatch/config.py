@@ -150,6 +150,18 @@ def run_folder(resume: str | None, overrides: Sequence[str]) -> str:
     return resume or str(Path("outputs", sweep_name(), run_name(overrides)))
 
 
+def quoted(argument: str) -> str:
+    """A path on the command line as Hydra takes it: run folders' names hold "=" and ",".
+
+    >>> quoted("resume=outputs/a/loss=dice,theta=0.5"), quoted("theta=0.5")
+    ("resume='outputs/a/loss=dice,theta=0.5'", 'theta=0.5')
+    """
+    key, _, value = argument.partition("=")
+    if key not in ("resume", "checkpoint") or value in ("", "null") or value[0] in "\"'":
+        return argument
+    return f"{key}='{value}'"
+
+
 _LONGEST = 150  # bytes; most file systems take 255 a name, and checkpoints sit below
 # Commas only inside brackets: a row of such overrides joined by commas is read in one way only.
 _PLAIN = re.compile(r"(?:[\w.=+~@-]|\[[\w.,=+~@-]*\])+")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ def explain(error: Exception) -> str:
         known = ", ".join(str(key) for key in keys if key != "hydra")
         return f"there is no {cause.full_key}; {parent or 'the config'} has {known or 'no keys'}"
     lines = [str(error)] if cause is error else [str(error), str(cause).split("\n")[0]]
-    said = [line for text in lines for line in text.splitlines() if "https://" not in line]
+    noise = ("https://", "full_key:", "object_type=")
+    said = [line for t in lines for line in t.splitlines() if not any(n in line for n in noise)]
     return ": ".join(line.strip().rstrip(".:") for line in said if line.strip())
 
 
@@ -64,6 +65,14 @@ def clear_errors() -> Iterator[None]:
             show_table(SweepCallback.folder)
         print("losswatch: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:  # a full disk, a folder without permission
+        if verbose:
+            raise
+        if SweepCallback.folder is not None:
+            with suppress(OSError):
+                show_table(SweepCallback.folder)
+        print(f"losswatch: a file cannot be written: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except Exception as error:  # of a launcher or sweeper; those of the runs are theirs
         if verbose or SweepCallback.folder is None:
             raise

@@ -1,0 +1,338 @@
+"""Nothing is lost: real processes killed, checkpoints damaged, sweeps taken up again."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, read_result, run_train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from losswatch import resume
+from losswatch.config import ConfigError
+from losswatch.report import read_scalars
+
+RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=20", "seed=5"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    cwd = tmp_path_factory.mktemp("whole")
+    run_train(*RUN, "hydra.run.dir=run", cwd=cwd)
+    return cwd / "run"
+
+
+def assert_same(folder, wanted):
+    """Bit for bit: curves as the report and as TensorBoard read them, metrics, weights, moments."""
+    curves, reference = read_scalars(folder), read_scalars(wanted)
+    pd.testing.assert_frame_equal(curves[reference.columns], reference, check_exact=True)
+    seen = []
+    for each in (folder, wanted):
+        events = EventAccumulator(str(each), size_guidance={"scalars": 0})
+        events.Reload()
+        tags = sorted(t for t in events.Tags()["scalars"] if not t.startswith("test/"))
+        seen.append({t: [(e.step, e.value) for e in events.Scalars(t) if e.step] for t in tags})
+    assert seen[0] == seen[1]
+    result, other = read_result(folder), read_result(wanted)
+    assert result["status"] == other["status"] == "done"
+    assert result["metrics"] == other["metrics"]
+    (name, state), (other_name, other_state) = resume.newest(folder), resume.newest(wanted)
+    assert name.name == other_name.name
+    for key, weight in other_state["state_dict"].items():
+        assert torch.equal(state["state_dict"][key], weight), key
+    moments, reference = (s["optimizer_states"][0]["state"] for s in (state, other_state))
+    for i, kept in reference.items():
+        assert all(torch.equal(moments[i][n], value) for n, value in kept.items())
+
+
+def killed(cwd, overrides, by, checkpoints):
+    """Start a run, and kill it after its n-th checkpoint; whether that was before its end."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    old = {file.name for file in cwd.glob("**/*.ckpt")}
+    seen: set = set()
+    while process.poll() is None and len(seen - old) < checkpoints:
+        seen |= {file.name for file in cwd.glob("**/*.ckpt")}
+        time.sleep(0.002)
+    process.send_signal(by)
+    return process.wait(timeout=60) != 0
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_and_resumed(whole, tmp_path, by):
+    """Again and again with kill -9: the second time it is a resumed run that is killed."""
+    folder = tmp_path / "run"
+    assert killed(tmp_path, [*RUN, f"hydra.run.dir={folder}"], by, 3)
+    before, _ = resume.newest(folder)
+    if by is signal.SIGKILL:
+        assert killed(tmp_path, [*RUN, f"resume={folder}"], by, 2)
+        assert resume.newest(folder)[1]["global_step"] >= 60
+    done = run_train(*RUN, f"resume={folder}", cwd=tmp_path)
+    assert "resumed from step" in done.stderr
+    assert_same(folder, whole)
+    assert before.name != "step=400.ckpt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_killed_at_random(tmp_path, compiled):
+    """Twenty kills at random moments, start-up included; ten of a compiled run."""
+    more = ["compile=true", "trainer.max_steps=200000"] if compiled else ["trainer.max_steps=4000"]
+    more += ["trainer.val_check_interval=200", "trainer.enable_progress_bar=false"]
+    more += ["probe.every_n_steps=50", "data.val_size=4"] if compiled else []
+    run_train(*RUN[:1], "seed=5", *more, "hydra.run.dir=whole", cwd=tmp_path, timeout=900)
+    folder, dice = tmp_path / "run", random.Random(1)
+    folder.mkdir()
+    command = [*RUN[:1], "seed=5", *more, f"resume={folder}"]
+    kills = 0
+    for _ in range(10 if compiled else 20):
+        moment = dice.uniform(3, 14)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            process.wait(timeout=moment)
+        except subprocess.TimeoutExpired:
+            process.send_signal(dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT]))
+            process.wait(timeout=60)
+            kills += 1
+    run_train(*command, cwd=tmp_path, timeout=900)
+    assert_same(folder, tmp_path / "whole")
+    print(f"{kills} kills")
+    assert kills >= 5
+
+
+# --- Damaged checkpoints -------------------------------------------------------------------------
+
+
+def torn(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flipped(file):
+    """One bit of a weight; PyTorch itself would load it."""
+    content = bytearray(file.read_bytes())
+    tensor = torch.load(file, weights_only=True)["state_dict"]["net.0.0.weight"]
+    at = content.index(tensor.numpy().tobytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [torn, flipped, empty])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog, damage):
+    net = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)))
+    for step in (10, 20, 30):
+        weights = {f"net.{n}": t + step for n, t in net.state_dict().items()}
+        content = {"state_dict": weights, "global_step": step}
+        resume.save(content, tmp_path / "checkpoints" / f"step={step}.ckpt")
+    assert {p.name for p in tmp_path.glob("checkpoints/*")} == {"step=20.ckpt", "step=30.ckpt"}
+    assert resume.newest(tmp_path)[1]["global_step"] == 30
+    assert resume.newest(tmp_path, below=30)[1]["global_step"] == 20
+    damage(tmp_path / "checkpoints" / "step=30.ckpt")
+    assert resume.newest(tmp_path)[1]["global_step"] == 20
+    assert "step=30.ckpt cannot be read" in caplog.text and caplog.text.count("\n") == 1
+    damage(tmp_path / "checkpoints" / "step=20.ckpt")
+    assert resume.newest(tmp_path) is None
+
+
+def test_loading_runs_no_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "checkpoints" / "step=1.ckpt"
+    torch.save({"state_dict": {}, "global_step": 1, "x": Bomb()}, file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        resume.load(file)
+    with pytest.raises(ConfigError, match="no readable checkpoint"):
+        resume.find(str(tmp_path))
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- The same settings ---------------------------------------------------------------------------
+
+
+def test_another_config_is_refused(whole, tmp_path):
+    """With the difference, before anything is touched; what does not matter may differ."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "result.json").unlink()  # as if interrupted: the checkpoint knows the config
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    done = run_train(*RUN, "resume=run", "optimizer.lr=0.1", "theta=0.3", cwd=tmp_path, status=2)
+    [line] = done.stderr.splitlines()
+    assert "optimizer.lr was 0.003, now 0.1; theta was 0.5, now 0.3" in line
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    done = run_train(*RUN, "resume=nowhere", cwd=tmp_path, status=2)
+    assert done.stderr == "losswatch: resume=nowhere: there is no such run folder\n"
+    done = run_train("-m", *RUN, "resume=run", cwd=tmp_path, status=2)
+    assert "hydra.sweep.dir=" in done.stderr
+
+
+def test_a_finished_run_is_left_alone(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*") if p.suffix != ".log"}
+    more = "trainer.enable_progress_bar=false"  # nothing that matters
+    done = run_train(*RUN, "resume=run", more, cwd=tmp_path)
+    assert "done before, skipped" in done.stderr
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*")}.items()
+
+
+# --- Sweeps --------------------------------------------------------------------------------------
+
+SWEEP = [
+    "experiment=smoke", "loss=dice,cce", "seed=0,1", "trainer.max_steps=60",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("sweep")
+    run_train("-m", *SWEEP, "hydra.sweep.dir=s", cwd=cwd)
+    return cwd / "s"
+
+
+@pytest.mark.parametrize(
+    "launcher", ["basic", "fused", pytest.param("joblib", marks=pytest.mark.slow)]
+)
+def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
+    """One run done, one failed, one half done, one missing: all are done in the end."""
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = tmp_path / "s"
+    shutil.copytree(swept, sweep)
+    done, failed, half, missing = sorted(p.parent for p in sweep.glob("*/result.json"))
+    stamp = (done / "result.json").stat().st_mtime_ns
+    result = read_result(failed) | {"status": "failed", "error": "interrupted"}
+    (failed / "result.json").write_text(json.dumps(result))
+    for run in (half, missing):
+        shutil.rmtree(run)
+    own = ["loss=dice", "seed=0"]
+    assert half.name == ",".join(["experiment=smoke", *own, "trainer.max_steps=60"])
+    assert killed(
+        tmp_path, ["experiment=smoke", *own, *SWEEP[3:], "hydra.run.dir=s/half"], signal.SIGKILL, 2
+    )
+    (sweep / "half").rename(half)
+    said = run_train(
+        "-m", *SWEEP, f"hydra/launcher={launcher}", "hydra.sweep.dir=s", cwd=tmp_path
+    ).stderr
+    if launcher != "joblib":
+        assert said.count("done before, skipped") == 1
+        assert said.count("resumed from step") == (launcher == "basic")
+    assert (done / "result.json").stat().st_mtime_ns == stamp
+    summary, reference = (pd.read_csv(folder / "summary.csv") for folder in (sweep, swept))
+    assert list(summary.status) == ["done"] * 4
+    columns = ["run", "accuracy", "dice", "iou"]
+    near = {"rtol": 0.02} if launcher == "fused" else {"check_exact": True}
+    pd.testing.assert_frame_equal(summary[columns], reference[columns], **near)
+    for run in (failed, half, missing):
+        assert list(read_scalars(run)["loss/dice"].dropna().index) == list(range(60))
+
+
+def test_a_changed_sweep_is_refused(swept, tmp_path):
+    """Names of runs say what the command gives; what a file of conf/ gives may change unseen."""
+    shutil.copytree(swept, tmp_path / "s")
+    file = sorted(tmp_path.glob("s/*/result.json"))[2]
+    result = json.loads(file.read_text())
+    result["config"]["data"]["image_size"] = 64
+    file.write_text(json.dumps(result))
+    done = run_train("-m", *SWEEP, "hydra.sweep.dir=s", cwd=tmp_path, status=2)
+    [line] = done.stderr.splitlines()
+    assert "data.image_size was 64, now 16" in line and "nothing was started" in line
+
+
+# --- Testing a checkpoint ------------------------------------------------------------------------
+
+
+def test_mode_test(whole, tmp_path):
+    """The run's own metrics, from its folder or file; its θ and data unless others are given."""
+    wanted = {k: v for k, v in read_result(whole)["metrics"].items() if k.startswith("test/")}
+    [file] = whole.glob("checkpoints/*.ckpt")
+    for name, place in (("folder", whole), ("file", file)):
+        done = run_train(
+            "mode=test", "model=convnet", f"checkpoint={place}", f"hydra.run.dir={name}",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert "test accuracy" in done.stderr
+        result = read_result(tmp_path / name)
+        assert result["metrics"] == pytest.approx(wanted, rel=1e-5)
+        assert result["config"]["data"]["image_size"] == 16
+    run_train("mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.9", "seed=7",
+              "hydra.run.dir=other", cwd=tmp_path)  # fmt: skip
+    other = read_result(tmp_path / "other")
+    assert other["config"]["theta"] == 0.9 and other["config"]["seed"] == 7
+    assert other["metrics"]["test/accuracy"] < wanted["test/accuracy"]
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["model=convnet", "model.width=3"], r"is \(4, 1, 3, 3\) there and \(3, 1, 3, 3\) in"),
+        ([], r"absent there and \(8, 1, 3, 3\) in this model; .*ConvNet"),
+        (["model=convnet", "theta=[0.3,0.6]"], r"is \(2, 4, 1, 1\) there and \(3, 4, 1, 1\) in"),
+    ],
+)
+def test_a_checkpoint_of_another_shape(whole, compose, overrides, said):
+    composed = compose("mode=test", f"checkpoint={whole}", *overrides)
+    content = resume.find(composed.cfg.checkpoint)
+    given = [override.split("=")[0] for override in overrides]
+    resume.adopt(composed.cfg, content, given)
+    from losswatch.build import make_net
+
+    with pytest.raises(ConfigError, match=said):
+        resume.load_net(make_net(composed.cfg), content)
+
+
+def test_a_checkpoints_config_is_only_numbers(compose):
+    """A `_target_` in it names what would be called: it is not taken over, nor any string."""
+    saved = {
+        "theta": 0.2, "seed": 3, "data": {"image_size": 8, "low": "${oc.env:HOME}"},
+        "model": {"_target_": "os.system", "width": 7}, "loss": {"_target_": "os.system"},
+        "watch": ["x"], "trainer": {"max_steps": 1},
+    }  # fmt: skip
+    composed = compose("model=convnet", "mode=test", "checkpoint=x")
+    before = resume.plain(composed.cfg)
+    resume.adopt(composed.cfg, {"losswatch": {"config": saved}}, ["seed"])
+    wanted = before | {"theta": 0.2, "data": before["data"] | {"image_size": 8}}
+    assert resume.plain(composed.cfg) == wanted
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "nowhere/step=3.ckpt"])
+def test_no_checkpoint(missing, tmp_path):
+    done = run_train("mode=test", f"checkpoint={missing}", cwd=tmp_path, status=2)
+    assert f"checkpoint={missing}: there is no such file or run folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- The disk is full ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [3_000, 20_000])
+def test_a_full_disk(tmp_path, limit):
+    """Stood in for by a limit to the size of files: clear lines, and what is there is readable."""
+    done = run_train(
+        "experiment=smoke", "hydra.run.dir=run", cwd=tmp_path, status=1,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert read_scalars(tmp_path / "run").shape[0] in (0, 10, 20, 30)
+    run_train("experiment=smoke", "resume=run", cwd=tmp_path)
+    whole = SimpleNamespace(**read_result(tmp_path / "run"))
+    assert whole.status == "done" and len(read_scalars(tmp_path / "run")["loss/cce"].dropna()) == 30
