@@ -36,6 +36,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     from losswatch.module import SegmentationModule
     from losswatch.networks import fast_on_cpu
     from losswatch.probe import Probe
+    from losswatch.sync import LayerSync
 
     build.quieten()
     losses = build.make_losses(cfg, trained, files)
@@ -62,6 +63,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         watchers.append(callbacks.Progress(probe))
     trainer = pl.Trainer(
         **options,
+        plugins=[LayerSync()] if options.get("sync_batchnorm") else None,
         logger=logger,
         callbacks=[probe, *watchers] if probe else watchers,
         # One epoch is the whole training; every rank draws its own share of a batch.
