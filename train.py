@@ -38,6 +38,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     from losswatch.module import SegmentationModule
     from losswatch.networks import fast_on_cpu
     from losswatch.probe import Probe
+    from losswatch.sync import LayerSync
 
     build.quieten()
     losses = build.make_losses(cfg, trained, files)
@@ -67,6 +68,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         watchers.append(callbacks.Progress(probe))
     trainer = pl.Trainer(
         **options,
+        plugins=[LayerSync()] if options.get("sync_batchnorm") else None,
         logger=logger,
         callbacks=[probe, *watchers] if probe else watchers,
         plugins=[resume.AtomicCheckpoints()],

@@ -112,11 +112,6 @@ def _check_trainer(options: str, multirun: bool) -> int:
             f"trainer.precision={asked.get('precision')} needs a GPU; on a CPU there is bf16-mixed"
         )
     ranks = trainer.num_devices * trainer.num_nodes
-    if ranks > 1 and on_cpu and asked.get("sync_batchnorm"):
-        raise ConfigError(
-            "trainer.sync_batchnorm=true needs GPUs, PyTorch has none for CPUs; on several "
-            "CPU processes each has its own statistics"
-        )
     # A fork of a process with threads hangs; spawned ranks begin again for the test, and their
     # logs are not the run's.
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
