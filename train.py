@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -66,12 +67,14 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     watchers = [checkpoint, callbacks.Record(resume.plain(cfg)), callbacks.Images()]
     if options["enable_progress_bar"]:
         watchers.append(callbacks.Progress(probe))
+    plugins: list[Any] = [resume.AtomicCheckpoints()]
+    if options["sync_batchnorm"]:
+        plugins.append(LayerSync())
     trainer = pl.Trainer(
         **options,
-        plugins=[LayerSync()] if options.get("sync_batchnorm") else None,
         logger=logger,
         callbacks=[probe, *watchers] if probe else watchers,
-        plugins=[resume.AtomicCheckpoints()],
+        plugins=plugins,
         # One epoch is the whole training; every rank draws its own share of a batch.
         max_epochs=1,
         use_distributed_sampler=False,
