@@ -4,6 +4,7 @@
     python scripts/benchmark.py probe     what watching costs, against plain training
     python scripts/benchmark.py run       steps a second of a whole run
     python scripts/benchmark.py sweep     runs x steps a second of each launcher
+    python scripts/benchmark.py scaling   time and memory of a stack by its number of runs
 
 Peers are measured where they are installed:
 pip install monai kornia segmentation-models-pytorch nnunetv2
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,13 +29,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from losswatch import build, fuse
+from losswatch import config as schema
 from losswatch.data import TRAIN, image_and_label, uniform
 from losswatch.losses import Dice, LossSet
 from losswatch.module import SegmentationModule
@@ -42,6 +49,7 @@ from losswatch.probe import Probe
 from losswatch.step import compiled, make_step, optimizer_rule
 
 ROOT = Path(__file__).parent.parent
+matplotlib.use("agg")
 SIZES = ((2, 2, 256, 256), (2, 4, 512, 512))
 Job = Callable[[], object]
 
@@ -288,12 +296,14 @@ def repeat(job: Job, times: int) -> None:
         job()
 
 
+COMMON = ("model=convnet", "data.batch_size=2", "optimizer.lr=1e-3",
+          "trainer.val_check_interval=250", "trainer.enable_progress_bar=false")  # fmt: skip
+
+
 def train(*overrides: str) -> None:
     """train.py in a process of its own; each process on one thread."""
-    common = ("model=convnet", "data.batch_size=2", "optimizer.lr=1e-3",
-              "trainer.val_check_interval=250", "trainer.enable_progress_bar=false")  # fmt: skip
     subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides, *common],
+        [sys.executable, str(ROOT / "train.py"), *overrides, *COMMON],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
@@ -317,30 +327,80 @@ def whole_run(steps: int) -> None:
 
 def sweep(steps: int, counts: list[int]) -> None:
     """Runs × steps a second, from the seconds of a long sweep less those of a short one."""
-    launchers: dict[str, list[str]] = {
-        "basic": [],
-        "joblib, all cores": ["hydra/launcher=joblib"],
-        "fused, eager": ["hydra/launcher=fused"],
-        "fused, compiled": ["hydra/launcher=fused", "compile=true"],
+    # Runs one by one need fewer steps to show their pace; what compiles, a first sweep for that.
+    launchers: dict[str, tuple[list[str], int, int]] = {
+        "basic": ([], steps // 4, 0),
+        "joblib, all cores": (["hydra/launcher=joblib"], steps // 4, 0),
+        "fused, eager": (["hydra/launcher=fused"], steps // 2, 0),
+        "fused, compiled": (["hydra/launcher=fused", "compile=true"], steps, 1),
     }
     table = Table("launcher", title="runs × steps a second, article's net, five losses watched")
     for count in counts:
         table.add_column(f"{count} runs", justify="right")
-    for name, extra in launchers.items():
+    for name, (extra, longer, warm) in launchers.items():
         row = []
         for count in counts:
             seeds = ",".join(map(str, range(count // 9)))
             grid = ["loss=cce,dice,dice_fg", "theta=0.05,0.5,0.95", f"seed={seeds}"]
             seconds = []
-            for length in (250, 250, 250 + steps):  # the first fills the compile cache
+            for length in [100] * (1 + warm) + [100 + longer]:
                 with tempfile.TemporaryDirectory() as folder:
                     place = f"hydra.sweep.dir={folder}/sweep"
                     begin = time.perf_counter()
                     train("-m", *grid, *extra, f"trainer.max_steps={length}", place)
                     seconds.append(time.perf_counter() - begin)
-            row.append(f"{count * steps / (seconds[2] - seconds[1]):.0f}")
+            row.append(f"{count * longer / (seconds[-1] - seconds[-2]):.0f}")
+            print(f"{name}, {count} runs: {row[-1]} run-steps/s", file=sys.stderr)
         table.add_row(name, *row)
     Console(width=100).print(table)
+
+
+def scaling(steps: int, counts: list[int], figure: Path) -> None:
+    """Time and memory of one compiled stack, by the number of its runs; one process and thread."""
+    torch.set_num_threads(1)
+    schema.register()
+    overrides = [*COMMON, "compile=true", "trainer.accelerator=cpu"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfgs = [compose("config", [*overrides, f"seed={i}"]) for i in range(max(counts))]
+    files = {file.stem: file for file in (ROOT / "conf/loss").glob("*.yaml")}
+    build.quieten()
+
+    def seconds(count: int, length: int) -> float:
+        options = build.trainer_options(cfgs[0]) | {"max_steps": length}
+        with tempfile.TemporaryDirectory() as folder:
+            members = []
+            for i, cfg in enumerate(cfgs[:count]):
+                (run := Path(folder, str(i))).mkdir()
+                members.append(fuse.make_member(cfg, "dice", run))
+            begin = time.process_time()
+            fuse.fit(members, build.make_losses(cfgs[0], "dice", files), options, **cfgs[0].probe)
+            return time.process_time() - begin
+
+    rows = []
+    for count in counts:
+        seconds(count, 250)  # compiles
+        short = seconds(count, 250)
+        longer = steps * max(1, 100 // count)  # long beside what tracing the step takes
+        pace = (seconds(count, 250 + longer) - short) / longer
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        rows.append((count, 1e3 * pace, count / pace, memory))
+        print(f"{count} runs: {1e3 * pace:.2f} ms a step, {memory:.0f} MiB", file=sys.stderr)
+    table = Table("runs", title="one compiled stack of the article's net, one thread")
+    for title in ("ms a step", "run-steps/s", "peak MiB"):
+        table.add_column(title, justify="right")
+    for count, ms, rate, memory in rows:
+        table.add_row(str(count), f"{ms:.2f}", f"{rate:.0f}", f"{memory:.0f}")
+    Console(width=100).print(table)
+    runs, ms_, rates, memories = zip(*rows, strict=True)
+    _, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    axes[0].loglog(runs, ms_, "o-", base=2)
+    axes[0].set(xlabel="runs in the stack", ylabel="CPU ms a step of all")
+    axes[1].semilogx(runs, memories, "o-", base=2)
+    axes[1].set(
+        xlabel="runs in the stack", ylabel="peak memory of the process, MiB", ylim=(0, None)
+    )
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    plt.savefig(figure, dpi=120)
 
 
 def main() -> None:
@@ -355,6 +415,10 @@ def main() -> None:
     section = sections.add_parser("sweep", help="runs x steps a second of each launcher")
     section.add_argument("--steps", type=int, default=1000)
     section.add_argument("--runs", type=int, nargs="+", default=[9, 27, 54, 108])
+    section = sections.add_parser("scaling", help="time and memory of a stack by its runs")
+    section.add_argument("--steps", type=int, default=500)
+    section.add_argument("--runs", type=int, nargs="+", default=[1, 4, 14, 56, 140, 280, 504])
+    section.add_argument("--figure", type=Path, default=ROOT / "outputs/article/scaling.png")
     args = parser.parse_args()
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}")
@@ -364,8 +428,10 @@ def main() -> None:
         probe(args.rounds)
     elif args.section == "run":
         whole_run(args.steps)
-    else:
+    elif args.section == "sweep":
         sweep(args.steps, args.runs)
+    else:
+        scaling(args.steps, args.runs, args.figure)
 
 
 if __name__ == "__main__":
