@@ -350,7 +350,7 @@ def _parse_overrides(overrides: Any) -> dict[str, str]:
     {'loss': 'dice', 'note': 'a=b', 'data.low': '1', 'data.high': '0'}
     """
     overrides = overrides if isinstance(overrides, list) else []
-    given = {}
+    given: dict[str, str] = {}
     for override in overrides:
         key, _, value = str(override).lstrip("+~").partition("=")
         inner = re.findall(r"[{,]\s*([\w.]+)\s*:([^,{}]*)", value) if value[:1] == "{" else []
