@@ -3,6 +3,7 @@
     python train.py                                             one run with conf/config.yaml
     python train.py loss=cce theta=0.05 optimizer.lr=3e-4       one run, some of it changed
     python train.py -m loss=dice,cce theta=0.05,0.5,0.95        a sweep: six runs, and their table
+    python train.py mode=test checkpoint=outputs/<sweep>/<run>  its test metrics, nothing trained
     python train.py --help                                      all groups and keys
     tensorboard --logdir outputs                                browse the curves
 
@@ -18,7 +19,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from losswatch import config as schema
 from losswatch.sweep import clear_errors, stop
@@ -32,7 +33,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from losswatch import build, callbacks, fuse
+    from losswatch import build, callbacks, fuse, resume
     from losswatch.module import SegmentationModule
     from losswatch.networks import fast_on_cpu
     from losswatch.probe import Probe
@@ -50,20 +51,24 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too
             log.warning("not compiled: %s", " ".join(str(error).split())[:200])
 
+    start, state = resume.newest(folder, below=cfg.trainer.max_steps) or (None, {})
+    if start:
+        log.info("resumed from step %d", state["global_step"])
     data, net, optimizer = build.make_data(cfg), build.make_net(cfg), build.make_optimizer(cfg)
-    logger = callbacks.open_log(cfg, trained, folder)
+    logger = callbacks.open_log(cfg, trained, folder, state.get("losswatch", {}).get("events"))
     module = SegmentationModule(
         net, losses, trained, optimizer, num_classes=len(schema.thresholds(cfg.theta)) + 1
     )
     probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
-    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{step}")
-    watchers = [checkpoint, callbacks.Images()]
+    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{step}", save_top_k=-1)
+    watchers = [checkpoint, callbacks.Record(resume.plain(cfg)), callbacks.Images()]
     if options["enable_progress_bar"]:
         watchers.append(callbacks.Progress(probe))
     trainer = pl.Trainer(
         **options,
         logger=logger,
         callbacks=[probe, *watchers] if probe else watchers,
+        plugins=[resume.AtomicCheckpoints()],
         # One epoch is the whole training; every rank draws its own share of a batch.
         max_epochs=1,
         use_distributed_sampler=False,
@@ -71,11 +76,10 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         enable_model_summary=False,
     )
     with fast_on_cpu(net):
-        trainer.fit(module, data)
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
     if options["max_steps"] % options["val_check_interval"]:  # the final weights, too
         trainer.validate(module, data, verbose=False)
         trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
-        Path(checkpoint.best_model_path).unlink()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.test(module, data, verbose=False)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -83,10 +87,41 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     return metrics
 
 
+def test(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -> dict[str, float]:
+    """The test metrics of the net in `cfg.checkpoint`; nothing is trained."""
+    import pytorch_lightning as pl
+
+    from losswatch import build, callbacks, resume
+    from losswatch.module import SegmentationModule
+    from losswatch.networks import fast_on_cpu
+
+    build.quieten()
+    net = build.make_net(cfg)
+    resume.load_net(net, resume.find(cfg.checkpoint))
+    module = SegmentationModule(
+        net,
+        build.make_losses(cfg, trained, files),
+        trained,
+        build.make_optimizer(cfg),
+        num_classes=len(schema.thresholds(cfg.theta)) + 1,
+    )
+    logger = callbacks.EventLog(str(folder))
+    trainer = pl.Trainer(
+        **{**build.trainer_options(cfg), "enable_progress_bar": False},
+        logger=logger,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    with fast_on_cpu(net):
+        trainer.test(module, build.make_data(cfg), verbose=False)
+    logger.close()
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Check, train, and write down how it went; the returned accuracy is for sweepers."""
-    from losswatch import build, fuse
+    from losswatch import build, fuse, resume
     from losswatch.report import read_scalars
     from losswatch.result import write_result
     from losswatch.study import plot_curves
@@ -96,9 +131,19 @@ def main(cfg: DictConfig) -> float | None:
     trained = job.runtime.choices.get("loss") or ""  # check says what is wrong with that
     files = build.loss_files(job.runtime.config_sources)
     try:
+        if cfg.checkpoint is not None:
+            given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
+            checkpoint = resume.find(cfg.checkpoint)
+            resume.adopt(cfg, checkpoint, given)
         build.check(cfg, trained, files)
+        if cfg.checkpoint is not None:
+            resume.load_net(build.make_net(cfg), checkpoint)
+        resume.check_folder(folder, cfg)
     except schema.ConfigError as error:
         stop(str(error))
+    if earlier := resume.finished(folder):
+        log.info("done before, skipped: %s", folder)
+        return earlier["metrics"].get("val/accuracy", float("nan"))
 
     groups = ("loss", "model", "optimizer")
     result = {
@@ -107,14 +152,15 @@ def main(cfg: DictConfig) -> float | None:
         "error": None,
         "overrides": list(job.overrides.task),
         "choices": {group: job.runtime.choices.get(group) for group in groups},
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": resume.plain(cfg),
         "steps": cfg.trainer.max_steps,
     }
     start = time.perf_counter()
     try:
         # The fused launcher trains its runs first, and has each finished here like any other.
         fused = fuse.FINISHED.pop(folder, None)
-        metrics = fused.result() if fused else train(cfg, trained, files, folder)
+        work = train if cfg.mode == "train" else test
+        metrics = fused.result() if fused else work(cfg, trained, files, folder)
     except BaseException as error:
         # On Ctrl-C Lightning shuts down in order, and then exits.
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -130,9 +176,13 @@ def main(cfg: DictConfig) -> float | None:
         return float("nan")
     seconds = fused.seconds if fused else time.perf_counter() - start
     write_result(folder, result | {"status": "done", "seconds": seconds, "metrics": metrics})
-    plot_curves(read_scalars(folder), folder / "curves.png", title=folder.name, trained=trained)
-    accuracy = metrics.get("val/accuracy", float("nan"))
-    log.info("val accuracy %.4f in %.1f s: %s", accuracy, seconds, folder)
+    resume.prune(folder, keep=1)
+    stage = "val" if cfg.mode == "train" else "test"
+    if cfg.mode == "train":
+        curves = folder / "curves.png"
+        plot_curves(read_scalars(folder), curves, title=folder.name, trained=trained)
+    accuracy = metrics.get(f"{stage}/accuracy", float("nan"))
+    log.info("%s accuracy %.4f in %.1f s: %s", stage, accuracy, seconds, folder)
     return accuracy
 
 

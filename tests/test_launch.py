@@ -262,8 +262,8 @@ def test_what_cannot_be_stacked_is_trained_one_by_one(tmp_path):
     assert line.startswith("fused: 4 runs in 4 groups of up to 1, 1 at once (they differ in ")
     assert "optimizer._target_" in line and "trainer.gradient_clip_val" in line
     said = [line for line in swept.said.splitlines() if "one by one" in line]
-    clip = "1 runs are trained one by one: trainer.gradient_clip_val=1 needs the ordinary step"
-    own = "1 runs are trained one by one: Adagrad is not written out for stacked runs"
+    clip = "1 run trained one by one: trainer.gradient_clip_val=1 needs the ordinary step"
+    own = "1 run trained one by one: Adagrad is not written out for stacked runs"
     assert sorted(said) == sorted([clip, clip, own])
 
 
@@ -278,7 +278,8 @@ def test_a_failing_member(tmp_path):
     failed = read_result(results.pop(1e30))
     assert failed["status"] == "failed"
     assert re.match(
-        r"FloatingPointError: (loss|grad_norm)/\w+ is \S+ at step \d+$", failed["error"]
+        r"FloatingPointError: trained with dice, step \d+: (loss|grad_norm)/dice is \S+$",
+        failed["error"],
     )
     assert [read_result(f)["status"] for f in results.values()] == ["done", "done"]
     summary = pd.read_csv(swept.folder / "summary.csv")

@@ -87,9 +87,9 @@ def test_default_momenta_are_those_of_conf():
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("inputs", [1, 4, networks.GEMM_CHANNELS + 1])
+@pytest.mark.parametrize("inputs", [1, 4, networks.NARROW + 1])
 def test_compiled_form_is_the_convolution(monkeypatch, kernel, bias, inputs):
-    """Value and gradients of the matrix product, which compilation alone takes, in float64."""
+    """Value and gradients of the sum over taps, which compilation alone takes, in float64."""
     torch.manual_seed(0)
     padding = (kernel[0] // 2, kernel[1] // 2)
     conv = Conv2d(inputs, 3, kernel, padding=padding, bias=bias).double()
@@ -99,7 +99,7 @@ def test_compiled_form_is_the_convolution(monkeypatch, kernel, bias, inputs):
     parameters = [x, *conv.parameters()]
     wanted_gradients = torch.autograd.grad(wanted, parameters, back)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    if inputs <= networks.GEMM_CHANNELS:  # this path must not end in the very function it replaces
+    if inputs <= networks.NARROW:  # this path must not end in the very function it replaces
         monkeypatch.setattr(nn.Conv2d, "forward", None)
     y = conv(x)
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
@@ -107,6 +107,47 @@ def test_compiled_form_is_the_convolution(monkeypatch, kernel, bias, inputs):
         torch.autograd.grad(y, parameters, back), wanted_gradients, strict=True
     ):
         torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inputs, outputs", [(2, 3), (16, 8), (16, 16)])
+def test_channels_last_form_is_the_convolution(monkeypatch, kernel, bias, inputs, outputs):
+    """Value and gradients of the eager form, against PyTorch's convolution in its own layout."""
+    torch.manual_seed(0)
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    conv = Conv2d(inputs, outputs, kernel, padding=padding, bias=bias).double()
+    x = torch.randn(2, inputs, 6, 8, dtype=torch.float64, requires_grad=True)
+    wanted = F.conv2d(x, conv.weight, conv.bias, padding=padding)
+    back = torch.randn_like(wanted)
+    parameters = [x, *conv.parameters()]
+    wanted_gradients = torch.autograd.grad(wanted, parameters, back)
+    if kernel == (1, 1) or outputs < 16 <= inputs:  # another form than the very one it is held to
+        monkeypatch.setattr(nn.Conv2d, "forward", None)
+    y = conv(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    for gradient, reference in zip(
+        torch.autograd.grad(y, parameters, back), wanted_gradients, strict=True
+    ):
+        torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "dims, layout",
+    [(2, torch.contiguous_format), (2, torch.channels_last), (3, torch.channels_last_3d)],
+)
+def test_enlarging_is_interpolation(dims, layout):
+    """Value and gradient, the latter a part of a larger one as behind a concatenation."""
+    x = torch.randn(2, 3, *(4, 6, 2)[:dims], dtype=torch.float64)
+    x = x.to(memory_format=layout).requires_grad_()
+    wanted = F.interpolate(x, scale_factor=2.0)
+    y = networks._Enlarge.apply(x)
+    assert torch.equal(y, wanted)
+    back = torch.randn_like(torch.cat([wanted, wanted], dim=1))[:, :3]
+    gradients = [torch.autograd.grad(z, x, back)[0] for z in (y, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(networks._Enlarge.apply, x)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

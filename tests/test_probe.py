@@ -303,22 +303,32 @@ class Foreign(nn.Module):
         return logits.square().mean()
 
 
-def test_nan_is_named(make_run, caplog):
-    losses = LossSet({"foreign": Foreign(), "more": Foreign()})
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_step_that_is_not_finite_ends_the_run(make_run, value):
+    """Named with the tensor where it began; also with a loss that would not notice."""
     run = make_run(
-        losses=losses, trained="foreign", probe=Probe(), callbacks=[Spoil(3, float("nan"))],
-        steps=6, validate=False,
+        losses=LossSet({"foreign": Foreign(), "more": Foreign()}), trained="foreign",
+        probe=Probe(), callbacks=[Spoil(3, value)], steps=6, validate=False,
     )  # fmt: skip
-    with caplog.at_level(logging.WARNING, logger="losswatch"):
+    weight = next(name for name, _ in run.module.net.named_parameters())
+    said = f"with foreign, step 3: {weight} is {value}$"
+    with pytest.raises(FloatingPointError, match=said):
         run.fit()
-    said = [r.getMessage() for r in caplog.records if r.name.startswith("losswatch")]
-    assert sorted(said) == sorted(
-        f"{kind}/{name} is nan at step 3"
-        for kind in ("loss", "grad_norm")
-        for name in ("foreign", "more")
-    )
-    frame = read_scalars(run.folder)
-    assert frame["grad_norm/foreign"].isna().tolist() == [False] * 3 + [True] * 3
+    assert run.trainer.global_step == 3
+
+
+class Steep(nn.Module):
+    """Finite, with an infinite gradient."""
+
+    def forward(self, logits, target):
+        return (logits.flatten()[0] - logits.flatten()[0].detach()).abs().pow(0.5)
+
+
+def test_a_gradient_that_is_not_finite_is_named(make_run):
+    run = make_run(losses=LossSet({"steep": Steep()}), trained="steep", steps=2, validate=False)
+    with pytest.raises(FloatingPointError, match="steep, step 0: the gradient of .* is nan$"):
+        run.fit()
+    assert all(p.isfinite().all() for p in run.module.net.parameters())
 
 
 def test_infinity_is_named(make_run, caplog):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import vjp, vmap
 
 from losswatch.data import TRAIN, ThresholdedImages, _Batches
-from losswatch.networks import ConvNet, UNet, _MatrixConvolution
+from losswatch.networks import ConvNet, UNet, _NarrowConvolution
 from losswatch.step import compiled, make_step, optimizer_rule, trained_parameters
 
 STEPS = 5
@@ -260,19 +260,19 @@ def test_adam_with_decoupled_weight_decay_is_adamw(decoupled):
     assert optimizer_rule(optimizer)[1]["decoupled"] == decoupled
 
 
-# --- The matrix product that compiled and stacked convolutions are -------------------------------
+# --- The sum that compiled and stacked convolutions are -----------------------------------------
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (3, 5)])
-def test_matrix_convolution_gradients(kernel):
+def test_narrow_convolution_gradients(kernel):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, *kernel, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_MatrixConvolution.apply, (x, weight))
+    assert torch.autograd.gradcheck(_NarrowConvolution.apply, (x, weight))
 
 
 @pytest.mark.parametrize("shared_input", [False, True])
-def test_matrix_convolution_stacked(shared_input):
+def test_narrow_convolution_stacked(shared_input):
     """Under vmap, with several cotangents of one forward pass, as the step calls it."""
     torch.manual_seed(0)
     x = torch.randn(3, 2, 4, 5, 6, dtype=torch.float64)
@@ -288,7 +288,7 @@ def test_matrix_convolution_stacked(shared_input):
             x[0] if shared_input else x, weight, back
         )
 
-    y, (by_x, by_weight) = gradients(_MatrixConvolution.apply)
+    y, (by_x, by_weight) = gradients(_NarrowConvolution.apply)
     wanted, (wanted_x, wanted_weight) = gradients(lambda x, w: F.conv2d(x, w, padding=1))
     for got, reference in ((y, wanted), (by_x, wanted_x), (by_weight, wanted_weight)):
         torch.testing.assert_close(got, reference, rtol=1e-12, atol=1e-12)

@@ -149,6 +149,8 @@ def quieten() -> None:
         ".*does not have many workers.*",  # the images are made, not loaded
         ".*smaller than the logging interval.*",  # the probe has its own
         ".*configure_optimizers.*returned `None`.*",  # a stack's step holds the optimiser
+        ".*Checkpoint directory .* exists and is not empty.*",  # of the run resumed
+        ".*The dirpath has changed from .*",  # its folder may have been moved
         ".*LeafSpec.*is deprecated.*",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", message)

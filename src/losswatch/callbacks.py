@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
+from losswatch import resume
 from losswatch.probe import Probe
 
 
@@ -34,6 +36,11 @@ class EventLog(TensorBoardLogger):
 
     def close(self) -> None:
         self.experiment.close()
+
+    def record(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint keeps of the run besides the training's state."""
+        self.experiment.flush()
+        return {"config": config, "events": resume.event_sizes(Path(self.log_dir))}
 
 
 class Progress(TQDMProgressBar):
@@ -61,6 +68,19 @@ class Progress(TQDMProgressBar):
         if "val/accuracy" in trainer.callback_metrics:
             shown["accuracy"] = float(trainer.callback_metrics["val/accuracy"])
         return {name: f"{value:.3f}" for name, value in shown.items()}
+
+
+class Record(pl.Callback):
+    """Puts into each checkpoint what `losswatch.resume` needs beside Lightning's own state."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if isinstance(trainer.logger, EventLog) and trainer.is_global_zero:
+            checkpoint["losswatch"] = trainer.logger.record(self.config)
 
 
 class Images(pl.Callback):
@@ -131,8 +151,14 @@ def add_hparams(logger: EventLog, cfg: DictConfig, loss: str) -> None:
         logger.experiment.file_writer.add_summary(summary)
 
 
-def open_log(cfg: DictConfig, loss: str, folder: Path) -> EventLog:
-    """The run's event file, with its charts and its row of the HParams tab."""
+def open_log(
+    cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int] | None = None
+) -> EventLog:
+    """The run's event file, with its charts and its row of the HParams tab.
+
+    Of an earlier attempt's files only the `events` of a checkpoint are kept.
+    """
+    resume.rewind(folder, events or {})
     logger = EventLog(str(folder))
     add_charts(logger, cosines=cfg.probe.cosines)
     add_hparams(logger, cfg, loss)

@@ -49,6 +49,9 @@ class Config:
     seed: int = MISSING
     watch: list[Any] = MISSING
     compile: bool = MISSING
+    mode: str = MISSING
+    resume: str | None = None
+    checkpoint: str | None = None
     loss: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
@@ -117,6 +120,10 @@ def check_values(cfg: DictConfig) -> None:
     lr = cfg.optimizer.get("lr")
     if not isinstance(lr, int | float) or not (0 < lr < math.inf):
         raise ConfigError(f"optimizer.lr must be a number greater than 0, got {lr}")
+    if cfg.mode not in ("train", "test"):
+        raise ConfigError(f"mode must be train or test, got {cfg.mode}")
+    if (cfg.mode == "test") != (cfg.checkpoint is not None):
+        raise ConfigError("mode=test and checkpoint=<file or run folder> go together")
     if not cfg.watch:
         raise ConfigError("watch must name at least one loss, got []")
 
@@ -136,6 +143,11 @@ def sweep_name() -> str:
             continue
         return name
     raise ConfigError(f"outputs/ holds too many folders that begin with {stamp}")
+
+
+def run_folder(resume: str | None, overrides: Sequence[str]) -> str:
+    """Where one run goes: the folder that it resumes, or one of its own in a new sweep's folder."""
+    return resume or str(Path("outputs", sweep_name(), run_name(overrides)))
 
 
 _LONGEST = 150  # bytes; most file systems take 255 a name, and checkpoints sit below
@@ -167,3 +179,4 @@ def register() -> None:
     # folder.
     OmegaConf.register_new_resolver("sweep_name", sweep_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)

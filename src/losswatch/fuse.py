@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
+from losswatch import resume
 from losswatch.build import make_data, make_net, make_optimizer
 from losswatch.callbacks import EventLog, Images, Progress, log_images, open_log
 from losswatch.data import TEST, VAL, ThresholdedImages, image_and_label, uniform
@@ -35,8 +36,9 @@ from losswatch.step import compiled, make_step, optimizer_rule, splitter, traine
 log = logging.getLogger(__name__)
 
 BLOCK = 500  # steps between two writes, at most
-# Members whose step is one call: their tensors should stay in a core's cache.
-CHUNK = 8
+SAVE_SECONDS = 10  # between checkpoints, at least; with a hundred members each takes a while
+# Members whose step is one call, at most: more share the cost of calling it, and fall out of cache.
+CHUNK = 14
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Member:
     trained: str
     optimizer: torch.optim.Optimizer  # of `net`; its kind and numbers count, it never steps
     logger: EventLog
+    config: dict[str, Any]  # kept in its checkpoints
+    start: int = 0  # steps done by an earlier attempt; net and optimizer hold its state
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # why it counts as failed
     seconds: float = 0.0  # its share of the stack's time
@@ -69,23 +73,40 @@ FINISHED: dict[Path, Member] = {}
 
 
 def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
+    """A run, in the state of its newest checkpoint where its folder holds one."""
     net = make_net(cfg)
-    optimizer = make_optimizer(cfg)(net.parameters())
-    return Member(folder, net, make_data(cfg), trained, optimizer, open_log(cfg, trained, folder))
+    optimizer = make_optimizer(cfg)(list(trained_parameters(net).values()))
+    _, found = resume.newest(folder, below=cfg.trainer.max_steps) or (None, {})
+    logger = open_log(cfg, trained, folder, found.get("losswatch", {}).get("events"))
+    start = found.get("global_step", 0)
+    member = Member(
+        folder, net, make_data(cfg), trained, optimizer, logger, resume.plain(cfg), start
+    )
+    if start:
+        resume.load_net(net, found)
+        optimizer.load_state_dict(found["optimizer_states"][0])
+    return member
 
 
 class Blocks:
-    """The training steps as (first, last + 1), what is left of them when iterated."""
+    """The steps from `first` up to `last`, without it, in blocks: (first, last) of each."""
 
-    def __init__(self, trainer: pl.Trainer, steps: int, block: int) -> None:
-        self.trainer, self.steps, self.block = trainer, steps, block
+    def __init__(self, first: int, last: int, block: int) -> None:
+        self.first, self.last, self.block = first, last, block
 
     def __len__(self) -> int:
-        return -(-self.steps // self.block)
+        return -(-(self.last - self.first) // self.block)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for first in range(self.trainer.global_step, self.steps, self.block):
-            yield first, min(first + self.block, self.steps)
+        for i in range(self.first, self.last, self.block):
+            yield i, min(i + self.block, self.last)
+
+
+def _moment(member: Member, name: str) -> Tensor:
+    """[P], what the optimiser keeps of each parameter; 0 before its first step."""
+    state = member.optimizer.state
+    kept = [(state[p].get(name), p) for p in trained_parameters(member.net).values()]
+    return torch.cat([torch.zeros_like(p).flatten() if m is None else m.flatten() for m, p in kept])
 
 
 def block_size(val_check_interval: int) -> int:
@@ -103,7 +124,8 @@ class StackedModule(pl.LightningModule):
     A training batch is a block of steps, taken without returning to Lightning in between.
 
     Args:
-        members: R runs of one architecture, image shape, kind of optimiser and number of classes.
+        members: R runs of one architecture, image shape, kind of optimiser and number of classes,
+            all at the same step.
         losses: the losses watched.
         every_n_steps, cosines: what `Probe` takes; 0 observes nothing.
         compile: compile the step; without, torch.vmap runs it eagerly.
@@ -142,7 +164,9 @@ class StackedModule(pl.LightningModule):
             name: torch.stack([state[name] for state in states])
             for name in states[0] if name not in names
         }  # fmt: skip
-        self.moments = tuple(torch.zeros_like(flat) for _ in self.moment_names)
+        self.moments = tuple(
+            torch.stack([_moment(m, name) for m in self.members]) for name in self.moment_names
+        )
 
         def column(values: list[Any]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32)
@@ -167,8 +191,9 @@ class StackedModule(pl.LightningModule):
             )
             for observed in (True, False)
         }  # fmt: skip
-        self.steps_of: dict[tuple[bool, int], Callable[..., Any]] = {}
+        self.steps_of: dict[bool, Callable[..., Any]] = {}
         self.seconds = 0.0
+        self.saved = time.monotonic()
 
     # -- the state, in chunks ----------------------------------------------------------------------
 
@@ -178,19 +203,24 @@ class StackedModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.losses.to(self.device)
         self.net.to(self.device)
-        chunk = CHUNK if self.device.type == "cpu" else len(self.members)
+        count = len(self.members)
+        pieces = -(-count // CHUNK) if self.device.type == "cpu" else 1
+        self.chunk = -(-count // pieces)
+        # All chunks have one shape, for which the step is compiled; the last one repeats a member.
+        index = torch.arange(pieces * self.chunk).clamp_max(count - 1)
         tensors = (self.flat, self.rest, self.moments, self.numbers)
-        moved = tree_map(lambda t: t.to(self.device), tensors)
-        # Copies, so that each chunk is dense: the graph is compiled for those strides.
-        starts = range(0, len(self.members), chunk)
-        self.chunks = [tree_map(lambda t, i=i: t[i : i + chunk].clone(), moved) for i in starts]
+        self.chunks = [
+            tree_map(lambda t, i=part: t[i].to(self.device), tensors)
+            for part in index.split(self.chunk)
+        ]
 
     def step_for(self, observed: bool, state: tuple, step: Tensor) -> Callable[..., Any]:
-        key = (observed, len(state[0]))
-        if key not in self.steps_of:
+        if observed not in self.steps_of:
             function = self.make[observed]
-            self.steps_of[key] = compiled(function, *state, step) if self.compile_step else function
-        return self.steps_of[key]
+            self.steps_of[observed] = (
+                compiled(function, *state, step) if self.compile_step else function
+            )
+        return self.steps_of[observed]
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
         first, last = batch
@@ -211,6 +241,10 @@ class StackedModule(pl.LightningModule):
             self.chunks[i] = (parameters, buffers, moments, numbers)
             if seen:
                 self._write(i, np.array(watched), torch.stack(seen, dim=1).cpu().numpy())
+            finite = parameters.isfinite().all(dim=1).tolist()
+            for member, good in zip(self._chunk_members(i), finite, strict=False):
+                if not good:  # all that tells where nothing is observed
+                    self._fail(member, "a weight is not finite", last - 1)
         self.seconds += time.perf_counter() - begin
         # Lightning counts the steps of its own optimisers; these are ours.
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
@@ -218,26 +252,35 @@ class StackedModule(pl.LightningModule):
         progress.total.completed += last - first
 
     def _chunk_members(self, chunk: int) -> list[Member]:
-        size = len(self.chunks[0][0])
-        return self.members[chunk * size : (chunk + 1) * size]
+        return self.members[chunk * self.chunk : (chunk + 1) * self.chunk]
 
     def _write(self, chunk: int, steps: np.ndarray, values: np.ndarray) -> None:
-        for member, block in zip(self._chunk_members(chunk), values, strict=True):
-            bad = ~np.isfinite(block[:, : 2 * len(self.losses.names)])
-            if bad.any() and member.error is None:
-                row, column = np.argwhere(bad)[0]
-                member.error = f"{self.tags[column]} is {block[row, column]} at step {steps[row]}"
-                log.warning("%s (loss %s)", member.error, member.trained)
+        for member, block in zip(self._chunk_members(chunk), values, strict=False):
+            tags = [f"{kind}/{member.trained}" for kind in ("loss", "grad_norm")]
+            own = block[:, [self.tags.index(tag) for tag in tags]]
+            for row, column in np.argwhere(~np.isfinite(own))[:1]:
+                self._fail(member, f"{tags[column]} is {own[row, column]}", steps[row])
             write_scalars(member.logger.experiment, self.tags, steps, block)
 
-    def on_fit_end(self) -> None:
-        """Give each member its weights and its optimiser's state, and save its checkpoint."""
+    def _fail(self, member: Member, what: str, step: int) -> None:
+        if member.error is None:
+            member.error = f"trained with {member.trained}, step {step}: {what}"
+            log.warning("%s: %s", member.folder.name, member.error)
+
+    def save(self) -> None:
+        """Give each member its weights and its optimiser's state, and write its checkpoint.
+
+        One that has failed keeps its last good one.
+        """
         split, done = splitter(self.net), self.trainer.global_step
+        loops = _loops(done)
+        adam = self.moment_names != ["momentum_buffer"]
         for i, (flat, rest, moments, _) in enumerate(self.chunks):
             for k, member in enumerate(self._chunk_members(i)):
+                if member.error:
+                    continue
                 state = {name: b[k] for name, b in rest.items()} | split(flat[k])
                 member.net.load_state_dict(state)
-                adam = self.moment_names != ["momentum_buffer"]
                 if adam or member.optimizer.param_groups[0]["momentum"]:
                     named = [split(m[k].clone()) for m in moments]
                     for name, p in trained_parameters(member.net).items():
@@ -245,7 +288,8 @@ class StackedModule(pl.LightningModule):
                         if adam:
                             kept["step"] = torch.tensor(float(done))
                         member.optimizer.state[p] = kept
-                save_checkpoint(member, done)
+                save_checkpoint(member, done, loops)
+        self.saved = time.monotonic()
 
     # -- validation --------------------------------------------------------------------------------
 
@@ -285,7 +329,7 @@ class StackedModule(pl.LightningModule):
             table = {name: value.tolist() for name, value in found.items()}
             results += [{n: v[i] for n, v in table.items()} for i in range(len(parameters))]
         self.net.train()
-        return results
+        return results[: len(self.members)]
 
     def show_images(self) -> None:
         """What callbacks.Images logs, once: stacks are for runs by the hundred."""
@@ -304,6 +348,8 @@ class StackedModule(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.report("val", VAL, self.members[0].data.val_size)
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
 
     def report(self, stage: str, split: int, size: int) -> None:
         """Evaluate all members, and write down what came out."""
@@ -318,8 +364,8 @@ class StackedModule(pl.LightningModule):
         self.trainer.callback_metrics[f"{stage}/accuracy"] = torch.tensor(accuracies).mean()
 
 
-def save_checkpoint(member: Member, step: int) -> None:
-    """The checkpoint that Lightning would have written, had the run been trained alone."""
+def _loops(step: int) -> dict[str, Any]:
+    """The state of Lightning's loops after `step` steps of an ordinary run."""
     bare = pl.Trainer(
         logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
     )
@@ -331,8 +377,11 @@ def save_checkpoint(member: Member, step: int) -> None:
         batches[when] = dict.fromkeys(("ready", "started", "processed", "completed"), step)
         loops["epoch_progress"][when] |= {"ready": 1, "started": 1}
     loops["epoch_loop.state_dict"] = {"_batches_that_stepped": step}
-    folder = member.folder / "checkpoints"
-    folder.mkdir(exist_ok=True)
+    return loops
+
+
+def save_checkpoint(member: Member, step: int, loops: dict[str, Any]) -> None:
+    """The checkpoint that Lightning would have written, had the run been trained alone."""
     checkpoint = {
         "epoch": 0,
         "global_step": step,
@@ -342,8 +391,9 @@ def save_checkpoint(member: Member, step: int) -> None:
         "callbacks": {},
         "optimizer_states": [member.optimizer.state_dict()],
         "lr_schedulers": [],
+        "losswatch": member.logger.record(member.config),
     }
-    torch.save(checkpoint, folder / f"step={step}.ckpt")
+    resume.save(checkpoint, member.folder / "checkpoints" / f"step={step}.ckpt")
 
 
 def obstacle(trainer: Mapping[str, Any]) -> str | None:
@@ -404,10 +454,15 @@ def fit(
             enable_model_summary=False,
             enable_checkpointing=False,
         )
+        first = members[0].start
+        done = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+        done.ready = done.completed = first
+        blocks = Blocks(first, steps, block)
         with fast_on_cpu(module.net):
-            trainer.fit(module, Blocks(trainer, steps, block), range(1))  # type: ignore[arg-type]
+            trainer.fit(module, blocks, range(1))  # type: ignore[arg-type]
         if steps % interval:
             module.report("val", VAL, members[0].data.val_size)  # the final weights, too
+        module.save()
         module.show_images()
         module.report("test", TEST, members[0].data.test_size)
         for member in members:

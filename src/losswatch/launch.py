@@ -26,7 +26,7 @@ from hydra.core.utils import JobReturn, run_job, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch import config as schema
-from losswatch import fuse
+from losswatch import fuse, resume
 from losswatch.build import loss_files, make_losses, quieten, trainer_options
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ def _key(job: Job) -> dict[str, Any]:
     trained = config.pop("loss")
     config["watched"] = sorted({*config.pop("watch"), job.loss})
     config["changed loss"] = trained if _changed(job, trained) else None
+    found = resume.newest(job.folder, below=config["trainer"]["max_steps"])
+    config["steps done"] = found[1]["global_step"] if found else 0
     return config
 
 
@@ -125,12 +127,14 @@ def _execute(jobs: Sequence[Job], context: Any, singletons: Any) -> list[JobRetu
         schema.register()
         Singleton.set_state(singletons)
     quieten()
+    todo = [job for job in jobs if not resume.finished(job.folder)]
     try:
-        HydraConfig.instance().set_config(jobs[0].config)
-        _train(jobs)
+        if todo:
+            HydraConfig.instance().set_config(todo[0].config)
+            _train(todo)
     except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too
         reason = " ".join(str(error).split())[:200]
-        print(f"{len(jobs)} runs are trained one by one: {reason}", file=sys.stderr)
+        print(f"{_count(len(todo), 'run')} trained one by one: {reason}", file=sys.stderr)
     returns = []
     for job in jobs:
         HydraConfig.instance().set_config(job.config)
@@ -144,6 +148,10 @@ def _execute(jobs: Sequence[Job], context: Any, singletons: Any) -> list[JobRetu
             )
         )
     return returns
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _split(jobs: list[Job], size: int) -> list[list[Job]]:
@@ -176,26 +184,32 @@ def launch(
         HydraConfig.instance().set_config(job)  # what ${hydra:...} in the folder's name refers to
         folder = Path(job.hydra.sweep.dir, job.hydra.sweep.subdir).absolute()
         jobs.append(Job(index, list(overrides), job, folder))
-    alike, differ = groups(jobs)
+    done, todo = [], []
+    for job in jobs:
+        (done if resume.finished(job.folder) else todo).append(job)
+    alike, differ = groups(todo) if todo else ([], [])
     on_gpu = torch.cuda.is_available() and jobs[0].config.trainer.accelerator != "cpu"
     workers = workers or (1 if on_gpu else os.cpu_count() or 1)
     # On a CPU a group takes one core, so what could be one group is made as many as there are.
-    size = max_members or (len(jobs) if on_gpu else -(-len(jobs) // workers))
+    size = max_members or (len(todo) if on_gpu else -(-len(todo) // workers))
     parts = [part for group in alike for part in _split(group, size)]
     because = f" (they differ in {', '.join(differ)})" if differ else ""
+    before = f", {len(done)} done before" if done else ""
     print(
-        f"fused: {len(jobs)} runs in {len(parts)} groups of up to {max(map(len, parts))}, "
-        f"{min(workers, len(parts))} at once{because}",
+        f"fused: {_count(len(todo), 'run')} in {_count(len(parts), 'group')} of up to "
+        f"{max(map(len, parts), default=0)}, {min(workers, len(parts))} at once{because}{before}",
         file=sys.stderr,
     )
+    if done:  # train.py finds that too
+        parts.append(done)
     if workers == 1 or len(parts) == 1:
         returns = [r for part in parts for r in _execute(part, context, None)]
     else:
         singletons = Singleton.get_state()
         with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-            done = joblib.Parallel(n_jobs=workers)(
+            finished = joblib.Parallel(n_jobs=workers)(
                 joblib.delayed(_execute)(part, context, singletons) for part in parts
             )
-        returns = [r for part in done for r in part]
+        returns = [r for part in finished for r in part]
     order = [job.index for part in parts for job in part]
     return [r for _, r in sorted(zip(order, returns, strict=True), key=lambda pair: pair[0])]

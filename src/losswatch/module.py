@@ -65,7 +65,9 @@ class SegmentationModule(pl.LightningModule):
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         # Sums over pixels of each loss, and of the pixels, while a stage runs.
         self.loss_sums = torch.zeros(len(losses.names) + 1, dtype=torch.float64)
-        self.logits = self.target = torch.empty(0)
+        self.logits = self.target = self.value = torch.empty(0)
+        # The first step whose loss or gradient is not finite; a tensor, so that a GPU need not wait.
+        self.bad_step = torch.tensor(-1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
@@ -76,7 +78,49 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, self.target = batch
         self.logits = self.net(images)
-        return self.loss(self.logits, self.target)
+        if self.logits.is_cpu and not self.logits.isfinite().all():
+            self._stop(self.trainer.global_step)
+        self.value = self.loss(self.logits, self.target)
+        return self.value
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.trainer.precision == "16-mixed":  # its scaler skips such steps
+            return
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.net.parameters() if p.grad is not None]
+        )
+        bad = (norm + self.value.detach()).isfinite().logical_not()
+        before = self.bad_step.to(norm.device)
+        self.bad_step = torch.where(bad & (before < 0), self.trainer.global_step, before)
+        if norm.is_cpu:
+            self._look()
+
+    def on_validation_start(self) -> None:
+        self._look()
+
+    def on_train_end(self) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        if (step := int(self.bad_step)) >= 0:
+            self._stop(step)
+
+    def _stop(self, step: int) -> None:
+        """Name the first tensor that is not finite, in the order of the computation."""
+        named = list(self.net.named_parameters())
+        tensors = [
+            *named,
+            ("the logits", self.logits),
+            (f"the loss {self.trained}", self.value),
+            *((f"the gradient of {name}", p.grad) for name, p in reversed(named)),
+        ]
+        for name, tensor in tensors:
+            if tensor is not None and not (finite := tensor.isfinite()).all():
+                first = float(tensor.detach()[~finite][0])
+                raise FloatingPointError(
+                    f"trained with {self.trained}, step {step}: {name} is {first}"
+                )
+        raise FloatingPointError(f"trained with {self.trained}, step {step}: it was not finite")
 
     def on_train_batch_end(self, *_: object) -> None:
         self.logits = self.target = torch.empty(0)  # the graph is not kept

@@ -5,6 +5,7 @@ Both take the input [N, in_channels, *space] and return logits [N, num_classes, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,37 +14,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# With so few input channels a compiled convolution is fastest as one matrix product over its
-# shifted inputs, which stacked runs turn into one batched product. Wider ones are left to the
-# backend's own kernels.
-GEMM_CHANNELS = 8
+# Up to so many channels a compiled convolution is fastest as plain sums over its taps, which the
+# compiler fuses and which stacked runs only make longer. Wider ones are left to the backend's own
+# kernels.
+NARROW = 8
+
+LANES = 16  # floats in the registers of a CPU with AVX-512
 
 
-def _columns(x: Tensor, kernel: Sequence[int]) -> Tensor:
-    """[N, C, H, W] -> [C·taps, N·H·W]: for each tap of the kernel, the pixel that it meets."""
-    n, c, h, w = x.shape
+def _taps(x: Tensor, kernel: Sequence[int]) -> list[Tensor]:
+    """For each tap of the kernel the pixels that it meets: [N, C, H, W] each, 0 outside.
+
+    The border is concatenated, not padded: the compiler would inline padding into each of the
+    taps, and look at every pixel whether it is outside.
+    """
+    *_, h, w = x.shape
     kh, kw = kernel
-    x = F.pad(x.transpose(0, 1), (kw // 2, kw // 2, kh // 2, kh // 2))
-    taps = [x[:, :, i : i + h, j : j + w] for i in range(kh) for j in range(kw)]
-    return torch.stack(taps, dim=1).reshape(c * kh * kw, n * h * w)
+    if kw > 1:
+        border = x.new_zeros(*x.shape[:3], kw // 2)
+        x = torch.cat([border, x, border], dim=3)
+    if kh > 1:
+        border = x.new_zeros(*x.shape[:2], kh // 2, x.shape[3])
+        x = torch.cat([border, x, border], dim=2)
+    return [x[:, :, i : i + h, j : j + w] for i in range(kh) for j in range(kw)]
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """A "same" convolution as one matrix product."""
-    n, _, h, w = x.shape
-    y = weight.flatten(1) @ _columns(x, weight.shape[2:])
-    return y.reshape(-1, n, h, w).transpose(0, 1)
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """A "same" convolution as a sum over taps and channels."""
+    taps = zip(_taps(x, weight.shape[2:]), weight.flatten(2).unbind(2), strict=True)
+    terms = [tap.unsqueeze(1) * w[:, :, None, None] for tap, w in taps]
+    return functools.reduce(torch.add, terms).sum(2)
 
 
-class _MatrixConvolution(torch.autograd.Function):
-    """`_product` with a backward of products too: autograd would scatter where this one gathers,
-    which costs half of a compiled step."""
+class _NarrowConvolution(torch.autograd.Function):
+    """`_convolve` with a backward of its own: autograd would scatter where this one gathers."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return _product(x, weight)
+        return _convolve(x, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -52,19 +62,59 @@ class _MatrixConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        grad_x = _product(g, weight.transpose(0, 1).flip(2, 3))
-        grad_w = g.transpose(0, 1).flatten(1) @ _columns(x, weight.shape[2:]).T
+        grad_x = _convolve(g, weight.transpose(0, 1).flip(2, 3))
+        # The one part with much to sum: a matrix product, over all pixels.
+        columns = torch.stack(_taps(x.transpose(0, 1), weight.shape[2:]), dim=1)
+        grad_w = g.transpose(0, 1).flatten(1) @ columns.flatten(2).flatten(0, 1).T
         return grad_x, grad_w.view(weight.shape)
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d (odd kernel, "same" padding, stride 1) that compiles to matrix products."""
+    """nn.Conv2d (odd kernel, "same" padding, stride 1) in the form that is fastest where it runs.
+
+    It compiles to sums if it is narrow. On a CPU, where the channels come last in memory, a 1x1
+    kernel is a linear layer; and one from many channels to few, which would leave half of each
+    register empty in the gradient of its weights, is the same as a transposed convolution by the
+    kernel turned around: that one's gradient fills registers with the input's channels.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() or self.in_channels > GEMM_CHANNELS:
-            return super().forward(x)
-        y = _MatrixConvolution.apply(x, self.weight)
-        return y if self.bias is None else y + self.bias[:, None, None]
+        if torch.compiler.is_compiling():
+            if max(self.in_channels, self.out_channels) > NARROW:
+                return super().forward(x)
+            y = _NarrowConvolution.apply(x, self.weight)
+            return y if self.bias is None else y + self.bias[:, None, None]
+        if x.is_cpu and x.stride(1) == 1:
+            if self.kernel_size == (1, 1):
+                y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+                return y.permute(0, 3, 1, 2)
+            if self.out_channels < LANES <= self.in_channels:
+                turned = self.weight.transpose(0, 1).flip(2, 3)
+                pad = [k // 2 for k in self.kernel_size]
+                return F.conv_transpose2d(x, turned, self.bias, padding=pad)
+        return super().forward(x)
+
+
+class _Enlarge(torch.autograd.Function):
+    """Nearest-neighbour interpolation to twice the size. PyTorch's own backward would lay out a
+    gradient that is a part of another, as behind a concatenation, anew, and its result again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        for dim in range(2, g.ndim):
+            even, odd = g.unflatten(dim, (-1, 2)).unbind(dim + 1)
+            g = even + odd
+        return g
 
 
 @contextmanager
@@ -76,7 +126,7 @@ def fast_on_cpu(net: nn.Module) -> Iterator[None]:
     article's. Backward looks that switch up again, so it must hold for the whole step.
     """
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
-    narrow = bool(convs) and max(m.in_channels for m in convs) <= GEMM_CHANNELS
+    narrow = bool(convs) and max(m.in_channels for m in convs) <= NARROW
     before = torch.backends.mkldnn.enabled
     torch.set_flush_denormal(True)
     torch.backends.mkldnn.enabled = before and not narrow  # type: ignore[assignment]
@@ -199,6 +249,6 @@ class UNet(nn.Module):
             skips.append(x)
         skips.pop()
         for narrow, block in zip(self.narrow, self.up, strict=True):
-            x = F.interpolate(narrow(x), scale_factor=2.0)
+            x = _Enlarge.apply(narrow(x))
             x = block(torch.cat([x, skips.pop()], dim=1))
-        return self.head(x)
+        return self.head(x).contiguous()  # the losses read one class after another

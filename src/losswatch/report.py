@@ -90,8 +90,9 @@ def read_scalars(run_dir: str | Path) -> pd.DataFrame:
                 _record(fresh, value.tag, [event.step], [scalar])
         # Metrics alone are no restart: a finished run that is looked at again writes them too.
         observed = [min(c) for tag, c in fresh.items() if c and tag.startswith(WATCHED)]
-        if observed:
-            _forget(columns, min(observed))
+        if observed:  # a step is observed before it is taken, a validation is after it
+            _forget({t: c for t, c in columns.items() if t.startswith(WATCHED)}, min(observed))
+            _forget(columns, min(observed) + 1)
         for tag, column in fresh.items():
             columns.setdefault(tag, {}).update(column)
 
@@ -386,11 +387,11 @@ def write_summary(sweep_dir: str | Path) -> pd.DataFrame:
     return runs
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file at once: a reader, or a full disk, never meets half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -83,11 +83,27 @@ class SweepCallback(Callback):
 
     folder: Path | None = None  # of the sweep under way
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before Hydra writes the new config over that of a run which is to be resumed."""
+        if config.resume is None:
+            return
+        if not Path(config.resume).is_dir():
+            stop(f"resume={config.resume}: there is no such run folder")
+
+        from losswatch.resume import check_folder
+
+        try:
+            check_folder(Path(config.resume), config)
+        except ConfigError as error:
+            stop(str(error))
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
             return
         SweepCallback.folder = Path(config.hydra.sweep.dir)
         jobs = grid(config)
+        if config.resume is not None:
+            stop("resume=... is for one run; a sweep is resumed by hydra.sweep.dir=<its folder>")
         os.environ[TOTAL] = str(len(jobs))
         names = [run_name(overrides) for overrides in jobs]
         for overrides, name in zip(jobs, names, strict=True):
@@ -100,11 +116,13 @@ class SweepCallback(Callback):
             return  # Hydra's sweeper finds the same, and says it well
 
         from losswatch.build import check, loss_files
+        from losswatch.resume import check_folder
 
-        for overrides, job in zip(jobs, configs, strict=True):
+        for overrides, name, job in zip(jobs, names, configs, strict=True):
             files = loss_files(job.hydra.runtime.config_sources)
             try:
                 check(job, job.hydra.runtime.choices.get("loss"), files)
+                check_folder(SweepCallback.folder / name, job)
             except ConfigError as error:
                 stop(f"{error} (in the run {' '.join(overrides)}; nothing was started)")
 
