@@ -36,6 +36,8 @@ from losswatch.claims import (
     norm_ratio,
     outcome_table,
     pick,
+    pull_alike,
+    pull_apart,
     ratio_interval,
     rises,
 )
@@ -257,16 +259,14 @@ def hard_cell(article: pd.DataFrame) -> list[str]:
         })  # fmt: skip
     pulls = []
     for theta in (0.05, 0.5, 0.95):
-        share, p = 1 - theta, 0.5
-        common = 2 * p * (1 - p) * share**2 / (share + p) ** 2
-        apart = 2 * p * (1 - p) * theta * share / (share + p)
+        alike, apart = pull_alike(theta, 0.5), pull_apart(theta, 0.5)
         pulls.append({
             "foreground": foreground(theta),
-            "pull on all pixels alike": f"{common:.4f}",
+            "pull on all pixels alike": f"{alike:.4f}",
             "pull apart": f"{apart:.4f}",
-            "ratio": f"{common / apart:.2f}",
+            "ratio": f"{alike / apart:.2f}",
             "best constant p, DICEFG": "1",
-            "best constant p, DICE and CCE": f"{share:g}",
+            "best constant p, DICE and CCE": f"{1 - theta:g}",
             "DICEFG if all is foreground": f"{theta / (2 - theta):.4f}",
         })  # fmt: skip
     off, on = (pick(cell, batch_norm=normed) for normed in (False, True))

@@ -58,9 +58,8 @@ def measure(run_dir: str | Path) -> dict[str, float]:
         found["quiet/norm"], found["quiet/cce"] = quietest
     if "val/accuracy" in scalars:
         accuracy = scalars["val/accuracy"].dropna()
-        found["climb/accuracy"] = (
-            accuracy.iloc[-1] - accuracy.loc[: accuracy.index[-1] - EARLY + 1].iloc[-1]
-        )
+        before = accuracy.loc[: accuracy.index[-1] - EARLY + 1]
+        found["climb/accuracy"] = accuracy.iloc[-1] - before.iloc[-1] if len(before) else np.nan
     return found
 
 
@@ -289,6 +288,23 @@ def gains_by_cell(runs: pd.DataFrame) -> list[tuple[str, float, Interval]]:
             )
             cells.append((loss, theta, mean_interval((on - off).dropna())))
     return cells
+
+
+# --- DICEFG where every pixel gets the same p ----------------------------------------------------
+# Its gradient by the difference of the logits, N pixels in all, a share 1 - θ of them foreground:
+# p(1-p)/N · [2p(1-θ)/(1-θ+p)² - 2y/(1-θ+p)].
+
+
+def pull_alike(theta: float, p: float) -> float:
+    """How strongly it moves all pixels up: the gradient's sum, sign changed."""
+    share = 1 - theta
+    return 2 * p * (1 - p) * share**2 / (share + p) ** 2
+
+
+def pull_apart(theta: float, p: float) -> float:
+    """How strongly it moves foreground up against background: its product with y less its mean."""
+    share = 1 - theta
+    return 2 * p * (1 - p) * theta * share / (share + p)
 
 
 # --- Tables --------------------------------------------------------------------------------------
