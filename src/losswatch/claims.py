@@ -35,6 +35,7 @@ def measure(run_dir: str | Path) -> dict[str, float]:
     """What the claims need of a run's scalars, under names with a slash; none where they lack it.
 
     late/<loss>   mean gradient norm over the last tenth of the steps observed
+    final/dice_fg mean value of DICEFG over the same steps
     first/cce, peak/cce, peak_norm/cce, first_norm/cce
                   the CCE loss and its norm (moving means over 11) at the first step, and their
                   highest values in the first 1,000 steps
@@ -47,6 +48,9 @@ def measure(run_dir: str | Path) -> dict[str, float]:
     norms = scalars.filter(regex="^grad_norm/").dropna(how="all")
     for tag, value in norms.tail(max(1, len(norms) // 10)).mean().items():
         found[str(tag).replace("grad_norm/", "late/")] = value
+    if "loss/dice_fg" in scalars:
+        values = scalars["loss/dice_fg"].dropna()
+        found["final/dice_fg"] = values.tail(max(1, len(values) // 10)).mean()
     if {"loss/cce", "grad_norm/cce"} <= set(scalars):
         early = scalars.loc[: EARLY - 1, ["loss/cce", "grad_norm/cce"]].dropna()
         smooth = moving_mean(early, LOSS_WINDOW)
@@ -143,7 +147,7 @@ class Claim(NamedTuple):
     claim: str
     measure: str
     numbers: str
-    verdict: str  # "holds", "holds partly", "does not hold"
+    verdict: str  # "holds", "holds partly", "does not hold"; of C5 also "undecided"
 
 
 def verdict(whole: bool, part: bool) -> str:
@@ -247,9 +251,12 @@ def judge(runs: pd.DataFrame) -> list[Claim]:
             "Gradient norms at 95 % foreground are smaller than at 5 % (Adam, no batch norm; DICE "
             "and CCE), though both losses treat the classes alike.",
             "the trained loss's gradient norm over the last tenth of the steps, at 95 % over at "
-            "5 % foreground: geometric mean over seeds. Holds: both intervals below 1; partly: one",
+            "5 % foreground, where both converged: geometric mean over seeds. Holds: both "
+            "intervals below 1; partly: one; undecided: both means are, neither interval",
             ", ".join(f"{NAMES[loss]} {ratio.text(2)}" for loss, ratio in ratios.items()),
-            verdict(all(below), any(below)),
+            "undecided"
+            if not any(below) and all(ratio.value < 1 for ratio in ratios.values())
+            else verdict(all(below), any(below)),
         ))  # fmt: skip
     return claims
 
@@ -271,7 +278,11 @@ def rises(runs: pd.DataFrame, times: float) -> pd.Series:
 
 
 def norm_ratio(runs: pd.DataFrame, loss: str) -> Interval:
-    """The late gradient norm of the trained loss at 95 % foreground over that at 5 %."""
+    """The late gradient norm of the trained loss at 95 % foreground over that at 5 %.
+
+    Of runs that converged: one that stands still has a norm that tells of something else.
+    """
+    runs = runs[converged(runs)]
     norms = (by_seed(runs, f"late/{loss}", loss=loss, theta=theta) for theta in (0.05, 0.95))
     return ratio_interval(*norms)
 
