@@ -299,14 +299,14 @@ def hard_cell(article: pd.DataFrame) -> list[str]:
         parts.append(
             f"Without BN the norm falls to {off['quiet/norm'].median():.0e} in the median run, and "
             f"{converged(off).sum()} of {len(off)} runs come back. With BN it stays at "
-            f"{on['quiet/norm'].median():.0e}, and {converged(on).sum()} of {len(on)} do. BN "
-            "scales what every filter sees to variance 1 and its mean to 0. So the hidden layers "
+            f"{on['quiet/norm'].median():.0e}, and {converged(on).sum()} of {len(on)} do. Our "
+            "reading: BN scales what every filter sees to variance 1 and its mean to 0. So the hidden layers "
             "can neither drift up together nor grow, and only the last convolution is left to "
             "push all logits up: they rise more slowly, while the differences between pixels stay "
             "as large as before and the classes part before the slope is gone. "
             + (
-                "It is a race, not a guarantee: the run with BN that saturated as far as those "
-                "without did not come back either."
+                "It is a race, not a guarantee: where the net saturated as far with BN as "
+                "without, it did not come back either."
                 if not converged(on).all()
                 else "In these runs it always won that race."
             )
@@ -465,7 +465,7 @@ def unet(found: dict[str, pd.DataFrame]) -> list[str]:
         ),
         f"DICEFG at 95 % with BN: {converged(normed).sum()} of {len(normed)} converge."
         + (
-            " So the rescue by BN is the plain net's, and no property of BN."
+            " The rescue by BN does not carry over in these runs."
             if not converged(normed).any()
             else ""
         ),
@@ -507,7 +507,7 @@ def curves(found: dict[str, pd.DataFrame], runs_dir: Path, out: Path) -> list[st
         parts += [
             "The trained loss's gradient norm over the last tenth of the steps, against what can "
             "be read by eye off the published plots (to about a tenth). *Agree* means that the "
-            f"ranges overlap: {agree} of {len(table)} do.",
+            f"ranges, widened as much, overlap: {agree} of {len(table)} do.",
             markdown_table(table),
         ]
     if not len(pick(article, optimizer="sgd")):
