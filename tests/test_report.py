@@ -18,6 +18,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import study
+from losswatch.events import write_scalars
 from losswatch.report import (
     KNOWN_LOSSES,
     cell_table,
@@ -105,6 +106,36 @@ def test_scalars_equal_tensorboards_own_reading(tmp_path):
         assert ours.index.is_monotonic_increasing and ours.index.is_unique
     assert list(ours.index) == [3, 4, 5, 2**40]  # a NaN keeps its step
     assert len(found) == 3 and found["loss/dice"] == {5: float("inf")}
+
+
+def test_blocks_of_events_equal_tensorboards_own_reading(tmp_path):
+    """Long rows of alike events are read at once; steps of one to three bytes, breaks between."""
+    rng = np.random.default_rng(0)
+    with SummaryWriter(tmp_path) as writer:
+        for begin, end in ((0, 300), (300, 310), (16_000, 17_000)):
+            steps = np.arange(begin, end)
+            write_scalars(
+                writer, ["loss/dice", "grad_norm/é"], steps, rng.normal(size=(end - begin, 2))
+            )
+            for step in range(begin, end):
+                writer.add_scalar("val/accuracy", rng.normal(), step)
+            writer.add_scalar("val/dice", float("nan"), end)
+            writer.add_text("note", "text", end)
+    theirs = EventAccumulator(str(tmp_path), {"scalars": 0}).Reload()
+    ours = read_scalars(tmp_path)
+    for tag in ("loss/dice", "grad_norm/é", "val/accuracy"):
+        expected = {event.step: event.value for event in theirs.Scalars(tag)}
+        assert ours[tag].dropna().to_dict() == expected and len(expected) == 1310
+
+
+def test_a_folder_of_sweeps_is_one_and_mappings_are_told_apart(tmp_path):
+    for sweep, low in (("a", 0), ("b/c", 1)):
+        data = {"data": {"low": low, "high": 1 - low}}
+        override = [f"data={{low:{low},high:{1 - low}}}"]
+        write_result(tmp_path / sweep / "run", overrides=override, config=data)
+    runs = read_runs(tmp_path)
+    assert list(runs["run"]) == ["a/run", "b/c/run"]
+    assert list(runs["data.low"]) == [0, 1] and list(runs["data.high"]) == [1, 0]
 
 
 def test_a_resumed_run_is_one_curve(tmp_path):

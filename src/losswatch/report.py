@@ -1,8 +1,9 @@
 """What a sweep left on disk, as data frames, tables and figures.
 
 Nothing here trains or needs torch: a sweep is its folders, `<sweep>/<run>/` with TensorBoard event
-files and `result.json`, on whatever machine they lie. Their contents are data: never executed, and
-stripped of markup and control characters wherever they are shown.
+files and `result.json`, on whatever machine they lie; a folder of sweeps is read like one of them.
+Their contents are data: never executed, and stripped of markup and control characters wherever they
+are shown.
 """
 
 import json
@@ -11,9 +12,10 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from itertools import chain, combinations
+from itertools import chain, combinations, groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # The tags of what is observed while training.
 WATCHED = ("loss/", "grad_norm/", "grad_cosine/")
+LENGTH = struct.Struct("<Q")  # of a record in an event file
 
 # Where `read_runs` finds a run's settings in its record, and what they are called in tables.
 SETTINGS = {
@@ -70,10 +73,13 @@ def read_scalars(run_dir: str | Path) -> pd.DataFrame:
     for events in _event_files(Path(run_dir)):
         fresh: dict[str, dict[int, float]] = {}
         for event in events:
-            step = event.step
+            if isinstance(event, Block):
+                for tag, values in event.values.items():
+                    _record(fresh, tag, event.steps, values)
+                continue
             if event.session_log.status == SessionLog.START:
-                _forget(columns, step)
-                _forget(fresh, step)
+                _forget(columns, event.step)
+                _forget(fresh, event.step)
             for value in event.summary.value:
                 if value.HasField("simple_value"):
                     scalar = value.simple_value
@@ -81,10 +87,7 @@ def read_scalars(run_dir: str | Path) -> pd.DataFrame:
                     scalar = make_ndarray(value.tensor).item()
                 else:  # an image, HParams, a layout
                     continue
-                column = fresh.setdefault(value.tag, {})
-                if step == 0 and any(column):  # that is, after a later step
-                    continue  # HParams: the final metrics, repeated as if at step 0
-                column[step] = scalar
+                _record(fresh, value.tag, [event.step], [scalar])
         # Metrics alone are no restart: a finished run that is looked at again writes them too.
         observed = [min(c) for tag, c in fresh.items() if c and tag.startswith(WATCHED)]
         if observed:  # a step is observed before it is taken, a validation is after it
@@ -105,7 +108,24 @@ def _forget(columns: dict[str, dict[int, float]], step: int) -> None:
             del column[stale]
 
 
-def _event_files(run_dir: Path) -> list[Iterator[Event]]:
+def _record(
+    columns: dict[str, dict[int, float]], tag: str, steps: list[int], values: list[float]
+) -> None:
+    """Add a tag's values at increasing steps."""
+    column = columns.setdefault(tag, {})
+    if steps[0] == 0 and any(column):  # that is, after a later step
+        steps, values = steps[1:], values[1:]  # HParams: final metrics, repeated as if at step 0
+    column.update(zip(steps, values, strict=True))
+
+
+class Block(NamedTuple):
+    """Events in a row that differ in nothing but time, step and values."""
+
+    steps: list[int]  # increasing
+    values: dict[str, list[float]]
+
+
+def _event_files(run_dir: Path) -> list[Iterator[Event | Block]]:
     """The event files of a folder, as their events, the file begun first coming first."""
     begun = []
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
@@ -116,26 +136,107 @@ def _event_files(run_dir: Path) -> list[Iterator[Event]]:
     return [events for _, events in sorted(begun, key=lambda pair: pair[0])]
 
 
-def _events(path: Path) -> Iterator[Event]:
-    """The events of a file up to its end, or to the first torn record.
+def _events(path: Path) -> Iterator[Any]:
+    """The events of a file up to its end, or to the first torn record; the first one never a Block.
 
     A record is its length (uint64), a checksum of that, the event, a checksum of the event. The
     checksums are not verified: in Python that would take ten times as long as all the rest.
     """
     data = path.read_bytes()
-    length = struct.Struct("<Q")
+    spans = [(12, -16)]  # where each event begins and how long it is, after one that is none
     position = 0
-    while position < len(data):
-        try:
-            begin = position + 12
-            end = begin + length.unpack_from(data, position)[0]
-            if end == begin or end + 4 > len(data):
-                raise ValueError
-            yield Event.FromString(data[begin:end])
-        except (ValueError, struct.error, DecodeError):
-            log.warning("%s: torn at byte %d; what follows is left out", printable(path), position)
-            return
-        position = end + 4
+    try:
+        while position < len(data):
+            (size,) = LENGTH.unpack_from(data, position)
+            if size == 0 or position + 16 + size > len(data):
+                break
+            spans.append((position + 12, size))
+            position += 16 + size
+    except struct.error:
+        pass
+    try:
+        for size, stretch in groupby(spans[1:], key=itemgetter(1)):
+            starts = [start for start, _ in stretch]
+            position = starts[0] - 12
+            block = _block(data, starts, size) if len(starts) > 8 and position else None
+            if block:
+                yield block
+                continue
+            for start in starts:
+                position = start - 12
+                yield Event.FromString(data[start : start + size])
+        position = spans[-1][0] + spans[-1][1] + 4
+        torn = position < len(data)
+    except DecodeError:
+        torn = True
+    if torn:
+        log.warning("%s: torn at byte %d; what follows is left out", printable(path), position)
+
+
+def _block(data: bytes, starts: list[int], size: int) -> Block | None:
+    """Events of one size in a row as a Block, hundreds of times as fast; None if they are not one.
+
+    The first event says where the step and the values lie. Nothing else may differ, the time aside.
+    """
+    places = _layout(data[starts[0] : starts[0] + size])
+    if places is None:
+        return None
+    step, tags = places
+    rows = np.ndarray((len(starts), size), np.uint8, data, starts[0], (size + 16, 1))
+    same = np.ones(size, bool)
+    same[1:9] = same[step] = False
+    for place in tags.values():
+        same[place : place + 4] = False
+    more = rows[:, step] >> 7  # a varint: seven bits a byte, the eighth set in all but the last
+    if (rows[:, same] != rows[0, same]).any() or (more != more[0]).any():
+        return None
+    digits = (rows[:, step] & 0x7F).astype(np.int64)
+    steps = (digits << 7 * np.arange(digits.shape[1])).sum(1)
+    if (np.diff(steps) <= 0).any():
+        return None
+    values = {
+        tag: rows[:, i : i + 4].copy().view("<f4")[:, 0].astype(float).tolist()
+        for tag, i in tags.items()
+    }
+    return Block(steps.tolist(), values)
+
+
+def _layout(event: bytes) -> tuple[slice, dict[str, int]] | None:
+    """Where an event holds its step, and each tag's float; None if it holds anything else.
+
+    Protocol buffers: a field is its number and type in one byte, then a length where it needs one.
+    """
+
+    def varint(i: int) -> tuple[int, int]:
+        end = i
+        while event[end] & 0x80:
+            end += 1
+        return sum((event[j] & 0x7F) << 7 * (j - i) for j in range(i, end + 1)), end + 1
+
+    try:
+        if event[0] != 0x09 or event[9] != 0x10:  # wall_time (double), step (varint)
+            return None
+        step, i = varint(10)
+        places = slice(10, i)
+        length, start = varint(i + 1)
+        if event[i] != 0x2A or start + length != len(event) or step >= 2**62:  # summary, the last
+            return None
+        tags: dict[str, int] = {}
+        while start < len(event):
+            length, i = varint(start + 1)
+            end = i + length
+            name, j = varint(i + 1)
+            # value (message): tag (text), simple_value (float)
+            if (event[start], event[i], event[j + name]) != (0x0A, 0x0A, 0x15):
+                return None
+            tag = event[j : j + name].decode()
+            if j + name + 5 != end or tag in tags:
+                return None
+            tags[tag] = end - 4
+            start = end
+    except (IndexError, UnicodeDecodeError):
+        return None
+    return (places, tags) if start == len(event) and tags else None
 
 
 def _is_scalar(tensor: Any) -> bool:
@@ -148,7 +249,8 @@ def _is_scalar(tensor: Any) -> bool:
 def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
     """A row per run of a sweep: its settings, then its validation metrics, time and status.
 
-    Settings are run, loss, theta, optimizer, lr, model, batch_norm, seed and every other key whose
+    Runs may lie deeper, so that a folder of sweeps is read as one. Settings are run (its folder in
+    `sweep_dir`), loss, theta, optimizer, lr, model, batch_norm, seed and every other key whose
     override differs between the runs; a list of thetas is given as text. A run without a readable
     `result.json` is still running or was killed: "unfinished". Raises FileNotFoundError for a
     folder that does not exist or holds no runs.
@@ -156,7 +258,7 @@ def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
     sweep = Path(sweep_dir)
     if not sweep.is_dir():
         raise FileNotFoundError(f"no such folder: {sweep}")
-    folders = sorted((f for f in sweep.iterdir() if _is_run(f)), key=lambda f: _natural(f.name))
+    folders = list(_run_folders(sweep))
     if not folders:
         raise FileNotFoundError(f"holds no runs: {sweep}")
     records = [_read_record(folder) for folder in folders]
@@ -170,7 +272,7 @@ def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
     ]
     rows = []
     for folder, record, overrides in zip(folders, records, given, strict=True):
-        row: dict[str, Any] = {"run": folder.name}
+        row: dict[str, Any] = {"run": folder.relative_to(sweep).as_posix()}
         row |= {name: _plain(_get(record, place)) for name, place in SETTINGS.items()}
         for key in others:  # the resolved value says more than the text of the override
             value = _get(record, f"config.{key}")
@@ -183,6 +285,14 @@ def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
         row["error"] = _plain(_get(record, "error"))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    for below in sorted(folder.iterdir(), key=lambda f: _natural(f.name)):
+        if _is_run(below):
+            yield below
+        elif below.is_dir():
+            yield from _run_folders(below)
 
 
 def _is_run(folder: Path) -> bool:
@@ -235,13 +345,18 @@ def _get(tree: Any, place: str) -> Any:
 
 
 def _parse_overrides(overrides: Any) -> dict[str, str]:
-    """
-    >>> _parse_overrides(["loss=dice", "+note=a=b"])
-    {'loss': 'dice', 'note': 'a=b'}
+    """What each key was set to; the keys of a mapping count one by one.
+
+    >>> _parse_overrides(["loss=dice", "+note=a=b", "data={low:1,high:0}"])
+    {'loss': 'dice', 'note': 'a=b', 'data.low': '1', 'data.high': '0'}
     """
     overrides = overrides if isinstance(overrides, list) else []
-    parts = (str(override).lstrip("+~").partition("=") for override in overrides)
-    return {key: value for key, _, value in parts}
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = str(override).lstrip("+~").partition("=")
+        inner = re.findall(r"[{,]\s*([\w.]+)\s*:([^,{}]*)", value) if value[:1] == "{" else []
+        given |= {f"{key}.{name}": text.strip() for name, text in inner} or {key: value}
+    return given
 
 
 def _plain(value: Any) -> bool | int | float | str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,9 +52,16 @@ def plot_curves(
 
 
 def plot_sweep(
-    sweep_dir: str | Path, runs: pd.DataFrame, *, seeds: bool = False, free: bool = False
+    sweep_dir: str | Path,
+    runs: pd.DataFrame,
+    *,
+    seeds: bool = False,
+    free: bool = False,
+    into: str | Path | None = None,
 ) -> dict[str, Path]:
-    """Draw runs of a sweep, rows of `read_runs`, into its `figures/`; return the files by title.
+    """Draw runs of a sweep, rows of `read_runs`, into its `figures/` or the folder `into`.
+
+    Returns the files by title.
 
     A column per training loss, a figure per combination of everything else that was swept: the
     mean over seeds with their range shaded, or a figure per seed with `seeds`. Axes are the
@@ -62,7 +70,8 @@ def plot_sweep(
     sweep = Path(sweep_dir)
     apart = [c for c in swept(runs) if c != "seed" or seeds]
     titled = list(dict.fromkeys(["theta", "optimizer", "batch_norm", *apart]))
-    (sweep / "figures").mkdir(exist_ok=True)
+    folder = Path(into or sweep / "figures")
+    folder.mkdir(parents=True, exist_ok=True)
 
     jobs = []
     names = [",".join(f"{c}={show(run[c])}" for c in apart) for run in runs.to_dict("records")]
@@ -72,11 +81,12 @@ def plot_sweep(
             for loss in loss_order(group["loss"].dropna().unique())
         }
         title = "   ".join(_describe(c, group[c].iloc[0]) for c in titled)
-        path = sweep / "figures" / f"{file_name(str(name) or 'losses')}.png"
+        path = folder / f"{file_name(str(name) or 'losses')}.png"
         jobs.append(Job(folders, title, path, free))
 
     # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
-    size = sum(f.stat().st_size for f in sweep.glob("*/events.out.tfevents.*"))
+    events = (f for run in runs["run"] for f in (sweep / run).glob("events.out.tfevents.*"))
+    size = sum(f.stat().st_size for f in events)
     workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**26)
     if workers == 1:
         drawn = list(map(_run_job, jobs))
@@ -248,6 +258,33 @@ def _draw_accuracy(ax: Axes, frames: Sequence[pd.DataFrame]) -> None:
         ax.fill_between(mean.index, low, high, color="black", alpha=0.15, linewidth=0)
         text += f" ({final.min():.4f} to {final.max():.4f})"
     ax.set_title(text, fontsize=8.5, color="0.3")
+
+
+def plot_ranges(panels: Mapping[str, pd.DataFrame], path: str | Path) -> None:
+    """Points with error bars, a panel each: an x per row of its table, a colour per column.
+
+    Cells are (value, low, high); the y axes begin at 0.
+    """
+    figure = Figure((3.0 * len(panels), 3.2), dpi=160, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, table) in zip(axes, panels.items(), strict=True):
+        for i, name in enumerate(table):
+            value, low, high = np.array([tuple(cell) for cell in table[name]], float).T
+            where = np.arange(len(table)) + 0.24 * (i - (len(table.columns) - 1) / 2)
+            bars = np.nan_to_num([value - low, high - value])
+            ax.errorbar(where, value, bars, fmt="o", color=HUES[i], capsize=3, label=_label(name))
+        ax.set_xticks(range(len(table)), [_label(str(row)) for row in table.index], fontsize=9)
+        ax.set_xlim(-0.6, len(table) - 0.4)
+        ax.set_ylim(bottom=0)
+        ax.set_title(_label(title), fontsize=10)
+        ax.tick_params(labelsize=9)
+        ax.grid(axis="y", color="0.9", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("gradient norm, last tenth of steps", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.savefig(path)
 
 
 def _over_runs(curves: Sequence[Any]) -> tuple[Any, Any, Any]:

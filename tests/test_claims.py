@@ -1,0 +1,171 @@
+"""Measures, intervals and verdicts of the study's claims; the script and the notebook."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT
+from torch.utils.tensorboard import SummaryWriter
+
+from losswatch import claims
+from losswatch.events import write_scalars
+from losswatch.losses import Dice
+
+
+def write_run(folder, steps=3000):
+    """CCE 0.7 but 1.4 at steps 100 to 200; norms rising with the step."""
+    index = np.arange(steps)
+    values = np.stack([0.7 + 0.7 * ((index >= 100) & (index <= 200)), 1 + index, 5.0 + index], 1)
+    with SummaryWriter(folder) as writer:
+        write_scalars(writer, ["loss/cce", "grad_norm/cce", "grad_norm/dice_fg"], index, values)
+        for step in range(0, steps, 250):
+            writer.add_scalar("val/accuracy", step / 10_000, step)
+    return index
+
+
+def test_measures_of_a_run(tmp_path):
+    write_run(tmp_path)
+    found = claims.measure(tmp_path)
+    assert found["late/cce"] == pytest.approx(np.mean(1 + np.arange(2700, 3000)))
+    assert found["first/cce"] == pytest.approx(0.7) and found["peak/cce"] == pytest.approx(1.4)
+    assert found["first_norm/cce"] == pytest.approx(3.5)  # of steps 0 to 5
+    assert found["peak_norm/cce"] == pytest.approx(np.mean(1 + np.arange(994, 1000)))
+    # The 201-step mean, at most 2 % of the steps: 61, cut to 31 at the beginning.
+    assert found["quiet/norm"] == pytest.approx(5 + np.mean(np.arange(31)))
+    assert found["quiet/cce"] == pytest.approx(0.7)
+    assert found["climb/accuracy"] == pytest.approx(0.1)
+
+
+def test_a_short_run_has_no_climb_and_an_empty_one_nothing(tmp_path):
+    write_run(tmp_path / "short", steps=300)
+    assert np.isnan(claims.measure(tmp_path / "short")["climb/accuracy"])
+    (tmp_path / "empty").mkdir()
+    assert claims.measure(tmp_path / "empty") == {}
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 10])
+def test_wilsons_ends_are_where_the_score_test_just_rejects(count):
+    share, low, high = claims.share_interval(count, 10)
+    assert share == count / 10
+    for end in (low, high):
+        assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 10, abs=1e-12)
+    assert 0 <= low <= share <= high + 1e-12 and high <= 1
+
+
+def test_intervals_of_means_and_ratios():
+    values = np.random.default_rng(0).normal(size=10)
+    mean, low, high = claims.mean_interval(values)
+    assert mean == pytest.approx(values.mean())
+    assert high - mean == pytest.approx(2.262157 * values.std(ddof=1) / 10**0.5)  # t of 9 degrees
+    ratio = claims.ratio_interval(pd.Series([2.0, 8.0, 5.0], [0, 1, 9]), pd.Series([1.0, 2.0]))
+    assert ratio.value == pytest.approx(8**0.5)  # seeds 0 and 1: of 2 and 4
+
+
+def test_the_pulls_are_dicefgs_gradient():
+    loss = Dice(include_background=False)
+    for theta, p in ((0.05, 0.5), (0.5, 0.5), (0.95, 0.2)):
+        target = (torch.arange(400) >= 400 * theta).long().reshape(1, 20, 20)
+        difference = torch.full((1, 20, 20), np.log(p / (1 - p)), dtype=torch.float64)
+        difference.requires_grad_()
+        loss(torch.stack([0 * difference, difference], 1), target).backward()
+        gradient = difference.grad
+        centred = target - target.double().mean()
+        assert -gradient.sum().item() == pytest.approx(claims.pull_alike(theta, p), rel=1e-5)
+        apart = -(gradient * centred).sum().item()
+        assert apart == pytest.approx(claims.pull_apart(theta, p), rel=1e-5)
+
+
+def grid(**changes) -> pd.DataFrame:
+    """Runs in which every claim holds; `changes` are functions of a row by column."""
+    rows = []
+    for loss in ("cce", "dice_fg", "dice"):
+        for theta in (0.05, 0.5, 0.95):
+            for normed in (False, True):
+                for optimizer in ("adam", "sgd"):
+                    for seed in range(4):
+                        fails = loss == "dice_fg" and theta == 0.05 and not normed
+                        shot = loss == "dice_fg" and theta == 0.5
+                        row = {
+                            "loss": loss, "theta": theta, "batch_norm": normed, "seed": seed,
+                            "optimizer": optimizer,
+                            "accuracy": 0.95 if optimizer == "sgd" or fails
+                            else 0.99 + 0.005 * normed + seed / 1e4 * (1 + normed),
+                            "first/cce": 0.7, "peak/cce": 2.0 if shot else 0.7,
+                            "first_norm/cce": 0.3, "peak_norm/cce": 3.0 if shot else 0.4,
+                        }  # fmt: skip
+                        for name in ("cce", "dice", "dice_fg"):
+                            row[f"late/{name}"] = (0.5 if theta == 0.05 else 1.0) + seed / 100
+                        rows.append(row | {k: f(row) for k, f in changes.items()})
+    return pd.DataFrame(rows)
+
+
+def verdicts(runs) -> dict[str, str]:
+    return {claim.name: claim.verdict for claim in claims.judge(runs)}
+
+
+def test_verdicts_follow_the_runs():
+    assert verdicts(grid()) == dict.fromkeys(["C1", "C2", "C3", "C4", "C5"], "holds")
+
+    def accuracy(of):
+        return lambda row: 0.99 if of(row) else row["accuracy"]
+
+    one_sgd = grid(accuracy=accuracy(lambda r: r["optimizer"] == "sgd" and r["seed"] == 0))
+    assert verdicts(one_sgd)["C1"] == "does not hold"  # 25 %
+    rescued = grid(accuracy=accuracy(lambda r: r["optimizer"] == "adam"))
+    assert verdicts(rescued)["C2"] == "does not hold"
+    assert verdicts(rescued)["C3"] == "holds partly"  # all converge, none better
+    small = grid(**{"peak/cce": lambda r: 0.8 if r["seed"] == 0 else r["peak/cce"]})
+    assert verdicts(small)["C4"] == "holds partly"
+    flat = grid(**{"late/dice": lambda r: 1.0 + (r["seed"] % 2 == (r["theta"] == 0.05)) / 10})
+    assert verdicts(flat)["C5"] == "holds partly"  # cce's is still smaller
+    assert verdicts(grid()[lambda r: r["optimizer"] == "sgd"]) == {"C1": "holds"}
+
+
+@pytest.mark.slow
+def test_reproduce_trains_reports_and_does_not_train_again(tmp_path):
+    command = [
+        sys.executable, ROOT / "scripts/reproduce.py", "--quick", "--runs", "runs", "--out", "out",
+        "trainer.max_steps=40", "trainer.val_check_interval=20", "compile=false", "seed=0,1",
+        "theta=0.05,0.5", "data.val_size=4", "data.test_size=4", "data.eval_batch_size=4",
+        "trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+    options = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "text": True}
+    first = subprocess.run(command, **options)
+    assert first.returncode == 0, first.stderr
+    assert "fused: 12 runs" in first.stderr
+    report = (tmp_path / "out/report.md").read_text()
+    assert "| C2 |" in report and "| C4 |" in report and "| C1 |" not in report
+    assert "0 of 10 (0 %, 0 to 28 %) of the others" in report  # in 40 steps nothing converges
+    assert len(pd.read_csv(tmp_path / "out/summary.csv")) == 12
+    for line in report.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / "out" / line.split("](")[1][:-1]).is_file()
+    shutil.rmtree(tmp_path / "out")
+    again = subprocess.run(command, **options)
+    assert again.returncode == 0 and "fused" not in again.stderr
+    assert (tmp_path / "out/report.md").read_text() == report
+    nothing = subprocess.run([*command[:2], "--no-train", "--runs", "none"], **options)
+    assert nothing.returncode == 2 and nothing.stderr.count("\n") == 1
+
+
+def test_the_notebook_runs_and_is_stored_without_outputs(smoke, tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    path = ROOT / "scripts/explore.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    sweep = tmp_path / "sweep"
+    shutil.copytree(smoke.folder, sweep / smoke.folder.name)
+    monkeypatch.setenv("LOSSWATCH_SWEEP", str(sweep))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), *sys.path]))
+    resources = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    shown = [out for cell in cells for out in cell.outputs if "image/png" in out.get("data", {})]
+    assert len(shown) == 2  # the sweep's figure and the comparison
+    assert (sweep / "more/result.json").is_file()
