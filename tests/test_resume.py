@@ -274,11 +274,14 @@ def test_mode_test(whole, tmp_path):
         result = read_result(tmp_path / name)
         assert result["metrics"] == pytest.approx(wanted, rel=1e-5)
         assert result["config"]["data"]["image_size"] == 16
-    run_train("mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.9", "seed=7",
-              "hydra.run.dir=other", cwd=tmp_path)  # fmt: skip
-    other = read_result(tmp_path / "other")
-    assert other["config"]["theta"] == 0.9 and other["config"]["seed"] == 7
-    assert other["metrics"]["test/accuracy"] < wanted["test/accuracy"]
+    run_train("-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9", "seed=7",
+              "hydra.sweep.dir=other", cwd=tmp_path)  # fmt: skip
+    others = [read_result(file.parent) for file in tmp_path.glob("other/*/result.json")]
+    assert {(r["config"]["theta"], r["config"]["seed"]) for r in others} == {(0.6, 7), (0.9, 7)}
+    found = {r["run"]: r["metrics"]["test/accuracy"] for r in others}
+    assert max(found.values()) < wanted["test/accuracy"]
+    summary = pd.read_csv(tmp_path / "other" / "summary.csv")
+    assert dict(zip(summary.run, summary.accuracy, strict=True)) == pytest.approx(found)
 
 
 @pytest.mark.parametrize(

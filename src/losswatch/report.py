@@ -279,7 +279,9 @@ def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
             if value is None or isinstance(value, dict):
                 value = _get(record, f"choices.{key}") or overrides.get(key)
             row[key] = _plain(value)
-        row |= {name: _number(_get(record, f"metrics.val/{name}")) for name in METRICS}
+        # A run of mode=test has no validation.
+        stage = "test" if _get(record, "config.mode") == "test" else "val"
+        row |= {name: _number(_get(record, f"metrics.{stage}/{name}")) for name in METRICS}
         row["seconds"] = _number(_get(record, "seconds"))
         row["status"] = str(_get(record, "status") or "unfinished")
         row["error"] = _plain(_get(record, "error"))
