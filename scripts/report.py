@@ -4,8 +4,9 @@
     python scripts/report.py outputs/<sweep> --seeds    each seed's figures as well
     python scripts/report.py outputs/<sweep> --free     axes fitted to the curves, not the study's
 
-A folder of sweeps is read as one. Prints the table of runs and the pairwise comparison of losses, and writes summary.csv, report.md
-and figures/ into the sweep's folder. Runs that are still going or failed are reported as such.
+Prints the table of runs and the pairwise comparison of losses, and writes summary.csv, report.md
+and figures/ into the sweep's folder. Runs that are still going or failed are reported as such. A
+folder of sweeps is read as one.
 """
 
 import argparse
