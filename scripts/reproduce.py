@@ -302,8 +302,8 @@ def hard_cell(article: pd.DataFrame) -> list[str]:
             f"{on['quiet/norm'].median():.0e}, and {converged(on).sum()} of {len(on)} do. Our "
             "reading: BN scales what every filter sees to variance 1 and its mean to 0. So the "
             "hidden layers can neither drift up together nor grow, and only the last convolution "
-            "is left to push all logits up: they rise more slowly, while the differences between pixels stay "
-            "as large as before and the classes part before the slope is gone. "
+            "is left to push all logits up: they rise more slowly, while the differences between "
+            "pixels stay as large as before and the classes part before the slope is gone. "
             + (
                 "It is a race, not a guarantee: where the net saturated as far with BN as "
                 "without, it did not come back either."
