@@ -5,7 +5,8 @@
     python scripts/report.py outputs/<sweep> --free     axes fitted to the curves, not the study's
 
 Prints the table of runs and the pairwise comparison of losses, and writes summary.csv, report.md
-and figures/ into the sweep's folder. Runs that are still going or failed are reported as such.
+and figures/ into the sweep's folder. Runs that are still going or failed are reported as such. A
+folder of sweeps is read as one.
 """
 
 import argparse
