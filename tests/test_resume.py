@@ -70,7 +70,9 @@ def killed(cwd, overrides, by, checkpoints):
     return process.wait(timeout=60) != 0
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "by", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed(whole, tmp_path, by):
     """Again and again with kill -9: the second time it is a resumed run that is killed."""
     folder = tmp_path / "run"
@@ -327,7 +329,7 @@ def test_no_checkpoint(missing, tmp_path):
 # --- The disk is full ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [3_000, 20_000])
+@pytest.mark.parametrize("limit", [pytest.param(3_000, marks=pytest.mark.slow), 20_000])
 def test_a_full_disk(tmp_path, limit):
     """Stood in for by a limit to the size of files: clear lines, and what is there is readable."""
     done = run_train(
