@@ -4,12 +4,18 @@ import importlib.util
 import os
 from types import SimpleNamespace
 
+import hydra
 import pandas as pd
 import pytest
-from conftest import ENVIRONMENT, read_result, run_folders, run_train
+from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
+from losswatch import config, launch
 from losswatch.report import read_scalars
+from losswatch.sweep import clear_errors
 
 # Ray would leave a token in the home folder, and colours in what it repeats.
 ENVIRONMENT = ENVIRONMENT | {"RAY_AUTH_MODE": "disabled", "RAY_COLOR_PREFIX": "0"}
@@ -78,6 +84,129 @@ def test_a_failing_run_is_seen_from_outside(failing, tmp_path, launcher):
     ]  # fmt: skip
     [log] = tmp_path.glob("outputs/*/*loss=boom*/train.log")
     assert "Traceback" in log.read_text()
+
+
+# --- Fused groups as the jobs of another launcher ------------------------------------------------
+
+GROUPED = ["-m", "hydra/launcher=fused", "experiment=smoke", "hydra.launcher.max_members=2"]
+GRID = ["loss=dice,cce", "theta=0.05,0.5,0.95"]
+OUTER = [
+    plugin("hydra_joblib_launcher", "joblib"),
+    plugin("hydra_submitit_launcher", "submitit_local"),
+    plugin("hydra_ray_launcher", "ray"),
+]
+
+
+def outcome(cwd):
+    """A sweep's folder, and its summary but for the seconds."""
+    [folder] = (cwd / "outputs").iterdir()
+    return folder, pd.read_csv(folder / "summary.csv").drop(columns="seconds")
+
+
+def files(folder):
+    """All files of a sweep, event files without the host's and time's part of their names."""
+    names = {str(p.relative_to(folder)).split(".tfevents")[0] for p in folder.rglob("*")}
+    return {name for name in names if not name.startswith(".submitit")}
+
+
+def fused_line(said):
+    [line] = [line for line in said.splitlines() if line.startswith("fused: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """Six runs in three groups by the fused launcher alone."""
+    cwd = tmp_path_factory.mktemp("grouped")
+    done = run_train(*GROUPED, *GRID, "hydra.launcher.workers=1", cwd=cwd, timeout=600)
+    folder, summary = outcome(cwd)
+    return SimpleNamespace(done=done, folder=folder, runs=run_folders(cwd), summary=summary)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer", OUTER)
+def test_groups_through_another_launcher(grouped, tmp_path, outer):
+    """Three jobs for six runs; the table, summary, files and curves of the fused launcher alone."""
+    done = run_train(
+        *GROUPED, *GRID, f"hydra.launcher.outer={outer}", cwd=tmp_path, env=ENVIRONMENT, timeout=600
+    )
+    line = fused_line(done.stderr)
+    assert line.startswith("fused: 6 runs in 3 groups of up to 2, jobs of ")
+    assert outer.partition("_")[2 if "_" in outer else 0] in line.lower()
+    folder, summary = outcome(tmp_path)
+    pd.testing.assert_frame_equal(summary, grouped.summary)
+    assert len(summary) == 6 and set(summary.status) == {"done"}
+    assert table(done.stdout) == table(grouped.done.stdout)
+    assert files(folder) == files(grouped.folder)
+    for name, run in run_folders(tmp_path).items():
+        pd.testing.assert_frame_equal(read_scalars(run), read_scalars(grouped.runs[name]))
+        ours, theirs = (read_result(f) | {"seconds": 0} for f in (run, grouped.runs[name]))
+        assert ours == theirs
+    if outer == "submitit_local":
+        assert len(list(folder.glob(".submitit/*/*_result.pkl"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_failing_run_within_a_group_of_another_launcher(tmp_path, outer):
+    done = run_train(
+        *GROUPED, "optimizer.lr=1e-3,1e30,1e-2", f"hydra.launcher.outer={outer}",
+        cwd=tmp_path, env=ENVIRONMENT, status=1, timeout=600,
+    )  # fmt: skip
+    _, summary = outcome(tmp_path)
+    assert dict(zip(summary.lr, summary.status, strict=True)) == {
+        1e-3: "done", 1e30: "failed", 1e-2: "done"
+    }  # fmt: skip
+    assert summary.error[summary.lr == 1e30].item().startswith("FloatingPointError: ")
+    assert done.stdout.count("FloatingPointError") == 1 and "Traceback" not in done.stderr
+
+
+def test_groups_one_after_another(six, tmp_path):
+    """The outer launcher's config as such, here that of Hydra's own; the basic sweep's values."""
+    outer = "+hydra/launcher@hydra.launcher.outer=basic"
+    done = run_train(*GROUPED, *GRID, outer, cwd=tmp_path)
+    said = fused_line(done.stderr)
+    assert said == "fused: 6 runs in 3 groups of up to 2, jobs of BasicLauncher"
+    folder, summary = outcome(tmp_path)
+    theirs = pd.read_csv(six.folder / "summary.csv").drop(columns="seconds")
+    pd.testing.assert_frame_equal(summary, theirs, rtol=1e-3, atol=1e-3)
+    runs = {path.name for path in folder.iterdir()} - {"summary.csv", "multirun.yaml"}
+    assert runs == six.runs.keys()
+
+
+@pytest.mark.slow
+def test_groups_taken_up_again(grouped, tmp_path):
+    """Only what is missing is sent on."""
+    args = [*GROUPED, "hydra.launcher.outer=basic", "hydra.sweep.dir=outputs/again"]
+    run_train(*args, "loss=dice,cce", "theta=0.05", cwd=tmp_path)
+    done = run_train(*args, *GRID, "hydra.launcher.max_members=null", cwd=tmp_path)
+    assert fused_line(done.stderr) == (
+        "fused: 4 runs in 1 group of up to 4, jobs of BasicLauncher "
+        "(hydra.launcher.max_members sets how large), 2 done before"
+    )
+    _, summary = outcome(tmp_path)
+    pd.testing.assert_frame_equal(summary, grouped.summary, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "outer, said",
+    [
+        ("rey", "there is no hydra/launcher=rey; hydra/launcher is one of basic, fused, "),
+        ("submitit_pbs", 'pip install -e ".[submitit]" adds submitit_pbs'),
+        ("fused", "hydra.launcher.outer takes the name of another launcher (hydra.launcher.outer="),
+        ({"partition": "gpu"}, "hydra.launcher.outer takes the name of another launcher (hydra."),
+    ],
+)
+def test_an_outer_launcher_that_is_none(capsys, outer, said):
+    config.register()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = hydra.compose("config", ["hydra/launcher=fused"], return_hydra_config=True)
+        context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+        with pytest.raises(SystemExit) as stopped, clear_errors():
+            launch._outer(OmegaConf.create({"outer": outer}).outer, [], (context, None, cfg))
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("losswatch: ") and said in line
 
 
 # --- Search --------------------------------------------------------------------------------------

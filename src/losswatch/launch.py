@@ -14,22 +14,29 @@ import logging
 import os
 import sys
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import joblib
 import torch
+from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch import config as schema
 from losswatch import fuse, resume
 from losswatch.build import loss_files, make_losses, quieten, trainer_options
+from losswatch.sweep import stop
 
 log = logging.getLogger(__name__)
+
+OUTER_MEMBERS = 32  # runs a group, for machines that this one knows nothing of
 
 
 @dataclass
@@ -50,6 +57,19 @@ class Job:
     @property
     def loss(self) -> str:
         return self.config.hydra.runtime.choices.loss
+
+
+def make_job(index: int, overrides: Sequence[str], context: Any) -> Job:
+    """One run of the multirun."""
+    hydra_context, _, config = context
+    job = hydra_context.config_loader.load_sweep_config(config, list(overrides))
+    with open_dict(job):
+        job.hydra.job.id = str(index)
+        job.hydra.sweep.dir = config.hydra.sweep.dir  # a new process would make another name
+        job.hydra.job.num = index
+    HydraConfig.instance().set_config(job)  # what ${hydra:...} in the folder's name refers to
+    folder = Path(job.hydra.sweep.dir, job.hydra.sweep.subdir).absolute()
+    return Job(index, list(overrides), job, folder)
 
 
 def _key(job: Job) -> dict[str, Any]:
@@ -158,12 +178,72 @@ def _split(jobs: list[Job], size: int) -> list[list[Job]]:
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]
 
 
+# --- Where the groups are trained ----------------------------------------------------------------
+
+
+def _here(parts: Sequence[Sequence[Job]], context: Any, workers: int) -> list[JobReturn]:
+    """On this machine: some groups at once, each in a process of its own."""
+    if workers == 1 or len(parts) == 1:
+        return [r for part in parts for r in _execute(part, context, None)]
+    singletons = Singleton.get_state()
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        finished = joblib.Parallel(n_jobs=workers)(
+            joblib.delayed(_execute)(part, context, singletons) for part in parts
+        )
+    return [r for part in finished for r in part]
+
+
+@dataclass
+class Groups:
+    """The task of an outer launcher's jobs: job number i is group number i.
+
+    Every job is sent all of this, so it holds what configs are made from, and not the configs.
+    """
+
+    parts: list[list[tuple[int, list[str]]]]  # number and overrides of each run
+    context: Any
+
+    def __call__(self, _: DictConfig) -> list[JobReturn]:
+        runs = self.parts[HydraConfig.get().job.num]
+        jobs = [make_job(index, overrides, self.context) for index, overrides in runs]
+        # A cluster may have stopped this job and begun it again, its runs at different steps.
+        return [r for part in groups(jobs)[0] for r in _execute(part, self.context, None)]
+
+
+def _outer(outer: Any, parts: Sequence[Sequence[Job]], context: Any) -> Launcher:
+    """The launcher whose jobs are the groups, set up with them.
+
+    Raises:
+        MissingConfigException: there is none of that name.
+    """
+    hydra_context, _, config = context
+    if not OmegaConf.is_dict(outer):  # the name of a choice
+        outer = hydra_context.config_loader.load_configuration(
+            config.hydra.job.config_name, [f"hydra/launcher={outer}"], RunMode.RUN
+        ).hydra.launcher
+    if outer.get("_target_") in (None, config.hydra.launcher._target_):
+        stop(
+            "hydra.launcher.outer takes the name of another launcher (hydra.launcher.outer=ray), "
+            "or its config (+hydra/launcher@hydra.launcher.outer=ray)"
+        )
+    config = copy.deepcopy(config)
+    with open_dict(config):
+        config.hydra.launcher = outer
+    return Plugins.instance().instantiate_launcher(
+        # A group is no run: the callbacks are for the runs in it.
+        hydra_context=replace(hydra_context, callbacks=Callbacks()),
+        task_function=Groups([[(j.index, j.overrides) for j in part] for part in parts], context),
+        config=config,
+    )
+
+
 def launch(
     job_overrides: Sequence[Sequence[str]],
     initial_job_idx: int,
     context: Any,
     max_members: int | None,
     workers: int | None,
+    outer: Any,
 ) -> list[JobReturn]:
     """Run all jobs; their returns in the order given.
 
@@ -171,46 +251,45 @@ def launch(
         job_overrides: of each job.
         initial_job_idx: the number of the first.
         context: Hydra's context, the task function and the multirun's config.
-        max_members, workers: of the launcher's config.
+        max_members, workers, outer: of the launcher's config.
     """
-    hydra_context, _, config = context
-    jobs = []
-    for index, overrides in enumerate(job_overrides, start=initial_job_idx):
-        job = hydra_context.config_loader.load_sweep_config(config, list(overrides))
-        with open_dict(job):
-            job.hydra.job.id = str(index)
-            job.hydra.sweep.dir = config.hydra.sweep.dir  # a new process would make another name
-            job.hydra.job.num = index
-        HydraConfig.instance().set_config(job)  # what ${hydra:...} in the folder's name refers to
-        folder = Path(job.hydra.sweep.dir, job.hydra.sweep.subdir).absolute()
-        jobs.append(Job(index, list(overrides), job, folder))
+    jobs = [make_job(i, o, context) for i, o in enumerate(job_overrides, start=initial_job_idx)]
     done: list[Job] = []
     todo: list[Job] = []
     for job in jobs:
         (done if resume.finished(job.folder) else todo).append(job)
     alike, differ = groups(todo) if todo else ([], [])
     on_gpu = torch.cuda.is_available() and jobs[0].config.trainer.accelerator != "cpu"
-    workers = workers or (1 if on_gpu else os.cpu_count() or 1)
-    # On a CPU a group takes one core, so what could be one group is made as many as there are.
-    size = max_members or (len(todo) if on_gpu else -(-len(todo) // workers))
-    parts = [part for group in alike for part in _split(group, size)]
+    at_once = workers or (1 if on_gpu else os.cpu_count() or 1)
+    if outer is not None and not workers:
+        size = OUTER_MEMBERS
+    elif outer is None and on_gpu:
+        size = len(todo)
+    else:  # on a CPU a group takes one core; what could be one is made as many as there are
+        size = -(-len(todo) // at_once)
+    parts = [part for group in alike for part in _split(group, max_members or size)]
+    if outer is not None:
+        launcher = _outer(outer, parts, context)
+        where = f"jobs of {type(launcher).__name__}"
+        if not (max_members or workers):
+            where += " (hydra.launcher.max_members sets how large)"
+    else:
+        where = f"{min(at_once, len(parts))} at once"
     because = f" (they differ in {', '.join(differ)})" if differ else ""
     before = f", {len(done)} done before" if done else ""
     print(
         f"fused: {_count(len(todo), 'run')} in {_count(len(parts), 'group')} of up to "
-        f"{max(map(len, parts), default=0)}, {min(workers, len(parts))} at once{because}{before}",
+        f"{max(map(len, parts), default=0)}, {where}{because}{before}",
         file=sys.stderr,
     )
-    if done:  # train.py finds that too
-        parts.append(done)
-    if workers == 1 or len(parts) == 1:
-        returns = [r for part in parts for r in _execute(part, context, None)]
+    if not parts:
+        returns = []
+    elif outer is not None:
+        # In the sweep's own folder, without a config there: a group leaves nothing but its runs.
+        own = ["hydra.sweep.subdir=.", "hydra.output_subdir=null"]
+        finished = launcher.launch([own] * len(parts), initial_job_idx=0)
+        returns = [r for part in finished for r in part.return_value]
     else:
-        singletons = Singleton.get_state()
-        with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-            finished = joblib.Parallel(n_jobs=workers)(
-                joblib.delayed(_execute)(part, context, singletons) for part in parts
-            )
-        returns = [r for part in finished for r in part]
-    order = [job.index for part in parts for job in part]
-    return [r for _, r in sorted(zip(order, returns, strict=True), key=lambda pair: pair[0])]
+        returns = _here(parts, context, at_once)
+    returns += _execute(done, context, None)  # train.py finds that they are
+    return sorted(returns, key=lambda r: r.hydra_cfg.hydra.job.num)

@@ -19,6 +19,13 @@ class FusedConf:
     _target_: str = "hydra_plugins.losswatch_launcher.fused_launcher.FusedLauncher"
     max_members: int | None = None  # runs a group; null: what keeps all CPU cores, or the GPU, busy
     workers: int | None = None  # groups at once; null: one a CPU core, one for a GPU
+    # Another launcher, each of whose jobs is a group. By name, with that launcher's defaults:
+    #   hydra.launcher.outer=ray
+    # or as its config, to set any of it:
+    #   +hydra/launcher@hydra.launcher.outer=submitit_slurm hydra.launcher.outer.partition=gpu
+    # `workers` is then how many groups to make; without it and max_members they are of up to 32.
+    outer: Any = None
+    _recursive_: bool = False  # the launcher makes `outer`, with the groups
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="fused", node=FusedConf)
@@ -27,8 +34,8 @@ ConfigStore.instance().store(group="hydra/launcher", name="fused", node=FusedCon
 class FusedLauncher(Launcher):
     """Groups the runs that can be stacked; see `losswatch.launch`."""
 
-    def __init__(self, max_members: int | None, workers: int | None) -> None:
-        self.max_members, self.workers = max_members, workers
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings  # FusedConf's
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -41,4 +48,4 @@ class FusedLauncher(Launcher):
         from losswatch.launch import launch
 
         context: Any = (self.hydra_context, self.task_function, self.config)
-        return launch(job_overrides, initial_job_idx, context, self.max_members, self.workers)
+        return launch(job_overrides, initial_job_idx, context, **self.settings)
