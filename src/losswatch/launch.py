@@ -292,4 +292,5 @@ def launch(
     else:
         returns = _here(parts, context, at_once)
     returns += _execute(done, context, None)  # train.py finds that they are
-    return sorted(returns, key=lambda r: r.hydra_cfg.hydra.job.num)
+    number = {job.folder: job.index for job in jobs}
+    return sorted(returns, key=lambda r: number[Path(r.working_dir).absolute()])
