@@ -36,6 +36,8 @@ from losswatch.sweep import stop
 
 log = logging.getLogger(__name__)
 
+Returned = tuple[int, JobReturn]  # of the run of that number
+
 OUTER_MEMBERS = 32  # runs a group, for machines that this one knows nothing of
 
 
@@ -139,7 +141,7 @@ def _train(jobs: Sequence[Job]) -> None:
         fuse.FINISHED[member.folder] = member
 
 
-def _execute(jobs: Sequence[Job], context: Any, singletons: Any) -> list[JobReturn]:
+def _execute(jobs: Sequence[Job], context: Any, singletons: Any) -> list[Returned]:
     """One group, in a process of its own or in this one."""
     hydra_context, task_function, _ = context
     if singletons is not None:  # a fresh process
@@ -158,15 +160,14 @@ def _execute(jobs: Sequence[Job], context: Any, singletons: Any) -> list[JobRetu
     returns = []
     for job in jobs:
         HydraConfig.instance().set_config(job.config)
-        returns.append(
-            run_job(
-                hydra_context=hydra_context,
-                task_function=task_function,
-                config=job.config,
-                job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir",
-            )
+        returned = run_job(
+            hydra_context=hydra_context,
+            task_function=task_function,
+            config=job.config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
         )
+        returns.append((job.index, returned))
     return returns
 
 
@@ -181,7 +182,7 @@ def _split(jobs: list[Job], size: int) -> list[list[Job]]:
 # --- Where the groups are trained ----------------------------------------------------------------
 
 
-def _here(parts: Sequence[Sequence[Job]], context: Any, workers: int) -> list[JobReturn]:
+def _here(parts: Sequence[Sequence[Job]], context: Any, workers: int) -> list[Returned]:
     """On this machine: some groups at once, each in a process of its own."""
     if workers == 1 or len(parts) == 1:
         return [r for part in parts for r in _execute(part, context, None)]
@@ -203,7 +204,7 @@ class Groups:
     parts: list[list[tuple[int, list[str]]]]  # number and overrides of each run
     context: Any
 
-    def __call__(self, _: DictConfig) -> list[JobReturn]:
+    def __call__(self, _: DictConfig) -> list[Returned]:
         runs = self.parts[HydraConfig.get().job.num]
         jobs = [make_job(index, overrides, self.context) for index, overrides in runs]
         # A cluster may have stopped this job and begun it again, its runs at different steps.
@@ -292,5 +293,4 @@ def launch(
     else:
         returns = _here(parts, context, at_once)
     returns += _execute(done, context, None)  # train.py finds that they are
-    number = {job.folder: job.index for job in jobs}
-    return sorted(returns, key=lambda r: number[Path(r.working_dir).absolute()])
+    return [r for _, r in sorted(returns, key=lambda pair: pair[0])]
