@@ -49,6 +49,8 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
             if why := fuse.obstacle(options):
                 raise NotImplementedError(f"{why} needs the ordinary step")
             member = fuse.make_member(cfg, trained, folder)
+            if member.start:
+                log.info("resumed from step %d", member.start)
             fuse.fit([member], losses, options, **cfg.probe)
             return member.result()
         except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too

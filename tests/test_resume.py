@@ -55,12 +55,18 @@ def assert_same(folder, wanted):
         assert all(torch.equal(moments[i][n], value) for n, value in kept.items())
 
 
+def start(*overrides, cwd, **options):
+    """train.py in the background. Ctrl-C reaches it even if a shell's `&` has shut it off here."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), stdin=subprocess.DEVNULL,
+        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options,
+    )  # fmt: skip
+
+
 def killed(cwd, overrides, by, checkpoints):
     """Start a run, and kill it after its n-th checkpoint; whether that was before its end."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start(*overrides, cwd=cwd)
     old = {file.name for file in cwd.glob("**/*.ckpt")}
     seen: set = set()
     while process.poll() is None and len(seen - old) < checkpoints:
@@ -90,31 +96,49 @@ def test_killed_and_resumed(whole, tmp_path, by):
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_killed_at_random(tmp_path, compiled):
-    """Twenty kills at random moments, start-up included; ten of a compiled run."""
-    more = ["compile=true", "trainer.max_steps=200000"] if compiled else ["trainer.max_steps=4000"]
-    more += ["trainer.val_check_interval=200", "trainer.enable_progress_bar=false"]
-    more += ["probe.every_n_steps=50", "data.val_size=4"] if compiled else []
-    run_train(*RUN[:1], "seed=5", *more, "hydra.run.dir=whole", cwd=tmp_path, timeout=900)
-    folder, dice = tmp_path / "run", random.Random(1)
-    folder.mkdir()
-    command = [*RUN[:1], "seed=5", *more, f"resume={folder}"]
-    kills = 0
-    for _ in range(10 if compiled else 20):
-        moment = dice.uniform(3, 14)
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, env=ENVIRONMENT,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            process.wait(timeout=moment)
-        except subprocess.TimeoutExpired:
-            process.send_signal(dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT]))
-            process.wait(timeout=60)
+    """Twenty kills at moments spread over the whole run, start-up included; ten of a compiled one.
+
+    A run that reaches its end must equal the one that nothing interrupted, and the next begins.
+    """
+    command = ["experiment=smoke", "seed=5", "trainer.enable_progress_bar=false"]
+    command += ["trainer.val_check_interval=200", "data.val_size=4"]
+    command += [f"trainer.max_steps={60_000 if compiled else 2000}"]
+    command += ["compile=true", "probe.every_n_steps=50"] if compiled else []
+    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path, timeout=300)  # fills the caches, too
+    (tmp_path / "whole").rename(tmp_path / "first")
+    begin = time.monotonic()
+    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path, timeout=300)
+    seconds = time.monotonic() - begin
+    assert_same(tmp_path / "first", tmp_path / "whole")
+
+    dice, kills, resumed, lost, ends = random.Random(1), 0, 0, [], 0
+    while kills < (10 if compiled else 20):
+        ends += 1
+        folder = tmp_path / f"run{ends}"
+        folder.mkdir()
+        while not resume.finished(folder):
+            by = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+            process = start(*command, f"resume={folder}", cwd=tmp_path)
+            before = resume.newest(folder)
+            try:
+                process.wait(timeout=dice.uniform(0, seconds))
+                assert process.returncode == 0
+                continue
+            except subprocess.TimeoutExpired:
+                process.send_signal(by)
+                assert process.wait(timeout=60) or resume.finished(folder)
             kills += 1
-    run_train(*command, cwd=tmp_path, timeout=900)
-    assert_same(folder, tmp_path / "whole")
-    print(f"{kills} kills")
-    assert kills >= 5
+            resumed += before is not None
+            after, curves = resume.newest(folder), read_scalars(folder)
+            kept = after[1]["global_step"] if after else 0
+            assert kept >= (before[1]["global_step"] if before else 0)
+            trained = curves["loss/dice"].dropna().index if "loss/dice" in curves else [-1]
+            lost.append(max(0, int(max(trained, default=-1)) + 1 - kept))
+        assert_same(folder, tmp_path / "whole")
+    print(f"{kills} kills, {resumed} of resumed runs; {ends} ends, all as uninterrupted")
+    print(f"steps on record past the checkpoint: {lost}; a whole run took {seconds:.0f} s")
+    assert resumed
+    assert compiled or max(lost) <= 200
 
 
 # --- Damaged checkpoints -------------------------------------------------------------------------
@@ -237,7 +261,7 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
     ).stderr
     if launcher != "joblib":
         assert said.count("done before, skipped") == 1
-        assert said.count("resumed from step") == (launcher == "basic")
+        assert said.count("resumed from step") == 1
     assert (done / "result.json").stat().st_mtime_ns == stamp
     summary, reference = (pd.read_csv(folder / "summary.csv") for folder in (sweep, swept))
     assert list(summary.status) == ["done"] * 4
@@ -246,6 +270,57 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
     pd.testing.assert_frame_equal(summary[columns], reference[columns], **near)
     for run in (failed, half, missing):
         assert list(read_scalars(run)["loss/dice"].dropna().index) == list(range(60))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fused_sweep_is_killed_and_taken_up_again(tmp_path, compiled):
+    """All its processes, once with kill -9 and once with Ctrl-C; its table is complete after."""
+    steps = 60_000 if compiled else 6000
+    sweep = tmp_path / "s"
+    command = [
+        "-m", "experiment=smoke", "hydra/launcher=fused", "loss=dice,cce", "seed=0,1,2",
+        f"trainer.max_steps={steps}", "trainer.val_check_interval=500", f"compile={compiled}",
+        "probe.every_n_steps=10", "hydra.sweep.dir=s",
+    ]  # fmt: skip
+
+    def newest():
+        found = [max(map(resume._step, run.glob("checkpoints/*")), default=0) for run in runs()]
+        return min(found) if len(found) == 6 else 0
+
+    def runs():
+        return [path for path in sweep.glob("*") if path.is_dir()]
+
+    reached = []
+    for by in (signal.SIGKILL, signal.SIGINT):
+        before = newest()
+        process = start(
+            *command, cwd=tmp_path, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        while newest() <= before and process.poll() is None:
+            time.sleep(0.05)
+        assert process.poll() is None
+        os.killpg(process.pid, by)
+        said, _ = process.communicate(timeout=60)
+        reached.append(newest())
+        print(by.name, process.returncode, reached[-1], said, sep="\n")
+        assert "Traceback" not in said
+        assert process.returncode == (-signal.SIGKILL if by is signal.SIGKILL else 130)
+    assert "runs resumed from step" in said and "losswatch: interrupted" in said
+    assert 0 < reached[0] < reached[1] < steps
+
+    done = run_train(*command, cwd=tmp_path, timeout=600)
+    print(done.stderr, done.stdout)
+    assert "runs resumed from step" in done.stderr
+    summary = pd.read_csv(sweep / "summary.csv")
+    assert len(summary) == 6 and set(summary.status) == {"done"}
+    for run in runs():
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        events.Reload()
+        assert [e.step for e in events.Scalars("loss/dice")] == list(range(0, steps, 10))
+        checked = [e.step for e in events.Scalars("val/accuracy") if e.step]
+        assert checked == list(range(500, steps + 1, 500))
 
 
 def test_a_changed_sweep_is_refused(swept, tmp_path):

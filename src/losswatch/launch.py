@@ -127,6 +127,8 @@ def _train(jobs: Sequence[Job]) -> None:
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
         members.append(fuse.make_member(job.task, job.loss, job.folder))
+    if start := members[0].start:  # of all: it is one of the keys
+        print(f"{_count(len(members), 'run')} resumed from step {start}", file=sys.stderr)
     try:
         fuse.fit(members, losses, options, compile=bool(first.task.compile), **first.task.probe)
     except torch.OutOfMemoryError:
