@@ -196,11 +196,12 @@ def main(cfg: DictConfig) -> float | None:
     if not first:
         return accuracy
     seconds = fused.seconds if fused else time.perf_counter() - start
-    write_result(folder, result | {"status": "done", "seconds": seconds, "metrics": metrics})
-    resume.prune(folder, keep=1)
     if cfg.mode == "train":
         curves = folder / "curves.png"
         plot_curves(read_scalars(folder), curves, title=folder.name, trained=trained)
+    # In this order: a run that is done has its picture, one that is not has checkpoints to go on.
+    write_result(folder, result | {"status": "done", "seconds": seconds, "metrics": metrics})
+    resume.prune(folder, keep=1)
     log.info("%s accuracy %.4f in %.1f s: %s", stage, accuracy, seconds, folder)
     return accuracy
 
