@@ -40,7 +40,7 @@ def table(printed):
 @pytest.mark.parametrize(
     "launcher",
     [
-        plugin("hydra_joblib_launcher", "joblib", slow=False),
+        plugin("hydra_joblib_launcher", "joblib"),
         plugin("hydra_submitit_launcher", "submitit_local"),
         plugin("hydra_ray_launcher", "ray"),
     ],

@@ -77,7 +77,12 @@ def killed(cwd, overrides, by, checkpoints):
 
 
 @pytest.mark.parametrize(
-    "by", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    "by",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_and_resumed(whole, tmp_path, by):
     """Again and again with kill -9: the second time it is a resumed run that is killed."""
@@ -342,15 +347,13 @@ def test_mode_test(whole, tmp_path):
     """The run's own metrics, from its folder or file; its θ and data unless others are given."""
     wanted = {k: v for k, v in read_result(whole)["metrics"].items() if k.startswith("test/")}
     [file] = whole.glob("checkpoints/*.ckpt")
-    for name, place in (("folder", whole), ("file", file)):
-        done = run_train(
-            "mode=test", "model=convnet", f"checkpoint={place}", f"hydra.run.dir={name}",
-            cwd=tmp_path,
-        )  # fmt: skip
-        assert "test accuracy" in done.stderr
-        result = read_result(tmp_path / name)
-        assert result["metrics"] == pytest.approx(wanted, rel=1e-5)
-        assert result["config"]["data"]["image_size"] == 16
+    done = run_train(
+        "mode=test", "model=convnet", f"checkpoint={file}", "hydra.run.dir=own", cwd=tmp_path
+    )
+    assert "test accuracy" in done.stderr
+    result = read_result(tmp_path / "own")
+    assert result["metrics"] == pytest.approx(wanted, rel=1e-5)
+    assert result["config"]["data"]["image_size"] == 16
     run_train("-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9", "seed=7",
               "hydra.sweep.dir=other", cwd=tmp_path)  # fmt: skip
     others = [read_result(file.parent) for file in tmp_path.glob("other/*/result.json")]
@@ -394,8 +397,8 @@ def test_a_checkpoints_config_is_only_numbers(compose):
     assert resume.plain(composed.cfg) == wanted
 
 
-@pytest.mark.parametrize("missing", ["nowhere", "nowhere/step=3.ckpt"])
-def test_no_checkpoint(missing, tmp_path):
+def test_no_checkpoint(tmp_path):
+    missing = "nowhere/step=3.ckpt"  # whose "=" Hydra would not read
     done = run_train("mode=test", f"checkpoint={missing}", cwd=tmp_path, status=2)
     assert f"checkpoint={missing}: there is no such file or run folder" in done.stderr
     assert "Traceback" not in done.stderr
