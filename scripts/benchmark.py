@@ -417,7 +417,7 @@ def main() -> None:
     section.add_argument("--runs", type=int, nargs="+", default=[9, 27, 54, 108])
     section = sections.add_parser("scaling", help="time and memory of a stack by its runs")
     section.add_argument("--steps", type=int, default=500)
-    section.add_argument("--runs", type=int, nargs="+", default=[1, 4, 14, 56, 140, 280, 504])
+    section.add_argument("--runs", type=int, nargs="+", default=[1, 4, 14, 56, 168, 504])
     section.add_argument("--figure", type=Path, default=ROOT / "outputs/article/scaling.png")
     args = parser.parse_args()
     machine = platform.processor() or platform.machine()
