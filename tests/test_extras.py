@@ -37,14 +37,14 @@ def table(printed):
     return [head, *([cell for i, cell in enumerate(row) if i != at] for row in rows)]
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        plugin("hydra_joblib_launcher", "joblib"),
-        plugin("hydra_submitit_launcher", "submitit_local"),
-        plugin("hydra_ray_launcher", "ray"),
-    ],
-)
+LAUNCHERS = [
+    plugin("hydra_joblib_launcher", "joblib"),
+    plugin("hydra_submitit_launcher", "submitit_local"),
+    plugin("hydra_ray_launcher", "ray"),
+]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_is_the_basic_launchers(six, tmp_path, launcher):
     """Six runs: the same table, summary.csv and curves, in one folder that all processes share."""
     done = run_train(
@@ -65,14 +65,7 @@ def test_a_sweep_is_the_basic_launchers(six, tmp_path, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        plugin("hydra_joblib_launcher", "joblib"),
-        plugin("hydra_submitit_launcher", "submitit_local"),
-        plugin("hydra_ray_launcher", "ray"),
-    ],
-)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_failing_run_is_seen_from_outside(failing, tmp_path, launcher):
     done = run_train(
         "-m", *failing.arguments, f"hydra/launcher={launcher}", "loss=dice,boom", cwd=tmp_path,
