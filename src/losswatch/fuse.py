@@ -192,7 +192,6 @@ class StackedModule(pl.LightningModule):
             for observed in (True, False)
         }  # fmt: skip
         self.steps_of: dict[bool, Callable[..., Any]] = {}
-        self.seconds = 0.0
         self.saved = time.monotonic()
 
     # -- the state, in chunks ----------------------------------------------------------------------
@@ -224,7 +223,6 @@ class StackedModule(pl.LightningModule):
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
         first, last = batch
-        begin = time.perf_counter()
         steps = torch.arange(first, last, device=self.device).unbind()
         watched = [
             s for s in range(first, last) if self.every_n_steps and s % self.every_n_steps == 0
@@ -245,7 +243,6 @@ class StackedModule(pl.LightningModule):
             for member, good in zip(self._chunk_members(i), finite, strict=False):
                 if not good:  # all that tells where nothing is observed
                     self._fail(member, "a weight is not finite", last - 1)
-        self.seconds += time.perf_counter() - begin
         # Lightning counts the steps of its own optimisers; these are ours.
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         progress.total.ready += last - first
