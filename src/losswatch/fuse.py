@@ -29,7 +29,7 @@ from losswatch.data import TEST, VAL, ThresholdedImages, image_and_label, unifor
 from losswatch.events import write_scalars
 from losswatch.losses import LossSet
 from losswatch.module import scores
-from losswatch.networks import fast_on_cpu
+from losswatch.networks import fast_on_cpu, onednn
 from losswatch.probe import tags
 from losswatch.step import compiled, make_step, optimizer_rule, splitter, trained_parameters
 
@@ -305,7 +305,7 @@ class StackedModule(pl.LightningModule):
             logits = functional_call(self.net, (split_flat(parameters), buffers), (image,))
             every = torch.arange(classes, device=logits.device)
             truth = (label.flatten()[:, None] == every).double()
-            guess = (logits.argmax(dim=1).flatten()[:, None] == every).double()
+            guess = (logits.max(dim=1).indices.flatten()[:, None] == every).double()
             return truth.T @ guess, self.losses(logits, label) * label.numel()
 
         results = []
@@ -316,9 +316,10 @@ class StackedModule(pl.LightningModule):
             for i in range(-(-size // batch)):
                 count = min(batch, size - i * batch)
                 step = torch.tensor(i, device=self.device)
-                matrix, values = vmap(one, in_dims=(0, 0, 0, None, None))(
-                    parameters, buffers, numbers, step, count
-                )
+                with onednn(True):  # together the members are a wide net
+                    matrix, values = vmap(one, in_dims=(0, 0, 0, None, None))(
+                        parameters, buffers, numbers, step, count
+                    )
                 confusion, sums = confusion + matrix, sums + values
             found = scores(confusion)
             means = sums / confusion.sum((-1, -2))[:, None]

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from losswatch import config as schema
 from losswatch import fuse, resume
 from losswatch.build import loss_files, make_losses, quieten, trainer_options
-from losswatch.sweep import stop
+from losswatch.sweep import SweepCallback, stop
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,9 @@ class Job:
 def make_job(index: int, overrides: Sequence[str], context: Any) -> Job:
     """One run of the multirun."""
     hydra_context, _, config = context
-    job = hydra_context.config_loader.load_sweep_config(config, list(overrides))
+    job = SweepCallback.configs.pop(tuple(overrides), None)
+    if job is None:  # in another process, or the sweep is an optimiser's
+        job = hydra_context.config_loader.load_sweep_config(config, list(overrides))
     with open_dict(job):
         job.hydra.job.id = str(index)
         job.hydra.sweep.dir = config.hydra.sweep.dir  # a new process would make another name

@@ -128,7 +128,8 @@ class SegmentationModule(pl.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, target = batch
         logits = self.net(images)
-        self.confusion.update(logits.argmax(dim=1), target)
+        # argmax is ten times as slow on a CPU unless the classes come last.
+        self.confusion.update(logits.max(dim=1).indices, target)
         pixels = logits.new_tensor([target.numel()])
         values = torch.cat([self.losses(logits, target) * pixels, pixels])
         if target.numel():  # a last batch may leave nothing to some ranks, whose loss may be NaN

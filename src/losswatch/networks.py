@@ -118,6 +118,18 @@ class _Enlarge(torch.autograd.Function):
 
 
 @contextmanager
+def onednn(enabled: bool) -> Iterator[None]:
+    """Whether oneDNN computes inside, where PyTorch has it; a switch of the process."""
+    # torch.backends.mkldnn.flags would set more than this, and warn of it.
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+@contextmanager
 def fast_on_cpu(net: nn.Module) -> Iterator[None]:
     """Training inside uses what is fastest for `net` on a CPU; these are switches of the process.
 
@@ -127,13 +139,11 @@ def fast_on_cpu(net: nn.Module) -> Iterator[None]:
     """
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
     narrow = bool(convs) and max(m.in_channels for m in convs) <= NARROW
-    before = torch.backends.mkldnn.enabled
     torch.set_flush_denormal(True)
-    torch.backends.mkldnn.enabled = before and not narrow  # type: ignore[assignment]
     try:
-        yield
+        with onednn(bool(torch.backends.mkldnn.enabled) and not narrow):
+            yield
     finally:
-        torch.backends.mkldnn.enabled = before
         torch.set_flush_denormal(False)
 
 
