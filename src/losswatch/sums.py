@@ -208,7 +208,7 @@ class Stack(nn.Module):
         p = p if valid is None else p * valid
         powers = []
         for exponent in self.exponents:
-            if exponent == 2:  # row by row for the same reason; reads p once and writes no p²
+            if exponent == 2 and not traced(p):  # row by row for the same reason; reads p once and writes no p²
                 powers.append(total(torch.linalg.vector_norm(p, dim=-1).square(), axes[:-1]))
             else:
                 powers.append(total(p if exponent == 1 else p**exponent))
@@ -712,7 +712,10 @@ def wide(x: Tensor) -> Tensor:
 def one_hot(label: Tensor, logits: Tensor) -> Tensor:
     """Labels [N, 1, *space] as 0 and 1 [N, C, *space] of the logits' type, at least float32."""
     kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if logits.shape[1] == 2 and not traced(label):  # half the work, if not for a compiler
+    if traced(label):  # no comparison: compilers would keep its bits, slow to read on a CPU
+        classes = torch.arange(logits.shape[1], dtype=kind, device=label.device)
+        return (1 - (label.to(kind) - _shaped(classes, logits)).abs()).clamp_min(0)
+    if logits.shape[1] == 2:  # half the work
         one = torch.empty(logits.shape, dtype=kind, device=label.device)
         torch.neg(one[:, 1:].copy_(label), out=one[:, :1]).add_(1)
         return one
