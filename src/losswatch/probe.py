@@ -96,6 +96,9 @@ class Probe(pl.Callback):
         assert isinstance(module, SegmentationModule)
         logits = module.logits
         values, rows, coefficients = module.losses.rows(logits.detach(), module.target)
+        if logits.dtype == torch.float16:  # sums over many pixels would overflow
+            shrink = 2.0 ** -max(0, module.target.numel().bit_length() - 13)  # rounds nothing
+            rows, coefficients = rows * shrink, coefficients / shrink
         self.pivot = module.losses.pivot(module.trained, logits.shape[1]) if self.reuse else None
         jacobian = coefficients.new_zeros(len(rows), sum(p.numel() for p in self.parameters))
         for i, row in enumerate(rows):

@@ -208,7 +208,8 @@ class Stack(nn.Module):
         p = p if valid is None else p * valid
         powers = []
         for exponent in self.exponents:
-            if exponent == 2 and not traced(p):  # row by row for the same reason; reads p once and writes no p²
+            if exponent == 2 and not traced(p):
+                # Row by row for the same reason; reads p once and writes no p².
                 powers.append(total(torch.linalg.vector_norm(p, dim=-1).square(), axes[:-1]))
             else:
                 powers.append(total(p if exponent == 1 else p**exponent))
@@ -691,6 +692,8 @@ def _addcmul(q: Tensor, x: Tensor, y: Tensor, value: float = 1) -> Tensor:
 
 
 def _unclipped(p: Tensor, clip: float) -> Tensor:
+    if traced(p):  # no comparison, as in one_hot
+        return 1 - (p - p.clamp(clip, 1 - clip)).sign().abs()
     return (p == p.clamp(clip, 1 - clip)).to(p.dtype)
 
 
