@@ -483,6 +483,28 @@ def test_compile_without_graph_breaks(name):
     assert torch.allclose(torch.autograd.grad(v, x)[0], gradient(Dice(), logits, target), atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("classes, ignore_index", [(2, None), (4, 0)])
+def test_compiled_values_and_gradient_are_exact(classes, ignore_index):
+    """Large logits and many pixels, where a compiler's sum in float32 loses digits."""
+    torch._dynamo.reset()
+    shared = {"ignore_index": ignore_index}
+    joint = LossSet({
+        "cce": CrossEntropy(**shared), "stable": CrossEntropy(clip=None, **shared),
+        "dice": Dice(**shared), "square": Dice(exponent=2, **shared),
+    })  # fmt: skip
+    logits, target = batch(c=classes, space=(256, 256), dtype=torch.float32)
+    x = (20 * logits).requires_grad_()
+
+    values = torch.compile(joint, fullgraph=True, dynamic=False)(x, target)
+    (g,) = torch.autograd.grad(values.sum(), x)
+    double = x.detach().double().requires_grad_()
+    exact = joint(double, target)
+    assert torch.allclose(values.double(), exact, rtol=2e-6, atol=0)
+    wanted = torch.autograd.grad(exact.sum(), double)[0]
+    assert (g - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 # -- numbers that don't lie ------------------------------------------------------------------------
 
 

@@ -5,10 +5,17 @@ import subprocess
 import sys
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
+from pytorch_lightning.plugins import MixedPrecision
 
 from losswatch.config import ConfigError
+from losswatch.data import ThresholdedImages
+from losswatch.losses import CrossEntropy, Dice, LossSet
+from losswatch.module import SegmentationModule
+from losswatch.networks import ConvNet, UNet, fast_on_cpu
+from losswatch.probe import Probe
 from losswatch.report import read_scalars
 
 
@@ -17,6 +24,60 @@ def test_float16_is_refused_on_a_cpu(compose, precision):
     """Lightning would train in bfloat16 instead."""
     with pytest.raises(ConfigError, match=f"precision={precision} needs a GPU; .* bf16-mixed$"):
         compose("trainer.accelerator=cpu", f"trainer.precision={precision}").check()
+
+
+def in_float16() -> list[MixedPrecision]:
+    """What Lightning makes of 16-mixed on a GPU, for a CPU, which computes the same more slowly."""
+    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+
+
+class Observed(Probe):
+    """Keeps what it sees instead of writing it."""
+
+    def flush(self, trainer):
+        self.seen = self.block[: len(self.steps)].clone()
+
+
+def fit(net, plugins, *, steps, lr=1e-2, **data):
+    """The probe's observations, and the test metrics."""
+    losses = {"cce": CrossEntropy(), "dice": Dice(), "dice_square": Dice(exponent=2)}
+    module = SegmentationModule(
+        net, LossSet(losses), "dice", lambda p: torch.optim.Adam(p, lr=lr), num_classes=2
+    )
+    probe, images = Observed(), ThresholdedImages([0.5], **data)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=1, num_sanity_val_steps=0,
+        limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[probe], plugins=plugins,
+    )  # fmt: skip
+    with fast_on_cpu(net):
+        trainer.fit(module, images)
+        trainer.test(module, images, verbose=False)
+    return probe.seen, trainer.callback_metrics
+
+
+@pytest.mark.parametrize("size", [32, 512])  # sums over 2 x 512 x 512 pixels overflow float16
+def test_what_is_observed_in_float16(size):
+    seen = []
+    for plugins in ([], in_float16()):
+        torch.manual_seed(0)
+        data = {"image_size": size, "batch_size": 2, "test_size": 1}
+        seen.append(fit(ConvNet(1, 2), plugins, steps=4, lr=1e-3, **data)[0])
+    torch.testing.assert_close(seen[1], seen[0], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ConvNet(1, 2), pytest.param(lambda: UNet(1, 2), marks=pytest.mark.slow)],
+    ids=["convnet", "unet"],
+)  # fmt: skip
+def test_float16_reaches_the_same_accuracy(make):
+    accuracy = []
+    for plugins in ([], in_float16()):
+        torch.manual_seed(0)
+        accuracy.append(float(fit(make(), plugins, steps=300)[1]["test/accuracy"]))
+    assert accuracy[0] > 0.97
+    assert accuracy[1] == pytest.approx(accuracy[0], abs=0.005)
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="16-mixed needs a GPU")

@@ -96,9 +96,12 @@ class Probe(pl.Callback):
         assert isinstance(module, SegmentationModule)
         logits = module.logits
         values, rows, coefficients = module.losses.rows(logits.detach(), module.target)
-        if logits.dtype == torch.float16:  # sums over many pixels would overflow
-            shrink = 2.0 ** -max(0, module.target.numel().bit_length() - 13)  # rounds nothing
-            rows, coefficients = rows * shrink, coefficients / shrink
+        if logits.dtype == torch.float16:
+            # Sums over pixels would overflow, or rows vanish. Powers of two round nothing.
+            _, exponent = rows.abs().flatten(1).sum(1).frexp()
+            scale = torch.exp2(10 - exponent)
+            rows = rows * scale.view(-1, *[1] * (rows.ndim - 1))
+            coefficients = coefficients / scale
         self.pivot = module.losses.pivot(module.trained, logits.shape[1]) if self.reuse else None
         jacobian = coefficients.new_zeros(len(rows), sum(p.numel() for p in self.parameters))
         for i, row in enumerate(rows):
