@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from losswatch import networks
-from losswatch.networks import Conv2d, ConvNet, UNet
+from losswatch.networks import Conv2d, ConvNet, UNet, fast_on_cpu
 
 CONVS = (nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
@@ -203,3 +203,20 @@ def test_unet_narrows_before_it_enlarges():
     torch.testing.assert_close(
         F.interpolate(conv(x), scale_factor=2.0), conv(F.interpolate(x, scale_factor=2.0))
     )
+
+
+@pytest.mark.parametrize(
+    "net, native",
+    [
+        (lambda: ConvNet(1, 2), True),
+        (lambda: ConvNet(1, 2, dims=3), False),
+        (lambda: UNet(1, 2, widths=(4, 8)), False),
+        (lambda: UNet(1, 2), False),
+    ],
+    ids=["convnet", "convnet-3d", "unet-narrow", "unet"],
+)
+def test_onednn_is_off_only_where_it_is_slower(net, native):
+    before = torch.backends.mkldnn.enabled
+    with fast_on_cpu(net()):
+        assert torch.backends.mkldnn.enabled == (before and not native)
+    assert torch.backends.mkldnn.enabled == before

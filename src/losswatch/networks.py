@@ -135,10 +135,14 @@ def fast_on_cpu(net: nn.Module) -> Iterator[None]:
 
     Once the softmax saturates, denormal gradients are 1.4 to 35 times as slow: they count as 0.
     oneDNN's convolutions take 2.5 times as long as PyTorch's own on so narrow a net as the
-    article's. Backward looks that switch up again, so it must hold for the whole step.
+    article's, but not where the channels come last or in 3-D. Backward looks that switch up again,
+    so it must hold for the whole step.
     """
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
-    narrow = bool(convs) and max(m.in_channels for m in convs) <= NARROW
+    narrow = bool(convs) and all(
+        m.in_channels <= NARROW and isinstance(m, nn.Conv2d) and m.weight.is_contiguous()
+        for m in convs
+    )
     torch.set_flush_denormal(True)
     try:
         with onednn(bool(torch.backends.mkldnn.enabled) and not narrow):
