@@ -484,7 +484,9 @@ def test_compile_without_graph_breaks(name):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("classes, ignore_index", [(2, None), (4, 0)])
+@pytest.mark.parametrize(
+    "classes, ignore_index", [(2, None), pytest.param(4, 0, marks=pytest.mark.slow)]
+)
 def test_compiled_values_and_gradient_are_exact(classes, ignore_index):
     """Large logits and many pixels, where a compiler's sum in float32 loses digits."""
     torch._dynamo.reset()
