@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from losswatch import config, fuse, launch
 from losswatch.build import quieten
-from losswatch.report import read_scalars
+from losswatch.report import read_runs, read_scalars
 
 SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
 
@@ -160,6 +160,19 @@ def test_one_run_too_large_fails(jobs, monkeypatch):
     monkeypatch.setattr(fuse.StackedModule, "training_step", full)
     with pytest.raises(torch.OutOfMemoryError):
         launch._train(jobs(["seed=0"]))
+
+
+def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
+    def cut(*args):
+        raise KeyboardInterrupt
+
+    quieten()
+    monkeypatch.setattr(fuse.StackedModule, "training_step", cut)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning turns one into the other
+        launch._train(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]))
+    runs = read_runs(tmp_path)
+    assert list(runs["status"]) == ["unfinished"] * 2
+    assert list(runs["loss"]) == ["dice", "cce"] and list(runs["theta"]) == [0.05, 0.3]
 
 
 # --- The command ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from losswatch import resume
 from losswatch.config import ConfigError
-from losswatch.report import read_scalars
+from losswatch.report import read_runs, read_scalars
 
 RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=20", "seed=5"]
 
@@ -311,6 +311,8 @@ def test_a_fused_sweep_is_killed_and_taken_up_again(tmp_path, compiled):
         reached.append(newest())
         print(by.name, process.returncode, reached[-1], said, sep="\n")
         assert "Traceback" not in said
+        cut = read_runs(sweep)
+        assert set(cut["status"]) == {"unfinished"} and set(cut["loss"]) == {"dice", "cce"}
         assert process.returncode == (-signal.SIGKILL if by is signal.SIGKILL else 130)
     assert "runs resumed from step" in said and "losswatch: interrupted" in said
     assert 0 < reached[0] < reached[1] < steps

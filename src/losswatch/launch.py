@@ -117,6 +117,17 @@ def groups(jobs: Sequence[Job]) -> tuple[list[list[Job]], list[str]]:
     return list(found.values()), differ
 
 
+def _describe(job: Job) -> None:
+    """Write what Hydra will when the run is finished: else nothing would say what was cut off."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if (name := job.config.hydra.output_subdir) is None:
+        return
+    (folder := job.folder / name).mkdir(exist_ok=True)
+    OmegaConf.save(job.task, folder / "config.yaml")
+    OmegaConf.save(OmegaConf.masked_copy(job.config, "hydra"), folder / "hydra.yaml")
+    OmegaConf.save(job.config.hydra.overrides.task, folder / "overrides.yaml")
+
+
 def _train(jobs: Sequence[Job]) -> None:
     """Train the jobs as one stack, in halves where the memory does not hold them."""
     first = jobs[0]
@@ -127,7 +138,7 @@ def _train(jobs: Sequence[Job]) -> None:
     losses = make_losses(first.task, first.loss, files)
     members = []
     for job in jobs:
-        job.folder.mkdir(parents=True, exist_ok=True)
+        _describe(job)
         members.append(fuse.make_member(job.task, job.loss, job.folder))
     if start := members[0].start:  # of all: it is one of the keys
         print(f"{_count(len(members), 'run')} resumed from step {start}", file=sys.stderr)
