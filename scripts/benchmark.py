@@ -327,12 +327,12 @@ def whole_run(steps: int) -> None:
 
 def sweep(steps: int, counts: list[int]) -> None:
     """Runs × steps a second, from the seconds of a long sweep less those of a short one."""
-    # Runs one by one need fewer steps to show their pace; what compiles, a first sweep for that.
+    # The slower, the fewer steps show its pace; what compiles, takes a first sweep for that.
     launchers: dict[str, tuple[list[str], int, int]] = {
         "basic": ([], steps // 4, 0),
         "joblib, all cores": (["hydra/launcher=joblib"], steps // 4, 0),
         "fused, eager": (["hydra/launcher=fused"], steps // 2, 0),
-        "fused, compiled": (["hydra/launcher=fused", "compile=true"], steps, 1),
+        "fused, compiled": (["hydra/launcher=fused", "compile=true"], 4 * steps, 1),
     }
     table = Table("launcher", title="runs × steps a second, article's net, five losses watched")
     for count in counts:
