@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from rich.console import Console
@@ -89,6 +89,8 @@ def clear_errors() -> Iterator[None]:
 
 def grid(config: DictConfig) -> list[list[str]]:
     """The overrides of each job of a multirun, as Hydra's basic sweeper will launch them."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     arguments = [f"{key}={value}" for key, value in params.items()]
     arguments += list(config.hydra.overrides.task)
@@ -151,8 +153,9 @@ class SweepCallback(Callback):
                         SweepCallback.configs[tuple(overrides)] = job
         except ConfigError as error:
             stop(f"{error} (in the run {' '.join(overrides)}; nothing was started)")
-        # It would compose all of them once more, to see whether that can be done.
-        BasicSweeper.validate_batch_is_legal = lambda *_: None  # type: ignore[method-assign]
+        # It would compose all of them once more, to see whether that can be done. (In the base
+        # class, since Hydra loads another copy of BasicSweeper's module.)
+        Sweeper.validate_batch_is_legal = lambda *_: None  # type: ignore[method-assign]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if int(os.environ.get("LOCAL_RANK", 0)):  # one of many processes that train one run
