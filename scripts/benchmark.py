@@ -385,7 +385,7 @@ def scaling(steps: int, counts: list[int], figure: Path) -> None:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         rows.append((count, 1e3 * pace, count / pace, memory))
         print(f"{count} runs: {1e3 * pace:.2f} ms a step, {memory:.0f} MiB", file=sys.stderr)
-    table = Table("runs", title="one compiled stack of the article's net, one thread")
+    table = Table("runs", title="one compiled stack, one thread")
     for title in ("ms a step", "run-steps/s", "peak MiB"):
         table.add_column(title, justify="right")
     for count, ms, rate, memory in rows:
