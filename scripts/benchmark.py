@@ -391,8 +391,8 @@ def scaling(steps: int, counts: list[int], figure: Path) -> None:
     for count, ms, rate, memory in rows:
         table.add_row(str(count), f"{ms:.2f}", f"{rate:.0f}", f"{memory:.0f}")
     Console(width=100).print(table)
-    runs, ms_, rates, memories = zip(*rows, strict=True)
-    _, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    runs, ms_, _, memories = zip(*rows, strict=True)
+    axes = plt.figure(figsize=(8, 3), layout="constrained").subplots(1, 2)
     axes[0].loglog(runs, ms_, "o-", base=2)
     axes[0].set(xlabel="runs in the stack", ylabel="CPU ms a step of all")
     axes[1].semilogx(runs, memories, "o-", base=2)
