@@ -46,7 +46,7 @@ from losswatch.losses import Dice, LossSet
 from losswatch.module import SegmentationModule
 from losswatch.networks import ConvNet, UNet, fast_on_cpu
 from losswatch.probe import Probe
-from losswatch.step import compiled, make_step, optimizer_rule
+from losswatch.step import compiled, make_gradient, optimizer_rule
 
 ROOT = Path(__file__).parent.parent
 matplotlib.use("agg")
@@ -237,19 +237,24 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
         rule, numbers, names = optimizer_rule(adam)
         flat = torch.cat([p.detach().flatten() for p in module.net.parameters()])[None]
         buffers = {n: b.clone()[None] for n, b in module.net.named_buffers()}
-        given = {n: torch.tensor([v]) for n, v in numbers.items()} | {
+        rates = {n: torch.tensor([v]) for n, v in numbers.items()}
+        given = {
             "seed": seed[None], "thresholds": thresholds[None],
             "low": torch.zeros(1), "high": torch.ones(1),
             "trained": torch.tensor([[float(n == "dice") for n in module.losses.names]]),
         }  # fmt: skip
         moments = tuple(torch.zeros_like(flat) for _ in names)
-        step = make_step(module.net, module.losses, rule, shape, observed=True)
-        step = torch.vmap(step, in_dims=(0, 0, 0, 0, None))
-        run = compiled(step, flat, buffers, moments, given, seed)
+        gradient = make_gradient(module.net, module.losses, shape, observed=True)
+        gradient = compiled(torch.vmap(gradient, in_dims=(0, 0, 0, None)))
+        update = compiled(torch.vmap(rule, in_dims=(0, 0, 0, None, 0)))
         state = [flat, buffers, moments]
 
         def one() -> None:
-            *state[:], _ = run(*state, given, torch.tensor(next(counter)))
+            p, buffers, moments = state
+            step = torch.tensor(next(counter))
+            g, buffers, _ = gradient(p, buffers, given, step)
+            p, moments = update(p, g, moments, step, rates)
+            state[:] = p, buffers, moments
 
         return one
 

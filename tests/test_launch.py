@@ -117,6 +117,13 @@ def test_a_changed_loss_is_another(jobs):
     assert differ and all(name.startswith("changed loss") for name in differ)
 
 
+def test_groups_of_one_compiled_step_begin_apart(jobs):
+    grid = [[f"model.batch_norm={bn}", f"optimizer={o}"] for bn in (0, 1) for o in ("adam", "sgd")]
+    found, _ = launch.groups(jobs(*grid))
+    assert indices(found) == [[0], [1], [2], [3]]
+    assert indices(launch.in_turn(found)) == [[2], [0], [3], [1]]
+
+
 def test_members_stay_in_order():
     assert launch._split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
     assert launch._split([1, 2], 5) == [[1, 2]]

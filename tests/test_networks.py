@@ -1,6 +1,10 @@
 """The networks: sizes, initialisation, and the compiled convolution against PyTorch's."""
 
 import math
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,6 +207,32 @@ def test_unet_narrows_before_it_enlarges():
     torch.testing.assert_close(
         F.interpolate(conv(x), scale_factor=2.0), conv(F.interpolate(x, scale_factor=2.0))
     )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_freed_memory_serves_the_next_step():
+    """Pages that the system gives anew, in a process that has not tuned its allocator."""
+    steps = """
+import resource, torch
+from losswatch.networks import ConvNet, fast_on_cpu
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+with fast_on_cpu(ConvNet(1, 2)):
+    faults()  # the first pieces are new
+    print(before, faults())
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", steps], env=environment, capture_output=True, text=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert after < 100 < before
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ARTICLE, load_losses
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.func import vjp, vmap
 
 from losswatch.data import TRAIN, ThresholdedImages, _Batches
 from losswatch.networks import ConvNet, UNet, _NarrowConvolution
-from losswatch.step import compiled, make_step, optimizer_rule, trained_parameters
+from losswatch.step import compiled, make_gradient, optimizer_rule, trained_parameters
 
 STEPS = 5
 # Each member's trained loss, θ, seed, input range and factor on the learning rate.
@@ -75,7 +76,7 @@ def make_stack(net="convnet", optimizer="Adam", dtype=torch.float64, late=False,
             )
         )  # fmt: skip
     rule, _, moments = optimizer_rule(members[0].optimizer)
-    numbers = [optimizer_rule(m.optimizer)[1] for m in members]
+    rates = [optimizer_rule(m.optimizer)[1] for m in members]
     states = [m.net.state_dict() for m in members]
     names = trained_parameters(members[0].net)
     flat = torch.stack([torch.cat([s[n].flatten() for n in names]) for s in states])
@@ -89,16 +90,25 @@ def make_stack(net="convnet", optimizer="Adam", dtype=torch.float64, late=False,
             key: torch.tensor([float(getattr(m.data, key)) for m in members])
             for key in ("low", "high")
         },
-        **{key: torch.tensor([n[key] for n in numbers], dtype=dtype) for key in numbers[0]},
+        **{key: torch.tensor([n[key] for n in rates], dtype=dtype) for key in rates[0]},
     }
     rest = {n: torch.stack([s[n] for s in states]) for n in states[0] if n not in names}
     state = (flat.clone(), rest, tuple(torch.zeros_like(flat) for _ in moments), stacked)
 
-    def function(observed=True):
-        step = make_step(
-            members[0].net, losses, rule, (3, 1, 8, 8), observed=observed, cosines=True
+    def function(observed=True, ready=lambda function: function):
+        gradient = make_gradient(
+            members[0].net, losses, (3, 1, 8, 8), observed=observed, cosines=True
         )
-        return vmap(step, in_dims=(0, 0, 0, 0, None))
+        gradient = ready(vmap(gradient, in_dims=(0, 0, 0, None)))
+        update = ready(vmap(rule, in_dims=(0, 0, 0, None, 0)))
+
+        def one(parameters, buffers, moments, numbers, step):
+            of_run = {key: numbers[key] for key in numbers if key not in rates[0]}
+            own, buffers, seen = gradient(parameters, buffers, of_run, step)
+            parameters, moments = update(parameters, own, moments, step, numbers)
+            return parameters, buffers, moments, seen
+
+        return one
 
     return SimpleNamespace(members=members, losses=losses, state=state, function=function)
 
@@ -306,9 +316,16 @@ FEW = {"dtype": torch.float32, "names": ("cce", "dice")}  # each loss is a secon
 @pytest.fixture(scope="module")
 def fast():
     """One compiled step of a stack; it costs some 20 seconds, with BN 30."""
-    stack = make_stack("convnet", **FEW)
-    example = (*stack.state, torch.tensor(0))
-    return compiled(stack.function(), *example)
+    return make_stack("convnet", **FEW).function(ready=compiled)
+
+
+@compiling
+def test_the_next_optimizer_finds_the_compiled_gradient(fast):
+    advance(fast, make_stack("convnet", **FEW).state, steps=1)
+    other = make_stack("convnet", "momentum", **FEW)
+    counters["inductor"].clear()
+    advance(other.function(ready=compiled), other.state, steps=1)
+    assert counters["inductor"]["fxgraph_cache_hit"] >= 1
 
 
 @compiling

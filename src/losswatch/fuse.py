@@ -31,14 +31,14 @@ from losswatch.losses import LossSet
 from losswatch.module import scores
 from losswatch.networks import fast_on_cpu, onednn
 from losswatch.probe import tags
-from losswatch.step import compiled, make_step, optimizer_rule, splitter, trained_parameters
+from losswatch.step import compiled, make_gradient, optimizer_rule, splitter, trained_parameters
 
 log = logging.getLogger(__name__)
 
 BLOCK = 500  # steps between two writes, at most
 SAVE_SECONDS = 10  # between checkpoints, at least; with a hundred members each takes a while
 # Members whose step is one call, at most: more share the cost of calling it, and fall out of cache.
-CHUNK = 14
+CHUNK = 9
 
 
 @dataclass
@@ -146,10 +146,10 @@ class StackedModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.members, self.losses = list(members), losses
-        self.every_n_steps, self.compile_step = every_n_steps, compile
+        self.every_n_steps = every_n_steps
         self.net = copy.deepcopy(members[0].net)
         names = trained_parameters(self.net)
-        self.rule, first_numbers, self.moment_names = optimizer_rule(members[0].optimizer)
+        rule, first_numbers, self.moment_names = optimizer_rule(members[0].optimizer)
         self.tags = tags(losses.names, cosines)
         data = members[0].data
         self.shape = (data.batch_size, 1, *data.space)
@@ -172,9 +172,9 @@ class StackedModule(pl.LightningModule):
             return torch.tensor(values, dtype=torch.float32)
 
         rules = [optimizer_rule(m.optimizer)[1] for m in self.members]
-        self.numbers = {key: column([rule[key] for rule in rules]) for key in first_numbers}
+        self.rates = {key: column([numbers[key] for numbers in rules]) for key in first_numbers}
         datas = [m.data for m in self.members]
-        self.numbers |= {
+        self.numbers = {
             "seed": torch.tensor([d.seed for d in datas]),
             "thresholds": torch.stack([d.thresholds for d in datas]),
             "low": column([d.low for d in datas]),
@@ -183,15 +183,17 @@ class StackedModule(pl.LightningModule):
                 [[float(n == m.trained) for n in losses.names] for m in self.members]
             ),
         }
-        self.make = {
-            observed: vmap(
-                make_step(self.net, losses, self.rule, self.shape, observed=observed,
-                          cosines=cosines),
-                in_dims=(0, 0, 0, 0, None),
+        ready: Callable[..., Any] = compiled if compile else lambda function: function
+        self.update = ready(vmap(rule, in_dims=(0, 0, 0, None, 0)))
+        self.gradient = {
+            observed: ready(
+                vmap(
+                    make_gradient(self.net, losses, self.shape, observed=observed, cosines=cosines),
+                    in_dims=(0, 0, 0, None),
+                )
             )
             for observed in (True, False)
-        }  # fmt: skip
-        self.steps_of: dict[bool, Callable[..., Any]] = {}
+        }
         self.saved = time.monotonic()
 
     # -- the state, in chunks ----------------------------------------------------------------------
@@ -207,19 +209,11 @@ class StackedModule(pl.LightningModule):
         self.chunk = -(-count // pieces)
         # All chunks have one shape, for which the step is compiled; the last one repeats a member.
         index = torch.arange(pieces * self.chunk).clamp_max(count - 1)
-        tensors = (self.flat, self.rest, self.moments, self.numbers)
+        tensors = (self.flat, self.rest, self.moments, self.numbers, self.rates)
         self.chunks = [
             tree_map(lambda t, i=part: t[i].to(self.device), tensors)
             for part in index.split(self.chunk)
         ]
-
-    def step_for(self, observed: bool, state: tuple, step: Tensor) -> Callable[..., Any]:
-        if observed not in self.steps_of:
-            function = self.make[observed]
-            self.steps_of[observed] = (
-                compiled(function, *state, step) if self.compile_step else function
-            )
-        return self.steps_of[observed]
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
         first, last = batch
@@ -227,16 +221,17 @@ class StackedModule(pl.LightningModule):
         watched = [
             s for s in range(first, last) if self.every_n_steps and s % self.every_n_steps == 0
         ]
-        for i, (parameters, buffers, moments, numbers) in enumerate(self.chunks):
+        for i, (parameters, buffers, moments, numbers, rates) in enumerate(self.chunks):
             seen = []
             for number, step in zip(range(first, last), steps, strict=True):
                 observed = bool(self.every_n_steps) and number % self.every_n_steps == 0
-                state = (parameters, buffers, moments, numbers)
-                run = self.step_for(observed, state, step)
-                parameters, buffers, moments, values = run(*state, step)
+                gradient, buffers, values = self.gradient[observed](
+                    parameters, buffers, numbers, step
+                )
+                parameters, moments = self.update(parameters, gradient, moments, step, rates)
                 if observed:
                     seen.append(values)
-            self.chunks[i] = (parameters, buffers, moments, numbers)
+            self.chunks[i] = (parameters, buffers, moments, numbers, rates)
             if seen:
                 self._write(i, np.array(watched), torch.stack(seen, dim=1).cpu().numpy())
             finite = parameters.isfinite().all(dim=1).tolist()
@@ -272,7 +267,7 @@ class StackedModule(pl.LightningModule):
         split, done = splitter(self.net), self.trainer.global_step
         loops = _loops(done)
         adam = self.moment_names != ["momentum_buffer"]
-        for i, (flat, rest, moments, _) in enumerate(self.chunks):
+        for i, (flat, rest, moments, *_) in enumerate(self.chunks):
             for k, member in enumerate(self._chunk_members(i)):
                 if member.error:
                     continue
@@ -309,7 +304,7 @@ class StackedModule(pl.LightningModule):
 
         results = []
         self.net.eval()
-        for parameters, buffers, _, numbers in self.chunks:
+        for parameters, buffers, _, numbers, _ in self.chunks:
             confusion: Any = 0
             sums: Any = 0
             for i in range(-(-size // batch)):
@@ -333,7 +328,7 @@ class StackedModule(pl.LightningModule):
         data, split = self.members[0].data, splitter(self.net)
         shape, first = (min(Images.COUNT, data.val_size), *self.shape[1:]), torch.tensor(0)
         self.net.eval()
-        for i, (flat, rest, _, numbers) in enumerate(self.chunks):
+        for i, (flat, rest, _, numbers, _) in enumerate(self.chunks):
             for k, member in enumerate(self._chunk_members(i)):
                 own = {name: value[k] for name, value in numbers.items()}
                 u = uniform(own["seed"], VAL, first.to(self.device), shape)

@@ -117,6 +117,16 @@ def groups(jobs: Sequence[Job]) -> tuple[list[list[Job]], list[str]]:
     return list(found.values()), differ
 
 
+def in_turn(found: Sequence[list[Job]]) -> list[list[Job]]:
+    """The groups in the order in which to begin them, several at once.
+
+    Those that differ in the optimiser alone share a compiled step (step.py), which the later ones
+    find in the compiler's cache. What a grid names last is often the larger, and takes longer: it
+    begins first.
+    """
+    return sorted(reversed(found), key=lambda group: group[0].config.optimizer._target_)
+
+
 def _describe(job: Job) -> None:
     """Write what Hydra will when the run is finished: else nothing would say what was cut off."""
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -283,7 +293,7 @@ def launch(
         size = len(todo)
     else:  # on a CPU a group takes one core; what could be one is made as many as there are
         size = -(-len(todo) // at_once)
-    parts = [part for group in alike for part in _split(group, max_members or size)]
+    parts = [part for group in in_turn(alike) for part in _split(group, max_members or size)]
     if outer is not None:
         launcher = _outer(outer, parts, context)
         where = f"jobs of {type(launcher).__name__}"

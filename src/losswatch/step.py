@@ -1,20 +1,23 @@
-"""One training step of one run as a pure function, to be stacked over runs and compiled.
+"""One training step of one run as two pure functions, to be stacked over runs and compiled.
 
 The same networks, losses and observations as in an ordinary run (module.py, probe.py); what differs
 is that the images are drawn inside the step, the backward passes of all rows are one batched
 vector-Jacobian product, and the optimiser's rule is written out, so that all of it can be mapped
-over stacked runs by `torch.vmap` and handed to `torch.compile` as one graph.
+over stacked runs by `torch.vmap` and handed to `torch.compile`. The rule is a function of its own:
+what takes long to compile is then the same for all optimisers, and found in the compiler's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import standalone_compile
 from torch.func import functional_call, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from losswatch.data import TRAIN, image_and_label, uniform
 from losswatch.losses import LossSet
@@ -92,34 +95,30 @@ def splitter(net: nn.Module) -> Callable[[Tensor], State]:
     return split
 
 
-def make_step(
+def make_gradient(
     net: nn.Module,
     losses: LossSet,
-    rule: Rule,
     shape: tuple[int, ...],
     *,
     observed: bool,
     cosines: bool = False,
 ) -> Callable[..., Any]:
-    """The step as a function of one run's tensors, pure but for nothing.
+    """The step up to the optimiser, as a pure function of one run's tensors.
 
     Args of the result:
         parameters: [P], those that require a gradient, one after another.
         buffers: name -> tensor, batch norm's statistics and frozen parameters.
-        moments: tuple of [P], what the optimiser keeps.
-        numbers: the optimiser's, each a scalar; and the run's own: `seed` (int64), `thresholds`
-            [C - 1], `low`, `high`, `trained` [K] (1 at the loss trained with, else 0).
+        numbers: the run's own: `seed` (int64), `thresholds` [C - 1], `low`, `high`, `trained` [K]
+            (1 at the loss trained with, else 0).
         step: int64 scalar, the steps done before.
 
-    It returns the new parameters, buffers and moments, and what was observed (`probe.observe`),
-    empty if not `observed`.
+    It returns the gradient [P], the new buffers, and what was observed (`probe.observe`), empty if
+    not `observed`.
     """
 
     split = splitter(net)
 
-    def step(
-        parameters: Tensor, buffers: State, moments: tuple, numbers: State, step: Tensor
-    ) -> Any:
+    def gradient(parameters: Tensor, buffers: State, numbers: State, step: Tensor) -> Any:
         u = uniform(numbers["seed"], TRAIN, step, shape)
         image, label = image_and_label(u, numbers["thresholds"], numbers["low"], numbers["high"])
 
@@ -134,22 +133,38 @@ def make_step(
             gradients = coefficients @ vmap(pull)(rows)[0]
             seen = observe(values, gradients, cosines)
             # Not a product: another loss may be infinite, and 0 times that is NaN.
-            gradient = torch.where(numbers["trained"][:, None] > 0, gradients, 0).sum(0)
-        else:
-            row = torch.tensordot(numbers["trained"] @ coefficients, rows, dims=1)
-            gradient, seen = pull(row)[0], values.new_zeros(0)
+            own = torch.where(numbers["trained"][:, None] > 0, gradients, 0).sum(0)
+            return own, buffers, seen
+        row = torch.tensordot(numbers["trained"] @ coefficients, rows, dims=1)
+        return pull(row)[0], buffers, values.new_zeros(0)
 
-        parameters, moments = rule(parameters, gradient, moments, step, numbers)
-        return parameters, buffers, moments, seen
-
-    return step
+    return gradient
 
 
-def compiled(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
-    """`function` compiled for tensors of the shapes of `example`.
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled at its first call for tensors of the shapes that it is given there."""
+    ready: Callable[..., Any] | None = None
+    returned: Any = None
 
-    make_fx traces it, since Dynamo does not take an autograd.Function under torch.func. What it
-    records are the operations of one shape, so nothing is ever compiled again.
+    def call(*inputs: Any) -> Any:
+        nonlocal ready, returned
+        leaves, given = tree_flatten(inputs)
+        if ready is None:
+
+            def flat(*leaves: Tensor) -> Sequence[Tensor]:
+                nonlocal returned
+                outputs, returned = tree_flatten(function(*tree_unflatten(leaves, given)))
+                return outputs
+
+            ready = _compile(flat, leaves)
+        return tree_unflatten(ready(*leaves), returned)
+
+    return call
+
+
+def _compile(function: Callable[..., Any], example: Sequence[Tensor]) -> Callable[..., Any]:
+    """By make_fx and Inductor: Dynamo does not take an autograd.Function under torch.func, and to
+    look at each call whether the shapes are still the same would take it a tenth of the time.
     """
     with torch.compiler._compile_session_context():  # is_compiling() is true, as under Dynamo
         graph = make_fx(function)(*example)
@@ -170,5 +185,7 @@ def compiled(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
     graph.recompile()
     # A sum over taps and channels reads many numbers. By default Inductor would cut it into parts,
     # and write and read what they give: a fifth more time.
-    options: dict[str, Any] = {"realize_acc_reads_threshold": 100}
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+    options = {"config_patches": {"realize_acc_reads_threshold": 100}}
+    return standalone_compile(
+        graph, list(example), dynamic_shapes="from_example_inputs", options=options
+    )
