@@ -393,7 +393,11 @@ class Stack(nn.Module):
         p, y, label, valid, own, hard, _ = pixels
         softmax = self.activation == "softmax"
         if softmax and p.shape[1] == 2 and y is not None:
-            return _antisymmetric([self._up(pixels, a, powers, ces)])[:, 0]
+            if traced(p):
+                return _antisymmetric([self._up(pixels, a, powers, ces)])[:, 0]
+            both = torch.empty_like(p)
+            torch.neg(self._up(pixels, a, powers, ces, out=both[:, 1]), out=both[:, 0])
+            return both
         q: Any = None  # by p
         later: list[tuple[Likelihood, Tensor]] = list(ces)
         for exponent, b in powers.items():
@@ -453,6 +457,7 @@ class Stack(nn.Module):
         a: Tensor | None,
         powers: Mapping[float, Tensor],
         ces: Sequence[tuple[Likelihood, Tensor]],
+        out: Tensor | None = None,
     ) -> Tensor:
         """`pullback` for the second of two softmax logits, [N, *space]; the first's is minus it."""
         p, y, _, valid, own, _, _ = pixels
@@ -461,7 +466,7 @@ class Stack(nn.Module):
         if a is not None:
             hit = self._hit(p, y)
             a0, a1 = self._spread(a, p).unbind(1)
-            up = _addcmul(hit[:, 1] * a1, hit[:, 0], a0, value=-1)
+            up = _addcmul(torch.mul(hit[:, 1], a1, out=out), hit[:, 0], a0, value=-1)
             for exponent, b in powers.items():
                 b0, b1 = self._spread(exponent * b, p).unbind(1)
                 if exponent == 1:
@@ -469,11 +474,11 @@ class Stack(nn.Module):
                     continue
                 for p_c, b_c in ((p0, -b0), (p1, b1)):
                     up = _addcmul(up, self._power(p_c, exponent - 1), b_c)
-            up = up * p0 if valid is None else up * (p0 * valid[:, 0])
-            up = up * p1 if traced(up) else up.mul_(p1)
+            for factor in (p0, p1) if valid is None else (p0, p1, valid[:, 0]):
+                up = up * factor if traced(up) else up.mul_(factor)
         for settings, c in ces:
             row = self._ce_row(pixels, settings)
-            up = c * row if up is None else _addcmul(up, c, row)
+            up = torch.mul(c, row, out=out) if up is None else _addcmul(up, c, row)
         return up
 
     def _ce_row(self, pixels: Pixels, settings: Likelihood) -> Tensor:
