@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import json
 import os
 import platform
@@ -55,10 +56,16 @@ Job = Callable[[], object]
 
 
 def interleaved(jobs: Mapping[str, Job], rounds: int) -> dict[str, float]:
-    """Median CPU milliseconds of each job; they take turns, so a busy moment hits all alike."""
+    """Median CPU milliseconds of each job.
+
+    They take turns, so a busy moment hits all alike, in an order of its own each time: what one
+    leaves in the caches is not always the same one's burden.
+    """
     times: dict[str, list[float]] = {name: [] for name in jobs}
+    order, shuffled = list(jobs.items()), random.Random(0)
     for i in range(rounds + 2):
-        for name, job in jobs.items():
+        shuffled.shuffle(order)
+        for name, job in order:
             start = time.process_time()
             job()
             if i >= 2:
