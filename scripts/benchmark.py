@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import random
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
