@@ -3,8 +3,8 @@
 The same networks, losses and observations as in an ordinary run (module.py, probe.py); what differs
 is that the images are drawn inside the step, the backward passes of all rows are one batched
 vector-Jacobian product, and the optimiser's rule is written out, so that all of it can be mapped
-over stacked runs by `torch.vmap` and handed to `torch.compile`. The rule is a function of its own:
-what takes long to compile is then the same for all optimisers, and found in the compiler's cache.
+over stacked runs by `torch.vmap` and compiled. The rule is a function of its own: what takes long
+to compile is then the same for all optimisers, and found in the compiler's cache.
 """
 
 from __future__ import annotations
@@ -142,7 +142,10 @@ def make_gradient(
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled at its first call for tensors of the shapes that it is given there."""
+    """`function`, compiled at its first call for tensors of the shapes that it is given there.
+
+    That call raises RuntimeError where it cannot be compiled.
+    """
     ready: Callable[..., Any] | None = None
     returned: Any = None
 
@@ -186,6 +189,10 @@ def _compile(function: Callable[..., Any], example: Sequence[Tensor]) -> Callabl
     # A sum over taps and channels reads many numbers. By default Inductor would cut it into parts,
     # and write and read what they give: a fifth more time.
     options = {"config_patches": {"realize_acc_reads_threshold": 100}}
-    return standalone_compile(
-        graph, list(example), dynamic_shapes="from_example_inputs", options=options
-    )
+    try:
+        return standalone_compile(
+            graph, list(example), dynamic_shapes="from_example_inputs", options=options
+        )
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Inductor names what fails in it a RuntimeError, but not what it is called through.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
