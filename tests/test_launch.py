@@ -316,7 +316,7 @@ def test_compiled(tmp_path, launcher):
         cwd = tmp_path / compiled
         cwd.mkdir()
         plain = [a for a in launcher if compiled == "true" or "launcher" not in a]
-        done = run_train("experiment=smoke", f"compile={compiled}", *plain, cwd=cwd, timeout=500)
+        done = run_train(*plain, "experiment=smoke", f"compile={compiled}", cwd=cwd, timeout=500)
         said = done.stderr.replace("DeprecationWarning: `torch.jit.script_method`", "")  # PyTorch's
         assert "Warning" not in said and "not compiled" not in said
         runs.append([
