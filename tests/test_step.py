@@ -356,10 +356,11 @@ def test_compiled_equals_eager(fast, late):
 
 
 @compiling
-def test_nothing_is_compiled_in(fast):
-    """The step's number and the members' settings are tensors, not constants of the first call."""
+def test_nothing_is_compiled_again(fast, monkeypatch):
+    """Nor in: the step's number and the members' settings are tensors, not constants."""
     stack = make_stack("convnet", **FEW)
     advance(fast, stack.state, steps=1)
+    monkeypatch.delattr("losswatch.step.standalone_compile")
     numbers = stack.state[3]
     low = numbers["low"] - 1
     numbers = numbers | {"lr": 2 * numbers["lr"], "seed": numbers["seed"] + 5, "low": low}
@@ -368,4 +369,5 @@ def test_nothing_is_compiled_in(fast):
     (wanted, *_), seen = advance(stack.function(), changed, first=12_345, steps=3)
     torch.testing.assert_close(got_seen, seen, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    assert len({tuple(values) for values in seen.flatten(1).tolist()}) == 3  # new images
+    _, later = advance(fast, changed, first=12_345, steps=20)
+    assert len({tuple(values) for values in later.flatten(1).tolist()}) == 20  # new images

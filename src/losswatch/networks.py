@@ -131,6 +131,7 @@ def onednn(enabled: bool) -> Iterator[None]:
         torch.backends.mkldnn.enabled = before
 
 
+@functools.cache  # once a process
 def _keep_memory() -> None:
     """Freed memory stays with the process, from now on: the next step needs as much again.
 
