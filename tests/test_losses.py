@@ -532,6 +532,20 @@ def test_half_modules_keep_their_knobs():
     assert Dice().half()(logits, target) == Dice()(logits, target)
 
 
+def test_a_loss_serves_any_number_of_classes_and_type_in_turn():
+    one = LossSet({name: load(name) for name in ("cce", "dice", "dice_fg_square")})
+    with torch.inference_mode():  # what it keeps from here must do for training, too
+        one(*batch(c=2))
+    for classes, dtype in ((4, torch.float64), (2, torch.float32), (2, torch.float64)):
+        logits, target = batch(c=classes, dtype=dtype)
+        new = LossSet({name: load(name) for name in one.names})
+        assert torch.equal(one(logits, target), new(logits, target))
+        given, wanted = (
+            gradient(lambda x, t, f=f: f(x, t).sum(), logits, target) for f in (one, new)
+        )
+        assert torch.equal(given, wanted)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("scale", [0, 100, 1e4, -1e4])

@@ -187,6 +187,7 @@ def quieten() -> None:
         ".*configure_optimizers.*returned `None`.*",  # a stack's step holds the optimiser
         ".*Checkpoint directory .* exists and is not empty.*",  # of the run resumed
         ".*The dirpath has changed from .*",  # its folder may have been moved
+        "The `srun` command is available.*",  # a sweep's jobs are sent by its launcher
         ".*LeafSpec.*is deprecated.*",  # Lightning's own
     ):
         warnings.filterwarnings("ignore", message)

@@ -70,7 +70,6 @@ class Stack(nn.Module):
     """
 
     knobs: Tensor
-    which: Tensor  # the exponent of each Dice
     masks: Tensor  # [exponents, K, 1]
 
     def __init__(self, dices: Sequence[Dice], ces: Sequence[CrossEntropy]) -> None:
@@ -113,9 +112,9 @@ class Stack(nn.Module):
             elif d.weight_normalised and d.weight:
                 divisor = (sum(kept), 0.0)
             knobs = (
+                d.weight or 1.0, float(d.include_background), *divisor,
                 2 - 2 * d.alpha - 2 * d.beta, 2 * d.alpha, 2 * d.beta, d.smooth_nr,
-                _at_least(TINY, d.smooth_dr), d.floor or -math.inf, d.weight or 1.0,
-                float(d.include_background), *divisor, float(d.link != "-d"), d.power,
+                _at_least(TINY, d.smooth_dr), d.floor or -math.inf, float(d.link != "-d"), d.power,
             )  # fmt: skip
             flags = (d.link == "-log", d.link == "power", d.joint, d.absent == "zero",
                      d.absent == "skip", d.over == "global")  # fmt: skip
@@ -124,11 +123,10 @@ class Stack(nn.Module):
         # The bits of float64 as integers: .to(device) takes them along, half() doesn't round them.
         bits = torch.tensor(table, dtype=torch.float64).view(torch.int64)
         self.exponent_of = [self.exponents.index(d.exponent) for d in dices]
-        which = torch.tensor(self.exponent_of, dtype=torch.int64)
+        masks = torch.tensor(self.exponent_of) == torch.arange(len(self.exponents))[:, None]
         self.register_buffer("knobs", bits, persistent=False)
-        self.register_buffer("which", which, persistent=False)
-        masks = which == torch.arange(len(self.exponents))[:, None]
         self.register_buffer("masks", masks[..., None], persistent=False)
+        self.ready: dict[tuple, tuple[Tensor, ...]] = {}  # what `_settings` gave
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Values [K + Z]."""
@@ -269,16 +267,33 @@ class Stack(nn.Module):
             local = Sums(parts[0], counted, powers, labels)
         return local, ce, norm
 
+    def _settings(self, like: Tensor, classes: int) -> tuple[Tensor, ...]:
+        """The knobs, then what keeps a class (0 or 1), its weight, and that over what the mean
+        divides by; all [K, C] or [K, 1].
+
+        Kept, for to make such little tensors at each call takes as long as a pass over an image.
+        """
+        key = (like.dtype, like.device, classes)
+        if not traced(like) and key in self.ready:
+            return self.ready[key]
+        columns = self.knobs.view(torch.float64).to(like.dtype).unbind(1)
+        weight, background, plus, times, *knobs = columns
+        keep = F.pad(background[:, :1], (0, classes - 1), value=1.0)
+        kept = weight * keep
+        settings = (*knobs, keep, kept, kept / torch.add(plus, times, alpha=classes))
+        if not traced(like):
+            self.ready[key] = settings
+        return settings
+
     def _dice(self, local: Sums, everywhere: Sums, world: int, classes: int):
-        knobs = self.knobs.view(torch.float64).to(local.tp.dtype).unbind(1)
-        (own, alpha, beta, smooth_nr, smooth_dr, floor, weight, background, plus, times,
-         one, power, log, powered, joint, zero, skip, every) = knobs  # fmt: skip
+        (own, alpha, beta, smooth_nr, smooth_dr, floor, one, power, log, powered, joint, zero, skip,
+         every, keep, kept, w) = self._settings(local.tp, classes)  # fmt: skip
 
         def each(tables: Sequence[Tensor]) -> Tensor:
             """[*groups, C] per exponent to [*groups, K, C]."""
             if len(tables) == 1:
                 return tables[0].unsqueeze(-2)
-            return torch.stack(list(tables), -2).index_select(-2, self.which)
+            return torch.stack([tables[i] for i in self.exponent_of], -2)
 
         def stacked(sums: Sums):
             count = None if sums.counted is None else sums.counted[..., None, None]
@@ -290,14 +305,10 @@ class Stack(nn.Module):
             tp, ys, ps, count = (
                 None if m is None else torch.where(every > 0, g, m) for g, m in pairs
             )
-        keep = F.pad(background[:, :1], (0, classes - 1), value=1.0)
         if self.joint:
             tp, ys, ps = (
                 torch.where(joint > 0, (s * keep).sum(-1, keepdim=True), s) for s in (tp, ys, ps)
             )
-        w = weight * keep
-        kept = w
-        w = w / torch.add(plus, times, alpha=classes)
         if self.skip:
             kept = kept * (ys > 0)
             w = torch.where(skip > 0, kept / kept.sum(-1, keepdim=True).clamp_min(TINY), w)
@@ -349,7 +360,8 @@ class Stack(nn.Module):
             log = logp if clip is None else p.clamp(clip, 1 - clip).log()
             return _total(torch.where(q > 0, q * log, 0.0))
         if clip is not None:
-            log = own.clamp(clip, 1 - clip).log()
+            log = own.clamp(clip, 1 - clip)
+            log = log.log() if traced(log) else log.log_()
         elif y is not None and traced(logp):
             log = torch.where(y > 0, logp, 0.0)
         else:
@@ -650,15 +662,15 @@ class _Evaluate(torch.autograd.Function):
         known = [x if x.numel() else None for x in (y, own)]
         pixels = stack.pixels(p, target, stack.dense(p, target), *known)
         # Only what the losses in use need: often one is trained and the others watched.
-        used = g.ne(0).tolist() if g.device.type == "cpu" and not traced(g) else [True] * stack.size
+        used = [True] * stack.size
+        if g.device.type == "cpu" and not traced(g):
+            used = [share != 0 for share in g.tolist()]
         share, count = g[:, None], stack.dices
         powers = {}
         if any(used[:count]):
-            present = {
-                stack.exponents[i] for i, use in zip(stack.exponent_of, used, strict=False) if use
-            }
-            b = stack._by_exponent(share[:count] * b)
-            powers = {exponent: b[exponent].sum(-2) for exponent in sorted(present)}
+            present = {i for i, use in zip(stack.exponent_of, used, strict=False) if use}
+            b = share[:count] * b
+            powers = {stack.exponents[i]: (b * stack.masks[i]).sum(-2) for i in sorted(present)}
         a = (share[:count] * a).sum(-2) if powers else None
         pairs = []
         if any(used[count:]):
@@ -730,7 +742,7 @@ def one_hot(label: Tensor, logits: Tensor) -> Tensor:
         return (1 - (label.to(kind) - _shaped(classes, logits)).abs()).clamp_min(0)
     if logits.shape[1] == 2:  # half the work
         one = torch.empty(logits.shape, dtype=kind, device=label.device)
-        torch.neg(one[:, 1:].copy_(label), out=one[:, :1]).add_(1)
+        torch.sub(1, one[:, 1:].copy_(label), out=one[:, :1])
         return one
     return (label == _shaped(torch.arange(logits.shape[1], device=label.device), logits)).to(kind)
 
