@@ -70,17 +70,13 @@ class _Batches(Dataset):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         data = self.data
         count = min(self.batch_size, self.size - step * self.batch_size)
-        device = data.device
-        u = uniform(
-            torch.tensor(data.seed, device=device),
-            self.split,
-            torch.tensor(step, device=device),
-            (count, 1, *data.space),
-        )
+        # Filled in on the device: a copy from the host would wait for all that a GPU has to do.
+        seed, number = (torch.full((), n, device=data.device) for n in (data.seed, step))
+        u = uniform(seed, self.split, number, (count, 1, *data.space))
         # Every rank draws the whole batch and keeps its share: the number of devices changes
         # nothing but who computes what.
         u = u[data.rank :: data.world_size]
-        return image_and_label(u, data.thresholds.to(device), data.low, data.high)
+        return image_and_label(u, data.thresholds, data.low, data.high)
 
 
 class _Steps(Sampler[int]):
@@ -150,6 +146,7 @@ class ThresholdedImages(pl.LightningDataModule):
             self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
             if self.num_workers == 0:
                 self.device = self.trainer.strategy.root_device
+        self.thresholds = self.thresholds.to(self.device)
 
     def _loader(self, dataset: Dataset, sampler: Sampler[int] | range) -> DataLoader:
         return _Loader(

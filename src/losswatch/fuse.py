@@ -309,7 +309,7 @@ class StackedModule(pl.LightningModule):
             sums: Any = 0
             for i in range(-(-size // batch)):
                 count = min(batch, size - i * batch)
-                step = torch.tensor(i, device=self.device)
+                step = torch.full((), i, device=self.device)
                 with onednn(True):  # together the members are a wide net
                     matrix, values = vmap(one, in_dims=(0, 0, 0, None, None))(
                         parameters, buffers, numbers, step, count

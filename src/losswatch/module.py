@@ -130,7 +130,7 @@ class SegmentationModule(pl.LightningModule):
         logits = self.net(images)
         # argmax is ten times as slow on a CPU unless the classes come last.
         self.confusion.update(logits.max(dim=1).indices, target)
-        pixels = logits.new_tensor([target.numel()])
+        pixels = logits.new_full((1,), target.numel())
         values = torch.cat([self.losses(logits, target) * pixels, pixels])
         if target.numel():  # a last batch may leave nothing to some ranks, whose loss may be NaN
             self.loss_sums = self.loss_sums.to(values.device) + values

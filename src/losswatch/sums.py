@@ -70,6 +70,7 @@ class Stack(nn.Module):
     """
 
     knobs: Tensor
+    weights: Tensor  # [Z, C], of the cross entropies
     masks: Tensor  # [exponents, K, 1]
 
     def __init__(self, dices: Sequence[Dice], ces: Sequence[CrossEntropy]) -> None:
@@ -120,11 +121,13 @@ class Stack(nn.Module):
                      d.absent == "skip", d.over == "global")  # fmt: skip
             row = (*knobs, *map(float, flags))
             table.append([x if isinstance(x, tuple) else (x,) * (self.classes or 1) for x in row])
-        # The bits of float64 as integers: .to(device) takes them along, half() doesn't round them.
-        bits = torch.tensor(table, dtype=torch.float64).view(torch.int64)
+        weights = [c.weight or (1.0,) * (self.classes or 1) for c in self.ces]
         self.exponent_of = [self.exponents.index(d.exponent) for d in dices]
         masks = torch.tensor(self.exponent_of) == torch.arange(len(self.exponents))[:, None]
-        self.register_buffer("knobs", bits, persistent=False)
+        # The bits of float64 as integers: .to(device) takes them along, half() doesn't round them.
+        for name, rows in (("knobs", table), ("weights", weights)):
+            bits = torch.tensor(rows, dtype=torch.float64).view(torch.int64)
+            self.register_buffer(name, bits, persistent=False)
         self.register_buffer("masks", masks[..., None], persistent=False)
         self.ready: dict[tuple, tuple[Tensor, ...]] = {}  # what `_settings` gave
 
@@ -252,7 +255,9 @@ class Stack(nn.Module):
         if parts and local.counted is not None:
             parts.append(local.counted)
         dices = len(parts)
-        parts += ce + [torch.as_tensor(n).to(c) for n, c in zip(norm, ce, strict=True)]
+        parts += ce
+        for n, c in zip(norm, ce, strict=True):
+            parts.append(n if isinstance(n, Tensor) else c.new_full((), n))
         if not parts:
             return local, ce, norm
         flat = torch.cat([t.reshape(-1) for t in parts])
@@ -271,7 +276,7 @@ class Stack(nn.Module):
         """The knobs, then what keeps a class (0 or 1), its weight, and that over what the mean
         divides by; all [K, C] or [K, 1].
 
-        Kept, for to make such little tensors at each call takes as long as a pass over an image.
+        Kept, for to make such small tensors at each call takes as long as a pass over an image.
         """
         key = (like.dtype, like.device, classes)
         if not traced(like) and key in self.ready:
@@ -375,16 +380,21 @@ class Stack(nn.Module):
             return p.numel() / p.shape[1]
         if settings.weight is None:
             return valid.sum()
-        return (y * _shaped(settings.weight, p)).sum()
+        return (y * self._weight(settings, p)).sum()
 
     def _soften(self, pixels: Pixels, settings: Likelihood) -> Tensor:
         """The target with label smoothing and class weights, dense."""
         p, y, _, valid, _, _, _ = pixels
-        weight, smoothing = settings.weight, settings.label_smoothing
+        smoothing = settings.label_smoothing
         if smoothing:
             y = (1 - smoothing) * y + smoothing / p.shape[1]
             y = y if valid is None else y * valid
-        return y if weight is None else y * _shaped(weight, p)
+        return y if settings.weight is None else y * self._weight(settings, p)
+
+    def _weight(self, settings: Likelihood, p: Tensor) -> Tensor:
+        """The class weights, [C, 1, ...]."""
+        weight = self.weights.view(torch.float64)[self.ces.index(settings)]
+        return _shaped(weight.to(p.dtype), p)
 
     # -- gradients ---------------------------------------------------------------------------------
 
@@ -747,10 +757,8 @@ def one_hot(label: Tensor, logits: Tensor) -> Tensor:
     return (label == _shaped(torch.arange(logits.shape[1], device=label.device), logits)).to(kind)
 
 
-def _shaped(values: Any, like: Tensor) -> Tensor:
+def _shaped(values: Tensor, like: Tensor) -> Tensor:
     """[..., C] to [..., C, 1, ...], one 1 per spatial axis."""
-    if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=like.dtype, device=like.device)
     return values.view(*values.shape, *(1,) * (like.ndim - 2))
 
 

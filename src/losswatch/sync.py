@@ -33,7 +33,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         wide, axes = x.float() if x.dtype != torch.float64 else x, (0, *range(2, x.ndim))
         shape = (1, -1, *(1,) * (x.ndim - 2))
-        pixels = wide.new_tensor([x.numel() / x.shape[1]])
+        pixels = wide.new_full((1,), x.numel() / x.shape[1])
         sums = _SumOverRanks.apply(torch.cat([wide.sum(axes), pixels]))
         mean, count = sums[:-1] / sums[-1], sums[-1]
         centred = wide - mean.view(shape)

@@ -1,0 +1,117 @@
+"""What goes between host and device, told on PyTorch's meta device, which needs no GPU.
+
+Its tensors have shapes and no numbers: code for a GPU runs there, and reading one fails. On a GPU
+each read, and each copy from the host's ordinary memory, waits for all that was asked of it before.
+"""
+
+from collections import Counter
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import ARTICLE, ROOT, load_losses
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from losswatch import build, fuse
+from losswatch.losses import CrossEntropy
+from losswatch.probe import Probe
+
+META = torch.device("meta")
+READS = {"cpu", "tolist", "item", "numpy", "__int__", "__bool__", "__float__", "__index__"}
+COPIES = {"tensor", "as_tensor", "new_tensor"}  # from what Python holds
+
+
+def on_device(x):
+    return isinstance(x, torch.Tensor) and x.device == META
+
+
+class Transfers(TorchFunctionMode):
+    """Counts them by `now()`; what is read is -1, or False."""
+
+    def __init__(self, now=lambda: 0):
+        super().__init__()
+        self.now, self.seen = now, Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", str(function))
+        leaves = tree_leaves((args, kwargs))
+        to_host = name == "to" and torch.device("cpu") in [*args, *kwargs.values()]
+        if (name in READS or to_host) and on_device(args[0]):
+            self.seen[self.now(), "read"] += 1
+            kind = args[0].dtype
+            read = torch.full(args[0].shape, 0 if kind == torch.bool else -1, dtype=kind)
+            return function(read, *args[1:], **kwargs)
+        out = function(*args, **kwargs)
+        # A 0-dimensional tensor of the host is an argument of the kernel, not a copy.
+        moved = any(isinstance(x, torch.Tensor) and x.ndim and not on_device(x) for x in leaves)
+        if any(map(on_device, tree_leaves(out))) and (name in COPIES or moved):
+            self.seen[self.now(), "copy"] += 1
+        return out
+
+
+class MetaAccelerator(CPUAccelerator):
+    def setup_device(self, device):
+        pass
+
+
+def test_transfers_are_seen():
+    with Transfers() as transfers:
+        torch.tensor(1, device=META).item()
+        (torch.ones(2).to(META) + 1).cpu()
+    assert transfers.seen == {(0, "copy"): 2, (0, "read"): 2}
+
+
+@pytest.mark.parametrize("net, classes", [("unet", 2), ("convnet", 4)])
+def test_steps_move_nothing_between_host_and_device(make_run, net, classes):
+    """Images, losses, probe, Lightning's loop and the optimiser, of step 2 and later."""
+    names = (*ARTICLE, "cce_stable", "dice_monai", "dice_nnunet", "dice_smp")
+    losses = load_losses(*names, weighted=CrossEntropy(weight=[0.5] * classes))
+    run = make_run(
+        net, batch_norm=True, classes=classes, losses=losses, probe=Probe(cosines=True), steps=6,
+        validate=False, strategy=SingleDeviceStrategy(META, accelerator=MetaAccelerator()),
+        accelerator="auto",
+    )  # fmt: skip
+    run.trainer.logger = None
+    with Transfers(lambda: run.trainer.global_step) as transfers:
+        run.trainer.fit(run.module, run.data)
+    assert run.trainer.global_step == 6
+    assert run.data.thresholds.device == META  # where the images are drawn
+    assert [seen for seen in transfers.seen if 1 <= seen[0] < 6] == []
+    assert transfers.seen[6, "read"]  # what was observed, and the weights
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/loss").glob("*.yaml")), ids=lambda p: p.stem)
+def test_no_loss_moves_anything(path):
+    losses = load_losses(path.stem).to(META)
+    logits = torch.randn(2, 2, 8, 8, device=META, requires_grad=True)
+    target = torch.zeros(2, 8, 8, dtype=torch.int64, device=META)
+
+    def use():
+        torch.autograd.grad(losses(logits, target).sum(), logits)
+        losses.rows(logits, target)
+
+    use()
+    with Transfers() as transfers:
+        use()
+    assert not transfers.seen
+
+
+def test_a_stack_reads_once_a_block(compose, tmp_path):
+    """Whatever the number of steps in it: what was observed, and whether weights are finite."""
+    one = compose("experiment=smoke", "data.image_size=8", "compile=true")
+    members = [fuse.make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]
+    losses = build.make_losses(one.cfg, one.trained, one.files)
+    module = fuse.StackedModule(members, losses, compile=False, cosines=True)
+    strategy = SingleDeviceStrategy(META, accelerator=MetaAccelerator())
+    build.quieten()
+    trainer = pl.Trainer(
+        strategy=strategy, max_steps=40, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    with Transfers(lambda: trainer.global_step) as transfers:
+        trainer.fit(module, fuse.Blocks(0, 40, 10), range(1))
+    blocks = {step: n for (step, what), n in transfers.seen.items() if 0 < step < 40}
+    assert blocks == {10: 2, 20: 2, 30: 2}
