@@ -315,25 +315,51 @@ COMMON = ("model=convnet", "data.batch_size=2", "optimizer.lr=1e-3",
 def train(*overrides: str) -> None:
     """train.py in a process of its own; each process on one thread."""
     subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides, *COMMON],
+        [sys.executable, str(ROOT / "train.py"), *COMMON, *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
     )
 
 
+# Net and images of a whole run, and the share of the steps that shows its pace.
+RUNS: dict[str, tuple[list[str], int]] = {
+    "article's net, 2×32×32": ([], 1),
+    "U-Net (8, 16, 32), 8×64×64": (["data.image_size=64"], 10),
+    "U-Net (8, 16, 32), 8×256×256": (["data.image_size=256"], 100),
+    "U-Net (8, 16, 32), 8×512×512": (["data.image_size=512"], 300),
+}
+
+
 def whole_run(steps: int) -> None:
     """Steps a second of a run, from the seconds of a long one less those of a short one."""
-    table = Table("run", title="article's net; Lightning, data, probe and events; one thread")
-    table.add_column("steps/s", justify="right")
-    for name, extra in (("eager", []), ("compile=true", ["compile=true"])):
-        seconds = []
-        with tempfile.TemporaryDirectory() as folder:
-            for i, count in enumerate((250, 250, 250 + steps)):  # the first fills the compile cache
-                run = Path(folder, str(i))
-                train(*extra, f"trainer.max_steps={count}", f"hydra.run.dir={run}")
-                seconds.append(json.loads((run / "result.json").read_text("utf-8"))["seconds"])
-        table.add_row(name, f"{steps / (seconds[2] - seconds[1]):.0f}")
+    table = Table("run", title="Lightning, data, probe of five losses and events; one thread")
+    ways = {
+        "probe off": ["probe.every_n_steps=0"],
+        "probe on": [],
+        "compile=true": ["compile=true"],
+    }
+    for way in ways:
+        table.add_column(f"{way}, steps/s", justify="right")
+    for title, (own, share) in RUNS.items():
+        row = []
+        unet = ["model=unet", "data.batch_size=8", "data.val_size=8", "data.test_size=8"]
+        for way, extra in ways.items():
+            if own and way == "compile=true":  # which is for small nets
+                continue
+            short, seconds = 250 // share + 2, []
+            # The first fills the compile cache.
+            for count in (short, short, short + steps // share):
+                with tempfile.TemporaryDirectory() as folder:
+                    place = [f"hydra.run.dir={folder}/run", f"trainer.val_check_interval={count}"]
+                    options = [*extra, *place, f"trainer.max_steps={count}"]
+                    train(*options, *(unet if own else []), *own)
+                    result = Path(folder, "run/result.json").read_text("utf-8")
+                    seconds.append(json.loads(result)["seconds"])
+            pace = (steps // share) / (seconds[2] - seconds[1])
+            row.append(f"{pace:,.0f}" if pace >= 100 else f"{pace:.3g}")
+            print(f"{title}, {way}: {row[-1]} steps/s", file=sys.stderr)
+        table.add_row(title, *row)
     Console(width=100).print(table)
 
 
