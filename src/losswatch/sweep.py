@@ -99,6 +99,25 @@ def grid(config: DictConfig) -> list[list[str]]:
     return batch
 
 
+def checked(sweep: DictConfig, overrides: list[str], folder: Path) -> DictConfig | None:
+    """The config of one run of a sweep; None if Hydra cannot compose it.
+
+    Raises:
+        ConfigError: its settings don't fit, or `folder` holds another run.
+    """
+    from losswatch.build import check, loss_files
+    from losswatch.resume import check_folder
+
+    try:
+        job = GlobalHydra.instance().config_loader().load_sweep_config(sweep, overrides)
+    except Exception:
+        return None
+    files = loss_files(job.hydra.runtime.config_sources)
+    check(job, job.hydra.runtime.choices.get("loss"), files, multirun=True)
+    check_folder(folder, job)
+    return job
+
+
 class SweepCallback(Callback):
     """Hydra calls it around a run or a sweep (conf/config.yaml, hydra.callbacks)."""
 
@@ -133,22 +152,13 @@ class SweepCallback(Callback):
         for overrides, name in zip(jobs, names, strict=True):
             if names.count(name) > 1:
                 stop(f"the run {' '.join(overrides)} is asked for twice; nothing was started")
-        loader = GlobalHydra.instance().config_loader()
-
-        from losswatch.build import check, loss_files
-        from losswatch.resume import check_folder
-
         fused = config.hydra.launcher._target_.endswith("FusedLauncher")
         try:
             with Console(stderr=True).status(f"checking {len(jobs)} runs"):
                 for overrides, name in zip(jobs, names, strict=True):
-                    try:
-                        job = loader.load_sweep_config(config, overrides)
-                    except Exception:
+                    job = checked(config, overrides, SweepCallback.folder / name)
+                    if job is None:
                         return  # Hydra's sweeper finds the same, and says it well
-                    files = loss_files(job.hydra.runtime.config_sources)
-                    check(job, job.hydra.runtime.choices.get("loss"), files, multirun=True)
-                    check_folder(SweepCallback.folder / name, job)
                     if fused:
                         SweepCallback.configs[tuple(overrides)] = job
         except ConfigError as error:
