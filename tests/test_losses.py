@@ -456,6 +456,31 @@ def test_traced_to_a_graph(classes):
         assert torch.allclose(a, b, atol=1e-14)
 
 
+def test_second_derivatives_are_refused_and_no_other_nesting():
+    logits, target = batch()
+    loss = LossSet({name: load(name) for name in ("dice", "cce")})
+    grad, vmap, jacrev = torch.func.grad, torch.vmap, torch.func.jacrev
+
+    def total(x):
+        return loss(x, target).sum()
+
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(total(x := logits.clone().requires_grad_()), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        jacrev(jacrev(total))(logits)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad(lambda x: grad(total)(x).square().sum())(logits)
+
+    one = gradient(lambda x, t: loss(x, t).sum(), logits, target)
+    many = logits.expand(3, *logits.shape)
+    for got in (vmap(grad(total))(many), grad(lambda x: vmap(total)(x).sum())(many)):
+        torch.testing.assert_close(got, one.expand_as(many))
+    # The outer derivative is by something that the logits do not depend on.
+    w = torch.ones(1, dtype=logits.dtype)
+    got = grad(lambda w: (w * grad(total)(logits)).sum())(w)
+    torch.testing.assert_close(got, one.sum().view(1))
+
+
 def test_losses_out_of_use_have_no_gradient():
     logits, target = batch()
     joint = LossSet({n: load(n) for n in ARTICLE})

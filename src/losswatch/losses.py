@@ -11,6 +11,9 @@ float64.
 Under `torch.distributed` the sums, and the pixel count of cross entropy, run over all ranks (one
 all-reduce). Gradients are scaled by the number of ranks, so that their average over ranks, as
 `DistributedDataParallel` takes it, is the gradient of the joined batch.
+
+Gradients are written out, not traced: to differentiate one again (`create_graph=True`, a gradient
+inside a gradient of torch.func) raises NotImplementedError.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # their arguments stop at NEAR.
 TINY = 1e-20
 NEAR = 1e-12
+ONCE = "second derivatives: a loss's gradient is written out, and cannot be differentiated again"
 
 
 class Likelihood(NamedTuple):
@@ -133,6 +134,8 @@ class Stack(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Values [K + Z]."""
+        if not torch.compiler.is_compiling() and _grad_levels(logits) > 1:
+            raise NotImplementedError(ONCE)
         return _Evaluate.apply(logits, target, self)[0]
 
     # -- pixels and sums ---------------------------------------------------------------------------
@@ -487,10 +490,10 @@ class Stack(nn.Module):
         up: Any = None
         if a is not None:
             hit = self._hit(p, y)
-            a0, a1 = self._spread(a, p).unbind(1)
+            a0, a1 = self._each(a, p)
             up = _addcmul(torch.mul(hit[:, 1], a1, out=out), hit[:, 0], a0, value=-1)
             for exponent, b in powers.items():
-                b0, b1 = self._spread(exponent * b, p).unbind(1)
+                b0, b1 = self._each(exponent * b, p)
                 if exponent == 1:
                     up = up.add_(b1 - b0) if not traced(up) else up + (b1 - b0)
                     continue
@@ -523,6 +526,12 @@ class Stack(nn.Module):
             return t.movedim(-1, 1).unsqueeze(-1)
         t = t if self.over == "sample" else t.unsqueeze(0)
         return t.view(*t.shape, *(1,) * (p.ndim - 2))
+
+    def _each(self, t: Tensor, p: Tensor) -> Sequence[Any]:
+        """[*groups, C] by class, to multiply [N, *space] with; numbers where reading is free."""
+        if self.grouped or traced(t) or not t.is_cpu:
+            return self._spread(t, p).unbind(1)
+        return t.tolist()
 
     def _ce_field(self, pixels: Pixels, settings: Likelihood) -> Tensor:
         """The softened target where clipping leaves a gradient, which is p Σ field - field."""
@@ -667,6 +676,9 @@ class _Evaluate(torch.autograd.Function):
     def backward(ctx, g, *_):
         if g is None:
             return None, None, None
+        # In a backward pass gradients are enabled by create_graph=True, and by torch.func always.
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(ONCE)
         target, p, y, own, a, b, e = ctx.saved_tensors
         stack = ctx.stack
         known = [x if x.numel() else None for x in (y, own)]
@@ -711,8 +723,19 @@ def traced(x: Tensor) -> bool:
     return modes > 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def _addcmul(q: Tensor, x: Tensor, y: Tensor, value: float = 1) -> Tensor:
+def _grad_levels(x: Tensor) -> int:
+    """How many of the torch.func transforms around us differentiate by x."""
+    functorch, levels = torch._C._functorch, 0
+    while functorch.is_functorch_wrapped_tensor(x):
+        levels += functorch.is_gradtrackingtensor(x) and x.requires_grad
+        x = functorch.get_unwrapped(x)
+    return levels
+
+
+def _addcmul(q: Tensor, x: Tensor, y: Tensor | float, value: float = 1) -> Tensor:
     """q + value·x·y, into q where it has the size and nobody traces it."""
+    if not isinstance(y, Tensor):
+        return q.add_(x, alpha=value * y)
     if traced(q) or q.numel() < max(x.numel(), y.numel()):
         return torch.addcmul(q, x, y, value=value)
     return q.addcmul_(x, y, value=value)
