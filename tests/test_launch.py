@@ -159,6 +159,27 @@ def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
         assert len(list(run.folder.glob("events.out.tfevents.*"))) == 1
 
 
+def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
+    """What goes on begins at the checkpoint, and has what was logged before it."""
+    train, blocks = fuse.StackedModule.training_step, []
+
+    def fails_once(module, *args):
+        blocks.append(len(module.members))
+        if len(blocks) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        train(module, *args)
+
+    monkeypatch.setattr(fuse.StackedModule, "training_step", fails_once)
+    monkeypatch.setattr(fuse, "FINISHED", {})
+    monkeypatch.setattr(fuse, "SAVE_SECONDS", 0)  # a checkpoint at the first validation
+    runs = jobs(["seed=0"], ["seed=1"])
+    quieten()
+    launch._train(runs)
+    assert blocks == [2, 2, 1, 1]
+    for run in runs:
+        assert list(read_scalars(run.folder)["loss/dice"].dropna().index) == list(range(12))
+
+
 def test_one_run_too_large_fails(jobs, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")

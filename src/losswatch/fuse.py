@@ -404,16 +404,13 @@ def obstacle(trainer: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def _or_nothing(members: Sequence[Member]) -> Iterator[None]:
-    """What trains the members after a failure begins event files of its own: remove theirs."""
+def _closed_on_failure(members: Sequence[Member]) -> Iterator[None]:
+    """Close the event files: what goes on after a failure cuts them to the last checkpoint."""
     try:
         yield
     except RuntimeError:
         for member in members:
-            writer = member.logger.experiment
-            file = Path(writer.file_writer.event_writer._file_name)
-            writer.close()
-            file.unlink(missing_ok=True)
+            member.logger.close()
         raise
 
 
@@ -432,7 +429,7 @@ def fit(
     Raises:
         RuntimeError: they cannot be trained as a stack, or memory ran out.
     """
-    with _or_nothing(members):
+    with _closed_on_failure(members):
         begin = time.perf_counter()
         module = StackedModule(members, losses, **options)
         steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
