@@ -120,6 +120,23 @@ def test_what_ranks_cannot_do_is_refused(compose):
     assert "without -m" in refused(compose, multirun=True)
 
 
+@pytest.mark.parametrize("devices, tasks", [(1, 2), (2, 1), (2, 2), (1, 1)])
+def test_slurm_starts_a_task_for_each_device(compose, monkeypatch, devices, tasks):
+    """Lightning waits for a task too few, and trains the same run in each that is too many."""
+    monkeypatch.setattr(build, "_check_trainer", build._check_trainer.__wrapped__)  # not cached
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    for name in ("NTASKS", "NTASKS_PER_NODE"):  # of the job
+        monkeypatch.setenv(f"SLURM_{name}", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
+    if devices == tasks:
+        run = compose(*TWO, f"trainer.devices={devices}", "trainer.strategy=auto")
+        build.check(run.cfg, run.trained, run.files)
+    else:
+        said = refused(compose, f"trainer.devices={devices}", "trainer.strategy=auto")
+        assert said.startswith(f"Slurm runs this command {tasks} times, and trainer.devices x ")
+
+
 @pytest.mark.slow
 def test_a_sweep_of_several_ranks_a_run_is_refused_before_it_starts(tmp_path):
     done = run_train("-m", "experiment=smoke", "loss=dice,cce", *TWO, cwd=tmp_path, status=2)

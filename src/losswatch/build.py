@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 
@@ -105,13 +107,22 @@ def _check_trainer(options: str, multirun: bool) -> int:
             trainer = pl.Trainer(**{**asked, **quiet, "enable_progress_bar": False})
     except Exception as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    ranks = trainer.num_devices * trainer.num_nodes
+    # Lightning would wait for tasks that never come, or train in each of them by itself.
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks != ranks and isinstance(
+        trainer._accelerator_connector.cluster_environment, SLURMEnvironment
+    ):
+        raise ConfigError(
+            f"Slurm runs this command {tasks} times, and trainer.devices x trainer.num_nodes is "
+            f"{ranks}; start it once for each device, by srun --ntasks-per-node=..."
+        )
     on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
     # Lightning would take bfloat16.
     if on_cpu and str(asked.get("precision")) in ("16", "16-mixed"):
         raise ConfigError(
             f"trainer.precision={asked.get('precision')} needs a GPU; on a CPU there is bf16-mixed"
         )
-    ranks = trainer.num_devices * trainer.num_nodes
     # A fork of a process with threads hangs; spawned ranks begin again for the test, and their
     # logs are not the run's.
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
