@@ -79,7 +79,7 @@ def clear_errors() -> Iterator[None]:
         if verbose or SweepCallback.folder is None:
             raise
         show_table(SweepCallback.folder)
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split())[:300]  # submitit's goes on with the job's whole log
         print(f"losswatch: the sweep ended early: {type(error).__name__}: {said}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
