@@ -15,11 +15,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_train
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from losswatch import resume
 from losswatch.config import ConfigError
 from losswatch.report import read_runs, read_scalars
+from losswatch.result import write_result
 
 RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=20", "seed=5"]
 
@@ -74,6 +76,47 @@ def killed(cwd, overrides, by, checkpoints):
         time.sleep(0.002)
     process.send_signal(by)
     return process.wait(timeout=60) != 0
+
+
+def test_one_process_trains_a_run(tmp_path):
+    """Another is refused, until the first lets go or dies."""
+    code = (
+        "from pathlib import Path; from losswatch import resume; import time; "
+        f"held = resume.hold(Path({str(tmp_path)!r})); print(flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    try:
+        with pytest.raises(ConfigError, match=f"{tmp_path}: another process is training this run"):
+            resume.check_folder(tmp_path, OmegaConf.create())
+        write_result(tmp_path, {"status": "done", "config": {}})
+        resume.check_folder(tmp_path, OmegaConf.create())  # nothing would be trained
+        (tmp_path / "result.json").unlink()
+    finally:
+        holder.kill()
+        holder.communicate()
+    resume.check_folder(tmp_path, OmegaConf.create())
+    resume.hold(tmp_path).release()
+    resume.check_folder(tmp_path, OmegaConf.create())
+
+
+@pytest.mark.slow
+def test_the_same_command_beside_itself(tmp_path):
+    """Refused in one line, alone and in a sweep; the first goes on undisturbed."""
+    run = ["experiment=smoke", "trainer.max_steps=4000", "trainer.val_check_interval=100"]
+    sweep = ["-m", *run, "hydra.sweep.dir=sweep"]
+    process = start(*sweep, cwd=tmp_path)
+    while not (found := list(tmp_path.glob("sweep/*/checkpoints/*.ckpt"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    folder = found[0].parents[1]
+    for command in ([*run, f"resume='{folder}'"], sweep):
+        done = run_train(*command, cwd=tmp_path, status=2)
+        assert "another process is training this run" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert process.wait(timeout=120) == 0
+    assert read_result(folder)["status"] == "done"
+    assert list(read_scalars(folder)["loss/dice"].dropna().index) == list(range(4000))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
 from losswatch.config import ConfigError
@@ -196,13 +198,38 @@ def _result(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def check_folder(folder: Path, cfg: DictConfig) -> None:
-    """See that what the folder holds of an earlier attempt was made with the same config.
+def hold(folder: Path) -> FileLock:
+    """Keep other processes from training the folder's run until this one ends, or releases it.
+
+    Two would cut each other's event files: a sweep that Ctrl-C ended may still have jobs on a
+    cluster when the same command is given again.
 
     Raises:
-        ConfigError: it was not; with the difference.
+        ConfigError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{folder}: another process is training this run; let it finish, or end it first"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    return lock
+
+
+def check_folder(folder: Path, cfg: DictConfig) -> None:
+    """See that nobody trains in this folder, and that what it holds of an earlier attempt was made
+    with the same config.
+
+    Raises:
+        ConfigError: somebody does, or it was not; with the difference.
     """
     result = _result(folder)
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if first and folder.is_dir() and not finished(folder):
+        hold(folder).release()
     earlier = (result or {}).get("config")
     if earlier is None and (found := newest(folder)):
         earlier = found[1].get("losswatch", {}).get("config")
