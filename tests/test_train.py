@@ -329,12 +329,13 @@ def test_interrupted_run_loses_nothing(tmp_path):
     """Control-C: all steps up to the last are on disk, and the run isn't called done."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "experiment=smoke", "trainer.max_steps=1000000",
-         "trainer.val_check_interval=100"],
+         "trainer.val_check_interval=500"],
         cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.rglob("*.ckpt")):  # validated once, so it is under way
+        # Validated once, so it is under way, and the next time is far off.
+        while not list(tmp_path.rglob("*.ckpt")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         time.sleep(0.3)
@@ -350,4 +351,4 @@ def test_interrupted_run_loses_nothing(tmp_path):
     steps = read_scalars(folder)["loss/dice"].dropna().index
     validated = read_scalars(folder)["val/accuracy"].dropna().index
     assert list(steps) == list(range(len(steps)))
-    assert len(steps) > 100 and len(steps) > validated.max(), "the last block was lost"
+    assert len(steps) > validated.max() >= 500, "the last block was lost"
