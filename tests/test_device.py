@@ -5,6 +5,8 @@ each read, and each copy from the host's ordinary memory, waits for all that was
 """
 
 from collections import Counter
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import pytorch_lightning as pl
@@ -22,6 +24,8 @@ from losswatch.probe import Probe
 META = torch.device("meta")
 READS = {"cpu", "tolist", "item", "numpy", "__int__", "__bool__", "__float__", "__index__"}
 COPIES = {"tensor", "as_tensor", "new_tensor"}  # from what Python holds
+ENGINE = "torch.autograd._engine_run_backward"
+run_backward = torch.autograd._engine_run_backward
 
 
 def on_device(x):
@@ -44,12 +48,19 @@ class Transfers(TorchFunctionMode):
             kind = args[0].dtype
             read = torch.full(args[0].shape, 0 if kind == torch.bool else -1, dtype=kind)
             return function(read, *args[1:], **kwargs)
-        out = function(*args, **kwargs)
+        # While a mode handles a call it is off, and these two call our gradients, which are Python.
+        watched = name in ("grad", "backward")
+        with patch(ENGINE, self.run_backward) if watched else nullcontext():
+            out = function(*args, **kwargs)
         # A 0-dimensional tensor of the host is an argument of the kernel, not a copy.
         moved = any(isinstance(x, torch.Tensor) and x.ndim and not on_device(x) for x in leaves)
         if any(map(on_device, tree_leaves(out))) and (name in COPIES or moved):
             self.seen[self.now(), "copy"] += 1
         return out
+
+    def run_backward(self, *args, **kwargs):
+        with self:
+            return run_backward(*args, **kwargs)
 
 
 class MetaAccelerator(CPUAccelerator):
@@ -57,11 +68,26 @@ class MetaAccelerator(CPUAccelerator):
         pass
 
 
+class Copies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x + 0
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * torch.tensor(2.0, device=g.device)
+
+
 def test_transfers_are_seen():
     with Transfers() as transfers:
         torch.tensor(1, device=META).item()
         (torch.ones(2).to(META) + 1).cpu()
     assert transfers.seen == {(0, "copy"): 2, (0, "read"): 2}
+    x = torch.ones(2, device=META, requires_grad=True)
+    with Transfers() as transfers:
+        torch.autograd.grad(Copies.apply(x).sum(), x)
+        Copies.apply(x).sum().backward()
+    assert transfers.seen == {(0, "copy"): 2}
 
 
 @pytest.mark.parametrize("net, classes", [("unet", 2), ("convnet", 4)])
