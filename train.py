@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -126,35 +127,16 @@ def test(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) ->
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float | None:
-    """Check, train, and write down how it went; the returned accuracy is for sweepers."""
-    from pytorch_lightning.utilities import rank_zero_only
-
-    from losswatch import build, fuse, resume
+def attempt(
+    cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path, first: bool
+) -> float | None:
+    """Train or test, and write down how it went; `first` of the processes of this run."""
+    from losswatch import fuse, resume
     from losswatch.report import read_scalars
     from losswatch.result import write_result
     from losswatch.study import plot_curves
 
     job = HydraConfig.get()
-    folder = Path(job.runtime.output_dir)
-    trained = job.runtime.choices.get("loss") or ""  # check says what is wrong with that
-    files = build.loss_files(job.runtime.config_sources)
-    try:
-        if cfg.checkpoint is not None:
-            given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
-            checkpoint = resume.find(cfg.checkpoint)
-            resume.adopt(cfg, checkpoint, given)
-        build.check(cfg, trained, files, multirun=job.mode == RunMode.MULTIRUN)
-        if cfg.checkpoint is not None:
-            resume.load_net(build.make_net(cfg), checkpoint)
-        resume.check_folder(folder, cfg)
-    except schema.ConfigError as error:
-        stop(str(error))
-    if earlier := resume.finished(folder):
-        log.info("done before, skipped: %s", folder)
-        return earlier["metrics"].get("val/accuracy", float("nan"))
-
     groups = ("loss", "model", "optimizer")
     result = {
         "run": folder.name,
@@ -165,9 +147,7 @@ def main(cfg: DictConfig) -> float | None:
         "config": resume.plain(cfg),
         "steps": cfg.trainer.max_steps,
     }
-    # Lightning starts this program again for each further device. Those processes train along, and
-    # leave it to the first to say how it went, unless they are the ones that fail.
-    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    # The others leave it to the first to say how it went, unless they are the ones that fail.
     if not first:
         logging.disable(logging.WARNING)
     start = time.perf_counter()
@@ -204,6 +184,45 @@ def main(cfg: DictConfig) -> float | None:
     resume.prune(folder, keep=1)
     log.info("%s accuracy %.4f in %.1f s: %s", stage, accuracy, seconds, folder)
     return accuracy
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """Check, and train what is not done before; the returned accuracy is for sweepers."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from losswatch import build, resume
+
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    trained = job.runtime.choices.get("loss") or ""  # check says what is wrong with that
+    files = build.loss_files(job.runtime.config_sources)
+    try:
+        if cfg.checkpoint is not None:
+            given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
+            checkpoint = resume.find(cfg.checkpoint)
+            resume.adopt(cfg, checkpoint, given)
+        build.check(cfg, trained, files, multirun=job.mode == RunMode.MULTIRUN)
+        if cfg.checkpoint is not None:
+            resume.load_net(build.make_net(cfg), checkpoint)
+        resume.check_folder(folder, cfg)
+    except schema.ConfigError as error:
+        stop(str(error))
+    if earlier := resume.finished(folder):
+        log.info("done before, skipped: %s", folder)
+        return earlier["metrics"].get("val/accuracy", float("nan"))
+
+    # Lightning starts this program again for each further device; those processes train along.
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    try:
+        held = resume.hold(folder) if first else nullcontext()
+    except schema.ConfigError as error:
+        if job.mode == RunMode.RUN:
+            stop(str(error))
+        log.error("%s", error)  # since the sweep began: its other runs go on
+        return None
+    with held:
+        return attempt(cfg, trained, files, folder, first)
 
 
 if __name__ == "__main__":

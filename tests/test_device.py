@@ -125,7 +125,7 @@ def test_no_loss_moves_anything(path):
     assert not transfers.seen
 
 
-def test_a_stack_reads_once_a_block(compose, tmp_path):
+def test_a_stack_reads_twice_a_block(compose, tmp_path):
     """Whatever the number of steps in it: what was observed, and whether weights are finite."""
     one = compose("experiment=smoke", "data.image_size=8", "compile=true")
     members = [fuse.make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]

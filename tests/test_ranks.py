@@ -134,7 +134,7 @@ def test_slurm_starts_a_task_for_each_device(compose, monkeypatch, devices, task
         build.check(run.cfg, run.trained, run.files)
     else:
         said = refused(compose, f"trainer.devices={devices}", "trainer.strategy=auto")
-        assert said.startswith(f"Slurm runs this command {tasks} times, and trainer.devices x ")
+        assert said.startswith(f"Slurm tasks that run this command: {tasks}, trainer.devices x ")
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """Nothing is lost: real processes killed, checkpoints damaged, sweeps taken up again."""
 
+import errno
+import fcntl
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -9,20 +12,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_train
-from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from losswatch import resume
 from losswatch.config import ConfigError
 from losswatch.report import read_runs, read_scalars
-from losswatch.result import write_result
 
+FORK = multiprocessing.get_context("fork")
 RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=20", "seed=5"]
 
 
@@ -78,32 +81,97 @@ def killed(cwd, overrides, by, checkpoints):
     return process.wait(timeout=60) != 0
 
 
+@contextmanager
+def held_elsewhere(folder, then):
+    """Another process holds the run, and does `then(file, sender)`; yields what it sends first."""
+    receiver, sender = FORK.Pipe()
+    process = FORK.Process(target=lambda: then(resume.hold(folder), sender))
+    process.start()
+    yield process, receiver.recv()
+    process.kill()
+    process.join()
+
+
 def test_one_process_trains_a_run(tmp_path):
-    """Another is refused, until the first lets go or dies."""
-    code = (
-        "from pathlib import Path; from losswatch import resume; import time; "
-        f"held = resume.hold(Path({str(tmp_path)!r})); print(flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE)
-    holder.stdout.readline()
-    try:
+    """Another is refused, until the first lets go or dies; the same one is not."""
+
+    def twice(file, sender):
+        again = resume.hold(tmp_path)
+        sender.send(None)
+        time.sleep(60)
+        again.close()
+
+    with held_elsewhere(tmp_path, twice):
         with pytest.raises(ConfigError, match=f"{tmp_path}: another process is training this run"):
-            resume.check_folder(tmp_path, OmegaConf.create())
-        write_result(tmp_path, {"status": "done", "config": {}})
-        resume.check_folder(tmp_path, OmegaConf.create())  # nothing would be trained
-        (tmp_path / "result.json").unlink()
-    finally:
-        holder.kill()
-        holder.communicate()
-    resume.check_folder(tmp_path, OmegaConf.create())
-    resume.hold(tmp_path).release()
-    resume.check_folder(tmp_path, OmegaConf.create())
+            resume.hold(tmp_path)
+    resume.hold(tmp_path).close()
+
+
+def test_a_killed_run_is_free_though_its_workers_live(tmp_path):
+    def fork(file, sender):
+        if worker := os.fork():
+            sender.send(worker)
+        time.sleep(60)
+
+    with held_elsewhere(tmp_path, fork) as (process, worker):
+        process.kill()
+        process.join()
+        resume.hold(tmp_path).close()
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_who_only_looks_refuses_nobody(tmp_path):
+    def look(file, sender):
+        sender.send(None)
+        time.sleep(0.3)
+        file.close()
+        time.sleep(60)
+
+    with held_elsewhere(tmp_path, look) as (process, _):
+        resume.hold(tmp_path).close()
+        assert process.is_alive()
+
+
+@pytest.mark.parametrize("why", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch, why):
+    def lockf(*args):
+        raise OSError(getattr(errno, why), why)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    resume.hold(tmp_path).close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_sweep_leaves_a_run_that_another_process_took(tmp_path, fused):
+    """Taken after the grid was checked; the others are trained."""
+    sweep = ["-m", "experiment=smoke", "trainer.max_steps=300", "seed=0,1,2", "hydra.sweep.dir=s"]
+    if fused:
+        sweep += [
+            "hydra/launcher=fused",
+            "hydra.launcher.workers=1",
+            "hydra.launcher.max_members=1",
+        ]
+    process = start(*sweep, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (first := list(tmp_path.glob("s/*seed=0*/events*"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    taken = tmp_path / "s" / first[0].parent.name.replace("seed=0", "seed=1")
+    taken.mkdir()
+    with resume.hold(taken):
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert said.count(f"{taken.name}: another process is training this run") == 1
+    assert "Traceback" not in said
+    status = {f.parent: read_result(f.parent)["status"] for f in tmp_path.glob("s/*/result.json")}
+    assert len(status) == 2 and set(status.values()) == {"done"} and taken not in status
+    assert not list(taken.glob("events*"))
 
 
 @pytest.mark.slow
 def test_the_same_command_beside_itself(tmp_path):
     """Refused in one line, alone and in a sweep; the first goes on undisturbed."""
-    run = ["experiment=smoke", "trainer.max_steps=4000", "trainer.val_check_interval=100"]
+    run = ["experiment=smoke", "trainer.max_steps=1000000", "trainer.val_check_interval=100"]
     sweep = ["-m", *run, "hydra.sweep.dir=sweep"]
     process = start(*sweep, cwd=tmp_path)
     while not (found := list(tmp_path.glob("sweep/*/checkpoints/*.ckpt"))):
@@ -112,11 +180,12 @@ def test_the_same_command_beside_itself(tmp_path):
     folder = found[0].parents[1]
     for command in ([*run, f"resume='{folder}'"], sweep):
         done = run_train(*command, cwd=tmp_path, status=2)
-        assert "another process is training this run" in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
-    assert process.wait(timeout=120) == 0
-    assert read_result(folder)["status"] == "done"
-    assert list(read_scalars(folder)["loss/dice"].dropna().index) == list(range(4000))
+        assert "another process is training this run" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    steps = read_scalars(folder)["loss/dice"].dropna().index
+    assert list(steps) == list(range(len(steps))) and len(steps) >= 100
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,8 @@ def _check_trainer(options: str, multirun: bool) -> int:
         trainer._accelerator_connector.cluster_environment, SLURMEnvironment
     ):
         raise ConfigError(
-            f"Slurm runs this command {tasks} times, and trainer.devices x trainer.num_nodes is "
-            f"{ranks}; start it once for each device, by srun --ntasks-per-node=..."
+            f"Slurm tasks that run this command: {tasks}, trainer.devices x trainer.num_nodes: "
+            f"{ranks}; there must be one for each device, by srun --ntasks-per-node=..."
         )
     on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
     # Lightning would take bfloat16.

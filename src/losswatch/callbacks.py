@@ -10,7 +10,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
@@ -28,7 +27,6 @@ class EventLog(TensorBoardLogger):
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder, name=None, version="", default_hp_metric=False)
-        self.lock: FileLock | None = None
 
     def save(self) -> None:
         """No hparams.yaml: the config stands in .hydra/ and result.json."""
@@ -38,8 +36,6 @@ class EventLog(TensorBoardLogger):
 
     def close(self) -> None:
         self.experiment.close()
-        if self.lock is not None:
-            self.lock.release()
 
     def record(self, config: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint keeps of the run besides the training's state."""
@@ -161,14 +157,10 @@ def open_log(
     """The run's event file, with its charts and its row of the HParams tab.
 
     Of an earlier attempt's files only the `events` of a checkpoint are kept.
-
-    Raises:
-        ConfigError: another process trains the run.
     """
-    logger = EventLog(str(folder))
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        logger.lock = resume.hold(folder)
         resume.rewind(folder, events or {})
+    logger = EventLog(str(folder))
     add_charts(logger, cosines=cfg.probe.cosines)
     add_hparams(logger, cfg, loss)
     return logger

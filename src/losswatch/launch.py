@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,9 @@ def in_turn(found: Sequence[list[Job]]) -> list[list[Job]]:
 
 def _describe(job: Job) -> None:
     """Write what Hydra will when the run is finished: else nothing would say what was cut off."""
-    job.folder.mkdir(parents=True, exist_ok=True)
     if (name := job.config.hydra.output_subdir) is None:
         return
-    (folder := job.folder / name).mkdir(exist_ok=True)
+    (folder := job.folder / name).mkdir(parents=True, exist_ok=True)
     OmegaConf.save(job.task, folder / "config.yaml")
     OmegaConf.save(OmegaConf.masked_copy(job.config, "hydra"), folder / "hydra.yaml")
     OmegaConf.save(job.config.hydra.overrides.task, folder / "overrides.yaml")
@@ -174,26 +174,37 @@ def _execute(jobs: Sequence[Job], context: Any, singletons: Any) -> list[Returne
         schema.register()
         Singleton.set_state(singletons)
     quieten()
-    todo = [job for job in jobs if not resume.finished(job.folder)]
+    with ExitStack() as held:
+        todo = [job for job in jobs if not resume.finished(job.folder) and _hold(job, held)]
+        try:
+            if todo:
+                HydraConfig.instance().set_config(todo[0].config)
+                _train(todo)
+        except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too
+            reason = " ".join(str(error).split())[:200]
+            print(f"{_count(len(todo), 'run')} trained one by one: {reason}", file=sys.stderr)
+        returns = []
+        for job in jobs:
+            HydraConfig.instance().set_config(job.config)
+            returned = run_job(
+                hydra_context=hydra_context,
+                task_function=task_function,
+                config=job.config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
+            returns.append((job.index, returned))
+        return returns
+
+
+def _hold(job: Job, held: ExitStack) -> bool:
+    """Whether the run is ours to train, until `held` is left or train.py has finished it."""
+    job.folder.mkdir(parents=True, exist_ok=True)
     try:
-        if todo:
-            HydraConfig.instance().set_config(todo[0].config)
-            _train(todo)
-    except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too
-        reason = " ".join(str(error).split())[:200]
-        print(f"{_count(len(todo), 'run')} trained one by one: {reason}", file=sys.stderr)
-    returns = []
-    for job in jobs:
-        HydraConfig.instance().set_config(job.config)
-        returned = run_job(
-            hydra_context=hydra_context,
-            task_function=task_function,
-            config=job.config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
-        returns.append((job.index, returned))
-    return returns
+        held.enter_context(resume.hold(job.folder))
+    except schema.ConfigError:
+        return False  # train.py will say so
+    return True
 
 
 def _count(number: int, noun: str) -> str:

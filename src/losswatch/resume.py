@@ -7,21 +7,22 @@ stretch, whoever reads them.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import logging
 import os
 import re
+import time
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
 from losswatch.config import ConfigError
@@ -198,38 +199,46 @@ def _result(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def hold(folder: Path) -> FileLock:
-    """Keep other processes from training the folder's run until this one ends, or releases it.
+def hold(folder: Path) -> IO[bytes]:
+    """Keep other processes from training the folder's run, until the file returned is closed.
 
     Two would cut each other's event files: a sweep that Ctrl-C ended may still have jobs on a
-    cluster when the same command is given again.
+    cluster when the same command is given again. A process may hold a run twice; the first file
+    closed lets go of it.
 
     Raises:
         ConfigError: another process holds it.
     """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"{folder}: another process is training this run; let it finish, or end it first"
-        ) from None
-    except NotImplementedError:  # a file system without locks
-        pass
-    return lock
+    file = (folder / ".lock").open("ab")
+    # Another may hold it for a moment, to see whether it is free.
+    for patience in range(9, -1, -1):
+        try:
+            # Of this process alone: a loader's worker that outlives a killed run doesn't hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if patience:
+                time.sleep(0.1)
+                continue
+            file.close()
+            raise ConfigError(
+                f"{folder}: another process is training this run; let it finish, or end it first"
+            ) from None
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                break  # a file system without locks
+            file.close()
+            raise
+    return file
 
 
 def check_folder(folder: Path, cfg: DictConfig) -> None:
-    """See that nobody trains in this folder, and that what it holds of an earlier attempt was made
-    with the same config.
+    """See that what the folder holds of an earlier attempt was made with the same config.
 
     Raises:
-        ConfigError: somebody does, or it was not; with the difference.
+        ConfigError: it was not; with the difference.
     """
     result = _result(folder)
-    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    if first and folder.is_dir() and not finished(folder):
-        hold(folder).release()
     earlier = (result or {}).get("config")
     if earlier is None and (found := newest(folder)):
         earlier = found[1].get("losswatch", {}).get("config")

@@ -103,10 +103,10 @@ def checked(sweep: DictConfig, overrides: list[str], folder: Path) -> DictConfig
     """The config of one run of a sweep; None if Hydra cannot compose it.
 
     Raises:
-        ConfigError: its settings don't fit, or `folder` holds another run.
+        ConfigError: its settings don't fit, or `folder` holds another run, or one under way.
     """
     from losswatch.build import check, loss_files
-    from losswatch.resume import check_folder
+    from losswatch.resume import check_folder, finished, hold
 
     try:
         job = GlobalHydra.instance().config_loader().load_sweep_config(sweep, overrides)
@@ -115,6 +115,8 @@ def checked(sweep: DictConfig, overrides: list[str], folder: Path) -> DictConfig
     files = loss_files(job.hydra.runtime.config_sources)
     check(job, job.hydra.runtime.choices.get("loss"), files, multirun=True)
     check_folder(folder, job)
+    if folder.is_dir() and not finished(folder):
+        hold(folder).close()
     return job
 
 
@@ -192,7 +194,7 @@ def show_table(folder: Path) -> bool:
 
     runs = write_summary(folder)
     # Off a terminal rich would fold the table at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(summary_table(runs))
     console.print(f"[bold]Summary[/]  {folder / 'summary.csv'}", highlight=False)
     console.print(f"[bold]Browse[/]   tensorboard --logdir {folder}", highlight=False)
