@@ -8,7 +8,6 @@ stretch, whoever reads them.
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
 import logging
@@ -27,6 +26,11 @@ from torch import nn
 
 from losswatch.config import ConfigError
 from losswatch.report import replace_file
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is refused there
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +214,8 @@ def hold(folder: Path) -> IO[bytes]:
         ConfigError: another process holds it.
     """
     file = (folder / ".lock").open("ab")
+    if fcntl is None:
+        return file
     # Another may hold it for a moment, to see whether it is free.
     for patience in range(9, -1, -1):
         try:
