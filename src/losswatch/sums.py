@@ -231,6 +231,7 @@ class Stack(nn.Module):
         pixels = self.pixels(self.activate(x) if logp is None else logp.exp(), target, dense)
         none = x.new_zeros(0)
         local = everywhere = self.measure(pixels) if self.dices else Sums(none, None, [], [])
+        pixels = pixels._replace(py=None)  # as large as the logits, and done with
         ce = [-self._likelihood(pixels, logp, settings) for settings in self.ces]
         norm: list[Any] = [self._weight_sum(pixels, settings) for settings in self.ces]
         world = _world()
@@ -449,6 +450,7 @@ class Stack(nn.Module):
                 w = w if valid is None else w * valid
                 q = q if q.shape == p.shape else q.expand_as(p).clone()
                 q = q.scatter_add_(1, label, w)
+                del w  # before as much as all logits is taken
             if softmax:
                 q = torch._softmax_backward_data(q, p, 1, p.dtype)
             elif self.activation == "sigmoid":
@@ -662,7 +664,8 @@ class _Evaluate(torch.autograd.Function):
         pixels, values, *slopes = stack.evaluate(logits, target, stack.dense(logits, target))
         none = logits.new_zeros(0)
         y = none if pixels.y is None or not pixels.hard else pixels.y
-        return values, pixels.p, y, none if pixels.own is None else pixels.own, *slopes
+        own = none if pixels.own is None or not stack.ces else pixels.own
+        return values, pixels.p, y, own, *slopes
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -681,8 +684,7 @@ class _Evaluate(torch.autograd.Function):
             raise NotImplementedError(ONCE)
         target, p, y, own, a, b, e = ctx.saved_tensors
         stack = ctx.stack
-        known = [x if x.numel() else None for x in (y, own)]
-        pixels = stack.pixels(p, target, stack.dense(p, target), *known)
+        pixels = stack.pixels(p, target, stack.dense(p, target), y if y.numel() else None, own)
         # Only what the losses in use need: often one is trained and the others watched.
         used = [True] * stack.size
         if g.device.type == "cpu" and not traced(g):
