@@ -393,7 +393,7 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_fused_sweep_is_killed_and_taken_up_again(tmp_path, compiled):
     """All its processes, once with kill -9 and once with Ctrl-C; its table is complete after."""
-    steps = 60_000 if compiled else 6000
+    steps = 60_000 if compiled else 20_000
     sweep = tmp_path / "s"
     command = [
         "-m", "experiment=smoke", "hydra/launcher=fused", "loss=dice,cce", "seed=0,1,2",
