@@ -88,12 +88,6 @@ def test_a_failing_run_is_seen_from_outside(failing, tmp_path, launcher):
 
 GROUPED = ["-m", "hydra/launcher=fused", "experiment=smoke", "hydra.launcher.max_members=2"]
 GRID = ["loss=dice,cce", "theta=0.05,0.5,0.95"]
-OUTER = [
-    plugin("hydra_joblib_launcher", "joblib"),
-    plugin("hydra_submitit_launcher", "submitit_local"),
-    plugin("hydra_submitit_launcher", "submitit_slurm"),
-    plugin("hydra_ray_launcher", "ray"),
-]
 
 
 def outcome(cwd):
@@ -123,7 +117,7 @@ def grouped(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("outer", LAUNCHERS)
 def test_groups_through_another_launcher(grouped, tmp_path, outer):
     """Three jobs for six runs; the table, summary, files and curves of the fused launcher alone."""
     done = run_train(
@@ -146,7 +140,7 @@ def test_groups_through_another_launcher(grouped, tmp_path, outer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("outer", LAUNCHERS)
 def test_a_failing_run_within_a_group_of_another_launcher(tmp_path, outer):
     done = run_train(
         *GROUPED, "optimizer.lr=1e-3,1e30,1e-2", f"hydra.launcher.outer={outer}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -516,11 +516,11 @@ class Stack(nn.Module):
             return _addcmul(f0 * p1, f1, p0, value=-1)
         return torch.addcmul(-field, pixels.p, field.sum(1, keepdim=True))
 
-    def _by_exponent(self, b: Tensor) -> dict[float, Tensor]:
-        """b with 0 for all losses but those of the exponent."""
+    def _by_exponent(self, b: Tensor, used: Collection[int]) -> dict[float, Tensor]:
+        """b with 0 for all losses but those of the exponent, for the exponents of these numbers."""
         if len(self.exponents) == 1:
             return {self.exponents[0]: b}
-        return {x: b * mask for x, mask in zip(self.exponents, self.masks.unbind(), strict=True)}
+        return {self.exponents[i]: b * self.masks[i] for i in sorted(used)}
 
     def _spread(self, t: Tensor, p: Tensor) -> Tensor:
         """[*groups, C] to something that broadcasts with [N, C, *space]."""
@@ -590,7 +590,7 @@ class Stack(nn.Module):
         rows, columns = [], []
         if self.dices:
             spell = self._two_class_rows if classes == 2 else self._many_class_rows
-            rows, columns = spell(pixels, a, self._by_exponent(b))
+            rows, columns = spell(pixels, a, self._by_exponent(b, range(len(self.exponents))))
         top = torch.stack(columns, 1) if columns else values.new_zeros(0, 0)
         for settings in self.ces:
             row = self._ce_row(pixels, settings)
@@ -693,8 +693,9 @@ class _Evaluate(torch.autograd.Function):
         powers = {}
         if any(used[:count]):
             present = {i for i, use in zip(stack.exponent_of, used, strict=False) if use}
-            b = share[:count] * b
-            powers = {stack.exponents[i]: (b * stack.masks[i]).sum(-2) for i in sorted(present)}
+            powers = {
+                x: t.sum(-2) for x, t in stack._by_exponent(share[:count] * b, present).items()
+            }
         a = (share[:count] * a).sum(-2) if powers else None
         pairs = []
         if any(used[count:]):
