@@ -31,31 +31,31 @@ log = logging.getLogger("losswatch")
 schema.register()
 
 
-def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -> dict[str, float]:
+def train(cfg: DictConfig, trained: str, folder: Path) -> dict[str, float]:
     """Train one run in `folder`; return its final metrics."""
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from losswatch import build, callbacks, fuse, resume
+    from losswatch import build, callbacks, fuse, randomness, resume
     from losswatch.module import SegmentationModule
     from losswatch.networks import fast_on_cpu
     from losswatch.probe import Probe
+    from losswatch.step import NotStackable
     from losswatch.sync import LayerSync
 
     build.quieten()
-    losses = build.make_losses(cfg, trained, files)
+    losses = build.make_losses(build.loss_nodes(cfg, trained))
     options = build.trainer_options(cfg)
     if cfg.compile:
         try:
-            if why := fuse.obstacle(options):
-                raise NotImplementedError(f"{why} needs the ordinary step")
+            fuse.check_options(options)
             member = fuse.make_member(cfg, trained, folder)
             if member.start:
                 log.info("resumed from step %d", member.start)
             fuse.fit([member], losses, options, **cfg.probe)
             return member.result()
-        except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too
-            log.warning("not compiled: %s", " ".join(str(error).split())[:200])
+        except NotStackable as error:
+            log.warning("not compiled: %s", error)
 
     start, state = resume.newest(folder, below=cfg.trainer.max_steps) or (None, {})
     if start:
@@ -67,7 +67,8 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     )
     probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
     checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{step}", save_top_k=-1)
-    watchers = [checkpoint, callbacks.Record(resume.plain(cfg)), callbacks.Images()]
+    record = callbacks.Record(resume.plain(cfg), state.get("losswatch", {}).get("random"))
+    watchers = [checkpoint, record, callbacks.Images()]
     if options["enable_progress_bar"]:
         watchers.append(callbacks.Progress(probe))
     plugins: list[Any] = [resume.AtomicCheckpoints()]
@@ -84,6 +85,7 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+    randomness.seed_everything(cfg.seed)
     with fast_on_cpu(net):
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
     if options["max_steps"] % options["val_check_interval"]:  # the final weights, too
@@ -96,11 +98,11 @@ def train(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -
     return metrics
 
 
-def test(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) -> dict[str, float]:
+def test(cfg: DictConfig, trained: str, folder: Path) -> dict[str, float]:
     """The test metrics of the net in `cfg.checkpoint`; nothing is trained."""
     import pytorch_lightning as pl
 
-    from losswatch import build, callbacks, resume
+    from losswatch import build, callbacks, randomness, resume
     from losswatch.module import SegmentationModule
     from losswatch.networks import fast_on_cpu
 
@@ -109,7 +111,7 @@ def test(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) ->
     resume.load_net(net, resume.find(cfg.checkpoint))
     module = SegmentationModule(
         net,
-        build.make_losses(cfg, trained, files),
+        build.make_losses(build.loss_nodes(cfg, trained)),
         trained,
         build.make_optimizer(cfg),
         num_classes=len(schema.thresholds(cfg.theta)) + 1,
@@ -121,15 +123,14 @@ def test(cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path) ->
         enable_checkpointing=False,
         enable_model_summary=False,
     )
+    randomness.seed_everything(cfg.seed)
     with fast_on_cpu(net):
         trainer.test(module, build.make_data(cfg), verbose=False)
     logger.close()
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def attempt(
-    cfg: DictConfig, trained: str, files: dict[str, Path], folder: Path, first: bool
-) -> float | None:
+def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float | None:
     """Train or test, and write down how it went; `first` of the processes of this run."""
     from losswatch import fuse, resume
     from losswatch.report import read_scalars
@@ -155,7 +156,7 @@ def attempt(
         # The fused launcher trains its runs first, and has each finished here like any other.
         fused = fuse.FINISHED.pop(folder, None)
         work = train if cfg.mode == "train" else test
-        metrics = fused.result() if fused else work(cfg, trained, files, folder)
+        metrics = fused.result() if fused else work(cfg, trained, folder)
     except BaseException as error:
         # On Ctrl-C Lightning shuts down in order, and then exits.
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -189,6 +190,7 @@ def attempt(
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Check, and train what is not done before; the returned accuracy is for sweepers."""
+    import torch
     from pytorch_lightning.utilities import rank_zero_only
 
     from losswatch import build, resume
@@ -196,13 +198,12 @@ def main(cfg: DictConfig) -> float | None:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     trained = job.runtime.choices.get("loss") or ""  # check says what is wrong with that
-    files = build.loss_files(job.runtime.config_sources)
     try:
         if cfg.checkpoint is not None:
             given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
             checkpoint = resume.find(cfg.checkpoint)
             resume.adopt(cfg, checkpoint, given)
-        build.check(cfg, trained, files, multirun=job.mode == RunMode.MULTIRUN)
+        build.check(cfg, trained, multirun=job.mode == RunMode.MULTIRUN)
         if cfg.checkpoint is not None:
             resume.load_net(build.make_net(cfg), checkpoint)
         resume.check_folder(folder, cfg)
@@ -221,8 +222,9 @@ def main(cfg: DictConfig) -> float | None:
             stop(str(error))
         log.error("%s", error)  # since the sweep began: its other runs go on
         return None
+    torch.set_num_threads(cfg.threads)
     with held:
-        return attempt(cfg, trained, files, folder, first)
+        return attempt(cfg, trained, folder, first)
 
 
 if __name__ == "__main__":

@@ -399,7 +399,7 @@ def scaling(steps: int, counts: list[int], figure: Path) -> None:
     overrides = [*COMMON, "compile=true", "trainer.accelerator=cpu"]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         cfgs = [compose("config", [*overrides, f"seed={i}"]) for i in range(max(counts))]
-    files = {file.stem: file for file in (ROOT / "conf/loss").glob("*.yaml")}
+        nodes = build.loss_nodes(cfgs[0], "dice")
     build.quieten()
 
     def seconds(count: int, length: int) -> float:
@@ -410,7 +410,7 @@ def scaling(steps: int, counts: list[int], figure: Path) -> None:
                 (run := Path(folder, str(i))).mkdir()
                 members.append(fuse.make_member(cfg, "dice", run))
             begin = time.process_time()
-            fuse.fit(members, build.make_losses(cfgs[0], "dice", files), options, **cfgs[0].probe)
+            fuse.fit(members, build.make_losses(nodes), options, **cfgs[0].probe)
             return time.process_time() - begin
 
     rows = []

@@ -36,33 +36,29 @@ ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
 
 @dataclass
 class Composed:
-    """A composed config as train.py gets it: the config, the trained loss, the losses' files."""
+    """A composed config as train.py gets it: the config and the trained loss's name."""
 
     cfg: object
     trained: str
-    files: dict
 
     def check(self):
-        build.check(self.cfg, self.trained, self.files)
+        build.check(self.cfg, self.trained)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def compose():
     """compose("loss=dice", ...) -> Composed, without a process of its own."""
     config.register()
 
     def make(*overrides: str) -> Composed:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-            cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
-        runtime = cfg.hydra.runtime
-        composed = Composed(
-            cfg, runtime.choices.get("loss"), build.loss_files(runtime.config_sources)
-        )
+        cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+        composed = Composed(cfg, cfg.hydra.runtime.choices.get("loss"))
         with open_dict(cfg):
             del cfg["hydra"]
         return composed
 
-    return make
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        yield make
 
 
 # --- Runs in this process ------------------------------------------------------------------------

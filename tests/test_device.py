@@ -129,7 +129,7 @@ def test_a_stack_reads_twice_a_block(compose, tmp_path):
     """Whatever the number of steps in it: what was observed, and whether weights are finite."""
     one = compose("experiment=smoke", "data.image_size=8", "compile=true")
     members = [fuse.make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]
-    losses = build.make_losses(one.cfg, one.trained, one.files)
+    losses = build.make_losses(build.loss_nodes(one.cfg, one.trained))
     module = fuse.StackedModule(members, losses, compile=False, cosines=True)
     strategy = SingleDeviceStrategy(META, accelerator=MetaAccelerator())
     build.quieten()

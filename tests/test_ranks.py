@@ -106,7 +106,7 @@ def test_two_ranks_leave_one_run(pair):
 def refused(compose, *overrides, multirun=False):
     run = compose(*TWO, *overrides)
     with pytest.raises(ConfigError) as raised:
-        build.check(run.cfg, run.trained, run.files, multirun)
+        build.check(run.cfg, run.trained, multirun)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -131,7 +131,7 @@ def test_slurm_starts_a_task_for_each_device(compose, monkeypatch, devices, task
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
     if devices == tasks:
         run = compose(*TWO, f"trainer.devices={devices}", "trainer.strategy=auto")
-        build.check(run.cfg, run.trained, run.files)
+        build.check(run.cfg, run.trained)
     else:
         said = refused(compose, f"trainer.devices={devices}", "trainer.strategy=auto")
         assert said.startswith(f"Slurm tasks that run this command: {tasks}, trainer.devices x ")

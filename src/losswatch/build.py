@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -15,61 +16,128 @@ from typing import Any
 import hydra
 import pytorch_lightning as pl
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 
+from losswatch.arguments import check_arguments
 from losswatch.config import ConfigError, check_values, thresholds
-from losswatch.data import ThresholdedImages
+from losswatch.data import TRAIN, ThresholdedImages
 from losswatch.losses import LossSet
+from losswatch.resume import plain
+from losswatch.trial import try_step
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it would say each error twice
 
 
-def _instantiate(what: str, node: Any, **kwargs: Any) -> Any:
-    """hydra.utils.instantiate, its errors made one line about the config."""
-    if not OmegaConf.is_dict(node) or "_target_" not in node:
-        raise ConfigError(f"{what} needs a _target_, the class or function that makes it")
+def _check_target(what: str, node: Any) -> None:
+    """See that a node names what can be imported, with values of the right types; nodes in it too.
+
+    Raises:
+        ConfigError: with one line for the user.
+    """
+    if OmegaConf.is_list(node):
+        for i, inner in enumerate(node):
+            _check_target(f"{what}[{i}]", inner)
+    if not OmegaConf.is_dict(node):
+        return
+    for key, inner in node.items():
+        _check_target(f"{what}.{key}", inner)
+    if "_target_" not in node:
+        return
     try:
-        get_object(node._target_)
+        target = get_object(node._target_)
     except Exception as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"{what}._target_={node._target_} cannot be imported: {why}") from error
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    check_arguments(what, target, {k: v for k, v in values.items() if not k.startswith("_")})
+
+
+def _instantiate(what: str, node: Any, **kwargs: Any) -> nn.Module:
+    """hydra.utils.instantiate, its errors made one line about the config.
+
+    Raises:
+        ConfigError: also where it makes anything but a module.
+    """
+    if not OmegaConf.is_dict(node) or "_target_" not in node:
+        raise ConfigError(f"{what} needs a _target_, the class or function that makes it")
+    _check_target(what, node)
     try:
-        return hydra.utils.instantiate(node, _convert_="all", **kwargs)
+        made = hydra.utils.instantiate(node, _convert_="all", **kwargs)
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ConfigError(f"{what}: {' '.join(str(cause).split())}") from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(
+            f"{what}: {node._target_} must make a torch.nn.Module, it makes a {type(made).__name__}"
+        )
+    return made
 
 
-def loss_files(sources: ListConfig | list[Any]) -> dict[str, Path]:
-    """Every loss's name and file: those of conf/loss and of each folder added by --config-dir."""
-    files: dict[str, Path] = {}
-    for source in sources:
-        if source.schema == "file":
-            for file in sorted(Path(source.path, "loss").glob("*.yaml")):
-                files.setdefault(file.stem, file)
-    return files
+def loss_names() -> list[str]:
+    """The losses that may be named: those of conf/loss and of each folder added to its search."""
+    loader = GlobalHydra.instance().config_loader()
+    return loader.get_group_options("loss", config_name="config", overrides=list(_search_path()))
 
 
-def make_losses(cfg: DictConfig, trained: str, files: Mapping[str, Path]) -> LossSet:
-    """The losses watched, in the order of `watch`; the trained one is always among them.
+def _search_path() -> tuple[str, ...]:
+    """The overrides of Hydra's search path, without which it would not find what they add."""
+    given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
+    return tuple(override for override in given if "hydra.searchpath" in override)
 
-    The trained loss is made from `cfg.loss`, where the command line may have changed it.
+
+def read_loss(name: str, cfg: DictConfig) -> DictConfig:
+    """What loss `name` would be in this config: composed by Hydra, and resolved.
+
+    So its file may have a `defaults` list, and refer to other keys, as in `${seed}`.
     """
-    nodes: dict[str, Any] = {}
-    if trained not in files:  # loss=[dice,cce], ~loss
-        raise ConfigError(f"loss must be one of {', '.join(files)}")
-    for name in cfg.watch:
-        if not isinstance(name, str) or name not in files:
-            raise ConfigError(f"watch: there is no loss {name!r}; known are {', '.join(files)}")
-        nodes[name] = cfg.loss if name == trained else OmegaConf.load(files[name])
-    nodes.setdefault(trained, cfg.loss)
+    config = copy.deepcopy(cfg)
+    with read_write(config):
+        config.loss = _compose_loss(name, _search_path())
+    return _resolved(config.loss)
+
+
+@functools.cache  # composing takes 40 ms
+def _compose_loss(name: str, search_path: tuple[str, ...]) -> DictConfig:
+    return hydra.compose(f"loss/{name}", list(search_path)).loss
+
+
+def _resolved(node: DictConfig) -> DictConfig:
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    return OmegaConf.create(values)
+
+
+def loss_nodes(cfg: DictConfig, trained: str) -> dict[str, DictConfig]:
+    """The configs of the losses watched, in the order of `watch`; the trained one is among them.
+
+    The trained loss is `cfg.loss`, where the command line may have changed it.
+
+    Raises:
+        ConfigError: there is no such loss.
+    """
+    known = loss_names()
+    if trained not in known:  # loss=[dice,cce], ~loss
+        raise ConfigError(f"loss must be one of {', '.join(known)}")
+    if not OmegaConf.is_dict(cfg.loss):
+        raise ConfigError(f"the file of loss {trained} must hold keys and values, got {cfg.loss}")
+    nodes: dict[str, DictConfig] = {}
+    for name in (*cfg.watch, trained):
+        if not isinstance(name, str) or name not in known:
+            raise ConfigError(f"watch: there is no loss {name!r}; known are {', '.join(known)}")
+        nodes[name] = _resolved(cfg.loss) if name == trained else read_loss(name, cfg)
+    return nodes
+
+
+def make_losses(nodes: Mapping[str, DictConfig]) -> LossSet:
+    """The losses that `loss_nodes` describes."""
     return LossSet({name: _instantiate(f"loss {name}", node) for name, node in nodes.items()})
 
 
@@ -91,13 +159,18 @@ def make_data(cfg: DictConfig) -> ThresholdedImages:
 
 
 def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
-    """The function from parameters to an optimiser."""
+    """The function from parameters to an optimiser.
+
+    Raises:
+        ConfigError: its `_target_` or the type of a value is wrong.
+    """
+    _check_target("optimizer", cfg.optimizer)
     return hydra.utils.instantiate(cfg.optimizer, _partial_=True, _convert_="all")
 
 
 @functools.cache  # one Trainer for all runs of a sweep with the same options
-def _check_trainer(options: str, multirun: bool) -> int:
-    """Check the options together with this machine; return the number of ranks."""
+def _check_trainer(options: str, multirun: bool) -> pl.Trainer:
+    """Check the options together with this machine; return a Trainer of them."""
     quieten()
     asked = json.loads(options)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -133,47 +206,68 @@ def _check_trainer(options: str, multirun: bool) -> int:
             f"trainer.devices={asked.get('devices')} works outside of sweeps; give these runs as "
             "single commands, without -m"
         )
-    return ranks
+    return trainer
 
 
-def check(cfg: DictConfig, trained: str, files: Mapping[str, Path], multirun: bool = False) -> None:
-    """Make everything once on PyTorch's meta device: what cannot work is said before any work.
+def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
+    """See that a run can work before anything of it is done.
 
     Raises:
         ConfigError: with one line for the user.
     """
+    _check_names()
     check_values(cfg)
-    classes = len(thresholds(cfg.theta)) + 1
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # initialising nothing is a no-op
-        net = make_net(cfg)
-        side = (cfg.data.image_size,) * cfg.data.dims
-        try:
-            shape = net(torch.empty(2, 1, *side)).shape
-        except Exception as error:
-            raise ConfigError(f"model: {' '.join(str(error).split())}") from error
-    if shape != (2, classes, *side):
-        raise ConfigError(
-            f"model must return logits of shape {(2, classes, *side)} for images of shape "
-            f"{(2, 1, *side)}, it returns {tuple(shape)}"
-        )
-    _instantiate("optimizer", cfg.optimizer, params=[torch.nn.Parameter(torch.zeros(1))])
-    ranks = _check_trainer(json.dumps(trainer_options(cfg)), multirun)
+    options = trainer_options(cfg)
+    check_arguments("trainer", pl.Trainer, options)
+    trainer = _check_trainer(json.dumps(options), multirun)
+    ranks = trainer.num_devices * trainer.num_nodes
     for key in ("batch_size", "eval_batch_size"):
         if (images := cfg.data[key]) < ranks:
             raise ConfigError(
                 f"data.{key} must be at least {ranks}, an image for each device, got {images}"
             )
-    losses = make_losses(cfg, trained, files)
-    logits = torch.randn(2, classes, *(4,) * cfg.data.dims)
-    target = torch.arange(2 * 4**cfg.data.dims).view(2, *(4,) * cfg.data.dims) % classes
-    for name, loss in zip(losses.names, losses.losses, strict=True):
-        try:
-            value = loss(logits, target)
-        except Exception as error:
-            raise ConfigError(f"loss {name}: {' '.join(str(error).split())}") from error
-        if not isinstance(value, torch.Tensor) or value.ndim:
-            raise ConfigError(f"loss {name} must return a scalar tensor, it returns {value!r}")
+    # Runs that differ in nothing else do the same in their first step.
+    same = plain(cfg) | {"theta": len(thresholds(cfg.theta)), "seed": 0}
+    nodes = loss_nodes(cfg, trained)
+    step = OmegaConf.to_yaml(OmegaConf.create([same, trained, nodes]))
+    if step not in _TRIED:
+        _try(cfg, trained, make_losses(nodes), trainer)
+        _TRIED.add(step)
+
+
+_TRIED: set[str] = set()  # first steps that have passed `_try`
+
+
+def _try(cfg: DictConfig, trained: str, losses: LossSet, trainer: pl.Trainer) -> None:
+    """Do a run's first step, with the share of the batch that the last of its ranks gets."""
+    precision, device = trainer.strategy.precision_plugin, trainer.strategy.root_device
+    share = cfg.data.batch_size // (trainer.num_devices * trainer.num_nodes)
+    images, target = make_data(cfg).draw(TRAIN, 0, share)
+    net = make_net(cfg)
+    for module in (net, losses):
+        precision.convert_module(module).to(device)
+    batch = precision.convert_input((images.to(device), target.to(device)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself gives them
+        try_step(
+            net, losses, trained, make_optimizer(cfg), batch, len(thresholds(cfg.theta)) + 1,
+            precision.forward_context(),
+        )  # fmt: skip
+
+
+def _check_names() -> None:
+    """See that no file of one's own has the name of a built-in one, which Hydra finds first.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    sources = GlobalHydra.instance().config_loader().get_sources()
+    folders = [Path(source.path).resolve() for source in sources if source.scheme() == "file"]
+    for built_in in sorted(folders[0].rglob("*.yaml")) if folders else []:
+        for folder in dict.fromkeys(folders[1:]):
+            file = folder / built_in.relative_to(folders[0])
+            if file != built_in and file.exists():
+                raise ConfigError(f"{file} would not be used, but {built_in}; give it another name")
 
 
 def trainer_options(cfg: DictConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from losswatch import resume
+from losswatch import randomness, resume
 from losswatch.probe import Probe
 
 
@@ -71,16 +71,28 @@ class Progress(TQDMProgressBar):
 
 
 class Record(pl.Callback):
-    """Puts into each checkpoint what `losswatch.resume` needs beside Lightning's own state."""
+    """Puts into each checkpoint what `losswatch.resume` needs beside Lightning's own state.
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
+    Args:
+        config: the run's.
+        random: `randomness.get_state` of the checkpoint that the run goes on from.
+    """
+
+    def __init__(self, config: dict[str, Any], random: dict[str, Any] | None = None) -> None:
+        self.config, self.random = config, random
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        # Not earlier: to begin with, each of Lightning's loaders draws a number of its own.
+        if self.random is not None:
+            randomness.set_state(self.random)
+            self.random = None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if isinstance(trainer.logger, EventLog) and trainer.is_global_zero:
-            checkpoint["losswatch"] = trainer.logger.record(self.config)
+            random = {"random": randomness.get_state()}
+            checkpoint["losswatch"] = trainer.logger.record(self.config) | random
 
 
 class Images(pl.Callback):

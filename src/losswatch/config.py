@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,6 +49,7 @@ class Config:
     theta: Any = MISSING
     seed: int = MISSING
     watch: list[Any] = MISSING
+    threads: int = MISSING
     compile: bool = MISSING
     mode: str = MISSING
     resume: str | None = None
@@ -60,17 +62,22 @@ class Config:
     trainer: dict[str, Any] = MISSING
 
 
+LEVELS = 2**24  # values that a pixel of a random image can take, evenly spaced on [0, 1)
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
+
 def thresholds(theta: Any) -> list[float]:
     """θ as a list of numbers.
 
     Raises:
-        ConfigError: not a number in (0, 1), nor a strictly increasing list of such.
+        ConfigError: not a number in (0, 1), nor a strictly increasing list of such, or so close to
+            1 or to each other that a class between them would have no pixel.
 
     >>> thresholds(0.5), thresholds([0.3, 0.6])
     ([0.5], [0.3, 0.6])
     """
     values = list(theta) if isinstance(theta, Sequence) and not isinstance(theta, str) else [theta]
-    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    numbers = [float(v) for v in values if _is_number(v)]
     if (
         not numbers
         or len(numbers) < len(values)
@@ -81,11 +88,20 @@ def thresholds(theta: Any) -> list[float]:
             "theta must be a number strictly between 0 and 1, or a strictly increasing list of "
             f"such (quoted: 'theta=[0.3,0.6]'), got {theta}"
         )
+    # Pixels and thresholds are float32; the levels above a threshold begin with the next one.
+    rounded = struct.unpack(f"{len(numbers)}f", struct.pack(f"{len(numbers)}f", *numbers))
+    ends = [math.floor(v * LEVELS) for v in rounded]
+    if any(a >= b for a, b in zip(ends, [*ends[1:], LEVELS - 1], strict=True)):
+        raise ConfigError(
+            "theta must leave room for each class: thresholds at least 2^-23 (1.2e-7) apart and "
+            f"below 1, for pixels are multiples of 2^-24, got {theta}"
+        )
     return numbers
 
 
 _AT_LEAST = {
     "seed": 0,
+    "threads": 1,
     "data.image_size": 1,
     "data.batch_size": 1,
     "data.val_size": 1,
@@ -97,6 +113,10 @@ _AT_LEAST = {
     "trainer.val_check_interval": 1,
     "trainer.accumulate_grad_batches": 1,
 }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -114,12 +134,20 @@ def check_values(cfg: DictConfig) -> None:
         raise ConfigError(f"seed must be less than 2^63, got {cfg.seed}")
     if cfg.data.dims not in (2, 3):
         raise ConfigError(f"data.dims must be 2 or 3, got {cfg.data.dims}")
-    for key in ("data.low", "data.high"):
-        if not math.isfinite(OmegaConf.select(cfg, key)):
-            raise ConfigError(f"{key} must be a finite number, got {OmegaConf.select(cfg, key)}")
+    low, high = cfg.data.low, cfg.data.high
+    for key, number in (("data.low", low), ("data.high", high), ("high - low", high - low)):
+        if not abs(number) <= FLOAT32_MAX:
+            raise ConfigError(
+                f"{key} must be a finite number, got {number} (float32 ends at 3.4e38)"
+            )
     lr = cfg.optimizer.get("lr")
-    if not isinstance(lr, int | float) or not (0 < lr < math.inf):
+    if not _is_number(lr) or not 0 < lr < math.inf:
         raise ConfigError(f"optimizer.lr must be a number greater than 0, got {lr}")
+    clip = cfg.trainer.get("gradient_clip_val")
+    if clip is not None and not (_is_number(clip) and 0 <= clip < math.inf):
+        raise ConfigError(
+            f"trainer.gradient_clip_val must be null or a number of at least 0, got {clip}"
+        )
     if cfg.mode not in ("train", "test"):
         raise ConfigError(f"mode must be train or test, got {cfg.mode}")
     if (cfg.mode == "test") != (cfg.checkpoint is not None):

@@ -68,15 +68,8 @@ class _Batches(Dataset):
         self.data, self.split, self.batch_size, self.size = data, split, batch_size, size
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        data = self.data
         count = min(self.batch_size, self.size - step * self.batch_size)
-        # Filled in on the device: a copy from the host would wait for all that a GPU has to do.
-        seed, number = (torch.full((), n, device=data.device) for n in (data.seed, step))
-        u = uniform(seed, self.split, number, (count, 1, *data.space))
-        # Every rank draws the whole batch and keeps its share: the number of devices changes
-        # nothing but who computes what.
-        u = u[data.rank :: data.world_size]
-        return image_and_label(u, data.thresholds, data.low, data.high)
+        return self.data.draw(self.split, step, count)
 
 
 class _Steps(Sampler[int]):
@@ -147,6 +140,16 @@ class ThresholdedImages(pl.LightningDataModule):
             if self.num_workers == 0:
                 self.device = self.trainer.strategy.root_device
         self.thresholds = self.thresholds.to(self.device)
+
+    def draw(self, split: int, step: int, count: int) -> tuple[Tensor, Tensor]:
+        """A batch of `count` images and their labels, or this rank's share of it."""
+        # Filled in on the device: a copy from the host would wait for all that a GPU has to do.
+        seed, number = (torch.full((), n, device=self.device) for n in (self.seed, step))
+        u = uniform(seed, split, number, (count, 1, *self.space))
+        # Every rank draws the whole batch and keeps its share: the number of devices changes
+        # nothing but who computes what.
+        u = u[self.rank :: self.world_size]
+        return image_and_label(u, self.thresholds, self.low, self.high)
 
     def _loader(self, dataset: Dataset, sampler: Sampler[int] | range) -> DataLoader:
         return _Loader(

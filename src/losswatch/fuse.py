@@ -25,13 +25,21 @@ from torch.utils._pytree import tree_map
 from losswatch import resume
 from losswatch.build import make_data, make_net, make_optimizer
 from losswatch.callbacks import EventLog, Images, Progress, log_images, open_log
-from losswatch.data import TEST, VAL, ThresholdedImages, image_and_label, uniform
+from losswatch.data import TEST, TRAIN, VAL, ThresholdedImages, image_and_label, uniform
 from losswatch.events import write_scalars
 from losswatch.losses import LossSet
 from losswatch.module import scores
 from losswatch.networks import fast_on_cpu, onednn
 from losswatch.probe import tags
-from losswatch.step import compiled, make_gradient, optimizer_rule, splitter, trained_parameters
+from losswatch.step import (
+    NotStackable,
+    compiled,
+    make_gradient,
+    optimizer_rule,
+    splitter,
+    trained_parameters,
+)
+from losswatch.trial import try_step
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +76,19 @@ class Member:
         return self.metrics
 
 
-# Members whose training is done, by folder, until train.py writes their results.
-FINISHED: dict[Path, Member] = {}
+@dataclass
+class Failure:
+    """A run that could not be trained in its stack."""
+
+    error: Exception
+    seconds: float = 0.0
+
+    def result(self) -> dict[str, float]:
+        raise self.error
+
+
+# Runs that have been trained or have failed, by folder, until train.py writes their results.
+FINISHED: dict[Path, Member | Failure] = {}
 
 
 def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
@@ -131,7 +150,7 @@ class StackedModule(pl.LightningModule):
         compile: compile the step; without, torch.vmap runs it eagerly.
 
     Raises:
-        NotImplementedError: the optimiser is not one that `step.optimizer_rule` knows.
+        NotStackable: the network, the losses or the optimiser need the ordinary step.
     """
 
     def __init__(
@@ -146,6 +165,7 @@ class StackedModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.members, self.losses = list(members), losses
+        check_traits(members, losses)
         self.every_n_steps = every_n_steps
         self.net = copy.deepcopy(members[0].net)
         names = trained_parameters(self.net)
@@ -214,6 +234,30 @@ class StackedModule(pl.LightningModule):
             tree_map(lambda t, i=part: t[i].to(self.device), tensors)
             for part in index.split(self.chunk)
         ]
+        self._try()
+
+    def _try(self) -> None:
+        """See that torch.func can map the step over runs, and compile it where it is to be.
+
+        The ordinary step of these runs has been tried before, so what fails here is not theirs.
+
+        Raises:
+            NotStackable: it cannot.
+        """
+        parameters, buffers, _, numbers, _ = self.chunks[0]
+        step = torch.zeros((), dtype=torch.int64, device=self.device)
+        kinds = {True} if self.every_n_steps == 1 else {True, False}
+        try:
+            for observed in kinds if self.every_n_steps else {False}:
+                self.gradient[observed](parameters, buffers, numbers, step)
+            self.evaluate(VAL, 1)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if "DefaultCPUAllocator" in str(error):  # out of memory, too
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise NotStackable(f"{type(error).__name__}: {reason}") from error
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
         first, last = batch
@@ -388,8 +432,12 @@ def save_checkpoint(member: Member, step: int, loops: dict[str, Any]) -> None:
     resume.save(checkpoint, member.folder / "checkpoints" / f"step={step}.ckpt")
 
 
-def obstacle(trainer: Mapping[str, Any]) -> str | None:
-    """Why runs with these Trainer options cannot be trained as a stack; None if they can."""
+def check_options(trainer: Mapping[str, Any]) -> None:
+    """See that runs with these Trainer options can be trained as a stack.
+
+    Raises:
+        NotStackable: they cannot.
+    """
     needed = {
         "precision": "32-true",
         "gradient_clip_val": None,
@@ -399,8 +447,36 @@ def obstacle(trainer: Mapping[str, Any]) -> str | None:
     }
     for key, value in needed.items():
         if str(trainer[key]) not in (str(value), "32"):
-            return f"trainer.{key}={trainer[key]}"
-    return None
+            raise NotStackable(f"trainer.{key}={trainer[key]} needs the ordinary step")
+
+
+def check_traits(members: Sequence[Member], losses: LossSet) -> None:
+    """See that the members are pure functions of what is stacked.
+
+    Raises:
+        NotStackable: they are not; says what of them is in the way.
+    """
+    net, data = copy.deepcopy(members[0].net), members[0].data
+    named = list(net.named_parameters(remove_duplicate=False))
+    if len(named) > len(list(net.parameters())):
+        raise NotStackable("the network shares a parameter between layers")
+    if any(p.is_complex() for p in net.parameters()):
+        raise NotStackable("the network has complex parameters")
+    for name in {m.trained for m in members}:
+        if any(True for _ in losses.losses[losses.names.index(name)].parameters()):
+            raise NotStackable(f"loss {name} has parameters of its own to train")
+    batch = data.draw(TRAIN, 0, data.batch_size)
+    traits = try_step(
+        net, losses, members[0].trained, torch.optim.SGD, batch, len(data.thresholds) + 1
+    )
+    for what in traits.random:
+        raise NotStackable(f"{_named(what)} draws random numbers")
+    for what in traits.stateful:
+        raise NotStackable(f"{_named(what)} keeps a state of its own")
+
+
+def _named(what: str) -> str:
+    return "the network" if what == "model" else f"loss {what}"
 
 
 @contextmanager
@@ -408,7 +484,7 @@ def _closed_on_failure(members: Sequence[Member]) -> Iterator[None]:
     """Close the event files: what goes on after a failure cuts them to the last checkpoint."""
     try:
         yield
-    except RuntimeError:
+    except BaseException:
         for member in members:
             member.logger.close()
         raise
@@ -427,7 +503,7 @@ def fit(
         trainer_options: of pytorch_lightning.Trainer; steps are steps of each run.
 
     Raises:
-        RuntimeError: they cannot be trained as a stack, or memory ran out.
+        NotStackable: they cannot be trained as a stack.
     """
     with _closed_on_failure(members):
         begin = time.perf_counter()

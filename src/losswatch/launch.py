@@ -32,7 +32,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch import config as schema
 from losswatch import fuse, resume
-from losswatch.build import loss_files, make_losses, quieten, trainer_options
+from losswatch.build import loss_nodes, make_losses, quieten, read_loss, trainer_options
+from losswatch.step import NotStackable
 from losswatch.sweep import SweepCallback, stop
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,7 @@ def _key(job: Job) -> dict[str, Any]:
 
 def _changed(job: Job, trained: dict[str, Any]) -> bool:
     """Whether the command line changed the trained loss from what its file says."""
-    files = loss_files(job.config.hydra.runtime.config_sources)
-    return trained != OmegaConf.to_container(OmegaConf.load(files[job.loss]))
+    return trained != OmegaConf.to_container(read_loss(job.loss, job.task))
 
 
 def _frozen(value: Any) -> Hashable:
@@ -142,14 +142,18 @@ def _train(jobs: Sequence[Job]) -> None:
     """Train the jobs as one stack, in halves where the memory does not hold them."""
     first = jobs[0]
     options = trainer_options(first.task)
-    if why := fuse.obstacle(options):
-        raise NotImplementedError(f"{why} needs the ordinary step")
-    files = loss_files(first.config.hydra.runtime.config_sources)
-    losses = make_losses(first.task, first.loss, files)
+    fuse.check_options(options)
+    torch.set_num_threads(first.task.threads)
+    losses = make_losses(loss_nodes(first.task, first.loss))
     members = []
     for job in jobs:
-        _describe(job)
-        members.append(fuse.make_member(job.task, job.loss, job.folder))
+        try:
+            _describe(job)
+            members.append(fuse.make_member(job.task, job.loss, job.folder))
+        except Exception as error:
+            fuse.FINISHED[job.folder] = fuse.Failure(error)
+    if not members:
+        return
     if start := members[0].start:  # of all: it is one of the keys
         print(f"{_count(len(members), 'run')} resumed from step {start}", file=sys.stderr)
     try:
@@ -180,9 +184,11 @@ def _execute(jobs: Sequence[Job], context: Any, singletons: Any) -> list[Returne
             if todo:
                 HydraConfig.instance().set_config(todo[0].config)
                 _train(todo)
-        except RuntimeError as error:  # of torch.vmap's, Dynamo's and the compiler's too
-            reason = " ".join(str(error).split())[:200]
-            print(f"{_count(len(todo), 'run')} trained one by one: {reason}", file=sys.stderr)
+        except NotStackable as error:
+            print(f"{_count(len(todo), 'run')} trained one by one: {error}", file=sys.stderr)
+        except Exception as error:  # theirs alone: other groups go on
+            for job in todo:
+                fuse.FINISHED.setdefault(job.folder, fuse.Failure(error))
         returns = []
         for job in jobs:
             HydraConfig.instance().set_config(job.config)

@@ -3,7 +3,9 @@
 Each is only a checked description of itself: `losswatch.sums` computes them, alone or together.
 
 Everywhere: logits are floating point [N, C, *space] with any number of spatial axes; target holds
-class indices [N, *space] (integers, the fast path) or one-hot or soft labels [N, C, *space].
+class indices [N, *space] (any integer type, or boolean) or one-hot or soft labels [N, C, *space].
+An infinite logit gives the limit of large ones where that exists, as for one of two classes. Where
+it does not, ValueError is raised on a CPU, and the value is NaN elsewhere. An empty batch gives 0.
 Half-precision logits are cast to float32 before anything else, and nothing here is on autocast's
 list of operations to lower, so the values are float32's with or without autocast. float64 stays
 float64.
@@ -18,8 +20,11 @@ inside a gradient of torch.func) raises NotImplementedError.
 
 from __future__ import annotations
 
-import copy
+import inspect
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +34,25 @@ from torch import Tensor, nn
 from losswatch.sums import TINY, Likelihood, Stack, one_hot, traced, wide
 
 
-class Dice(nn.Module):
+class _Frozen(nn.Module):
+    """A module whose settings cannot change: its tables are made of them at construction."""
+
+    _settings: frozenset[str] = frozenset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._settings:
+            raise AttributeError(
+                f"{name} cannot change after construction; make a new {type(self).__name__}"
+            )
+        super().__setattr__(name, value)
+
+    def _freeze(self, constructor: Any) -> None:
+        """From now on the attributes named as arguments of the constructor are read-only."""
+        names = inspect.signature(constructor).parameters
+        self.__dict__["_settings"] = frozenset(names) - {"self"}
+
+
+class Dice(_Frozen):
     """1 - Dice, with a knob for each way in which Dice losses differ; as it stands the article's.
 
     Per class, and per group of pixels summed together,
@@ -94,22 +117,22 @@ class Dice(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = _choice("activation", activation, "softmax", "sigmoid", "none")
-        self.include_background = include_background
+        self.include_background = _flag("include_background", include_background)
         self.exponent = _number("exponent", exponent)
         self.alpha, self.beta = _number("alpha", alpha), _number("beta", beta)
         self.smooth_nr = _numbers("smooth_nr", smooth_nr)
         self.smooth_dr = _numbers("smooth_dr", smooth_dr)
         self.floor = _number("floor", floor)
         self.over = _choice("over", over, "row", "sample", "batch", "global")
-        self.joint = joint
+        self.joint = _flag("joint", joint)
         self.link = _choice("link", link, "1-d", "-d", "-log", "power")
         self.power = _number("power", power)
         self.weight = None if weight is None else _per_class("weight", weight)
-        self.weight_normalised = weight_normalised
+        self.weight_normalised = _flag("weight_normalised", weight_normalised)
         self.reduction = _choice("reduction", reduction, "mean", "sum")
         self.absent = _choice("absent", absent, "smooth", "zero", "skip")
         self.intersection = _choice("intersection", intersection, "product", "minimum")
-        self.ignore_index = ignore_index
+        self.ignore_index = _index("ignore_index", ignore_index)
         if self.exponent == 0:
             raise ValueError("exponent=0: allowed is a number above 0")
         if self.weight and not sum(self.weight[0 if include_background else 1 :]):
@@ -120,12 +143,13 @@ class Dice(nn.Module):
                     f"{name}: one per class, but joint=True makes one d of all classes"
                 )
         self.stack = Stack([self], [])
+        self._freeze(Dice.__init__)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return _checked(self.stack, logits, target, self.ignore_index).squeeze(0)
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(_Frozen):
     """Mean over pixels of -Σ_c y_c·log p_c, p the softmax. The defaults are the article's CCE.
 
     Args:
@@ -153,14 +177,15 @@ class CrossEntropy(nn.Module):
         count_ignored: bool = False,
     ) -> None:
         super().__init__()
-        if clip is not None and not 0 < clip < 0.5:
+        if clip is not None and not (_is_number(clip) and 0 < clip < 0.5):
             raise ValueError(f"clip={clip!r}: allowed is a number between 0 and 0.5, or None")
-        self.clip = clip
+        self.clip = None if clip is None else float(clip)
         self.weight = None if weight is None else _per_class("weight", weight)
         self.label_smoothing = _number("label_smoothing", label_smoothing, high=1)
-        self.ignore_index = ignore_index
-        self.count_ignored = count_ignored
+        self.ignore_index = _index("ignore_index", ignore_index)
+        self.count_ignored = _flag("count_ignored", count_ignored)
         self.stack = Stack([], [self])
+        self._freeze(CrossEntropy.__init__)
 
     @property
     def settings(self) -> Likelihood:
@@ -171,7 +196,7 @@ class CrossEntropy(nn.Module):
         return _checked(self.stack, logits, target, self.ignore_index).squeeze(0)
 
 
-class Sum(nn.Module):
+class Sum(_Frozen):
     """Weighted sum of losses, such as Dice + cross entropy.
 
     >>> logits, target = torch.zeros(1, 2, 3), torch.tensor([[0, 1, 1]])
@@ -181,16 +206,20 @@ class Sum(nn.Module):
 
     def __init__(self, losses: Sequence[nn.Module], weights: Sequence[float] | None = None) -> None:
         super().__init__()
-        self.losses = nn.ModuleList(losses)
+        self.losses = tuple(losses)
         self.weights = tuple(weights or [1.0] * len(losses))
         if len(self.weights) != len(losses) or not losses:
             raise ValueError(
                 f"weights={weights!r}: one per loss is needed, and there are {len(losses)} losses"
             )
+        for weight in self.weights:
+            if not _is_number(weight) or not math.isfinite(weight):
+                raise ValueError(f"weights={weights!r}: allowed are finite numbers")
 
         self.together = LossSet({str(i): loss for i, loss in enumerate(losses)})
         ignored = (getattr(part, "ignore_index", None) for _, part in _parts(self))
         self.ignore_index = next((index for index in ignored if index is not None), None)
+        self._freeze(Sum.__init__)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return _checked(self._value, logits, target, self.ignore_index)
@@ -220,11 +249,14 @@ class OneHotTarget(nn.Module):
 class LossSet(nn.Module):
     """Many losses of the same logits, evaluated together.
 
-    Batch-summed softmax Dice losses and plain cross entropies of one ignore_index share one
-    softmax and one table of sums, also as parts of a `Sum`. Any other module (logits, target) ->
-    scalar is called as it is. Nothing here depends on the data but the tensors' values, so it all
-    works under `torch.func` and `torch.compile`, as far as foreign modules do. Bad labels or
-    logits are not looked for: see `check_inputs`.
+    Batch-summed softmax Dice losses and plain cross entropies of one ignore_index, and sums of
+    them, share one softmax and one table of sums. Only `Dice`, `CrossEntropy` and `Sum` themselves
+    do: a subclass, a module with hooks and any other module (logits, target) -> scalar is foreign,
+    and called as it is. Nothing here depends on the data but the tensors' values, so it all works
+    under `torch.func` and `torch.compile`, as far as foreign modules do. Bad labels or logits are
+    not looked for: see `check_inputs`.
+
+    Raises ValueError where there are no losses.
 
     >>> losses = LossSet({"dice": Dice(), "cce": CrossEntropy()})
     >>> losses(torch.zeros(1, 2, 3), torch.tensor([[0, 1, 1]]))
@@ -238,21 +270,31 @@ class LossSet(nn.Module):
         if not losses:
             raise ValueError("losses: at least one is needed")
         self.names = tuple(losses)
-        self.losses = nn.ModuleList(losses.values())
-        # Each loss as a list of (weight, part); parts are evaluated, losses are sums of parts.
-        sums = [_parts(loss) for loss in losses.values()]
+        self.losses = tuple(losses.values())  # immutable, for what follows is made of them
+        for i, loss in enumerate(self.losses):
+            self.add_module(str(i), loss)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Decide which losses share the table of sums, and which are called as they are.
+
+        A loss is a list of (weight, part); parts are evaluated, losses are sums of parts.
+        """
+        sums = [_parts(loss) for loss in self.losses]
         keys = [_sharing(part) for parts in sums for _, part in parts]
         shared = max((k for k in keys if k is not None), key=keys.count, default=None)
         dices: list[Dice] = []
         ces: list[CrossEntropy] = []
-        own: list[nn.Module] = []
+        foreign: list[nn.Module] = []
         where: list[list[tuple[float, list, int]]] = []
-        for parts in sums:
+        for loss, parts in zip(self.losses, sums, strict=True):
+            if shared is None or any(_sharing(part) != shared for _, part in parts):
+                where.append([(1.0, foreign, len(foreign))])
+                foreign.append(loss)
+                continue
             where.append([])
             for weight, part in parts:
-                group: list[Any] = own
-                if shared is not None and _sharing(part) == shared:
-                    group = dices if isinstance(part, Dice) else ces
+                group: list[Any] = dices if isinstance(part, Dice) else ces
                 index = len(group)
                 if group is ces:  # equal ones would double a row
                     index = next(
@@ -261,22 +303,41 @@ class LossSet(nn.Module):
                 if index == len(group):
                     group.append(part)
                 where[-1].append((weight, group, index))
-        first = {id(dices): 0, id(ces): len(dices), id(own): len(dices) + len(ces)}
+        first = {id(dices): 0, id(ces): len(dices), id(foreign): len(dices) + len(ces)}
         self.mix = [[(w, first[id(group)] + i) for w, group, i in parts] for parts in where]
         single = all(len(mix) == 1 and mix[0][0] == 1 for mix in self.mix)
         order = torch.tensor([mix[0][1] for mix in self.mix]) if single else None
         self.register_buffer("order", order, persistent=False)
         self.stack = Stack(dices, ces)
-        self.own = own  # a list: these modules are registered above already
+        # Lists, since these modules are registered already: parts that share, and whole losses.
+        self.sharing: list[nn.Module] = [*dices, *ces]
+        self.foreign = foreign
+
+    def _see_hooks(self) -> None:
+        """Plan again where a module that shares has been given a hook since."""
+        if any(map(_customised, self.sharing)):
+            device = self.stack.knobs.device
+            self._plan()
+            self.to(device)
+
+    def is_foreign(self, name: str) -> bool:
+        """Whether loss `name` is called as it is, and shares nothing."""
+        return any(self.losses[self.names.index(name)] is loss for loss in self.foreign)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Values [K], float32 (float64 for float64 logits), differentiable by the logits."""
+        self._see_hooks()
         parts = [self.stack(logits, target)] if self.stack.size else []
-        parts += [wide(loss(logits, target)).view(1) for loss in self.own]
+        parts += [wide(loss(logits, target)).view(1) for loss in self.foreign]
         return self._mixed(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     @torch.no_grad()
-    def rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        known: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """values [K], rows [M, *logits.shape] and coefficients [K, M], with
 
             d values[k] / d logits = Σ_m coefficients[k, m] · rows[m]
@@ -286,7 +347,11 @@ class LossSet(nn.Module):
         of all losses. With two classes four rows serve cross entropy and any number of Dice losses
         of exponent 1 and 2. The rows are a transposed view of one contiguous [N, M, C, *space]
         buffer.
+
+        `known` holds the value and the derivative by the logits of foreign losses that have been
+        called for these logits already; they are not called again.
         """
+        self._see_hooks()
         logits = logits.detach()
         values, rows, size = [], [], self.stack.size
         coefficients = None
@@ -294,17 +359,18 @@ class LossSet(nn.Module):
             value, row, coefficients = self.stack.rows(logits, target)
             values.append(value)
             rows.append(row)
-        for loss in self.own:
-            row, value = torch.func.grad_and_value(loss)(logits, target)
+        names = {id(loss): name for name, loss in zip(self.names, self.losses, strict=True)}
+        for loss in self.foreign:
+            value, row = known.get(names[id(loss)]) or value_and_slope(loss, logits, target)
             values.append(wide(value).view(1))
             rows.append(wide(row).unsqueeze(1))
         if len(rows) == 1 and coefficients is not None:
             return self._mixed(values[0]), rows[0].transpose(0, 1), self._mixed(coefficients)
         value = torch.cat(values)
-        matrix = torch.eye(len(self.own), dtype=value.dtype, device=value.device)
+        matrix = torch.eye(len(self.foreign), dtype=value.dtype, device=value.device)
         if coefficients is not None:
             below = F.pad(matrix, (coefficients.shape[1], 0))
-            matrix = torch.cat([F.pad(coefficients, (0, len(self.own))), below])
+            matrix = torch.cat([F.pad(coefficients, (0, len(self.foreign))), below])
         return self._mixed(value), torch.cat(rows, 1).transpose(0, 1), self._mixed(matrix)
 
     def pivot(self, name: str, num_classes: int) -> int | None:
@@ -328,19 +394,32 @@ class LossSet(nn.Module):
         return torch.stack([torch.stack(terms).sum(0) for terms in sums])
 
 
+def value_and_slope(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The value of any loss, and its derivative by the logits, of their shape."""
+    if traced(logits):
+        slope, value = torch.func.grad_and_value(loss)(logits, target)
+        return value, slope
+    with torch.enable_grad():  # torch.func would not take every autograd.Function
+        x = logits.detach().requires_grad_()
+        value = loss(x, target)
+        [slope] = torch.autograd.grad(value, x)
+    return value.detach(), slope
+
+
 def check_inputs(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> None:
-    """Raise ValueError if the logits hold a NaN or the target a label outside [0, C).
+    """Raise ValueError if a logit is NaN or infinite, or a label of the target outside [0, C).
 
     Reads the data, so on a GPU it waits for them; there losses don't call it by themselves.
     """
-    if logits.isnan().any():
-        raise ValueError(
-            f"logits: {int(logits.isnan().sum())} of {logits.numel()} are NaN, none is allowed"
-        )
+    for what, bad in (("NaN", logits.isnan()), ("infinite", logits.isinf())):
+        if bad.any():
+            count = f"{int(bad.sum())} of {logits.numel()}"
+            raise ValueError(f"logits: {count} are {what}, none is allowed")
     if target.ndim == logits.ndim:
         if target.is_floating_point() and target.isnan().any():
             raise ValueError("target: holds NaN, none is allowed")
         return
+    target = target.long()  # PyTorch finds no smallest one of some types
     counted = target if ignore_index is None else target[target != ignore_index]
     if counted.numel():
         low, high, classes = int(counted.min()), int(counted.max()), logits.shape[1]
@@ -366,9 +445,8 @@ def saturation(loss: Dice, logits: Tensor, target: Tensor) -> Saturation:
     >>> saturation(Dice(), far, torch.tensor([[1, 1]])).reason
     'value 1.000 with slope 0.0e+00: no gradient leads back'
     """
-    plain = copy.copy(loss)
-    plain.link, plain.reduction = "1-d", "mean"
-    stack = Stack([plain], [])
+    settings = {name: getattr(loss, name) for name in loss._settings}
+    stack = Dice(**settings | {"link": "1-d", "reduction": "mean"}).stack
     with torch.no_grad():
         g, value = torch.func.grad_and_value(lambda x: stack(x, target)[0])(wide(logits.detach()))
         sums = stack.measure(stack.pixels(stack.activate(wide(logits)), target, dense=True))
@@ -388,18 +466,36 @@ def saturation(loss: Dice, logits: Tensor, target: Tensor) -> Saturation:
 
 
 def _parts(loss: nn.Module, weight: float = 1.0) -> list[tuple[float, nn.Module]]:
-    if not isinstance(loss, Sum):
+    """A sum's parts with their weights; any other loss is its only part."""
+    if type(loss) is not Sum or _customised(loss):
         return [(weight, loss)]
     pairs = zip(loss.weights, loss.losses, strict=True)
     return [part for w, f in pairs for part in _parts(f, weight * w)]
 
 
+def _customised(loss: nn.Module) -> bool:
+    """Whether to call this very module gives something else than its class's `forward`."""
+    hooks = (
+        loss._forward_hooks,
+        loss._forward_pre_hooks,
+        loss._backward_hooks,
+        loss._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in loss.__dict__
+
+
 def _sharing(loss: nn.Module) -> tuple | None:
-    """Losses with equal answers share their rows; None has its own."""
-    if isinstance(loss, Dice):
+    """Losses with equal answers share their rows; None has its own.
+
+    A subclass may compute anything, so only the classes themselves share.
+    """
+    if _customised(loss):
+        return None
+    if type(loss) is Dice:
         batch = loss.over in ("batch", "global") and loss.intersection == "product"
         return (loss.ignore_index,) if batch and loss.activation == "softmax" else None
-    return (loss.ignore_index,) if isinstance(loss, CrossEntropy) and loss.settings.plain else None
+    plain = type(loss) is CrossEntropy and loss.settings.plain
+    return (loss.ignore_index,) if plain else None
 
 
 def _checked(loss: Any, logits: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
@@ -409,7 +505,7 @@ def _checked(loss: Any, logits: Tensor, target: Tensor, ignore_index: int | None
     index = (*logits.shape[:1], *logits.shape[2:])
     if target.shape == index and target.numel() and logits.ndim > 1 < logits.shape[1]:
         if not isinstance(loss, Stack) or loss.dense(logits, target):
-            low, high = torch.aminmax(target)
+            low, high = torch.aminmax(target if target.dtype in _ORDERED else target.long())
             if low < 0 or high >= logits.shape[1]:
                 check_inputs(logits, target, ignore_index)
     try:
@@ -422,15 +518,35 @@ def _checked(loss: Any, logits: Tensor, target: Tensor, ignore_index: int | None
     return value
 
 
+# The types of labels of which PyTorch finds the smallest and largest.
+_ORDERED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _choice(name: str, value: Any, *allowed: str) -> Any:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
     return value
 
 
-def _number(name: str, value: Any, high: float = float("inf")) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-        upto = "at least 0" if high == float("inf") else f"from 0 to {high:g}"
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):  # "off" and "no" would count as true
+        raise ValueError(f"{name}={value!r}: allowed are true and false")
+    return value
+
+
+def _index(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise ValueError(f"{name}={value!r}: allowed is a whole number, or None")
+    return None if value is None else int(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any, high: float = math.inf) -> float:
+    if not _is_number(value) or not 0 <= value <= high or math.isinf(value):
+        upto = "at least 0" if math.isinf(high) else f"from 0 to {high:g}"
         raise ValueError(f"{name}={value!r}: allowed is a number {upto}")
     return float(value)
 
@@ -442,4 +558,6 @@ def _per_class(name: str, value: Any) -> tuple[float, ...]:
 
 
 def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
-    return _number(name, value) if isinstance(value, int | float) else _per_class(name, value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _per_class(name, value)
+    return _number(name, value)

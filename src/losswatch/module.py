@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -40,6 +42,8 @@ def scores(confusion: Tensor) -> dict[str, Tensor]:
 class SegmentationModule(pl.LightningModule):
     """Trains `net` with the loss called `trained`, evaluates all of `losses`.
 
+    Parameters that the trained loss has are trained with the network's.
+
     Args:
         net: maps images [N, 1, *space] to logits [N, C, *space].
         losses: the losses watched, the trained one among them.
@@ -61,6 +65,8 @@ class SegmentationModule(pl.LightningModule):
         super().__init__()
         self.net, self.losses, self.trained = net, losses, trained
         self.loss = losses.losses[losses.names.index(trained)]
+        for loss in losses.losses:  # what is only watched is not trained
+            loss.requires_grad_(loss is self.loss)
         self.make_optimizer = optimizer
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         # Sums over pixels of each loss, and of the pixels, while a stage runs.
@@ -87,7 +93,7 @@ class SegmentationModule(pl.LightningModule):
         if self.trainer.precision == "16-mixed":  # its scaler skips such steps
             return
         norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.net.parameters() if p.grad is not None]
+            [p.grad for p in self.parameters() if p.grad is not None]
         )
         bad = (norm + self.value.detach()).isfinite().logical_not()
         before = self.bad_step.to(norm.device)
@@ -107,7 +113,7 @@ class SegmentationModule(pl.LightningModule):
 
     def _stop(self, step: int) -> None:
         """Name the first tensor that is not finite, in the order of the computation."""
-        named = list(self.net.named_parameters())
+        named = [*self.net.named_parameters(), *self.loss.named_parameters()]
         tensors = [
             *named,
             ("the logits", self.logits),
@@ -131,7 +137,8 @@ class SegmentationModule(pl.LightningModule):
         # argmax is ten times as slow on a CPU unless the classes come last.
         self.confusion.update(logits.max(dim=1).indices, target)
         pixels = logits.new_full((1,), target.numel())
-        values = torch.cat([self.losses(logits, target) * pixels, pixels])
+        with isolate_rng() if self.losses.foreign else nullcontext():  # of losses that draw
+            values = torch.cat([self.losses(logits, target) * pixels, pixels])
         if target.numel():  # a last batch may leave nothing to some ranks, whose loss may be NaN
             self.loss_sums = self.loss_sums.to(values.device) + values
 

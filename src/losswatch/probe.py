@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import combinations
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from losswatch.events import write_scalars
@@ -79,6 +81,7 @@ class Probe(pl.Callback):
         self.steps: list[int] = []
         self.warned: set[str] = set()
         self.parameters = [p for p in module.net.parameters() if p.requires_grad]
+        self.size = len(self._flat(self.parameters))
         # The trained gradient saves a row where it is the plain gradient of this very batch.
         self.reuse = (
             trainer.accumulate_grad_batches == 1
@@ -95,7 +98,13 @@ class Probe(pl.Callback):
             return
         assert isinstance(module, SegmentationModule)
         logits = module.logits
-        values, rows, coefficients = module.losses.rows(logits.detach(), module.target)
+        known = {}
+        # A loss that draws or keeps state would give something else if it were called again.
+        if module.losses.is_foreign(module.trained) and logits.dtype != torch.float16:
+            slope = torch.autograd.grad(module.value, logits, retain_graph=True)[0]
+            known[module.trained] = (module.value.detach(), slope)
+        with isolate_rng() if module.losses.foreign else nullcontext():
+            values, rows, coefficients = module.losses.rows(logits, module.target, known)
         if logits.dtype == torch.float16:
             # Sums over pixels would overflow, or rows vanish. Powers of two round nothing.
             _, exponent = rows.abs().flatten(1).sum(1).frexp()
@@ -103,7 +112,7 @@ class Probe(pl.Callback):
             rows = rows * scale.view(-1, *[1] * (rows.ndim - 1))
             coefficients = coefficients / scale
         self.pivot = module.losses.pivot(module.trained, logits.shape[1]) if self.reuse else None
-        jacobian = coefficients.new_zeros(len(rows), sum(p.numel() for p in self.parameters))
+        jacobian = coefficients.new_zeros(len(rows), self.size)
         for i, row in enumerate(rows):
             if i != self.pivot:
                 jacobian[i] = self._flat(
@@ -143,11 +152,13 @@ class Probe(pl.Callback):
             self.flush(trainer)
 
     def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """One vector; a complex number counts as its two parts."""
         parts = [
-            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            torch.zeros_like(p) if g is None else g
             for p, g in zip(self.parameters, gradients, strict=True)
         ]
-        return torch.cat(parts)
+        real = [torch.view_as_real(g) if g.is_complex() else g for g in parts]
+        return torch.cat([g.flatten() for g in real])
 
     def latest(self) -> dict[str, float]:
         """The last observation's values, for the progress bar."""

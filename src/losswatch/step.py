@@ -23,6 +23,11 @@ from losswatch.data import TRAIN, image_and_label, uniform
 from losswatch.losses import LossSet
 from losswatch.probe import observe
 
+
+class NotStackable(NotImplementedError):
+    """These runs need the ordinary step; the message says in one line what of them does."""
+
+
 State = dict[str, Tensor]
 # (parameters, their gradient, moments, steps done before, numbers) -> (parameters, moments)
 Rule = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor, State], tuple[Tensor, tuple]]
@@ -51,7 +56,7 @@ def _sgd(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], t: Tensor, n: State)
 
 def _adam_numbers(group: Mapping[str, Any], decoupled: float) -> dict[str, float]:
     if group["amsgrad"] or group["maximize"]:
-        raise NotImplementedError("amsgrad and maximize are not written out for stacked runs")
+        raise NotStackable("amsgrad and maximize are not written out for stacked runs")
     beta1, beta2 = group["betas"]
     return {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"],
             "weight_decay": group["weight_decay"], "decoupled": decoupled}  # fmt: skip
@@ -59,7 +64,7 @@ def _adam_numbers(group: Mapping[str, Any], decoupled: float) -> dict[str, float
 
 def _sgd_numbers(group: Mapping[str, Any]) -> dict[str, float]:
     if group["dampening"] or group["maximize"]:
-        raise NotImplementedError("dampening and maximize are not written out for stacked runs")
+        raise NotStackable("dampening and maximize are not written out for stacked runs")
     numbers = {key: float(group[key]) for key in ("momentum", "nesterov", "weight_decay")}
     return {"lr": group["lr"], **numbers}
 
@@ -68,7 +73,7 @@ def optimizer_rule(optimizer: torch.optim.Optimizer) -> tuple[Rule, dict[str, fl
     """The rule of a torch optimiser, its numbers, and the names of its moments in a state_dict.
 
     Raises:
-        NotImplementedError: for one that is not written out here.
+        NotStackable: for one that is not written out here.
     """
     group = optimizer.param_groups[0]
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
@@ -76,7 +81,7 @@ def optimizer_rule(optimizer: torch.optim.Optimizer) -> tuple[Rule, dict[str, fl
         return _adam, _adam_numbers(group, float(decoupled)), ["exp_avg", "exp_avg_sq"]
     if type(optimizer) is torch.optim.SGD:
         return _sgd, _sgd_numbers(group), ["momentum_buffer"]
-    raise NotImplementedError(f"{type(optimizer).__name__} is not written out for stacked runs")
+    raise NotStackable(f"{type(optimizer).__name__} is not written out for stacked runs")
 
 
 def trained_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
@@ -142,10 +147,7 @@ def make_gradient(
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled at its first call for tensors of the shapes that it is given there.
-
-    That call raises RuntimeError where it cannot be compiled.
-    """
+    """`function`, compiled at its first call for tensors of the shapes that it is given there."""
     ready: Callable[..., Any] | None = None
     returned: Any = None
 
@@ -189,13 +191,9 @@ def _compile(function: Callable[..., Any], example: Sequence[Tensor]) -> Callabl
     # A sum over taps and channels reads many numbers. By default Inductor would cut it into parts,
     # and write and read what they give: on a CPU a fifth more time.
     patches = {"realize_acc_reads_threshold": 100} if on_cpu else {}
-    try:
-        return standalone_compile(
-            graph,
-            list(example),
-            dynamic_shapes="from_example_inputs",
-            options={"config_patches": patches},
-        )
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Inductor names what fails in it a RuntimeError, but not what it is called through.
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    return standalone_compile(
+        graph,
+        list(example),
+        dynamic_shapes="from_example_inputs",
+        options={"config_patches": patches},
+    )

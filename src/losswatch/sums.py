@@ -169,7 +169,7 @@ class Stack(nn.Module):
         """What the losses read of p and target; y and own may be known from before."""
         if target.ndim == p.ndim:
             return Pixels(p, target.to(p.dtype), target, None, None, False)
-        label, valid = target.unsqueeze(1), None
+        label, valid = target.long().unsqueeze(1), None
         if self.ignore_index is not None:
             counted = label.ne(self.ignore_index)
             label, valid = torch.where(counted, label, 0), counted.to(p.dtype)
@@ -251,7 +251,10 @@ class Stack(nn.Module):
                 e = total.new_full((len(ce),), 1 / norm[0] if norm[0] else 0)
             values.append(total * e)
             e = e * world if world > 1 else e
-        return pixels, values[0] if len(values) == 1 else torch.cat(values), a, b, e
+        value = values[0] if len(values) == 1 else torch.cat(values)
+        if x.numel() == 0 and world == 1:  # no pixel counts, as where all are ignored
+            value, a, b, e = (torch.zeros_like(t) for t in (value, a, b, e))
+        return pixels, value, a, b, e
 
     def _gather(self, local: Sums, ce: list[Tensor], norm: list):
         """Sums over all ranks, in one all-reduce."""
@@ -686,9 +689,9 @@ class _Evaluate(torch.autograd.Function):
         stack = ctx.stack
         pixels = stack.pixels(p, target, stack.dense(p, target), y if y.numel() else None, own)
         # Only what the losses in use need: often one is trained and the others watched.
-        used = [True] * stack.size
+        used = [p.numel() > 0] * stack.size
         if g.device.type == "cpu" and not traced(g):
-            used = [share != 0 for share in g.tolist()]
+            used = [use and share != 0 for use, share in zip(used, g.tolist(), strict=True)]
         share, count = g[:, None], stack.dices
         powers = {}
         if any(used[:count]):
@@ -816,11 +819,25 @@ def _check_shapes(stack: Stack, logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"{stack.demand}, but logits {wanted} have {wanted[1]}")
     if stack.over == "row" and logits.ndim < 3:
         raise ValueError(f"logits: {wanted} have no rows, over='row' needs [N, C, *space]")
+    if wanted[1] == 1 and stack.activation == "softmax":
+        other = "Dice(activation='sigmoid')" if stack.dices else "torch.nn.BCEWithLogitsLoss()"
+        raise ValueError(
+            f"logits: {wanted} have one channel, whose softmax is 1 everywhere; the loss for it is "
+            f"{other}, with a target of that shape"
+        )
+    if wanted[1] == 1 and not stack.background:
+        raise ValueError(
+            f"logits: {wanted} have one channel, and include_background=False would leave none"
+        )
+    if target.is_complex():
+        raise ValueError(f"target: {target.dtype} {seen}, allowed are integers or real labels")
     if seen == wanted:
         if stack.ignore_index is not None:
             raise ValueError(f"target: {seen} is one-hot or soft, ignore_index needs class indices")
+        if target.requires_grad:
+            raise ValueError("target: it requires a gradient, which no loss here gives; detach it")
     elif seen != (wanted[0], *wanted[2:]) or wanted[1] == 1:
         index = "" if wanted[1] == 1 else f"class indices {(wanted[0], *wanted[2:])} or "
         raise ValueError(f"target: shape {seen}, allowed are {index}labels {wanted}")
-    elif target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+    elif target.is_floating_point():
         raise ValueError(f"target: {target.dtype} {seen}, class indices must be integers")

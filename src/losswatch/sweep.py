@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException, MissingConfigException
@@ -105,15 +107,14 @@ def checked(sweep: DictConfig, overrides: list[str], folder: Path) -> DictConfig
     Raises:
         ConfigError: its settings don't fit, or `folder` holds another run, or one under way.
     """
-    from losswatch.build import check, loss_files
+    from losswatch.build import check
     from losswatch.resume import check_folder, finished, hold
 
     try:
         job = GlobalHydra.instance().config_loader().load_sweep_config(sweep, overrides)
     except Exception:
         return None
-    files = loss_files(job.hydra.runtime.config_sources)
-    check(job, job.hydra.runtime.choices.get("loss"), files, multirun=True)
+    check(job, job.hydra.runtime.choices.get("loss"), multirun=True)
     check_folder(folder, job)
     if folder.is_dir() and not finished(folder):
         hold(folder).close()
@@ -144,6 +145,7 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         SweepCallback.folder = Path(config.hydra.sweep.dir)
+        HydraConfig.instance().set_config(copy.deepcopy(config))  # it makes it read-only
         if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
             return  # one that searches chooses its runs as it goes, and each is checked then
         jobs = grid(config)

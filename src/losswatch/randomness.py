@@ -1,0 +1,62 @@
+"""The random state of a process: seeded for a run, and kept in its checkpoints.
+
+To leave it alone, use pytorch_lightning.utilities.seed.isolate_rng.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed PyTorch's, numpy's and Python's generators with a number from 0 to 2^63 - 1."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # all that numpy takes
+    random.seed(seed)
+
+
+def get_state() -> dict[str, Any]:
+    """The state of all generators as tensors and plain data, which a checkpoint can hold."""
+    numpy: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = numpy
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": list(random.getstate()),
+    }
+
+
+def set_state(state: dict[str, Any]) -> None:
+    """Go back to what `get_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+def draws(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether a call takes numbers from any of the generators.
+
+    >>> draws(torch.nn.Dropout(0.5), torch.ones(3)), draws(torch.nn.ReLU(), torch.ones(3))
+    (True, False)
+    """
+    before = _comparable(get_state())
+    function(*args)
+    return _comparable(get_state()) != before
+
+
+def _comparable(state: Any) -> Any:
+    if isinstance(state, torch.Tensor):
+        return state.tolist()
+    if isinstance(state, dict):
+        return [_comparable(value) for value in state.values()]
+    return [_comparable(value) for value in state] if isinstance(state, list) else state
