@@ -372,6 +372,21 @@ def test_compile_falls_back(compose, train_alone, tmp_path, caplog, override, re
     assert said == [f"not compiled: {reason}"]
 
 
+@pytest.mark.parametrize("error", [AssertionError("no such operation"), MemoryError("none left")])
+def test_what_the_compiler_refuses(both, monkeypatch, error):
+    """Told from a lack of memory, which is the run's."""
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("losswatch.step.standalone_compile", broken)
+    wanted, text = NotStackable, "the compiler cannot compile them .*AssertionError: no such oper"
+    if isinstance(error, MemoryError):
+        wanted, text = MemoryError, "none left"
+    with pytest.raises(wanted, match=text):
+        both(alone=False, compile=True)
+
+
 # --- Compiled ------------------------------------------------------------------------------------
 
 

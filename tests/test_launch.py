@@ -29,14 +29,12 @@ def jobs(tmp_path):
     def make(*runs):
         found = []
         for i, overrides in enumerate(runs):
-            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-                cfg = hydra.compose(
-                    "config", overrides=[*SMALL, *overrides], return_hydra_config=True
-                )
+            cfg = hydra.compose("config", overrides=[*SMALL, *overrides], return_hydra_config=True)
             found.append(launch.Job(i, list(overrides), cfg, tmp_path / str(i)))
         return found
 
-    return make
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        yield make
 
 
 def indices(found):

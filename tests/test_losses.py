@@ -1,3 +1,4 @@
+import copy
 import math
 from pathlib import Path
 
@@ -647,6 +648,147 @@ def test_properties(seed, scale, name):
     assert loss(better, target).item() <= value + 1e-12
     perfect = loss(60 * (2 * one_hot(target, 2) - 1), target).item()
     assert perfect == pytest.approx(0, abs=2e-7)
+
+
+# -- types and edges of what is given --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ARTICLE, "dice_cce", "cce_stable", "dice_focal_tversky"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.bool],
+)
+def test_all_types_of_labels(name, dtype):
+    loss, (logits, target) = load(name), batch()
+    given = target.to(dtype)
+    assert torch.equal(loss(logits, given), loss(logits, target))
+    assert torch.equal(gradient(loss, logits, given), gradient(loss, logits, target))
+    pair = LossSet({"it": loss, "dice": Dice()})
+    for a, b in zip(pair.rows(logits, given), pair.rows(logits, target), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ignored_labels_of_a_short_type():
+    logits, target = batch()
+    target[0, 0] = 255
+    loss = Sum([Dice(ignore_index=255), CrossEntropy(ignore_index=255)])
+    assert torch.equal(loss(logits, target.to(torch.uint8)), loss(logits, target))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 2, 0, 4)])
+def test_an_empty_batch_is_zero(path, shape):
+    loss = instantiate(OmegaConf.load(path))
+    logits, target = torch.zeros(shape), torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
+    assert loss(logits, target).item() == 0
+    assert gradient(loss, logits, target).shape == shape
+    values, rows, coefficients = LossSet({"it": loss}).rows(logits, target)
+    assert values.item() == 0 and rows.numel() == 0 and coefficients.isfinite().all()
+
+
+def test_a_soft_target_that_requires_a_gradient_is_refused():
+    logits, target = batch()
+    soft = one_hot(target, 2).requires_grad_()
+    for loss in (Dice(), CrossEntropy(), LossSet({"it": Dice()})):
+        with pytest.raises(ValueError, match="target: it requires a gradient.*detach"):
+            loss(logits, soft)
+    with pytest.raises(ValueError, match="target: torch.complex64"):
+        Dice()(logits, soft.detach().to(torch.complex64))
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_one_channel(index):
+    logits = torch.randn(2, 1, 5, 6, dtype=torch.float64)
+    target = (logits > 0).double()
+    sigmoid = Dice(activation="sigmoid")
+    p = logits.sigmoid()
+    wanted = 1 - (2 * (p * target).sum() + 1e-7) / (p.sum() + target.sum() + 1e-7)
+    assert sigmoid(logits, target).item() == pytest.approx(wanted.item(), abs=1e-12)
+    given = target[:, 0].long() if index else target
+    with pytest.raises(ValueError, match=r"one channel, whose softmax is 1.*sigmoid"):
+        Dice()(logits, given)
+    for loss in (CrossEntropy(), CrossEntropy(clip=None)):
+        with pytest.raises(ValueError, match="one channel, whose softmax is 1.*BCEWithLogitsLoss"):
+            loss(logits, given)
+    with pytest.raises(ValueError, match="one channel, and include_background=False would leave"):
+        Dice(activation="sigmoid", include_background=False)(logits, target)
+
+
+def test_infinite_logits():
+    """Of two classes the limit; where there is none, refused."""
+    target = torch.tensor([[0, 1]])
+    far = torch.tensor([[[float("inf"), 0.0], [0.0, float("inf")]]])
+    for loss in (Dice(), CrossEntropy()):
+        assert loss(far, target).item() == pytest.approx(loss(far.clamp(max=1e4), target).item())
+        assert gradient(loss, far, target).isfinite().all()
+        with pytest.raises(ValueError, match="logits: 1 of 6 are infinite"):
+            loss(torch.tensor([[[float("inf"), 0.0], [0.0, 0.0], [0.0, 0.0]]]), target)
+
+
+@pytest.mark.parametrize("make", [Dice, CrossEntropy, lambda: Sum([Dice()], [2.0])])
+def test_settings_are_frozen(make):
+    loss = make()
+    names = [n for n in vars(loss) if n in loss._settings]
+    for name in names or ["losses"]:
+        with pytest.raises(AttributeError, match=f"{name} cannot change after construction"):
+            setattr(loss, name, 100)
+    loss.train(False).half()
+    loss.remark = "anything else may be set"
+    twin = copy.deepcopy(loss)
+    logits, target = batch(dtype=torch.float32)
+    assert torch.equal(twin(logits, target), loss(logits, target))
+    with pytest.raises(AttributeError):
+        twin.ignore_index = 3
+
+
+class Shifted(Dice):
+    def __init__(self, shift):
+        super().__init__(smooth_nr=1)
+        self.shift = shift
+
+    def forward(self, logits, target):
+        return super().forward(logits, target) + self.shift
+
+
+def test_a_subclass_may_set_what_is_its_own():
+    logits, target = batch()
+    loss = Shifted(3.0)
+    loss.shift = 4.0
+    wanted = Dice(smooth_nr=1)(logits, target) + 4
+    assert torch.equal(loss(logits, target), wanted)
+    assert LossSet({"it": loss, "dice": Dice()}).is_foreign("it")
+
+
+def test_numpy_numbers_are_numbers():
+    logits, target = batch()
+    loss = Dice(
+        smooth_nr=np.float32(0.5), smooth_dr=np.int64(1), weight=[np.float64(1), np.int8(3)],
+        ignore_index=np.int64(255),
+    )  # fmt: skip
+    wanted = Dice(smooth_nr=0.5, smooth_dr=1, weight=[1, 3], ignore_index=255)
+    assert torch.equal(loss(logits, target), wanted(logits, target))
+    assert CrossEntropy(clip=np.float64(1e-3)).clip == 1e-3
+
+
+@pytest.mark.parametrize("value", ["off", "no", "true", 0, 1, None, "", "maybe"])
+@pytest.mark.parametrize(
+    "kind, name",
+    [(Dice, "include_background"), (Dice, "joint"), (Dice, "weight_normalised"),
+     (CrossEntropy, "count_ignored")],
+)  # fmt: skip
+def test_a_truth_value_is_one(kind, name, value):
+    with pytest.raises(ValueError, match=f"{name}=.*allowed are true and false"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("value", [True, "1", float("nan"), float("inf"), -1, None])
+@pytest.mark.parametrize("name", ["exponent", "alpha", "smooth_nr", "floor", "power"])
+def test_a_number_is_one(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.*allowed is a number"):
+        Dice(**{name: value})
+    for index in (True, 1.5, "255"):
+        with pytest.raises(ValueError, match="ignore_index=.*allowed is a whole number"):
+            Dice(ignore_index=index)
 
 
 # -- bad input -------------------------------------------------------------------------------------

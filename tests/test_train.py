@@ -212,7 +212,7 @@ def net(in_channels, num_classes, dims, width):
 BOOM = """
 class Boom(Mine):
     def forward(self, logits, target):
-        if logits.shape[-1] == 16:  # not in the check before training
+        if not torch.is_grad_enabled():  # in validation, which is not tried before training
             raise RuntimeError("boom\\nsecond line")
         return super().forward(logits, target)
 """

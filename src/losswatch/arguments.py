@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from os import PathLike
 from typing import Any
 
 from losswatch.config import ConfigError
@@ -86,8 +88,8 @@ def _fits(value: Any, kind: Any) -> bool:
         if container is tuple and inner and inner[-1] is not Ellipsis:
             return len(value) == len(inner) and all(map(_fits, value, inner))
         return not inner or all(_fits(one, inner[0]) for one in value)
-    if isinstance(value, str):  # many a class is made of its name
-        return not issubclass(container, list | tuple | Mapping) and container is not Sequence
+    if isinstance(value, str) and issubclass(container, Enum | PathLike):
+        return True
     return isinstance(value, container)
 
 

@@ -166,7 +166,7 @@ class StackedModule(pl.LightningModule):
         self.automatic_optimization = False
         self.members, self.losses = list(members), losses
         check_traits(members, losses)
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.compile = every_n_steps, compile
         self.net = copy.deepcopy(members[0].net)
         names = trained_parameters(self.net)
         rule, first_numbers, self.moment_names = optimizer_rule(members[0].optimizer)
@@ -256,8 +256,11 @@ class StackedModule(pl.LightningModule):
         except Exception as error:
             if "DefaultCPUAllocator" in str(error):  # out of memory, too
                 raise
-            reason = " ".join(str(error).split())[:200]
-            raise NotStackable(f"{type(error).__name__}: {reason}") from error
+            what = "the compiler cannot compile" if self.compile else "torch.func cannot map"
+            why = " ".join(str(error).split()).split(". ")[0][:200]
+            raise NotStackable(
+                f"{what} them over runs: {type(error).__name__}: {why}"
+            ) from error
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
         first, last = batch

@@ -103,7 +103,8 @@ class Probe(pl.Callback):
         if module.losses.is_foreign(module.trained) and logits.dtype != torch.float16:
             slope = torch.autograd.grad(module.value, logits, retain_graph=True)[0]
             known[module.trained] = (module.value.detach(), slope)
-        with isolate_rng() if module.losses.foreign else nullcontext():
+        aside = isolate_rng() if module.losses.foreign else nullcontext()
+        with trainer.precision_plugin.forward_context(), aside:  # as the trained loss is called
             values, rows, coefficients = module.losses.rows(logits, module.target, known)
         if logits.dtype == torch.float16:
             # Sums over pixels would overflow, or rows vanish. Powers of two round nothing.

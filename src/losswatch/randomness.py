@@ -27,7 +27,7 @@ def get_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [kind, torch.from_numpy(keys), position, has_gauss, gauss],
         "python": list(random.getstate()),
     }
 
@@ -38,7 +38,7 @@ def set_state(state: dict[str, Any]) -> None:
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.numpy(), *rest))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
 
