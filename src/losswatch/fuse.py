@@ -53,6 +53,7 @@ class Member:
     logger: EventLog
     config: dict[str, Any]  # kept in its checkpoints
     start: int = 0  # steps done by an earlier attempt; net and optimizer hold its state
+    notice: str | None = None  # what of that attempt is damaged or missing
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # why it counts as failed
     seconds: float = 0.0  # its share of the stack's time
@@ -76,15 +77,15 @@ def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
     """A run, in the state of its newest checkpoint where its folder holds one."""
     net = make_net(cfg)
     optimizer = make_optimizer(cfg)(list(trained_parameters(net).values()))
-    _, found = resume.newest(folder, below=cfg.trainer.max_steps) or (None, {})
-    logger = open_log(cfg, trained, folder, found.get("losswatch", {}).get("events"))
-    start = found.get("global_step", 0)
+    start = resume.take_up(folder, below=cfg.trainer.max_steps)
+    logger = open_log(cfg, trained, folder, start.events)
     member = Member(
-        folder, net, make_data(cfg), trained, optimizer, logger, resume.plain(cfg), start
+        folder, net, make_data(cfg), trained, optimizer, logger, resume.plain(cfg), start.step
     )
-    if start:
-        resume.load_net(net, found)
-        optimizer.load_state_dict(found["optimizer_states"][0])
+    member.notice = start.notice
+    if start.path:
+        resume.load_net(net, start.content)
+        optimizer.load_state_dict(start.content["optimizer_states"][0])
     return member
 
 
@@ -385,7 +386,7 @@ def save_checkpoint(member: Member, step: int, loops: dict[str, Any]) -> None:
         "lr_schedulers": [],
         "losswatch": member.logger.record(member.config),
     }
-    resume.save(checkpoint, member.folder / "checkpoints" / f"step={step}.ckpt")
+    resume.save(checkpoint, resume.checkpoint_path(member.folder, step))
 
 
 def obstacle(trainer: Mapping[str, Any]) -> str | None:
@@ -396,10 +397,12 @@ def obstacle(trainer: Mapping[str, Any]) -> str | None:
         "accumulate_grad_batches": 1,
         "devices": 1,
         "num_nodes": 1,
+        "max_time": None,  # of each run
     }
     for key, value in needed.items():
-        if str(trainer[key]) not in (str(value), "32"):
-            return f"trainer.{key}={trainer[key]}"
+        given = trainer.get(key, value)
+        if str(given) not in (str(value), "32"):
+            return f"trainer.{key}={given}"
     return None
 
 
@@ -430,6 +433,8 @@ def fit(
         RuntimeError: they cannot be trained as a stack, or memory ran out.
     """
     with _closed_on_failure(members):
+        if len({member.start for member in members}) > 1:
+            raise RuntimeError("the runs are at different steps")
         begin = time.perf_counter()
         module = StackedModule(members, losses, **options)
         steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
@@ -449,6 +454,8 @@ def fit(
         blocks = Blocks(first, steps, block)
         with fast_on_cpu(module.net):
             trainer.fit(module, blocks, range(1))  # type: ignore[arg-type]
+        if trainer.global_step < steps:
+            raise RuntimeError(f"training ended at step {trainer.global_step} of {steps}")
         if steps % interval:
             module.report("val", VAL, members[0].data.val_size)  # the final weights, too
         module.save()
