@@ -21,13 +21,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_train
-from pytorch_lightning.callbacks import Timer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import fuse, launch, resume
 from losswatch.build import make_net, trainer_options
-from losswatch.callbacks import open_log
+from losswatch.callbacks import Images, open_log
 from losswatch.config import ConfigError
 from losswatch.events import write_scalars
 from losswatch.report import read_runs, read_scalars
@@ -94,17 +93,16 @@ def train_here(program, compose, monkeypatch):
     """
 
     def train(folder, *overrides, stop=None, die=None):
-        def on_train_batch_end(timer, trainer, module, outputs, batch, index):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
             if index + 1 == die:
                 raise SystemError("died")
             if stop is not None and index + 1 >= stop:
                 trainer.should_stop = True
 
-        monkeypatch.setattr(Timer, "on_train_batch_end", on_train_batch_end)
-        more = ["+trainer.max_time=01:00:00:00"] if stop or die else []
+        monkeypatch.setattr(Images, "on_train_batch_end", on_train_batch_end, raising=False)
         composed = compose(
             "experiment=smoke", "seed=5", "trainer.max_steps=40",
-            "trainer.enable_progress_bar=false", *overrides, *more,
+            "trainer.enable_progress_bar=false", *overrides,
         )  # fmt: skip
         folder.mkdir(exist_ok=True)
         return program.train(composed.cfg, composed.trained, composed.files, folder)
@@ -291,10 +289,9 @@ def test_killed_at_random(tmp_path, compiled):
     while kills < (10 if compiled else 20):
         ends += 1
         folder = tmp_path / f"run{ends}"
-        folder.mkdir()
         while not resume.finished(folder):
             by = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-            process = start(*command, f"resume={folder}", cwd=tmp_path)
+            process = start(*command, f"hydra.run.dir={folder}", cwd=tmp_path)
             before = resume.newest(folder)
             try:
                 process.wait(timeout=dice.uniform(0, seconds))
@@ -821,15 +818,17 @@ def test_the_clock_went_back(compose, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop", [23, 30])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_path, stop):
     """Between two validations and at one; it is validated where it stops, but not on record."""
-    folder = tmp_path / "run"
-    steps, metrics = train_here(folder, stop=stop)
+    folder, limit = tmp_path / "run", "+trainer.max_time=01:00:00:00"
+    steps, metrics = train_here(folder, limit, stop=stop)
     assert steps == stop and "val/accuracy" in metrics and "test/accuracy" not in metrics
-    assert resume.newest(folder)[1]["global_step"] == stop
-    assert train_here(folder)[0] == 40
+    content = resume.newest(folder)[1]
+    assert content["global_step"] == stop
+    assert not content["callbacks"]  # the timer's: no time would be left to go on
+    assert train_here(folder, limit)[0] == 40
     assert_same_training(folder, straight)
 
 
-@pytest.mark.parametrize("end", [{"stop": 25}, {"die": 25}])
+@pytest.mark.parametrize("end", [{"stop": 25}, {"die": 35}])
 def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
     """So there is none in the middle of a step, though a validation or the end of the time is."""
     accumulate = ["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=10"]
