@@ -107,15 +107,15 @@ def put_last(writer: SummaryWriter) -> None:
     TensorBoard reads the files of a run in the order of their names, which begin with the time. A
     clock that went back, or that of another machine, would put what comes last first.
     """
-    writer.flush()
-    file = _file(writer)
-    path = Path(os.fsdecode(file.filename))
+    assert writer.file_writer is not None
+    path = Path(writer.file_writer.event_writer._file_name)
     stamp = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
     others = [other.name for other in path.parent.iterdir() if stamp.match(other.name)]
     if path.name < (last := max(others)):
         later = f"events.out.tfevents.{int(stamp.match(last)[1]) + 1:010}."  # type: ignore[index]
-        renamed = path.rename(path.with_name(stamp.sub(later, path.name, count=1)))
-        file.filename = os.fsencode(renamed)  # it is opened anew for each write
+        writer.flush()  # so that nothing is written while the file has no name
+        path = path.rename(path.with_name(stamp.sub(later, path.name, count=1)))
+        _file(writer).filename = os.fsencode(path)  # TensorBoard opens it anew for each write
 
 
 def _file(writer: SummaryWriter) -> Any:
