@@ -31,10 +31,9 @@ log = logging.getLogger("losswatch")
 schema.register()
 
 
-def train(cfg: DictConfig, trained: str, folder: Path) -> dict[str, float]:
-    """Train one run in `folder`; return its final metrics."""
+def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, float]]:
+    """Train one run in `folder`; return the number of steps that are done, and its metrics then."""
     import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import ModelCheckpoint
 
     from losswatch import build, callbacks, fuse, randomness, resume
     from losswatch.module import SegmentationModule
@@ -50,25 +49,28 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> dict[str, float]:
         try:
             fuse.check_options(options)
             member = fuse.make_member(cfg, trained, folder)
+            if member.notice:
+                log.warning("%s", member.notice)
             if member.start:
                 log.info("resumed from step %d", member.start)
             fuse.fit([member], losses, options, **cfg.probe)
-            return member.result()
+            return options["max_steps"], member.result()
         except NotStackable as error:
             log.warning("not compiled: %s", error)
 
-    start, state = resume.newest(folder, below=cfg.trainer.max_steps) or (None, {})
-    if start:
-        log.info("resumed from step %d", state["global_step"])
+    start = resume.take_up(folder, below=cfg.trainer.max_steps)
+    if start.notice:
+        log.warning("%s", start.notice)
+    if start.path:
+        log.info("resumed from step %d", start.step)
     data, net, optimizer = build.make_data(cfg), build.make_net(cfg), build.make_optimizer(cfg)
-    logger = callbacks.open_log(cfg, trained, folder, state.get("losswatch", {}).get("events"))
+    logger = callbacks.open_log(cfg, trained, folder, start.events)
     module = SegmentationModule(
         net, losses, trained, optimizer, num_classes=len(schema.thresholds(cfg.theta)) + 1
     )
     probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
-    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{step}", save_top_k=-1)
-    record = callbacks.Record(resume.plain(cfg), state.get("losswatch", {}).get("random"))
-    watchers = [checkpoint, record, callbacks.Images()]
+    checkpoints = callbacks.Checkpoints(folder, resume.plain(cfg), start.random)
+    watchers = [checkpoints, callbacks.Images()]
     if options["enable_progress_bar"]:
         watchers.append(callbacks.Progress(probe))
     plugins: list[Any] = [resume.AtomicCheckpoints()]
@@ -87,19 +89,22 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> dict[str, float]:
     )
     randomness.seed_everything(cfg.seed)
     with fast_on_cpu(net):
-        trainer.fit(module, data, ckpt_path=start, weights_only=True)
-    if options["max_steps"] % options["val_check_interval"]:  # the final weights, too
+        trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
+    steps = trainer.global_step
+    is_done = steps >= options["max_steps"]
+    if is_done and steps % options["val_check_interval"]:  # the final weights, too
         trainer.validate(module, data, verbose=False)
-        trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    trainer.test(module, data, verbose=False)
-    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if is_done:
+        checkpoints.save(trainer)
+        trainer.test(module, data, verbose=False)
+        metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     logger.close()
-    return metrics
+    return steps, metrics
 
 
-def test(cfg: DictConfig, trained: str, folder: Path) -> dict[str, float]:
-    """The test metrics of the net in `cfg.checkpoint`; nothing is trained."""
+def test(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, float]]:
+    """The steps and the test metrics of the net in `cfg.checkpoint`; nothing is trained."""
     import pytorch_lightning as pl
 
     from losswatch import build, callbacks, randomness, resume
@@ -107,11 +112,13 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> dict[str, float]:
     from losswatch.networks import fast_on_cpu
 
     build.quieten()
-    net = build.make_net(cfg)
-    resume.load_net(net, resume.find(cfg.checkpoint))
+    net, checkpoint = build.make_net(cfg), resume.find(cfg.checkpoint)
+    losses = build.make_losses(build.loss_nodes(cfg, trained))
+    resume.load_net(net, checkpoint)
+    resume.load_loss(losses.losses[losses.names.index(trained)], checkpoint)
     module = SegmentationModule(
         net,
-        build.make_losses(build.loss_nodes(cfg, trained)),
+        losses,
         trained,
         build.make_optimizer(cfg),
         num_classes=len(schema.thresholds(cfg.theta)) + 1,
@@ -127,7 +134,8 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> dict[str, float]:
     with fast_on_cpu(net):
         trainer.test(module, build.make_data(cfg), verbose=False)
     logger.close()
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return checkpoint["global_step"], metrics
 
 
 def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float | None:
@@ -139,14 +147,14 @@ def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float |
 
     job = HydraConfig.get()
     groups = ("loss", "model", "optimizer")
-    result = {
+    result: dict[str, Any] = {
         "run": folder.name,
         "status": "failed",
         "error": None,
         "overrides": list(job.overrides.task),
         "choices": {group: job.runtime.choices.get(group) for group in groups},
         "config": resume.plain(cfg),
-        "steps": cfg.trainer.max_steps,
+        "steps": None,
     }
     # The others leave it to the first to say how it went, unless they are the ones that fail.
     if not first:
@@ -156,7 +164,12 @@ def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float |
         # The fused launcher trains its runs first, and has each finished here like any other.
         fused = fuse.FINISHED.pop(folder, None)
         work = train if cfg.mode == "train" else test
-        metrics = fused.result() if fused else work(cfg, trained, folder)
+        if fused:
+            if fused.notice:
+                log.warning("%s", fused.notice)
+            steps, metrics = cfg.trainer.max_steps, fused.result()
+        else:
+            steps, metrics = work(cfg, trained, folder)
     except BaseException as error:
         # On Ctrl-C Lightning shuts down in order, and then exits.
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -180,9 +193,18 @@ def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float |
     if cfg.mode == "train":
         curves = folder / "curves.png"
         plot_curves(read_scalars(folder), curves, title=folder.name, trained=trained)
+    result |= {"steps": steps, "seconds": seconds, "metrics": metrics}
+    if cfg.mode == "train" and steps < cfg.trainer.max_steps:
+        what = f"after {steps} of {cfg.trainer.max_steps} steps"
+        write_result(folder, result | {"status": "stopped", "error": what})
+        log.warning("stopped %s, to be resumed: %s", what, folder)
+        if job.mode == RunMode.RUN:
+            raise SystemExit(1)
+        return None
     # In this order: a run that is done has its picture, one that is not has checkpoints to go on.
-    write_result(folder, result | {"status": "done", "seconds": seconds, "metrics": metrics})
-    resume.prune(folder, keep=1)
+    write_result(folder, result | {"status": "done"})
+    if cfg.mode == "train":
+        resume.finish(folder, steps)
     log.info("%s accuracy %.4f in %.1f s: %s", stage, accuracy, seconds, folder)
     return accuracy
 
@@ -210,21 +232,30 @@ def main(cfg: DictConfig) -> float | None:
     except schema.ConfigError as error:
         stop(str(error))
     if earlier := resume.finished(folder):
-        log.info("done before, skipped: %s", folder)
-        return earlier["metrics"].get("val/accuracy", float("nan"))
+        return skip(earlier, folder)
 
     # Lightning starts this program again for each further device; those processes train along.
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     try:
-        held = resume.hold(folder) if first else nullcontext()
+        with resume.hold(folder) if first else nullcontext():
+            # Another process may have ended the run, or begun another one here, before it let go.
+            resume.check_folder(folder, cfg)
+            if earlier := resume.finished(folder):
+                return skip(earlier, folder)
+            torch.set_num_threads(cfg.threads)
+            return attempt(cfg, trained, folder, first)
     except schema.ConfigError as error:
         if job.mode == RunMode.RUN:
             stop(str(error))
         log.error("%s", error)  # since the sweep began: its other runs go on
         return None
-    torch.set_num_threads(cfg.threads)
-    with held:
-        return attempt(cfg, trained, folder, first)
+
+
+def skip(result: dict[str, Any], folder: Path) -> float:
+    """Say that the run is done; return its accuracy."""
+    log.info("done before, skipped: %s", folder)
+    accuracy = result["metrics"].get("val/accuracy")
+    return float("nan") if accuracy is None else accuracy
 
 
 if __name__ == "__main__":

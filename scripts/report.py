@@ -17,6 +17,7 @@ from urllib.parse import quote
 import pandas as pd
 from rich.console import Console
 
+from losswatch.files import replace_file
 from losswatch.report import (
     cell_table,
     compare_losses,
@@ -24,7 +25,6 @@ from losswatch.report import (
     markdown_escape,
     markdown_table,
     printable,
-    replace_file,
     rich_table,
     summary_table,
     write_summary,

@@ -41,7 +41,8 @@ from losswatch.claims import (
     ratio_interval,
     rises,
 )
-from losswatch.report import loss_order, markdown_escape, markdown_table, read_runs, replace_file
+from losswatch.files import replace_file
+from losswatch.report import loss_order, markdown_escape, markdown_table, read_runs
 from losswatch.study import plot_ranges, plot_sweep
 from losswatch.sweep import grid
 

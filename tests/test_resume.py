@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -12,18 +13,25 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
-from losswatch import resume
+from losswatch import fuse, launch, resume
+from losswatch.build import make_net, trainer_options
+from losswatch.callbacks import Images, open_log
 from losswatch.config import ConfigError
+from losswatch.events import write_scalars
 from losswatch.report import read_runs, read_scalars
+from losswatch.result import write_result
+from losswatch.step import NotStackable
 
 FORK = multiprocessing.get_context("fork")
 RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=20", "seed=5"]
@@ -37,8 +45,8 @@ def whole(tmp_path_factory):
     return cwd / "run"
 
 
-def assert_same(folder, wanted):
-    """Bit for bit: curves as the report and as TensorBoard read them, metrics, weights, moments."""
+def assert_same_training(folder, wanted):
+    """Bit for bit: curves as the report and as TensorBoard read them, weights, moments."""
     curves, reference = read_scalars(folder), read_scalars(wanted)
     pd.testing.assert_frame_equal(curves[reference.columns], reference, check_exact=True)
     seen = []
@@ -48,9 +56,6 @@ def assert_same(folder, wanted):
         tags = sorted(t for t in events.Tags()["scalars"] if not t.startswith("test/"))
         seen.append({t: [(e.step, e.value) for e in events.Scalars(t) if e.step] for t in tags})
     assert seen[0] == seen[1]
-    result, other = read_result(folder), read_result(wanted)
-    assert result["status"] == other["status"] == "done"
-    assert result["metrics"] == other["metrics"]
     (name, state), (other_name, other_state) = resume.newest(folder), resume.newest(wanted)
     assert name.name == other_name.name
     for key, weight in other_state["state_dict"].items():
@@ -58,6 +63,59 @@ def assert_same(folder, wanted):
     moments, reference = (s["optimizer_states"][0]["state"] for s in (state, other_state))
     for i, kept in reference.items():
         assert all(torch.equal(moments[i][n], value) for n, value in kept.items())
+
+
+def assert_same(folder, wanted):
+    """Metrics too."""
+    assert_same_training(folder, wanted)
+    result, other = read_result(folder), read_result(wanted)
+    assert result["status"] == other["status"] == "done"
+    assert result["metrics"] == other["metrics"]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoints/*"))
+
+
+@pytest.fixture(scope="module")
+def program():
+    """train.py as a module."""
+    spec = importlib.util.spec_from_file_location("program", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train_here(program, compose, monkeypatch):
+    """train_here(folder, ...): train.py's `train`, of 40 steps with a validation every ten.
+
+    `stop`: the time is up after so many batches. `die`: an error then.
+    """
+
+    def train(folder, *overrides, stop=None, die=None):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if index + 1 == die:
+                raise SystemError("died")
+            if stop is not None and index + 1 >= stop:
+                trainer.should_stop = True
+
+        monkeypatch.setattr(Images, "on_train_batch_end", on_train_batch_end, raising=False)
+        composed = compose(
+            "experiment=smoke", "seed=5", "trainer.max_steps=40",
+            "trainer.enable_progress_bar=false", *overrides,
+        )  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        return program.train(composed.cfg, composed.trained, folder)
+
+    return train
+
+
+@pytest.fixture
+def straight(train_here, tmp_path):
+    """The folder of such a run that nothing interrupted."""
+    train_here(tmp_path / "straight")
+    return tmp_path / "straight"
 
 
 def start(*overrides, cwd, **options):
@@ -232,10 +290,9 @@ def test_killed_at_random(tmp_path, compiled):
     while kills < (10 if compiled else 20):
         ends += 1
         folder = tmp_path / f"run{ends}"
-        folder.mkdir()
         while not resume.finished(folder):
             by = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-            process = start(*command, f"resume={folder}", cwd=tmp_path)
+            process = start(*command, f"hydra.run.dir={folder}", cwd=tmp_path)
             before = resume.newest(folder)
             try:
                 process.wait(timeout=dice.uniform(0, seconds))
@@ -308,6 +365,166 @@ def test_loading_runs_no_code(tmp_path):
     with pytest.raises(ConfigError, match="no readable checkpoint"):
         resume.find(str(tmp_path))
     assert not (tmp_path / "exploded").exists()
+
+
+def write(folder, *steps):
+    """Small checkpoints, as a run would write them one after the other."""
+    for step in steps:
+        content = {"state_dict": {"net.w": torch.full((3,), float(step))}, "global_step": step}
+        content["losswatch"] = {"config": {"theta": 0.5}, "events": {}}
+        resume.save(content, resume.checkpoint_path(folder, step))
+
+
+def test_damaged_checkpoints_do_not_count_when_old_ones_are_removed(tmp_path, monkeypatch):
+    """However late their steps; each of them is read once."""
+    write(tmp_path, 700, 800)
+    for step in (700, 800):
+        torn(resume.checkpoint_path(tmp_path, step))
+    resume.checkpoint_path(tmp_path, 7000).write_text("a stray file")
+    strays = ["step=700.ckpt", "step=7000.ckpt", "step=800.ckpt"]
+    read, load = [], resume.load
+    monkeypatch.setattr(resume, "load", lambda path: read.append(path.name) or load(path))
+    write(tmp_path, 10)
+    assert checkpoints(tmp_path) == sorted(["step=10.ckpt", *strays])
+    write(tmp_path, 20, 30)
+    assert checkpoints(tmp_path) == sorted(["step=20.ckpt", "step=30.ckpt", *strays])
+    resume.finish(tmp_path, 30)
+    assert checkpoints(tmp_path) == sorted(["step=30.ckpt", *strays])
+    assert sorted(read) == strays
+    assert resume.find(str(tmp_path))["global_step"] == 30
+
+
+def test_checkpoints_of_an_attempt_that_was_given_up_are_removed(tmp_path):
+    """They would be the newest ones, though training went on from before them."""
+    write(tmp_path, 300, 400)
+    write(tmp_path, 310)
+    assert checkpoints(tmp_path) == ["step=300.ckpt", "step=310.ckpt"]
+    (tmp_path / "checkpoints" / ".step=305.ckpt.123").write_text("half of one")
+    write(tmp_path, 320)
+    assert checkpoints(tmp_path) == ["step=310.ckpt", "step=320.ckpt"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_older_ones_are_removed(tmp_path, monkeypatch):
+    """The file under another name first, then its name: what a power cut leaves is whole."""
+    write(tmp_path, 10, 20)
+    done = []
+
+    def sync(descriptor):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        done.append(checkpoints(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write(tmp_path, 30)
+    partial = f".step=30.ckpt.{os.getpid()}"
+    before = ["step=10.ckpt", "step=20.ckpt"]
+    assert done == [partial, [partial, *before], "checkpoints", [*before, "step=30.ckpt"]]
+    assert checkpoints(tmp_path) == ["step=20.ckpt", "step=30.ckpt"]
+
+
+@pytest.mark.parametrize("damage", [torn, empty, None])
+def test_a_checkpoint_takes_the_place_of_one_of_its_name(straight, train_here, tmp_path, damage):
+    """A resumed run writes names that are taken. Beside them nothing would find its weights."""
+    folder = tmp_path / "run"
+    with pytest.raises(SystemError):
+        train_here(folder, die=25)
+    for step in (30, 40):
+        path = resume.checkpoint_path(folder, step)
+        shutil.copy(resume.checkpoint_path(folder, 20), path)
+        if damage:
+            damage(path)
+    train_here(folder)
+    assert checkpoints(folder) == ["step=30.ckpt", "step=40.ckpt"]
+    assert_same_training(folder, straight)
+    assert resume.find(str(folder))["global_step"] == 40
+
+
+def test_a_stack_that_fails_at_its_end_leaves_no_weights(train_here, tmp_path, monkeypatch):
+    """The run is then trained alone, and its weights replace those of the stack."""
+    stacks = []
+
+    def fail(module):
+        stacks.append(resume.load(resume.checkpoint_path(tmp_path, 40)))
+        raise NotStackable("it needs the ordinary step")
+
+    monkeypatch.setattr(fuse, "compiled", lambda function: function)
+    monkeypatch.setattr(fuse.StackedModule, "show_images", fail)
+    train_here(tmp_path, "compile=true")
+    assert checkpoints(tmp_path) == ["step=30.ckpt", "step=40.ckpt"]
+    [stack], alone = stacks, resume.find(str(tmp_path))
+    assert stack["global_step"] == alone["global_step"] == 40
+    assert stack["losswatch"]["events"].keys() != alone["losswatch"]["events"].keys()
+    assert list(read_scalars(tmp_path)["loss/dice"].dropna().index) == list(range(40))
+
+
+def test_runs_at_different_steps_are_no_stack(compose, tmp_path):
+    """Another process may have trained one of them since the stack was put together."""
+    members = []
+    for seed in (0, 1):
+        composed = compose("experiment=smoke", f"seed={seed}")
+        folder = tmp_path / f"{seed}"
+        folder.mkdir()
+        members.append(fuse.make_member(composed.cfg, "dice", folder))
+    members[1].start = 10
+    with pytest.raises(RuntimeError, match="at different steps"):
+        fuse.fit(members, None, trainer_options(composed.cfg))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state_dict": [1]},
+        {"state_dict": {"net.w": "text"}},
+        {"state_dict": {7: torch.zeros(3)}},
+        {"global_step": "30"},
+        {"global_step": -1},
+        {"global_step": 10},
+        {"optimizer_states": 3},
+        {"losswatch": None},
+        {"losswatch": {"config": 5, "events": {}}},
+        {"losswatch": {"config": {"model": 10**30}, "events": {}}},
+        {"losswatch": {"config": {}, "events": ["x"]}},
+        {"losswatch": {"config": {}, "events": {"x": 1.5}}},
+    ],
+)
+def test_a_checkpoint_that_holds_something_else(compose, tmp_path, change):
+    """It counts as damaged, for all that reads it."""
+    write(tmp_path, 20)
+    path = resume.checkpoint_path(tmp_path, 30)
+    torch.save(
+        resume.load(resume.checkpoint_path(tmp_path, 20)) | {"global_step": 30} | change, path
+    )
+    with pytest.raises(ValueError, match="step=30.ckpt cannot be read"):
+        resume.load(path)
+    found = resume.take_up(tmp_path, below=40)
+    assert found.step == 20 and "step=30.ckpt cannot be read" in found.notice
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resume.find(str(path))
+
+
+def test_a_checkpoints_config_may_be_nonsense(compose):
+    """Adopted is what the config of this command has, too; the rest is at most shown."""
+    config = {"model": "nothing", "data": {"image_size": 8, "[": 3, "low": {"x": 1}}, "theta": None}
+    content = {"state_dict": {}, "losswatch": {"config": config, "events": {}}}
+    composed = compose("model=convnet", "mode=test", "checkpoint=x")
+    resume.adopt(composed.cfg, content, [])
+    assert composed.cfg.data.image_size == 8 and composed.cfg.theta == 0.5
+    with pytest.raises(ConfigError, match="trained with another"):
+        resume.load_net(make_net(composed.cfg), content)
+
+
+@pytest.mark.parametrize("place", ["pipe", "folder", "/dev/zero"])
+def test_what_is_no_file_is_not_read(tmp_path, place):
+    """To open a pipe would wait for ever, and a device never ends."""
+    path = tmp_path / place
+    if place == "pipe":
+        os.mkfifo(path)
+    if place == "folder":
+        (path / "checkpoints").mkdir(parents=True)
+        os.mkfifo(resume.checkpoint_path(path, 10))
+        os.mkfifo(path / "result.json")
+        assert resume.finished(path) is None and resume.take_up(path, below=40).step == 0
+    with pytest.raises(ConfigError, match="no readable checkpoint|not a regular file"):
+        resume.find(str(path))
 
 
 # --- The same settings ---------------------------------------------------------------------------
@@ -454,6 +671,328 @@ def test_a_changed_sweep_is_refused(swept, tmp_path):
     assert "data.image_size was 64, now 16" in line and "nothing was started" in line
 
 
+# --- Event files ---------------------------------------------------------------------------------
+
+
+def add_foreign(folder):
+    """Another program's event file; returns it and its content."""
+    with SummaryWriter(folder) as writer:
+        writer.add_scalar("theirs", 1.0, 0)
+    [file] = folder.glob("events.*")
+    return file, file.read_bytes()
+
+
+def test_other_programs_event_files_are_left_alone(train_here, straight, tmp_path, caplog):
+    """Not removed by a run that begins, nor cut by one that goes on, though they have grown."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file, content = add_foreign(folder)
+    with pytest.raises(SystemError):
+        train_here(folder, die=25)
+    assert file.read_bytes() == content
+    assert f"({file.name}), left alone" in caplog.text
+    file.write_bytes(content * 2)
+    train_here(folder)
+    assert file.read_bytes() == content * 2
+    assert file.name not in resume.newest(folder)[1]["losswatch"]["events"]
+    file.unlink()
+    assert_same_training(folder, straight)
+
+
+def test_a_sweep_in_a_folder_of_another_program(tmp_path):
+    """What stands there and in its runs' folders stays."""
+    run = tmp_path / "s" / "experiment=smoke,seed=0"
+    kept = [add_foreign(folder) for folder in (tmp_path / "s", run)]
+    notes = tmp_path / "s" / "checkpoints" / "step=7.ckpt"
+    notes.parent.mkdir()
+    notes.write_bytes(b"theirs")
+    run_train("-m", "experiment=smoke", "seed=0", "hydra.sweep.dir=s", cwd=tmp_path)
+    assert read_result(run)["status"] == "done" and notes.read_bytes() == b"theirs"
+    assert all(file.read_bytes() == content for file, content in kept)
+
+
+def test_another_programs_checkpoint_is_not_replaced(compose, tmp_path):
+    path = resume.checkpoint_path(tmp_path, 10)
+    path.parent.mkdir()
+    torch.save({"state_dict": {}, "global_step": 10, "hyper_parameters": {}}, path)
+    with pytest.raises(ConfigError, match="step=10.ckpt is a checkpoint of another program"):
+        resume.check_folder(tmp_path, compose("experiment=smoke").cfg)
+
+
+def test_what_is_no_run_is_not_resumed(swept, tmp_path):
+    """A sweep's folder, an empty one, another program's: refused with what they hold, untouched."""
+    empty, theirs, sweep = (tmp_path / name for name in ("empty", "theirs", "sweep"))
+    empty.mkdir()
+    (theirs / ".hydra").mkdir(parents=True)
+    (theirs / ".hydra" / "config.yaml").write_text("lr: 0.1\n")
+    add_foreign(theirs)
+    shutil.copytree(swept, sweep)
+    names = [path.name for path in sorted(sweep.glob("*/")) if path.is_dir()]
+    for folder, holds in [
+        (empty, "it holds nothing"),
+        (theirs, r"it holds \.hydra, events\.out\.tfevents\."),
+        (sweep, f"it holds the runs of a sweep: {', '.join(names)}"),
+    ]:
+        with pytest.raises(
+            ConfigError, match=f"resume={folder} is not the folder of a run; {holds}"
+        ):
+            resume.check_run(folder)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    done = run_train("experiment=smoke", "resume=sweep", cwd=tmp_path, status=2)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("losswatch: resume=sweep is not the folder of a run")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_run_that_was_just_begun_can_be_resumed(tmp_path):
+    """It has only its config yet, or without that only an event file or a result."""
+    for name in (".hydra/config.yaml", "events.out.tfevents.1.a.2.0.losswatch"):
+        folder = tmp_path / name[:6]
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("theta: 0.5\nseed: 0\n")
+        resume.check_run(folder)
+    write_result(empty := tmp_path, {"status": "failed", "config": {"theta": 0.5}})
+    resume.check_run(empty)
+
+
+@pytest.mark.parametrize("damage", ["removed", "emptied", "cut"])
+def test_an_event_file_that_lost_something(train_here, straight, tmp_path, caplog, damage):
+    """Training goes on from a checkpoint that knows no more than is left, or starts anew."""
+    folder = tmp_path / "run"
+    with pytest.raises(SystemError):
+        train_here(folder, die=35)
+    events = [
+        resume.load(resume.checkpoint_path(folder, step))["losswatch"]["events"]
+        for step in (20, 30)
+    ]
+    [file] = folder.glob("events.*")
+    if damage == "removed":
+        file.unlink()
+    else:
+        size = sum(events[0].values()) + 5 if damage == "cut" else 0
+        os.truncate(file, size)
+    caplog.clear()
+    train_here(folder)
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    then = "goes on from step=20.ckpt" if damage == "cut" else "starts anew"
+    assert len(said) == 1 and file.name in said[0] and said[0].endswith(f"training {then}")
+    assert_same_training(folder, straight)
+
+
+def test_a_fused_run_says_that_it_starts_anew(tmp_path):
+    """In its own log, though its group was trained before it began."""
+    sweep = ["-m", "experiment=smoke", "seed=0", "hydra/launcher=fused", "hydra.sweep.dir=s"]
+    folder = tmp_path / "s" / "experiment=smoke,seed=0"
+    folder.mkdir(parents=True)
+    write(folder, 10)
+    torn(resume.checkpoint_path(folder, 10))
+    run_train(*sweep, cwd=tmp_path)
+    log = (folder / "train.log").read_text()
+    assert log.count("cannot be read") == 1 and "training starts anew" in log
+
+
+def test_the_clock_went_back(compose, tmp_path, monkeypatch):
+    """TensorBoard reads a run's event files in the order of their names, which begin with the time.
+
+    Also where two files are of one second and the number of the later process is smaller.
+    """
+    cfg = compose("experiment=smoke").cfg
+    events: dict[str, int] = {}
+    now = time.time()
+    for attempt, clock in enumerate([now, now - 400 * 86400, now - 1, now]):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        log = open_log(cfg, "dice", tmp_path, events)
+        steps = np.arange(10 * attempt, 10 * attempt + 10)
+        write_scalars(log.experiment, ["loss/dice"], steps, steps[:, None])
+        log.experiment.add_scalar("val/accuracy", attempt, 10 * attempt)
+        events = log.record({})["events"]
+        log.close()
+    assert len(events) == 4
+    read = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    assert [e.step for e in read.Scalars("loss/dice")] == list(range(40))
+    assert [e.value for e in read.Scalars("val/accuracy") if e.step] == [1, 2, 3]
+
+
+# --- Stopped before the end ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [23, 30])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_path, stop):
+    """Between two validations and at one; it is validated where it stops, but not on record."""
+    folder, limit = tmp_path / "run", "+trainer.max_time=01:00:00:00"
+    steps, metrics = train_here(folder, limit, stop=stop)
+    assert steps == stop and "val/accuracy" in metrics and "test/accuracy" not in metrics
+    content = resume.newest(folder)[1]
+    assert content["global_step"] == stop
+    assert not content["callbacks"]  # the timer's: no time would be left to go on
+    assert train_here(folder, limit)[0] == 40
+    assert_same_training(folder, straight)
+
+
+@pytest.mark.parametrize("end", [{"stop": 25}, {"die": 35}])
+def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
+    """So there is none in the middle of a step, though a validation or the end of the time is."""
+    accumulate = ["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=10"]
+    accumulate += ["trainer.max_steps=12"]
+    train_here(tmp_path / "whole", *accumulate)
+    folder = tmp_path / "run"
+    with suppress(SystemError):
+        steps, _ = train_here(folder, *accumulate, **end)
+        assert steps == 7
+    assert train_here(folder, *accumulate)[0] == 12
+    assert_same_training(folder, tmp_path / "whole")
+
+
+def test_no_time_left(tmp_path):
+    """Stopped is neither done nor failed; the same command, given time, does the rest.
+
+    A time limit is that of a run, so these are no stack.
+    """
+    sweep = ["-m", "experiment=smoke", "seed=0,1", "hydra/launcher=fused", "hydra.sweep.dir=s"]
+    limit = "+trainer.max_time=00:00:00:00"
+    done = run_train(*sweep, limit, cwd=tmp_path, status=1)
+    assert "trained one by one: trainer.max_time=00:00:00:00 needs" in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout.count("stopped") == 2
+    runs = sorted(file.parent for file in tmp_path.glob("s/*/result.json"))
+    for run in runs:
+        result = read_result(run)
+        assert (result["status"], result["steps"]) == ("stopped", 0)
+        assert result["error"] == "after 0 of 30 steps"
+    assert list(read_runs(tmp_path / "s").status) == ["stopped"] * 2
+    resumed = ["experiment=smoke", "seed=0", f"resume={runs[0]}", limit.replace("=00", "=01")]
+    run_train(*resumed, cwd=tmp_path)
+    result = read_result(runs[0])
+    assert (result["status"], result["steps"], result["error"]) == ("done", 30, None)
+    assert list(read_runs(tmp_path / "s").status) == ["done", "stopped"]
+
+
+@pytest.mark.slow
+def test_the_exit_status_of_a_stopped_run(tmp_path):
+    """That of a sweep with such a run: not all that was asked for is done."""
+    command = ["experiment=smoke", "hydra.run.dir=run", "+trainer.max_time=00:00:00:00"]
+    for _ in range(2):
+        done = run_train(*command, cwd=tmp_path, status=1)
+        assert "stopped after 0 of 30 steps" in done.stderr and "Traceback" not in done.stderr
+    assert read_result(tmp_path / "run")["status"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["fast_dev_run=true", "fast_dev_run=3", "limit_train_batches=1", "limit_train_batches=0.5",
+     "overfit_batches=2"],
+)  # fmt: skip
+def test_options_that_would_end_training_early_are_refused(compose, option):
+    name, value = option.split("=")
+    with pytest.raises(ConfigError, match=f"trainer.{name}=(?i:{value}) would end training before"):
+        compose("experiment=smoke", f"+trainer.{option}").check()
+    harmless = ["fast_dev_run=false", "limit_train_batches=1.0", "overfit_batches=0.0"]
+    compose("experiment=smoke", *(f"+trainer.{option}" for option in harmless)).check()
+
+
+# --- Another process ends the run meanwhile ------------------------------------------------------
+
+
+def test_a_run_that_ended_while_the_lock_was_waited_for(whole, tmp_path):
+    """It is asked again under the lock, and not trained a second time."""
+    script = (
+        "import runpy, shutil, sys, losswatch.resume as resume\n"
+        "hold = resume.hold\n"
+        "def wait(folder):\n"
+        f"    shutil.copytree({str(whole)!r}, folder, dirs_exist_ok=True)\n"
+        "    return hold(folder)\n"
+        "resume.hold = wait\n"
+        f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    before = {p.name: p.read_bytes() for p in whole.glob("*") if p.suffix != ".log" and p.is_file()}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *RUN, "hydra.run.dir=run"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "done before, skipped" in done.stderr and "resumed" not in done.stderr
+    after = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*") if p.is_file()}
+    assert before.items() <= after.items()
+
+
+def test_a_group_leaves_out_a_run_that_ended_while_the_lock_was_waited_for(tmp_path, monkeypatch):
+    hold = resume.hold
+
+    def wait(folder):
+        write_result(folder, {"status": "done", "config": {}, "metrics": {"val/accuracy": 0.5}})
+        return hold(folder)
+
+    job = SimpleNamespace(folder=tmp_path / "run")
+    with launch.ExitStack() as held:
+        assert launch._hold(job, held)
+    monkeypatch.setattr(resume, "hold", wait)
+    with launch.ExitStack() as held:
+        assert not launch._hold(job, held)
+
+
+# --- Damaged results -----------------------------------------------------------------------------
+
+RESULT = '{"status": "done", "config": {"theta": %s}, "metrics": {"val/accuracy": %s}}'
+DAMAGED = {
+    "no metrics": '{"status": "done", "config": {"theta": 0.5}}',
+    "no config": '{"status": "done", "metrics": {"val/accuracy": 0.5}}',
+    "metrics are a list": '{"status": "done", "config": {}, "metrics": [1]}',
+    "a metric is text": RESULT % ("0.5", '"high"'),
+    "a huge number": RESULT % ("0.5", "1" * 400),
+    "a huger number": RESULT % ("0.5", "1" * 5000),
+    "deep": "[" * 100_000,
+    "deep in its config": RESULT % ("[" * 300 + "]" * 300, "0.5"),
+    "a list": "[1, 2]",
+    "a number": "3",
+    "half of one": '{"status": "do',
+    "not UTF-8": '{"status": "\xff"}'.encode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_result(compose, tmp_path, content):
+    """The run is not done; where it is taken up, one line says why."""
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "result.json").write_bytes(content)
+    assert resume.finished(tmp_path) is None
+    resume.check_folder(tmp_path, compose("experiment=smoke").cfg)
+    notice = resume.take_up(tmp_path, below=30).notice
+    assert "result.json cannot be read (" in notice and "\n" not in notice and len(notice) < 500
+
+
+def test_a_run_whose_result_is_damaged_is_taken_up(straight, train_here, tmp_path, caplog):
+    (straight / "result.json").write_text(DAMAGED["no metrics"])
+    shutil.copytree(straight, folder := tmp_path / "run")
+    train_here(folder)
+    [said] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "metrics are missing" in said and said.endswith("training goes on from step=30.ckpt")
+    assert_same_training(folder, straight)
+
+
+@pytest.mark.slow
+def test_a_damaged_result_on_the_command_line(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    result = read_result(whole)
+    del result["metrics"]
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    done = run_train(*RUN, "resume=run", cwd=tmp_path)
+    assert done.stderr.count("result.json cannot be read") == 1 and "Traceback" not in done.stderr
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("text", ["\udcff", "\x1b[31mred\nline", "x" * 10_000])
+def test_a_results_text_is_shown_on_one_line(compose, tmp_path, text):
+    """What cannot be printed is replaced, and what is long is cut."""
+    config = resume.plain(compose("experiment=smoke").cfg) | {"note": text, text: 1}
+    write_result(tmp_path, {"status": "failed", "error": text, "config": config})
+    assert json.loads((tmp_path / "result.json").read_text("utf-8"))["error"] == text
+    with pytest.raises(ConfigError) as refused:
+        resume.check_folder(tmp_path, compose("experiment=smoke").cfg)
+    said = str(refused.value)
+    said.encode()
+    assert "note was " in said and said.isprintable() and len(said) < 500
+
+
 # --- Testing a checkpoint ------------------------------------------------------------------------
 
 
@@ -491,8 +1030,6 @@ def test_a_checkpoint_of_another_shape(whole, compose, overrides, said):
     content = resume.find(composed.cfg.checkpoint)
     given = [override.split("=")[0] for override in overrides]
     resume.adopt(composed.cfg, content, given)
-    from losswatch.build import make_net
-
     with pytest.raises(ConfigError, match=said):
         resume.load_net(make_net(composed.cfg), content)
 

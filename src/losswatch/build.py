@@ -290,8 +290,6 @@ def quieten() -> None:
         ".*does not have many workers.*",  # the images are made, not loaded
         ".*smaller than the logging interval.*",  # the probe has its own
         ".*configure_optimizers.*returned `None`.*",  # a stack's step holds the optimiser
-        ".*Checkpoint directory .* exists and is not empty.*",  # of the run resumed
-        ".*The dirpath has changed from .*",  # its folder may have been moved
         "The `srun` command is available.*",  # a sweep's jobs are sent by its launcher
         ".*LeafSpec.*is deprecated.*",  # Lightning's own
     ):

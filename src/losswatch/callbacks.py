@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from losswatch import randomness, resume
+from losswatch.events import SUFFIX, put_last
 from losswatch.probe import Probe
 
 
@@ -26,7 +27,9 @@ class EventLog(TensorBoardLogger):
     """Lightning's TensorBoard logger with one event file a run: fit and test share it."""
 
     def __init__(self, folder: str) -> None:
-        super().__init__(folder, name=None, version="", default_hp_metric=False)
+        super().__init__(
+            folder, name=None, version="", default_hp_metric=False, filename_suffix=SUFFIX
+        )
 
     def save(self) -> None:
         """No hparams.yaml: the config stands in .hydra/ and result.json."""
@@ -70,16 +73,21 @@ class Progress(TQDMProgressBar):
         return {name: f"{value:.3f}" for name, value in shown.items()}
 
 
-class Record(pl.Callback):
-    """Puts into each checkpoint what `losswatch.resume` needs beside Lightning's own state.
+class Checkpoints(Checkpoint):
+    """Writes a checkpoint at each validation, with what `losswatch.resume` needs.
+
+    Lightning calls it after all other callbacks.
 
     Args:
-        config: the run's.
-        random: `randomness.get_state` of the checkpoint that the run goes on from.
+        folder, config: the run's.
+        random: `randomness.get_state` in the checkpoint that the run goes on from.
     """
 
-    def __init__(self, config: dict[str, Any], random: dict[str, Any] | None = None) -> None:
-        self.config, self.random = config, random
+    def __init__(
+        self, folder: Path, config: dict[str, Any], random: dict[str, Any] | None = None
+    ) -> None:
+        self.folder, self.config, self.random = folder, config, random
+        self.saved = 0  # the step of the last one
 
     def on_train_batch_start(self, *_: Any) -> None:
         # Not earlier: to begin with, each of Lightning's loaders draws a number of its own.
@@ -87,9 +95,42 @@ class Record(pl.Callback):
             randomness.set_state(self.random)
             self.random = None
 
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self.saved != trainer.global_step:
+            self.saved = trainer.global_step
+            path = resume.checkpoint_path(self.folder, trainer.global_step)
+            trainer.save_checkpoint(path, weights_only=False)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Where the time is up, save before Lightning validates out of turn.
+
+        So a run that goes on from there has the curves of one that was never stopped.
+        """
+        if not trainer.should_stop:
+            return
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            trainer.should_stop = False  # not in the middle of a step
+        elif (batch_idx + 1) % int(trainer.val_check_batch or 1):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # In the middle of a step there are gradients that a checkpoint does not hold.
+        if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.save(trainer)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        # Lightning's timer is all that has a state; an attempt that goes on has all of its time.
+        checkpoint["callbacks"] = {}
         if isinstance(trainer.logger, EventLog) and trainer.is_global_zero:
             random = {"random": randomness.get_state()}
             checkpoint["losswatch"] = trainer.logger.record(self.config) | random
@@ -163,16 +204,15 @@ def add_hparams(logger: EventLog, cfg: DictConfig, loss: str) -> None:
         logger.experiment.file_writer.add_summary(summary)
 
 
-def open_log(
-    cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int] | None = None
-) -> EventLog:
+def open_log(cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int]) -> EventLog:
     """The run's event file, with its charts and its row of the HParams tab.
 
     Of an earlier attempt's files only the `events` of a checkpoint are kept.
     """
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        resume.rewind(folder, events or {})
     logger = EventLog(str(folder))
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        resume.rewind(folder, events)
+        put_last(logger.experiment)
     add_charts(logger, cosines=cfg.probe.cosines)
     add_hparams(logger, cfg, loss)
     return logger

@@ -113,6 +113,8 @@ _AT_LEAST = {
     "trainer.val_check_interval": 1,
     "trainer.accumulate_grad_batches": 1,
 }
+# Lightning's options by which training would end before trainer.max_steps, and what they must be.
+_NO_SHORTCUTS = {"fast_dev_run": False, "limit_train_batches": 1.0, "overfit_batches": 0.0}
 
 
 def _is_number(value: Any) -> bool:
@@ -130,6 +132,13 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{key} must be a whole number of at least {least}, got {value}")
+    for option, harmless in _NO_SHORTCUTS.items():
+        value = cfg.trainer.get(option)
+        if value is not None and repr(value) != repr(harmless):
+            raise ConfigError(
+                f"trainer.{option}={value} would end training before trainer.max_steps, which "
+                "alone says how long it is"
+            )
     if cfg.seed >= 2**63:
         raise ConfigError(f"seed must be less than 2^63, got {cfg.seed}")
     if cfg.data.dims not in (2, 3):

@@ -8,12 +8,17 @@ records are computed side by side.
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+SUFFIX = ".losswatch"  # of the names of event files that runs write
 STEP_BYTES = 5  # a varint of fixed width, for steps below 2^35
 
 
@@ -91,8 +96,29 @@ def write_scalars(
 ) -> None:
     """Append a block to the file of `writer`, after all that it has been given, and flush it."""
     writer.flush()  # its queue is empty now, and only this thread feeds it
-    assert writer.file_writer is not None
-    # TensorBoard has no public way to write encoded records; test_events.py guards this one.
-    file = writer.file_writer.event_writer._async_writer._writer._writer
+    file = _file(writer)
     file.write(encode(tags, steps, values, time.time()))
     file.flush()
+
+
+def put_last(writer: SummaryWriter) -> None:
+    """Give the writer's file a name that stands behind those of the folder's other event files.
+
+    TensorBoard reads the files of a run in the order of their names, which begin with the time. A
+    clock that went back, or that of another machine, would put what comes last first.
+    """
+    assert writer.file_writer is not None
+    path = Path(writer.file_writer.event_writer._file_name)
+    stamp = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
+    others = [other.name for other in path.parent.iterdir() if stamp.match(other.name)]
+    if path.name < (last := max(others)):
+        later = f"events.out.tfevents.{int(stamp.match(last)[1]) + 1:010}."  # type: ignore[index]
+        writer.flush()  # so that nothing is written while the file has no name
+        path = path.rename(path.with_name(stamp.sub(later, path.name, count=1)))
+        _file(writer).filename = os.fsencode(path)  # TensorBoard opens it anew for each write
+
+
+def _file(writer: SummaryWriter) -> Any:
+    """TensorBoard's file object. There is no public way to it; test_events.py guards this one."""
+    assert writer.file_writer is not None
+    return writer.file_writer.event_writer._async_writer._writer._writer

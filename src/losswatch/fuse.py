@@ -61,6 +61,7 @@ class Member:
     logger: EventLog
     config: dict[str, Any]  # kept in its checkpoints
     start: int = 0  # steps done by an earlier attempt; net and optimizer hold its state
+    notice: str | None = None  # what of that attempt is damaged or missing
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # why it counts as failed
     seconds: float = 0.0  # its share of the stack's time
@@ -81,6 +82,7 @@ class Failure:
     """A run that could not be trained in its stack."""
 
     error: Exception
+    notice: str | None = None
     seconds: float = 0.0
 
     def result(self) -> dict[str, float]:
@@ -95,15 +97,15 @@ def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
     """A run, in the state of its newest checkpoint where its folder holds one."""
     net = make_net(cfg)
     optimizer = make_optimizer(cfg)(list(trained_parameters(net).values()))
-    _, found = resume.newest(folder, below=cfg.trainer.max_steps) or (None, {})
-    logger = open_log(cfg, trained, folder, found.get("losswatch", {}).get("events"))
-    start = found.get("global_step", 0)
+    start = resume.take_up(folder, below=cfg.trainer.max_steps)
+    logger = open_log(cfg, trained, folder, start.events)
     member = Member(
-        folder, net, make_data(cfg), trained, optimizer, logger, resume.plain(cfg), start
+        folder, net, make_data(cfg), trained, optimizer, logger, resume.plain(cfg), start.step
     )
-    if start:
-        resume.load_net(net, found)
-        optimizer.load_state_dict(found["optimizer_states"][0])
+    member.notice = start.notice
+    if start.path:
+        resume.load_net(net, start.content)
+        optimizer.load_state_dict(start.content["optimizer_states"][0])
     return member
 
 
@@ -166,7 +168,7 @@ class StackedModule(pl.LightningModule):
         self.automatic_optimization = False
         self.members, self.losses = list(members), losses
         check_traits(members, losses)
-        self.every_n_steps, self.compile = every_n_steps, compile
+        self.every_n_steps, self.compiled = every_n_steps, compile
         self.net = copy.deepcopy(members[0].net)
         names = trained_parameters(self.net)
         rule, first_numbers, self.moment_names = optimizer_rule(members[0].optimizer)
@@ -256,7 +258,7 @@ class StackedModule(pl.LightningModule):
         except Exception as error:
             if "DefaultCPUAllocator" in str(error):  # out of memory, too
                 raise
-            what = "the compiler cannot compile" if self.compile else "torch.func cannot map"
+            what = "the compiler cannot compile" if self.compiled else "torch.func cannot map"
             why = " ".join(str(error).split()).split(". ")[0][:200]
             raise NotStackable(
                 f"{what} them over runs: {type(error).__name__}: {why}"
@@ -327,7 +329,7 @@ class StackedModule(pl.LightningModule):
                         if adam:
                             kept["step"] = torch.tensor(float(done))
                         member.optimizer.state[p] = kept
-                save_checkpoint(member, done, loops)
+                save_checkpoint(member, self.losses, done, loops)
         self.saved = time.monotonic()
 
     # -- validation --------------------------------------------------------------------------------
@@ -419,20 +421,23 @@ def _loops(step: int) -> dict[str, Any]:
     return loops
 
 
-def save_checkpoint(member: Member, step: int, loops: dict[str, Any]) -> None:
+def save_checkpoint(member: Member, losses: LossSet, step: int, loops: dict[str, Any]) -> None:
     """The checkpoint that Lightning would have written, had the run been trained alone."""
+    trained = losses.losses[losses.names.index(member.trained)]
+    parts = {"net": member.net, "losses": losses, "loss": trained}  # of SegmentationModule
+    state = {f"{k}.{n}": t.cpu() for k, part in parts.items() for n, t in part.state_dict().items()}
     checkpoint = {
         "epoch": 0,
         "global_step": step,
         "pytorch-lightning_version": pl.__version__,
-        "state_dict": {f"net.{n}": t.cpu() for n, t in member.net.state_dict().items()},
+        "state_dict": state,
         "loops": {"fit_loop": loops},
         "callbacks": {},
         "optimizer_states": [member.optimizer.state_dict()],
         "lr_schedulers": [],
         "losswatch": member.logger.record(member.config),
     }
-    resume.save(checkpoint, member.folder / "checkpoints" / f"step={step}.ckpt")
+    resume.save(checkpoint, resume.checkpoint_path(member.folder, step))
 
 
 def check_options(trainer: Mapping[str, Any]) -> None:
@@ -447,10 +452,12 @@ def check_options(trainer: Mapping[str, Any]) -> None:
         "accumulate_grad_batches": 1,
         "devices": 1,
         "num_nodes": 1,
+        "max_time": None,  # of each run
     }
     for key, value in needed.items():
-        if str(trainer[key]) not in (str(value), "32"):
-            raise NotStackable(f"trainer.{key}={trainer[key]} needs the ordinary step")
+        given = trainer.get(key, value)
+        if str(given) not in (str(value), "32"):
+            raise NotStackable(f"trainer.{key}={given} needs the ordinary step")
 
 
 def check_traits(members: Sequence[Member], losses: LossSet) -> None:
@@ -509,6 +516,8 @@ def fit(
         NotStackable: they cannot be trained as a stack.
     """
     with _closed_on_failure(members):
+        if len({member.start for member in members}) > 1:
+            raise NotStackable("the runs are at different steps")
         begin = time.perf_counter()
         module = StackedModule(members, losses, **options)
         steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
@@ -528,6 +537,8 @@ def fit(
         blocks = Blocks(first, steps, block)
         with fast_on_cpu(module.net):
             trainer.fit(module, blocks, range(1))  # type: ignore[arg-type]
+        if trainer.global_step < steps:
+            raise RuntimeError(f"training ended at step {trainer.global_step} of {steps}")
         if steps % interval:
             module.report("val", VAL, members[0].data.val_size)  # the final weights, too
         module.save()

@@ -89,8 +89,7 @@ def _key(job: Job) -> dict[str, Any]:
     trained = config.pop("loss")
     config["watched"] = sorted({*config.pop("watch"), job.loss})
     config["changed loss"] = trained if _changed(job, trained) else None
-    found = resume.newest(job.folder, below=config["trainer"]["max_steps"])
-    config["steps done"] = found[1]["global_step"] if found else 0
+    config["steps done"] = resume.take_up(job.folder, config["trainer"]["max_steps"]).step
     return config
 
 
@@ -210,7 +209,7 @@ def _hold(job: Job, held: ExitStack) -> bool:
         held.enter_context(resume.hold(job.folder))
     except schema.ConfigError:
         return False  # train.py will say so
-    return True
+    return not resume.finished(job.folder)  # by another process, before it let go
 
 
 def _count(number: int, noun: str) -> str:

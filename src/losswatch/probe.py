@@ -184,6 +184,11 @@ class Probe(pl.Callback):
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self.flush(trainer)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.flush(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.flush(trainer)
 

@@ -8,7 +8,6 @@ are shown.
 
 import json
 import logging
-import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,8 @@ from rich.text import Text
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_HALF
 from tensorboard.util.tensor_util import make_ndarray
+
+from losswatch.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ LABELS = {
     "dice": "Dice",
     "iou": "IoU",
 }
-STATUS_STYLES = {"done": "green", "failed": "bold red", "unfinished": "yellow"}
+STATUS_STYLES = {"done": "green", "failed": "bold red", "stopped": "yellow", "unfinished": "yellow"}
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -387,16 +388,6 @@ def write_summary(sweep_dir: str | Path) -> pd.DataFrame:
     runs = read_runs(sweep_dir)
     replace_file(Path(sweep_dir) / "summary.csv", runs.to_csv(index=False))
     return runs
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file at once: a reader, or a full disk, never meets half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def summary_table(runs: pd.DataFrame) -> Table:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from losswatch.report import replace_file
+from losswatch.files import replace_file
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """JSON has no NaN or infinity; they are written as null."""
+    """Write result.json. JSON has no NaN or infinity; they are written as null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -22,4 +22,5 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     text = json.dumps(plain(dict(result)), indent=2, ensure_ascii=False, allow_nan=False)
-    replace_file(folder / "result.json", text + "\n")
+    # Bytes of a command line that are no UTF-8 are lone surrogates in Python, and escapes in JSON.
+    replace_file(folder / "result.json", (text + "\n").encode("utf-8", "backslashreplace"))

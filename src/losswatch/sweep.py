@@ -133,12 +133,10 @@ class SweepCallback(Callback):
         """Before Hydra writes the new config over that of a run which is to be resumed."""
         if config.resume is None:
             return
-        if not Path(config.resume).is_dir():
-            stop(f"resume={config.resume}: there is no such run folder")
-
-        from losswatch.resume import check_folder
+        from losswatch.resume import check_folder, check_run
 
         try:
+            check_run(Path(config.resume))
             check_folder(Path(config.resume), config)
         except ConfigError as error:
             stop(str(error))
