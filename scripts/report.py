@@ -10,6 +10,7 @@ folder of sweeps is read as one.
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from urllib.parse import quote
@@ -49,16 +50,19 @@ def main() -> int:
             figures |= plot_sweep(args.sweep, runs, seeds=True, free=args.free)
         report = args.sweep / "report.md"
         replace_file(report, markdown(args.sweep, runs, comparison, figures))
+
+        if isinstance(sys.stdout, io.TextIOWrapper):  # one of ASCII has no θ
+            sys.stdout.reconfigure(errors="replace")
+        # Without a terminal (a log, a pipe) there is no width to fit into.
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        console = Console(width=None if terminal else 200)
+        console.print(summary_table(runs))
+        if len(comparison):
+            console.print(rich_table(comparison))
+        print(f"{printable(report)} ({len(figures)} figures)")
     except OSError as error:  # no such folder, no runs in it, nothing can be written there
         print(f"report.py: {printable(error)}", file=sys.stderr)
         return 2
-
-    # Without a terminal (a log, a pipe) there is no width to fit into.
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(summary_table(runs))
-    if len(comparison):
-        console.print(rich_table(comparison))
-    print(f"{report} ({len(figures)} figures)")
     return 0
 
 

@@ -1,9 +1,14 @@
 """Reading a sweep back from disk, its tables, comparison and figures."""
 
+import ctypes
+import importlib.util
+import io
 import json
 import logging
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +19,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
@@ -64,6 +71,34 @@ def write_result(run_dir: Path, loss="dice", theta=0.5, seed=0, accuracy=0.9, **
         "metrics": {"val/accuracy": accuracy, "val/dice": accuracy - 0.1, "val/iou": 0.5},
     }
     (run_dir / "result.json").write_text(json.dumps(record | changes))
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main(folder): scripts/report.py in this process; its exit status."""
+    spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts/report.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(folder: Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", str(folder)])
+        return script.main()
+
+    return run
+
+
+@pytest.fixture
+def no_hang():
+    """Fail after half a minute, whatever is waited for."""
+
+    def interrupt(*_):
+        pytest.fail("still busy after half a minute")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def text_of(table) -> str:
@@ -202,6 +237,26 @@ def test_nonsense_and_zeros_are_torn_too(tmp_path, caplog):
         assert len(caplog.messages) == 1
 
 
+def test_event_files_that_cannot_be_read_are_named_and_left_out(tmp_path, caplog, no_hang):
+    write_events(tmp_path, range(5))
+    whole = read_scalars(tmp_path)
+    os.mkfifo(tmp_path / "events.out.tfevents.1.pipe")
+    (tmp_path / "events.out.tfevents.2.folder").mkdir()
+    (tmp_path / "events.out.tfevents.3.dangling").symlink_to("nowhere")
+    (tmp_path / "events.out.tfevents.4.device").symlink_to("/dev/zero")
+    event = Event(step=3, wall_time=1.0)
+    tensor = event.summary.value.add(tag="loss/dice").tensor
+    tensor.dtype, tensor.tensor_content = DT_FLOAT, b"odd"  # three bytes of the four of a float
+    record = event.SerializeToString()
+    length = len(record).to_bytes(8, "little")
+    damaged = tmp_path / "events.out.tfevents.5.damaged"
+    damaged.write_bytes(length + bytes(4) + record + bytes(4))
+    pd.testing.assert_frame_equal(read_scalars(tmp_path), whole)
+    names = ["pipe", "folder", "dangling", "device", "damaged"]
+    assert len(caplog.messages) == 5
+    assert all(name in line for name, line in zip(names, caplog.messages, strict=True))
+
+
 def test_no_scalars_is_an_empty_frame(tmp_path):
     assert read_scalars(tmp_path).empty
     (tmp_path / "events.out.tfevents.1.host").touch()
@@ -289,14 +344,167 @@ def test_strings_from_disk_are_shown_as_text(tmp_path):
     assert show(evil).count("\N{REPLACEMENT CHARACTER}") == 5
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", '"x"', "\xff", '{"config": 3}', "{}"])
-def test_any_result_file_is_survived(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "[]", "null", '"x"', "\xff", '{"config": 3}', "{}", " " * 2**20 + "{}",
+        '{"status": "done", "config": {"theta": ' + 900 * "[" + 900 * "]" + "}}",
+        '{"status": "done", "config": {"theta": ' + 10**5 * "[" + 10**5 * "]" + "}}",
+    ],
+    ids=lambda content: content[:60].strip(),
+)  # fmt: skip
+def test_any_result_file_is_survived(tmp_path, caplog, main, content):
     write_result(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "result.json").write_bytes(content.encode("latin-1"))
-    runs = read_runs(tmp_path)
+    assert main(tmp_path) == 0
+    assert list(read_runs(tmp_path)["status"]) == ["done", "unfinished"]
+    assert len(caplog.messages) == 2 and len(set(caplog.messages)) == 1
+    assert f"{tmp_path / 'b/result.json'}: unreadable" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": ["done"]},
+        {"status": None},
+        {"error": {"a": 1}},
+        {"seconds": "12.5"},
+        {"seconds": 10**400},
+        {"overrides": {"loss": "dice"}},
+        {"overrides": ["loss=dice", ["seed=1"], None]},
+        {"overrides": [f"key{i}=1" for i in range(10_000)]},
+        {"choices": "dice"},
+        {"choices": {"loss": 3}},
+        {"config": [1, 2]},
+        {"metrics": [0.9]},
+        {"metrics": {"val/accuracy": "0.9"}},
+        {"metrics": {"val/accuracy": True}},
+        {"metrics": {"val/dice": -(10**400)}},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_a_result_of_other_types_is_named_and_counts_as_unfinished(tmp_path, caplog, changes):
+    """Here, and so in the table, the comparison and the report; the other runs are as without."""
+    for loss in ("dice", "cce"):
+        write_result(tmp_path / loss, loss)
+    before = compare_losses(read_runs(tmp_path))
+    write_result(tmp_path / "odd", **changes)
+    runs = write_summary(tmp_path).set_index("run")
+    assert runs["status"].to_dict() == {"cce": "done", "dice": "done", "odd": "unfinished"}
+    assert np.isnan(runs.loc["odd", "accuracy"])
+    pd.testing.assert_frame_equal(compare_losses(runs.reset_index()), before)
+    [message] = caplog.messages
+    assert message.startswith(f"{tmp_path / 'odd/result.json'}: unreadable, counted as unfinished")
+    assert len(message) < len(str(tmp_path)) + 300
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": {"theta": 10**400, "seed": -(10**400)}},
+        {"metrics": {"val/accuracy": float("nan"), "val/dice": float("inf")}},
+        {"error": "\ud800", "status": "\udcff", "choices": {"loss": "\ud800"}},
+        {"overrides": ["\ud800=\ud801", "=", "", "a", "{:}"], "config": {"theta": "\udfff"}},
+        {"config": {"theta": {"a": [1]}, "seed": [[1], None]}, "choices": {}},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_odd_values_are_shown(tmp_path, main, caplog, changes):
+    for loss in ("dice", "cce"):
+        write_result(tmp_path / loss, loss)
+    write_result(tmp_path / "odd", **changes)
+    write_events(tmp_path / "odd", range(3))
+    assert main(tmp_path) == 0 and not caplog.messages
+    assert len(pd.read_csv(tmp_path / "summary.csv")) == 3
+    assert (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{BOMB}theta: *a39\n", "[" * 10_000, "k: 1\n" * 2**20, "theta: ${a.${b}",
+        "theta: !!int ''", "theta: !!bool x", "theta: !!timestamp x",
+        "theta: !!python/tuple [1]", "\x00", "{", "pipe",
+    ],
+    ids=lambda content: content[:30],
+)  # fmt: skip
+def test_a_config_file_that_hydra_did_not_write_is_survived(tmp_path, caplog, no_hang, content):
+    write_result(tmp_path / "a")
+    config = tmp_path / "b/.hydra/config.yaml"
+    config.parent.mkdir(parents=True)
+    os.mkfifo(config) if content == "pipe" else config.write_text(content)
+    runs = write_summary(tmp_path)
     assert list(runs["status"]) == ["done", "unfinished"]
-    summary_table(runs)
+    if content == "theta: ${a.${b}":  # text like any other
+        assert not caplog.messages and runs["theta"][1] == "${a.${b}"
+    else:
+        [message] = caplog.messages
+        assert message.startswith(f"{tmp_path / 'b/.hydra'}: unreadable, settings left out")
+
+
+@pytest.mark.parametrize(
+    "name", ["x\x1b[31m\x07", "x\ny", "[red]x[bold]", "a|b", "=1+1", " x", "x" * 255]
+)
+def test_any_folder_name_is_shown_as_text(tmp_path, main, capsys, caplog, name):
+    write_result(tmp_path / "a")
+    write_result(tmp_path / name, "cce", status="failed", error="x")
+    write_events(tmp_path / name, range(3))
+    assert main(tmp_path) == 0 and not caplog.messages
+    [figure] = (tmp_path / "figures").iterdir()
+    assert figure.stat().st_size
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    runs = pd.read_csv(tmp_path / "summary.csv")
+    assert set(runs["run"]) == {"a", shown}
+    page = (tmp_path / "report.md").read_text()
+    assert re.sub(r"([|\[\]])", r"\\\1", f"- {shown}: failed") in page
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_folder_name_that_is_no_text_is_named_and_left_out(tmp_path, main, caplog):
+    write_result(tmp_path / "a")
+    write_result(Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff\xfe")))
+    assert main(tmp_path) == 0
+    assert list(pd.read_csv(tmp_path / "summary.csv")["run"]) == ["a"]
+    assert caplog.messages == [f"{tmp_path}/x\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}: "
+                               "left out, its name is not UTF-8"]  # fmt: skip
+    sweep = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    write_result(sweep / "b")
+    assert main(sweep) == 0 and (sweep / "report.md").exists()
+
+
+def test_links_are_not_followed(tmp_path, caplog, no_hang):
+    """A link to a run would count it twice, two to a folder above would go on for ever."""
+    sweep = tmp_path / "sweep"
+    write_result(sweep / "a")
+    write_result(sweep / "b", "cce")
+    (sweep / "a/newest").symlink_to(".")  # within a run it is nothing to the report
+    (sweep / "loop").symlink_to("loop")
+    (sweep / "dangling").symlink_to("nowhere")
+    links = {"latest": "b", "up": "..", "self": ".", "also": sweep}
+    for name, target in links.items():
+        (sweep / name).symlink_to(target)
+    for folder, prefix in ((sweep, ""), (tmp_path, "sweep/")):
+        caplog.clear()
+        assert list(read_runs(folder)["run"]) == [f"{prefix}a", f"{prefix}b"]
+        assert set(caplog.messages) == {f"{sweep / name}: left out, a link" for name in links}
+    (tmp_path / "given").symlink_to(sweep)  # the folder asked for may be one
+    assert len(read_runs(tmp_path / "given")) == 2
+
+
+def test_a_sweep_nested_deeper_than_python_recurses(tmp_path, monkeypatch):
+    write_result(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        assert list(read_runs(tmp_path)["run"]) == ["a"]
+    finally:  # Python's own rmtree, which pytest uses, would recurse as well
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
 # --- compare_losses ------------------------------------------------------------------------------
@@ -437,14 +645,19 @@ def test_a_figure_per_combination_or_per_seed(tmp_path):
 # --- The script ----------------------------------------------------------------------------------
 
 
-def report(*arguments) -> subprocess.CompletedProcess:
+def report(*arguments, **options) -> subprocess.CompletedProcess:
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "scripts/report.py", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        **options,
     )
+
+
+def messages(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if not line.startswith("import time")]
 
 
 def test_script_reports_from_disk_without_torch(tmp_path):
@@ -474,9 +687,42 @@ def test_script_refuses_a_folder_without_runs_in_one_line(tmp_path):
         read_runs(tmp_path / "none")
     done = report(tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    messages = [line for line in done.stderr.splitlines() if not line.startswith("import time")]
-    assert messages == [f"report.py: holds no runs: {tmp_path}"]
+    assert messages(done) == [f"report.py: holds no runs: {tmp_path}"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_output_of_ascii_or_a_closed_one(tmp_path, main, monkeypatch, closed):
+    write_result(tmp_path / "a")
+    written = io.BytesIO()
+    output = None if closed else io.TextIOWrapper(written, encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(tmp_path) == 0
+    assert (tmp_path / "report.md").exists()
+    assert closed or b"|loss |   ? |" in written.getvalue()  # θ
+
+
+def test_what_may_not_be_read_is_named_and_the_rest_reported(tmp_path):
+    def obey_permissions():
+        """Root reads everything, but by two capabilities that it can do without."""
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+    for name in ("folder", "events", "good", "result"):
+        write_result(tmp_path / name, seed=len(name))
+        write_events(tmp_path / name, range(3))
+    secret = [tmp_path / "folder", next((tmp_path / "events").glob("events*"))]
+    secret += [tmp_path / "result/result.json"]
+    for path in secret:
+        path.chmod(0)
+    done = report(tmp_path, preexec_fn=obey_permissions)
+    secret[0].chmod(0o700)  # to be removed by pytest
+    assert done.returncode == 0
+    assert [line.split(": ")[0] for line in messages(done)] == [
+        str(path) for path in (secret[0], secret[2], secret[1])
+    ]
+    runs = pd.read_csv(tmp_path / "summary.csv").set_index("run")
+    assert runs["status"].to_dict() == {"events": "done", "good": "done", "result": "unfinished"}
 
 
 def test_long_titles_are_broken():

@@ -86,7 +86,7 @@ def plot_sweep(
 
     # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
     events = (f for run in runs["run"] for f in (sweep / run).glob("events.out.tfevents.*"))
-    size = sum(f.stat().st_size for f in events)
+    size = sum(f.stat().st_size for f in events if os.path.isfile(f))
     workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**26)
     if workers == 1:
         drawn = list(map(_run_job, jobs))
