@@ -70,10 +70,10 @@ def markdown(
     sweep: Path, runs: pd.DataFrame, comparison: pd.DataFrame, figures: dict[str, Path]
 ) -> str:
     """The report: what was run, results by setting, losses pair by pair, figures."""
-    counts = ", ".join(f"{n} {printable(s)}" for s, n in runs["status"].value_counts().items())
+    counts = ", ".join(f"{n} {s}" for s, n in runs["status"].value_counts().items())
     parts = [
         f"# {markdown_escape(sweep.resolve().name)}",
-        f"Runs: {counts}. Every run and its settings: [summary.csv](summary.csv).",
+        f"Runs: {markdown_escape(counts)}. Every run and its settings: [summary.csv](summary.csv).",
         "## Results",
         "Validation metrics at the end of training: mean (lowest to highest) over each row's runs.",
         markdown_table(cell_table(runs)),

@@ -458,7 +458,7 @@ def test_any_folder_name_is_shown_as_text(tmp_path, main, capsys, caplog, name):
     assert figure.stat().st_size
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     runs = pd.read_csv(tmp_path / "summary.csv")
-    assert set(runs["run"]) == {"a", shown}
+    assert set(runs["run"]) == {"a", "'=1+1" if name == "=1+1" else shown}
     page = (tmp_path / "report.md").read_text()
     assert re.sub(r"([|\[\]])", r"\\\1", f"- {shown}: failed") in page
     assert "\x1b" not in capsys.readouterr().out
@@ -505,6 +505,29 @@ def test_a_sweep_nested_deeper_than_python_recurses(tmp_path, monkeypatch):
         assert list(read_runs(tmp_path)["run"]) == ["a"]
     finally:  # Python's own rmtree, which pytest uses, would recurse as well
         subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+
+
+def test_cells_are_no_formulas_and_numbers_stay_numbers(tmp_path):
+    formulas = ["=cmd|' /C calc'!A0", "+1+cmd", "-x", "@SUM(A1)", "\t=1", "\r=1", " =1", "＝1"]
+    for i, text in enumerate(formulas):
+        write_result(tmp_path / f"{i}", text, theta=text, status=text, error=text,
+                     overrides=[f"{text}={i}", f"@{i}=-x"])  # fmt: skip
+    write_summary(tmp_path)
+    cells = pd.read_csv(tmp_path / "summary.csv", dtype=str)
+    texts = [*cells, *cells.stack().dropna()]
+    assert "'=cmd|' /C calc'!A0" in texts
+    assert not [text for text in texts if text.strip()[:1] in [*"=+@＝"] or text == "-x"]
+    assert not {"\t", "\r", "\n"} & set("".join(texts))
+
+    for i, low in enumerate([-0.5, -2, 1e-7]):
+        write_result(tmp_path / f"n/low={low}", theta=-0.25, accuracy=-1e-9 - i, seed=-i,
+                     overrides=[f"data.low={low}"], config={"theta": -0.25, "seed": -i,
+                     "data": {"low": low}, "optimizer": {"lr": 1e-3}})  # fmt: skip
+    written = write_summary(tmp_path / "n")
+    read = pd.read_csv(tmp_path / "n/summary.csv")
+    assert dict(zip(read["seed"], read["data.low"], strict=True)) == {0: -0.5, -1: -2, -2: 1e-7}
+    empty = {c: np.nan for c in written if written[c].isna().all()}  # None comes back as NaN
+    pd.testing.assert_frame_equal(read, written.assign(**empty))
 
 
 # --- compare_losses ------------------------------------------------------------------------------
@@ -700,6 +723,19 @@ def test_an_output_of_ascii_or_a_closed_one(tmp_path, main, monkeypatch, closed)
     assert main(tmp_path) == 0
     assert (tmp_path / "report.md").exists()
     assert closed or b"|loss |   ? |" in written.getvalue()  # θ
+
+
+def test_no_html_from_disk_reaches_the_report(tmp_path, main):
+    html = "<img src=x onerror=alert(1)> &lt; [a](javascript:b)"
+    write_result(tmp_path / "a")
+    write_result(
+        tmp_path / html, html, html, html, status=html, error=html, overrides=[f"{html}={html}"]
+    )
+    write_events(tmp_path / html, range(3))
+    assert main(tmp_path) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert page.count("img src=x") > 6
+    assert not re.findall(r"(?<!\\)([<>&]|\]\(javascript)", page)
 
 
 def test_what_may_not_be_read_is_named_and_the_rest_reported(tmp_path):

@@ -524,13 +524,24 @@ def write_summary(sweep_dir: str | Path) -> pd.DataFrame:
 
 
 def csv_text(cells: pd.DataFrame, **options: Any) -> str:
-    """A frame as CSV, with `options` of pandas; its names and texts printable."""
+    """A frame as CSV, with `options` of pandas; `csv_escape` for its names and texts."""
     cells = cells.copy()
     for name in cells.select_dtypes(exclude=["number", "bool"]):
-        values = [printable(v) if isinstance(v, str) else v for v in cells[name]]
+        values = [csv_escape(v) if isinstance(v, str) else v for v in cells[name]]
         cells[name] = pd.Series(values, cells.index, dtype=object)
-    header = [printable(str(name)) for name in cells]
+    header = [csv_escape(str(name)) for name in cells]
     return cells.to_csv(index=False, header=header, **options)
+
+
+def csv_escape(text: str) -> str:
+    """Text that a spreadsheet shows as it stands and does not compute.
+
+    >>> [csv_escape(text) for text in ("dice", "-1e-3", "=1+1", " @SUM(A1)", "-x")]
+    ['dice', '-1e-3', "'=1+1", "' @SUM(A1)", "'-x"]
+    """
+    text = printable(text)
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text, re.IGNORECASE | re.ASCII)
+    return f"'{text}" if re.match(r"\s*[=+@＝＋－＠-]", text) and not number else text
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
