@@ -495,6 +495,27 @@ def test_links_are_not_followed(tmp_path, caplog, no_hang):
     assert len(read_runs(tmp_path / "given")) == 2
 
 
+def test_nothing_is_written_through_a_link(tmp_path, main, capsys):
+    sweep, elsewhere = tmp_path / "sweep", tmp_path / "elsewhere"
+    write_events(sweep / "a", range(3))
+    write_result(sweep / "a")
+    elsewhere.mkdir()
+    for name in ("figures/losses.png", "summary.csv", "report.md"):
+        file = elsewhere / Path(name).name
+        file.write_text("precious")
+        (sweep / name).parent.mkdir(exist_ok=True)
+        (sweep / name).symlink_to(file)
+    assert main(sweep) == 0
+    assert (sweep / "figures/losses.png").read_bytes().startswith(b"\x89PNG")
+    shutil.rmtree(sweep / "figures")
+    (sweep / "figures").symlink_to(elsewhere)
+    assert main(sweep) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"report.py: {sweep / 'figures'} is a link; figures are not written through it"
+    )
+    assert [file.read_text() for file in elsewhere.iterdir()] == ["precious"] * 3
+
+
 def test_a_sweep_nested_deeper_than_python_recurses(tmp_path, monkeypatch):
     write_result(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
@@ -663,6 +684,20 @@ def test_a_figure_per_combination_or_per_seed(tmp_path):
     assert all(path.parent == tmp_path / "figures" and path.exists() for path in figures.values())
     figures = study.plot_sweep(tmp_path, runs[runs["theta"] == 0.05], seeds=True)
     assert [path.name for path in figures.values()] == ["seed=0.png", "seed=1.png"]
+
+
+def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
+    """Matplotlib has no axis for a difference that is infinite."""
+    for theta in (0.05, 0.5):
+        write_result(tmp_path / f"{theta}", theta=theta)
+        write_events(tmp_path / f"{theta}", range(3))
+    with SummaryWriter(tmp_path / "0.5") as writer:
+        for step, value in enumerate([1e308, -1e308], start=3):
+            writer.add_scalar("loss/dice", value, step, new_style=True, double_precision=True)
+    figures = study.plot_sweep(tmp_path, read_runs(tmp_path), free=True)
+    assert [path.name for path in figures.values()] == ["theta=0.05.png"]
+    [message] = caplog.messages
+    assert message.startswith(f"{tmp_path / 'figures/theta=0.5.png'}: not drawn")
 
 
 # --- The script ----------------------------------------------------------------------------------
