@@ -75,7 +75,8 @@ def markdown(
         f"# {markdown_escape(sweep.resolve().name)}",
         f"Runs: {markdown_escape(counts)}. Every run and its settings: [summary.csv](summary.csv).",
         "## Results",
-        "Validation metrics at the end of training: mean (lowest to highest) over each row's runs.",
+        "Validation metrics at the end of training: mean (lowest to highest) over each row's runs "
+        "that are done.",
         markdown_table(cell_table(runs)),
     ]
     if len(comparison):

@@ -551,6 +551,22 @@ def test_cells_are_no_formulas_and_numbers_stay_numbers(tmp_path):
     pd.testing.assert_frame_equal(read, written.assign(**empty))
 
 
+def test_a_stopped_run_is_not_done(tmp_path, main):
+    """It has metrics, of fewer steps than were asked for."""
+    write_result(tmp_path / "a", "dice", accuracy=0.8)
+    write_result(tmp_path / "b", "cce", accuracy=0.7)
+    write_result(tmp_path / "c", "dice", accuracy=0.1, status="stopped", error="time is up")
+    runs = read_runs(tmp_path)
+    assert "\x1b[33mstopped" in text_of(summary_table(runs))
+    cells = cell_table(runs).set_index("loss")
+    assert cells.loc["dice", "accuracy"] == "0.8000" and cells.loc["dice", "runs"] == "1 of 2"
+    assert cells.loc["cce", "runs"] == "1"
+    assert compare_losses(runs)["accuracy"].tolist() == [pytest.approx(-0.1)]
+    assert main(tmp_path) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert "Runs: 2 done, 1 stopped." in page and "- c: stopped, time is up" in page
+
+
 # --- compare_losses ------------------------------------------------------------------------------
 
 

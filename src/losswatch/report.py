@@ -57,7 +57,12 @@ LABELS = {
     "dice": "Dice",
     "iou": "IoU",
 }
-STATUS_STYLES = {"done": "green", "failed": "bold red", "unfinished": "yellow"}
+STATUS_STYLES = {
+    "done": "green",
+    "failed": "bold red",
+    "stopped": "yellow",
+    "unfinished": "yellow",
+}
 
 # The types of a run's record, each part of which may be missing or null, and bounds far beyond any
 # run's: what a stranger wrote could keep a reader busy for hours.
@@ -634,14 +639,15 @@ def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row of text per setting: its runs, and each metric's mean over them with its range."""
+    """A row of text per setting: its runs, and each metric's mean and range over those done."""
     columns = ["loss", *(c for c in swept(runs) if c != "seed")]
     rows = []
     for values, cell in runs.groupby([runs[c].map(show) for c in columns], sort=False):
         row = {LABELS.get(c, c): value for c, value in zip(columns, values, strict=True)}
-        row["runs"] = f"{len(cell)}"
+        done = cell[cell["status"] == "done"]
+        row["runs"] = f"{len(cell)}" if len(done) == len(cell) else f"{len(done)} of {len(cell)}"
         for metric in METRICS:
-            known = cell[metric].dropna()
+            known = done[metric].dropna()
             text = f"{known.mean():.4f}" if len(known) else "–"
             text += f" ({known.min():.4f} to {known.max():.4f})" if len(known) > 1 else ""
             row[LABELS[metric]] = text
