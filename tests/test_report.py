@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -207,6 +208,61 @@ def test_files_follow_in_the_order_of_their_first_event_not_of_their_names(tmp_p
     first.rename(tmp_path / "events.out.tfevents.9999999999.host")
     write_events(tmp_path, range(3, 5), scale=2.0)
     assert read_scalars(tmp_path)["grad_norm/cce"].tolist() == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("files", "seen"),
+    [
+        # A resumed run whose earlier file was cut at the checkpoint.
+        ([(range(7), 0), (range(7, 20), -400)], [0] * 7 + [1] * 13),
+        ([(range(5), 0), (range(5, 10), -400), (range(10, 15), 3)], [0] * 5 + [1] * 5 + [2] * 5),
+        ([(range(5), 0), (range(5, 10), 3), (range(10, 15), -400)], [0] * 5 + [1] * 5 + [2] * 5),
+        # Not cut: the later file replaces what overlaps.
+        ([(range(20), 0), (range(12, 18), -400)], [0] * 12 + [1] * 6),
+        # Started again from before where another file began, or from the same step.
+        ([(range(5), 0), (range(5, 9), 0), (range(2, 7), 0)], [0, 0, 2, 2, 2, 2, 2]),
+        ([(range(9), 0), (range(6), 0)], [1] * 6),
+        ([(range(4, 9), 0), (range(4, 6), 0)], [1] * 2),
+        # Observed at every tenth step.
+        ([(range(0, 40, 10), 0), (range(40, 80, 10), -400)], [0] * 4 + [1] * 4),
+        ([(range(0, 40, 10), 0), (range(40, 80, 10), 0), (range(20, 50, 10), 0)], [0, 0, 2, 2, 2]),
+        # A stretch is lost; so is the beginning.
+        ([(range(5), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
+        ([(range(50, 55), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
+    ],
+)  # fmt: skip
+def test_event_files_follow_by_their_steps_where_the_clock_went_back(
+    tmp_path, monkeypatch, files, seen
+):
+    """Of each file its steps and by how many days the clock is off; which file each step shows."""
+    clock = time.time
+    for i, (steps, days) in enumerate(files):
+        monkeypatch.setattr(time, "time", lambda i=i, days=days: clock() + 60 * i + 86400 * days)
+        with SummaryWriter(tmp_path) as writer:
+            for step in steps:
+                writer.add_scalar("loss/dice", i, step)
+    assert read_scalars(tmp_path)["loss/dice"].tolist() == seen
+
+
+def test_metrics_hparams_and_marks_under_a_clock_that_went_back(tmp_path, monkeypatch):
+    write_events(tmp_path, range(21))
+    whole = read_scalars(tmp_path)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() - 400 * 86400)
+    with SummaryWriter(tmp_path, filename_suffix=".hparams") as writer:
+        writer.add_hparams({"lr": 0.1}, {"val/dice": 0.0}, run_name=".")
+    with SummaryWriter(tmp_path, filename_suffix=".test") as writer:
+        writer.add_scalar("test/dice", 0.7, 20)
+    with SummaryWriter(tmp_path, filename_suffix=".again") as writer:
+        writer.add_scalar("val/accuracy", 0.5, 20)
+    scalars = read_scalars(tmp_path)
+    kept = [tag for tag in whole if tag != "val/accuracy"]
+    pd.testing.assert_frame_equal(scalars[kept], whole[kept])
+    assert scalars["test/dice"].dropna().to_dict() == {20: pytest.approx(0.7)}
+    assert scalars.loc[20, "val/accuracy"] == 0.5
+    write_events(tmp_path, range(18, 19), scale=3.0, purge_step=15, filename_suffix=".marked")
+    scalars = read_scalars(tmp_path)
+    assert list(scalars["loss/dice"].dropna().index) == [*range(15), 18]
 
 
 @pytest.mark.parametrize("kept", [1, 5, 11, 40, -1])

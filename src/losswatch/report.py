@@ -92,12 +92,16 @@ def read_scalars(run_dir: str | Path) -> pd.DataFrame:
     all that the earlier ones hold from the first step that it observed on; so does a restart marked
     within a file. A value written twice counts as last written.
 
+    Which file is later: a file that begins at a step which the others have yet to reach comes after
+    them, whatever its clock said, since it continues them. The clock decides between files that
+    could both come next, such as two attempts that began at the same step.
+
     A torn end and a file that cannot be read are left out with a warning. The frame is empty where
     there are no scalars.
     """
     columns: dict[str, dict[int, float]] = {}
     read = map(_read_events, sorted(Path(run_dir).glob("events.out.tfevents.*")))
-    for file in sorted(filter(None, read), key=lambda file: file.begun):
+    for file in _in_order([file for file in read if file]):
         if file.marked is not None:
             _forget(columns, file.marked)
         # Metrics alone are no restart: a finished run that is looked at again writes them too.
@@ -114,10 +118,12 @@ def read_scalars(run_dir: str | Path) -> pd.DataFrame:
 
 
 class EventFile(NamedTuple):
-    """The scalars of an event file, begun at a time and with what it replaces of others."""
+    """The scalars of an event file, and what says where it belongs among the others."""
 
     columns: dict[str, dict[int, float]]
     begun: float  # by the clock
+    first: int  # step: of what is observed, where anything is
+    following: int  # step that would come after its last
     observed: int | None  # first step observed
     marked: int | None  # first step of a marked restart
 
@@ -153,7 +159,25 @@ def _read_events(path: Path) -> EventFile | None:
     if begun is None or not (columns or marked is not None):
         return None
     observed = min((min(c) for t, c in columns.items() if t.startswith(WATCHED)), default=None)
-    return EventFile(columns, begun, observed, marked)
+    starts = [step for step in (observed, marked) if step is not None]
+    first = min(starts or map(min, columns.values()))
+    last = max(map(max, columns.values()), default=first)
+    ends = sorted(max(columns.values(), key=len, default={first: 0.0}))[-2:]
+    following = last + (ends[-1] - ends[0] or 1)
+    return EventFile(columns, begun, first, following, observed, marked)
+
+
+def _in_order(files: list[EventFile]) -> Iterator[EventFile]:
+    """The files one after another, by the rule of `read_scalars`."""
+    waiting = sorted(files, key=lambda file: file.begun)
+    reached = min((file.first for file in files), default=0)
+    while waiting:
+        ready = (file for file in waiting if file.first <= reached)
+        # Where a stretch is missing no file continues the others: the next one by its steps then.
+        file = next(ready, None) or min(waiting, key=lambda file: file.first)
+        waiting.remove(file)
+        reached = max(reached, file.following)
+        yield file
 
 
 def _forget(columns: dict[str, dict[int, float]], step: int) -> None:
