@@ -10,6 +10,7 @@ folder of sweeps is read as one.
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from urllib.parse import quote
@@ -49,16 +50,19 @@ def main() -> int:
             figures |= plot_sweep(args.sweep, runs, seeds=True, free=args.free)
         report = args.sweep / "report.md"
         replace_file(report, markdown(args.sweep, runs, comparison, figures))
+
+        if isinstance(sys.stdout, io.TextIOWrapper):  # one of ASCII has no θ
+            sys.stdout.reconfigure(errors="replace")
+        # Without a terminal (a log, a pipe) there is no width to fit into.
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        console = Console(width=None if terminal else 200)
+        console.print(summary_table(runs))
+        if len(comparison):
+            console.print(rich_table(comparison))
+        print(f"{printable(report)} ({len(figures)} figures)")
     except OSError as error:  # no such folder, no runs in it, nothing can be written there
         print(f"report.py: {printable(error)}", file=sys.stderr)
         return 2
-
-    # Without a terminal (a log, a pipe) there is no width to fit into.
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(summary_table(runs))
-    if len(comparison):
-        console.print(rich_table(comparison))
-    print(f"{report} ({len(figures)} figures)")
     return 0
 
 
@@ -66,12 +70,13 @@ def markdown(
     sweep: Path, runs: pd.DataFrame, comparison: pd.DataFrame, figures: dict[str, Path]
 ) -> str:
     """The report: what was run, results by setting, losses pair by pair, figures."""
-    counts = ", ".join(f"{n} {printable(s)}" for s, n in runs["status"].value_counts().items())
+    counts = ", ".join(f"{n} {s}" for s, n in runs["status"].value_counts().items())
     parts = [
         f"# {markdown_escape(sweep.resolve().name)}",
-        f"Runs: {counts}. Every run and its settings: [summary.csv](summary.csv).",
+        f"Runs: {markdown_escape(counts)}. Every run and its settings: [summary.csv](summary.csv).",
         "## Results",
-        "Validation metrics at the end of training: mean (lowest to highest) over each row's runs.",
+        "Validation metrics at the end of training: mean (lowest to highest) over each row's runs "
+        "that are done.",
         markdown_table(cell_table(runs)),
     ]
     if len(comparison):

@@ -42,7 +42,7 @@ from losswatch.claims import (
     rises,
 )
 from losswatch.files import replace_file
-from losswatch.report import loss_order, markdown_escape, markdown_table, read_runs
+from losswatch.report import csv_text, loss_order, markdown_escape, markdown_table, read_runs
 from losswatch.study import plot_ranges, plot_sweep
 from losswatch.sweep import grid
 
@@ -132,7 +132,7 @@ def write_report(runs_dir: Path, out: Path) -> None:
     replace_file(out / "report.md", "\n\n".join(parts) + "\n")
     everything = pd.concat([f.assign(sweep=n) for n, f in found.items()])
     columns = ["sweep", *(c for c in everything if c not in ("sweep", "run", "seconds", "error"))]
-    replace_file(out / "summary.csv", everything[columns].to_csv(index=False, float_format="%.5g"))
+    replace_file(out / "summary.csv", csv_text(everything[columns], float_format="%.5g"))
 
 
 # --- The report, section by section: text is fixed, numbers and verdicts are computed ------------

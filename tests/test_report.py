@@ -1,11 +1,17 @@
 """Reading a sweep back from disk, its tables, comparison and figures."""
 
+import ctypes
+import importlib.util
+import io
 import json
 import logging
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -14,6 +20,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
@@ -64,6 +72,34 @@ def write_result(run_dir: Path, loss="dice", theta=0.5, seed=0, accuracy=0.9, **
         "metrics": {"val/accuracy": accuracy, "val/dice": accuracy - 0.1, "val/iou": 0.5},
     }
     (run_dir / "result.json").write_text(json.dumps(record | changes))
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main(folder): scripts/report.py in this process; its exit status."""
+    spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts/report.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(folder: Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", str(folder)])
+        return script.main()
+
+    return run
+
+
+@pytest.fixture
+def no_hang():
+    """Fail after half a minute, whatever is waited for."""
+
+    def interrupt(*_):
+        pytest.fail("still busy after half a minute")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def text_of(table) -> str:
@@ -174,6 +210,61 @@ def test_files_follow_in_the_order_of_their_first_event_not_of_their_names(tmp_p
     assert read_scalars(tmp_path)["grad_norm/cce"].tolist() == [1, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("files", "seen"),
+    [
+        # A resumed run whose earlier file was cut at the checkpoint.
+        ([(range(7), 0), (range(7, 20), -400)], [0] * 7 + [1] * 13),
+        ([(range(5), 0), (range(5, 10), -400), (range(10, 15), 3)], [0] * 5 + [1] * 5 + [2] * 5),
+        ([(range(5), 0), (range(5, 10), 3), (range(10, 15), -400)], [0] * 5 + [1] * 5 + [2] * 5),
+        # Not cut: the later file replaces what overlaps.
+        ([(range(20), 0), (range(12, 18), -400)], [0] * 12 + [1] * 6),
+        # Started again from before where another file began, or from the same step.
+        ([(range(5), 0), (range(5, 9), 0), (range(2, 7), 0)], [0, 0, 2, 2, 2, 2, 2]),
+        ([(range(9), 0), (range(6), 0)], [1] * 6),
+        ([(range(4, 9), 0), (range(4, 6), 0)], [1] * 2),
+        # Observed at every tenth step.
+        ([(range(0, 40, 10), 0), (range(40, 80, 10), -400)], [0] * 4 + [1] * 4),
+        ([(range(0, 40, 10), 0), (range(40, 80, 10), 0), (range(20, 50, 10), 0)], [0, 0, 2, 2, 2]),
+        # A stretch is lost; so is the beginning.
+        ([(range(5), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
+        ([(range(50, 55), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
+    ],
+)  # fmt: skip
+def test_event_files_follow_by_their_steps_where_the_clock_went_back(
+    tmp_path, monkeypatch, files, seen
+):
+    """Of each file its steps and by how many days the clock is off; which file each step shows."""
+    clock = time.time
+    for i, (steps, days) in enumerate(files):
+        monkeypatch.setattr(time, "time", lambda i=i, days=days: clock() + 60 * i + 86400 * days)
+        with SummaryWriter(tmp_path) as writer:
+            for step in steps:
+                writer.add_scalar("loss/dice", i, step)
+    assert read_scalars(tmp_path)["loss/dice"].tolist() == seen
+
+
+def test_metrics_hparams_and_marks_under_a_clock_that_went_back(tmp_path, monkeypatch):
+    write_events(tmp_path, range(21))
+    whole = read_scalars(tmp_path)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() - 400 * 86400)
+    with SummaryWriter(tmp_path, filename_suffix=".hparams") as writer:
+        writer.add_hparams({"lr": 0.1}, {"val/dice": 0.0}, run_name=".")
+    with SummaryWriter(tmp_path, filename_suffix=".test") as writer:
+        writer.add_scalar("test/dice", 0.7, 20)
+    with SummaryWriter(tmp_path, filename_suffix=".again") as writer:
+        writer.add_scalar("val/accuracy", 0.5, 20)
+    scalars = read_scalars(tmp_path)
+    kept = [tag for tag in whole if tag != "val/accuracy"]
+    pd.testing.assert_frame_equal(scalars[kept], whole[kept])
+    assert scalars["test/dice"].dropna().to_dict() == {20: pytest.approx(0.7)}
+    assert scalars.loc[20, "val/accuracy"] == 0.5
+    write_events(tmp_path, range(18, 19), scale=3.0, purge_step=15, filename_suffix=".marked")
+    scalars = read_scalars(tmp_path)
+    assert list(scalars["loss/dice"].dropna().index) == [*range(15), 18]
+
+
 @pytest.mark.parametrize("kept", [1, 5, 11, 40, -1])
 def test_a_torn_record_ends_the_file_with_one_warning(tmp_path, caplog, kept):
     write_events(tmp_path, range(20))
@@ -200,6 +291,26 @@ def test_nonsense_and_zeros_are_torn_too(tmp_path, caplog):
         caplog.clear()
         assert list(read_scalars(tmp_path).index) == list(range(5))
         assert len(caplog.messages) == 1
+
+
+def test_event_files_that_cannot_be_read_are_named_and_left_out(tmp_path, caplog, no_hang):
+    write_events(tmp_path, range(5))
+    whole = read_scalars(tmp_path)
+    os.mkfifo(tmp_path / "events.out.tfevents.1.pipe")
+    (tmp_path / "events.out.tfevents.2.folder").mkdir()
+    (tmp_path / "events.out.tfevents.3.dangling").symlink_to("nowhere")
+    (tmp_path / "events.out.tfevents.4.device").symlink_to("/dev/zero")
+    event = Event(step=3, wall_time=1.0)
+    tensor = event.summary.value.add(tag="loss/dice").tensor
+    tensor.dtype, tensor.tensor_content = DT_FLOAT, b"odd"  # three bytes of the four of a float
+    record = event.SerializeToString()
+    length = len(record).to_bytes(8, "little")
+    damaged = tmp_path / "events.out.tfevents.5.damaged"
+    damaged.write_bytes(length + bytes(4) + record + bytes(4))
+    pd.testing.assert_frame_equal(read_scalars(tmp_path), whole)
+    names = ["pipe", "folder", "dangling", "device", "damaged"]
+    assert len(caplog.messages) == 5
+    assert all(name in line for name, line in zip(names, caplog.messages, strict=True))
 
 
 def test_no_scalars_is_an_empty_frame(tmp_path):
@@ -289,14 +400,227 @@ def test_strings_from_disk_are_shown_as_text(tmp_path):
     assert show(evil).count("\N{REPLACEMENT CHARACTER}") == 5
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", '"x"', "\xff", '{"config": 3}', "{}"])
-def test_any_result_file_is_survived(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "[]", "null", '"x"', "\xff", '{"config": 3}', "{}", " " * 2**20 + "{}",
+        '{"status": "done", "config": {"theta": ' + 900 * "[" + 900 * "]" + "}}",
+        '{"status": "done", "config": {"theta": ' + 10**5 * "[" + 10**5 * "]" + "}}",
+    ],
+    ids=lambda content: content[:60].strip(),
+)  # fmt: skip
+def test_any_result_file_is_survived(tmp_path, caplog, main, content):
     write_result(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "result.json").write_bytes(content.encode("latin-1"))
-    runs = read_runs(tmp_path)
+    assert main(tmp_path) == 0
+    assert list(read_runs(tmp_path)["status"]) == ["done", "unfinished"]
+    assert len(caplog.messages) == 2 and len(set(caplog.messages)) == 1
+    assert f"{tmp_path / 'b/result.json'}: unreadable" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": ["done"]},
+        {"status": None},
+        {"error": {"a": 1}},
+        {"seconds": "12.5"},
+        {"seconds": 10**400},
+        {"overrides": {"loss": "dice"}},
+        {"overrides": ["loss=dice", ["seed=1"], None]},
+        {"overrides": [f"key{i}=1" for i in range(10_000)]},
+        {"choices": "dice"},
+        {"choices": {"loss": 3}},
+        {"config": [1, 2]},
+        {"metrics": [0.9]},
+        {"metrics": {"val/accuracy": "0.9"}},
+        {"metrics": {"val/accuracy": True}},
+        {"metrics": {"val/dice": -(10**400)}},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_a_result_of_other_types_is_named_and_counts_as_unfinished(tmp_path, caplog, changes):
+    """Here, and so in the table, the comparison and the report; the other runs are as without."""
+    for loss in ("dice", "cce"):
+        write_result(tmp_path / loss, loss)
+    before = compare_losses(read_runs(tmp_path))
+    write_result(tmp_path / "odd", **changes)
+    runs = write_summary(tmp_path).set_index("run")
+    assert runs["status"].to_dict() == {"cce": "done", "dice": "done", "odd": "unfinished"}
+    assert np.isnan(runs.loc["odd", "accuracy"])
+    pd.testing.assert_frame_equal(compare_losses(runs.reset_index()), before)
+    [message] = caplog.messages
+    assert message.startswith(f"{tmp_path / 'odd/result.json'}: unreadable, counted as unfinished")
+    assert len(message) < len(str(tmp_path)) + 300
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": {"theta": 10**400, "seed": -(10**400)}},
+        {"metrics": {"val/accuracy": float("nan"), "val/dice": float("inf")}},
+        {"error": "\ud800", "status": "\udcff", "choices": {"loss": "\ud800"}},
+        {"overrides": ["\ud800=\ud801", "=", "", "a", "{:}"], "config": {"theta": "\udfff"}},
+        {"config": {"theta": {"a": [1]}, "seed": [[1], None]}, "choices": {}},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_odd_values_are_shown(tmp_path, main, caplog, changes):
+    for loss in ("dice", "cce"):
+        write_result(tmp_path / loss, loss)
+    write_result(tmp_path / "odd", **changes)
+    write_events(tmp_path / "odd", range(3))
+    assert main(tmp_path) == 0 and not caplog.messages
+    assert len(pd.read_csv(tmp_path / "summary.csv")) == 3
+    assert (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{BOMB}theta: *a39\n", "[" * 10_000, "k: 1\n" * 2**20, "theta: ${a.${b}",
+        "theta: !!int ''", "theta: !!bool x", "theta: !!timestamp x",
+        "theta: !!python/tuple [1]", "\x00", "{", "pipe",
+    ],
+    ids=lambda content: content[:30],
+)  # fmt: skip
+def test_a_config_file_that_hydra_did_not_write_is_survived(tmp_path, caplog, no_hang, content):
+    write_result(tmp_path / "a")
+    config = tmp_path / "b/.hydra/config.yaml"
+    config.parent.mkdir(parents=True)
+    os.mkfifo(config) if content == "pipe" else config.write_text(content)
+    runs = write_summary(tmp_path)
     assert list(runs["status"]) == ["done", "unfinished"]
-    summary_table(runs)
+    if content == "theta: ${a.${b}":  # text like any other
+        assert not caplog.messages and runs["theta"][1] == "${a.${b}"
+    else:
+        [message] = caplog.messages
+        assert message.startswith(f"{tmp_path / 'b/.hydra'}: unreadable, settings left out")
+
+
+@pytest.mark.parametrize(
+    "name", ["x\x1b[31m\x07", "x\ny", "[red]x[bold]", "a|b", "=1+1", " x", "x" * 255]
+)
+def test_any_folder_name_is_shown_as_text(tmp_path, main, capsys, caplog, name):
+    write_result(tmp_path / "a")
+    write_result(tmp_path / name, "cce", status="failed", error="x")
+    write_events(tmp_path / name, range(3))
+    assert main(tmp_path) == 0 and not caplog.messages
+    [figure] = (tmp_path / "figures").iterdir()
+    assert figure.stat().st_size
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    runs = pd.read_csv(tmp_path / "summary.csv")
+    assert set(runs["run"]) == {"a", "'=1+1" if name == "=1+1" else shown}
+    page = (tmp_path / "report.md").read_text()
+    assert re.sub(r"([|\[\]])", r"\\\1", f"- {shown}: failed") in page
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_folder_name_that_is_no_text_is_named_and_left_out(tmp_path, main, caplog):
+    write_result(tmp_path / "a")
+    write_result(Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff\xfe")))
+    assert main(tmp_path) == 0
+    assert list(pd.read_csv(tmp_path / "summary.csv")["run"]) == ["a"]
+    assert caplog.messages == [f"{tmp_path}/x\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}: "
+                               "left out, its name is not UTF-8"]  # fmt: skip
+    sweep = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    write_result(sweep / "b")
+    assert main(sweep) == 0 and (sweep / "report.md").exists()
+
+
+def test_links_are_not_followed(tmp_path, caplog, no_hang):
+    """A link to a run would count it twice, two to a folder above would go on for ever."""
+    sweep = tmp_path / "sweep"
+    write_result(sweep / "a")
+    write_result(sweep / "b", "cce")
+    (sweep / "a/newest").symlink_to(".")  # within a run it is nothing to the report
+    (sweep / "loop").symlink_to("loop")
+    (sweep / "dangling").symlink_to("nowhere")
+    links = {"latest": "b", "up": "..", "self": ".", "also": sweep}
+    for name, target in links.items():
+        (sweep / name).symlink_to(target)
+    for folder, prefix in ((sweep, ""), (tmp_path, "sweep/")):
+        caplog.clear()
+        assert list(read_runs(folder)["run"]) == [f"{prefix}a", f"{prefix}b"]
+        assert set(caplog.messages) == {f"{sweep / name}: left out, a link" for name in links}
+    (tmp_path / "given").symlink_to(sweep)  # the folder asked for may be one
+    assert len(read_runs(tmp_path / "given")) == 2
+
+
+def test_nothing_is_written_through_a_link(tmp_path, main, capsys):
+    sweep, elsewhere = tmp_path / "sweep", tmp_path / "elsewhere"
+    write_events(sweep / "a", range(3))
+    write_result(sweep / "a")
+    elsewhere.mkdir()
+    for name in ("figures/losses.png", "summary.csv", "report.md"):
+        file = elsewhere / Path(name).name
+        file.write_text("precious")
+        (sweep / name).parent.mkdir(exist_ok=True)
+        (sweep / name).symlink_to(file)
+    assert main(sweep) == 0
+    assert (sweep / "figures/losses.png").read_bytes().startswith(b"\x89PNG")
+    shutil.rmtree(sweep / "figures")
+    (sweep / "figures").symlink_to(elsewhere)
+    assert main(sweep) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"report.py: {sweep / 'figures'} is a link; figures are not written through it"
+    )
+    assert [file.read_text() for file in elsewhere.iterdir()] == ["precious"] * 3
+
+
+def test_a_sweep_nested_deeper_than_python_recurses(tmp_path, monkeypatch):
+    write_result(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        assert list(read_runs(tmp_path)["run"]) == ["a"]
+    finally:  # Python's own rmtree, which pytest uses, would recurse as well
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+
+
+def test_cells_are_no_formulas_and_numbers_stay_numbers(tmp_path):
+    formulas = ["=cmd|' /C calc'!A0", "+1+cmd", "-x", "@SUM(A1)", "\t=1", "\r=1", " =1", "＝1"]
+    for i, text in enumerate(formulas):
+        write_result(tmp_path / f"{i}", text, theta=text, status=text, error=text,
+                     overrides=[f"{text}={i}", f"@{i}=-x"])  # fmt: skip
+    write_summary(tmp_path)
+    cells = pd.read_csv(tmp_path / "summary.csv", dtype=str)
+    texts = [*cells, *cells.stack().dropna()]
+    assert "'=cmd|' /C calc'!A0" in texts
+    assert not [text for text in texts if text.strip()[:1] in [*"=+@＝"] or text == "-x"]
+    assert not {"\t", "\r", "\n"} & set("".join(texts))
+
+    for i, low in enumerate([-0.5, -2, 1e-7]):
+        write_result(tmp_path / f"n/low={low}", theta=-0.25, accuracy=-1e-9 - i, seed=-i,
+                     overrides=[f"data.low={low}"], config={"theta": -0.25, "seed": -i,
+                     "data": {"low": low}, "optimizer": {"lr": 1e-3}})  # fmt: skip
+    written = write_summary(tmp_path / "n")
+    read = pd.read_csv(tmp_path / "n/summary.csv")
+    assert dict(zip(read["seed"], read["data.low"], strict=True)) == {0: -0.5, -1: -2, -2: 1e-7}
+    empty = {c: np.nan for c in written if written[c].isna().all()}  # None comes back as NaN
+    pd.testing.assert_frame_equal(read, written.assign(**empty))
+
+
+def test_a_stopped_run_is_not_done(tmp_path, main):
+    """It has metrics, of fewer steps than were asked for."""
+    write_result(tmp_path / "a", "dice", accuracy=0.8)
+    write_result(tmp_path / "b", "cce", accuracy=0.7)
+    write_result(tmp_path / "c", "dice", accuracy=0.1, status="stopped", error="time is up")
+    runs = read_runs(tmp_path)
+    assert "\x1b[33mstopped" in text_of(summary_table(runs))
+    cells = cell_table(runs).set_index("loss")
+    assert cells.loc["dice", "accuracy"] == "0.8000" and cells.loc["dice", "runs"] == "1 of 2"
+    assert cells.loc["cce", "runs"] == "1"
+    assert compare_losses(runs)["accuracy"].tolist() == [pytest.approx(-0.1)]
+    assert main(tmp_path) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert "Runs: 2 done, 1 stopped." in page and "- c: stopped, time is up" in page
 
 
 # --- compare_losses ------------------------------------------------------------------------------
@@ -434,17 +758,36 @@ def test_a_figure_per_combination_or_per_seed(tmp_path):
     assert [path.name for path in figures.values()] == ["seed=0.png", "seed=1.png"]
 
 
+def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
+    """Matplotlib has no axis for a difference that is infinite."""
+    for theta in (0.05, 0.5):
+        write_result(tmp_path / f"{theta}", theta=theta)
+        write_events(tmp_path / f"{theta}", range(3))
+    with SummaryWriter(tmp_path / "0.5") as writer:
+        for step, value in enumerate([1e308, -1e308], start=3):
+            writer.add_scalar("loss/dice", value, step, new_style=True, double_precision=True)
+    figures = study.plot_sweep(tmp_path, read_runs(tmp_path), free=True)
+    assert [path.name for path in figures.values()] == ["theta=0.05.png"]
+    [message] = caplog.messages
+    assert message.startswith(f"{tmp_path / 'figures/theta=0.5.png'}: not drawn")
+
+
 # --- The script ----------------------------------------------------------------------------------
 
 
-def report(*arguments) -> subprocess.CompletedProcess:
+def report(*arguments, **options) -> subprocess.CompletedProcess:
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "scripts/report.py", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        **options,
     )
+
+
+def messages(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if not line.startswith("import time")]
 
 
 def test_script_reports_from_disk_without_torch(tmp_path):
@@ -474,9 +817,55 @@ def test_script_refuses_a_folder_without_runs_in_one_line(tmp_path):
         read_runs(tmp_path / "none")
     done = report(tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    messages = [line for line in done.stderr.splitlines() if not line.startswith("import time")]
-    assert messages == [f"report.py: holds no runs: {tmp_path}"]
+    assert messages(done) == [f"report.py: holds no runs: {tmp_path}"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_output_of_ascii_or_a_closed_one(tmp_path, main, monkeypatch, closed):
+    write_result(tmp_path / "a")
+    written = io.BytesIO()
+    output = None if closed else io.TextIOWrapper(written, encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(tmp_path) == 0
+    assert (tmp_path / "report.md").exists()
+    assert closed or b"|loss |   ? |" in written.getvalue()  # θ
+
+
+def test_no_html_from_disk_reaches_the_report(tmp_path, main):
+    html = "<img src=x onerror=alert(1)> &lt; [a](javascript:b)"
+    write_result(tmp_path / "a")
+    write_result(
+        tmp_path / html, html, html, html, status=html, error=html, overrides=[f"{html}={html}"]
+    )
+    write_events(tmp_path / html, range(3))
+    assert main(tmp_path) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert page.count("img src=x") > 6
+    assert not re.findall(r"(?<!\\)([<>&]|\]\(javascript)", page)
+
+
+def test_what_may_not_be_read_is_named_and_the_rest_reported(tmp_path):
+    def obey_permissions():
+        """Root reads everything, but by two capabilities that it can do without."""
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+    for name in ("folder", "events", "good", "result"):
+        write_result(tmp_path / name, seed=len(name))
+        write_events(tmp_path / name, range(3))
+    secret = [tmp_path / "folder", next((tmp_path / "events").glob("events*"))]
+    secret += [tmp_path / "result/result.json"]
+    for path in secret:
+        path.chmod(0)
+    done = report(tmp_path, preexec_fn=obey_permissions)
+    secret[0].chmod(0o700)  # to be removed by pytest
+    assert done.returncode == 0
+    assert [line.split(": ")[0] for line in messages(done)] == [
+        str(path) for path in (secret[0], secret[2], secret[1])
+    ]
+    runs = pd.read_csv(tmp_path / "summary.csv").set_index("run")
+    assert runs["status"].to_dict() == {"events": "done", "good": "done", "result": "unfinished"}
 
 
 def test_long_titles_are_broken():

@@ -260,9 +260,7 @@ class StackedModule(pl.LightningModule):
                 raise
             what = "the compiler cannot compile" if self.compiled else "torch.func cannot map"
             why = " ".join(str(error).split()).split(". ")[0][:200]
-            raise NotStackable(
-                f"{what} them over runs: {type(error).__name__}: {why}"
-            ) from error
+            raise NotStackable(f"{what} them over runs: {type(error).__name__}: {why}") from error
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
         first, last = batch

@@ -3,21 +3,24 @@
 Nothing here trains or needs torch: a sweep is its folders, `<sweep>/<run>/` with TensorBoard event
 files and `result.json`, on whatever machine they lie; a folder of sweeps is read like one of them.
 Their contents are data: never executed, and stripped of markup and control characters wherever they
-are shown.
+are shown. A run whose files are damaged is named in a warning and does not stop the others.
 """
 
 import json
 import logging
+import os
 import re
+import stat
 import struct
 from collections.abc import Iterable, Iterator
-from itertools import chain, combinations, groupby
+from itertools import combinations, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from google.protobuf.message import DecodeError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -56,7 +59,29 @@ LABELS = {
     "dice": "Dice",
     "iou": "IoU",
 }
-STATUS_STYLES = {"done": "green", "failed": "bold red", "stopped": "yellow", "unfinished": "yellow"}
+STATUS_STYLES = {
+    "done": "green",
+    "failed": "bold red",
+    "stopped": "yellow",
+    "unfinished": "yellow",
+}
+
+# The types of a run's record, each part of which may be missing or null, and bounds far beyond any
+# run's: what a stranger wrote could keep a reader busy for hours.
+NUMBER = (int, float)
+RECORD_TYPES: dict[str, tuple[type, ...]] = {
+    "status": (str,),
+    "error": (str,),
+    "seconds": NUMBER,
+    "overrides": (list,),
+    "choices": (dict,),
+    **{f"choices.{group}": (str,) for group in ("loss", "optimizer", "model")},
+    "config": (dict,),
+    "metrics": (dict,),
+    **{f"metrics.{stage}/{name}": NUMBER for stage in ("val", "test") for name in METRICS},
+}
+RECORD_DEPTH, RECORD_KEYS = 32, 1000
+JSON_BYTES, YAML_BYTES = 2**20, 2**17  # YAML is read far more slowly
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -67,20 +92,59 @@ def read_scalars(run_dir: str | Path) -> pd.DataFrame:
 
     NaN stands where a tag has no value at a step. Where a run was resumed, the later file replaces
     all that the earlier ones hold from the first step that it observed on; so does a restart marked
-    within a file. A value written twice counts as last written. A torn end is left out with a
-    warning. The frame is empty where there are no scalars.
+    within a file. A value written twice counts as last written.
+
+    Which file is later: a file that begins at a step which the others have yet to reach comes after
+    them, whatever its clock said, since it continues them. The clock decides between files that
+    could both come next, such as two attempts that began at the same step.
+
+    A torn end and a file that cannot be read are left out with a warning. The frame is empty where
+    there are no scalars.
     """
     columns: dict[str, dict[int, float]] = {}
-    for events in _event_files(Path(run_dir)):
-        fresh: dict[str, dict[int, float]] = {}
-        for event in events:
+    read = map(_read_events, sorted(Path(run_dir).glob("events.out.tfevents.*")))
+    for file in _in_order([file for file in read if file]):
+        if file.marked is not None:
+            _forget(columns, file.marked)
+        # Metrics alone are no restart: a finished run that is looked at again writes them too.
+        if file.observed is not None:  # a step is observed before it is taken, validated after it
+            watched = {t: c for t, c in columns.items() if t.startswith(WATCHED)}
+            _forget(watched, file.observed)
+            _forget(columns, file.observed + 1)
+        for tag, column in file.columns.items():
+            columns.setdefault(tag, {}).update(column)
+
+    frame = pd.DataFrame({tag: pd.Series(c, dtype=np.float64) for tag, c in columns.items() if c})
+    frame.index = pd.Index(frame.index, dtype=np.int64, name="step")
+    return frame.sort_index()
+
+
+class EventFile(NamedTuple):
+    """The scalars of an event file, and what says where it belongs among the others."""
+
+    columns: dict[str, dict[int, float]]
+    begun: float  # by the clock
+    first: int  # step: of what is observed, where anything is
+    following: int  # step that would come after its last
+    observed: int | None  # first step observed
+    marked: int | None  # first step of a marked restart
+
+
+def _read_events(path: Path) -> EventFile | None:
+    """An event file's scalars; None if it holds none and marks no restart."""
+    columns: dict[str, dict[int, float]] = {}
+    begun = marked = None
+    try:
+        for event in _events(path):
             if isinstance(event, Block):
                 for tag, values in event.values.items():
-                    _record(fresh, tag, event.steps, values)
+                    _record(columns, tag, event.steps, values)
                 continue
+            if begun is None:
+                begun = event.wall_time
             if event.session_log.status == SessionLog.START:
+                marked = event.step if marked is None else min(marked, event.step)
                 _forget(columns, event.step)
-                _forget(fresh, event.step)
             for value in event.summary.value:
                 if value.HasField("simple_value"):
                     scalar = value.simple_value
@@ -88,18 +152,34 @@ def read_scalars(run_dir: str | Path) -> pd.DataFrame:
                     scalar = make_ndarray(value.tensor).item()
                 else:  # an image, HParams, a layout
                     continue
-                _record(fresh, value.tag, [event.step], [scalar])
-        # Metrics alone are no restart: a finished run that is looked at again writes them too.
-        observed = [min(c) for tag, c in fresh.items() if c and tag.startswith(WATCHED)]
-        if observed:  # a step is observed before it is taken, a validation is after it
-            _forget({t: c for t, c in columns.items() if t.startswith(WATCHED)}, min(observed))
-            _forget(columns, min(observed) + 1)
-        for tag, column in fresh.items():
-            columns.setdefault(tag, {}).update(column)
+                _record(columns, value.tag, [event.step], [scalar])
+    except OSError as error:
+        log.warning("%s: left out, cannot be read (%s)", printable(path), _reason(error))
+    except (ValueError, OverflowError) as error:  # a tensor's bytes do not fit its type
+        log.warning("%s: damaged; the rest is left out (%s)", printable(path), _reason(error))
+    columns = {tag: column for tag, column in columns.items() if column}
+    if begun is None or not (columns or marked is not None):
+        return None
+    observed = min((min(c) for t, c in columns.items() if t.startswith(WATCHED)), default=None)
+    starts = [step for step in (observed, marked) if step is not None]
+    first = min(starts or map(min, columns.values()))
+    last = max(map(max, columns.values()), default=first)
+    ends = sorted(max(columns.values(), key=len, default={first: 0.0}))[-2:]
+    following = last + (ends[-1] - ends[0] or 1)
+    return EventFile(columns, begun, first, following, observed, marked)
 
-    frame = pd.DataFrame({tag: pd.Series(c, dtype=np.float64) for tag, c in columns.items() if c})
-    frame.index = pd.Index(frame.index, dtype=np.int64, name="step")
-    return frame.sort_index()
+
+def _in_order(files: list[EventFile]) -> Iterator[EventFile]:
+    """The files one after another, by the rule of `read_scalars`."""
+    waiting = sorted(files, key=lambda file: file.begun)
+    reached = min((file.first for file in files), default=0)
+    while waiting:
+        ready = (file for file in waiting if file.first <= reached)
+        # Where a stretch is missing no file continues the others: the next one by its steps then.
+        file = next(ready, None) or min(waiting, key=lambda file: file.first)
+        waiting.remove(file)
+        reached = max(reached, file.following)
+        yield file
 
 
 def _forget(columns: dict[str, dict[int, float]], step: int) -> None:
@@ -126,24 +206,13 @@ class Block(NamedTuple):
     values: dict[str, list[float]]
 
 
-def _event_files(run_dir: Path) -> list[Iterator[Event | Block]]:
-    """The event files of a folder, as their events, the file begun first coming first."""
-    begun = []
-    for path in sorted(run_dir.glob("events.out.tfevents.*")):
-        events = _events(path)
-        first = next(events, None)  # usually only the format's version
-        if first is not None:
-            begun.append((first.wall_time, chain([first], events)))
-    return [events for _, events in sorted(begun, key=lambda pair: pair[0])]
-
-
 def _events(path: Path) -> Iterator[Any]:
     """The events of a file up to its end, or to the first torn record; the first one never a Block.
 
     A record is its length (uint64), a checksum of that, the event, a checksum of the event. The
     checksums are not verified: in Python that would take ten times as long as all the rest.
     """
-    data = path.read_bytes()
+    data = _read(path)
     spans = [(12, -16)]  # where each event begins and how long it is, after one that is none
     position = 0
     try:
@@ -252,9 +321,15 @@ def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
 
     Runs may lie deeper, so that a folder of sweeps is read as one. Settings are run (its folder in
     `sweep_dir`), loss, theta, optimizer, lr, model, batch_norm, seed and every other key whose
-    override differs between the runs; a list of thetas is given as text. A run without a readable
-    `result.json` is still running or was killed: "unfinished". Raises FileNotFoundError for a
-    folder that does not exist or holds no runs.
+    override differs between the runs; a list of thetas is given as text. Control characters in
+    text are replaced.
+
+    A run without `result.json` is still running or was killed: "unfinished". So is, with a warning,
+    a run whose `result.json` cannot be read or holds what no run writes. Left out with a warning
+    are folders that cannot be listed, names that are not UTF-8, and links to folders: they would
+    count runs twice, or lead in circles.
+
+    Raises FileNotFoundError for a folder that does not exist or holds no runs.
     """
     sweep = Path(sweep_dir)
     if not sweep.is_dir():
@@ -264,7 +339,7 @@ def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
         raise FileNotFoundError(f"holds no runs: {sweep}")
     records = [_read_record(folder) for folder in folders]
 
-    given = [_parse_overrides(_get(record, "overrides")) for record in records]
+    given = [_parse_overrides(record.get("overrides") or []) for record in records]
     known = {*SETTINGS, "optimizer.lr", "model.batch_norm", "run", *OUTCOMES}
     others = [
         key
@@ -284,25 +359,50 @@ def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
         stage = "test" if _get(record, "config.mode") == "test" else "val"
         row |= {name: _number(_get(record, f"metrics.{stage}/{name}")) for name in METRICS}
         row["seconds"] = _number(_get(record, "seconds"))
-        row["status"] = str(_get(record, "status") or "unfinished")
+        row["status"] = _plain(_get(record, "status"))
         row["error"] = _plain(_get(record, "error"))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
-    for below in sorted(folder.iterdir(), key=lambda f: _natural(f.name)):
-        if _is_run(below):
-            yield below
-        elif below.is_dir():
-            yield from _run_folders(below)
+def _run_folders(sweep: Path) -> Iterator[Path]:
+    waiting = [sweep]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: _natural(entry.name))
+            run = folder != sweep and _is_run(entry.name for entry in entries)
+            below = [] if run else [Path(entry) for entry in entries if _is_folder(entry)]
+        except OSError as error:
+            log.warning("%s: left out, cannot be listed (%s)", printable(folder), _reason(error))
+            continue
+        waiting += reversed(below)
+        if run:
+            yield folder
 
 
-def _is_run(folder: Path) -> bool:
-    return folder.is_dir() and (
-        (folder / "result.json").exists()
-        or (folder / ".hydra").exists()
-        or any(folder.glob("events.out.tfevents.*"))
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder to be read; a warning names a link to one, and a name not UTF-8."""
+    if entry.is_symlink():
+        if os.path.isdir(entry):
+            log.warning("%s: left out, a link", printable(entry.path))
+        return False
+    if not entry.is_dir():
+        return False
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError:
+        log.warning("%s: left out, its name is not UTF-8", printable(entry.path))
+        return False
+    return True
+
+
+def _is_run(names: Iterable[str]) -> bool:
+    """Whether a folder that holds these files is a run's."""
+    return any(
+        name in ("result.json", ".hydra") or name.startswith("events.out.tfevents.")
+        for name in names
     )
 
 
@@ -310,30 +410,95 @@ def _read_record(run_dir: Path) -> dict[str, Any]:
     """A run's `result.json`, or what its configuration alone tells where there is none."""
     path = run_dir / "result.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("not an object")
-        return record
+        return _checked(json.loads(_read(path, JSON_BYTES)))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RecursionError) as error:
-        log.warning("%s: unreadable, counted as unfinished (%s)", printable(path), printable(error))
-    return {
-        "status": "unfinished",
-        "overrides": _read_yaml(run_dir / ".hydra/overrides.yaml"),
-        "choices": _get(_read_yaml(run_dir / ".hydra/hydra.yaml"), "hydra.runtime.choices"),
-        "config": _read_yaml(run_dir / ".hydra/config.yaml"),
-    }
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
+        log.warning("%s: unreadable, counted as unfinished (%s)", printable(path), _reason(error))
+    path = run_dir / ".hydra"
+    try:
+        return _checked({
+            "status": "unfinished",
+            "overrides": _read_yaml(path / "overrides.yaml"),
+            "choices": _get(_read_yaml(path / "hydra.yaml"), "hydra.runtime.choices"),
+            "config": _read_yaml(path / "config.yaml"),
+        })  # fmt: skip
+    except ValueError as error:
+        log.warning("%s: unreadable, settings left out (%s)", printable(path), _reason(error))
+        return {"status": "unfinished"}
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """The record, if it is one that a run could have written.
+
+    Raises:
+        ValueError, OverflowError: it is not; with the reason.
+    """
+    if not isinstance(record, dict) or not record.get("status"):
+        raise ValueError("not an object with a status")
+    if _deeper(record, RECORD_DEPTH):
+        raise ValueError(f"nested more than {RECORD_DEPTH} levels deep")
+    for place, types in RECORD_TYPES.items():
+        value = _get(record, place)
+        if value is not None and type(value) not in types:  # a bool is no number here
+            raise ValueError(f"{place} is of type {type(value).__name__}")
+        if value is not None and types == NUMBER:
+            float(value)  # an integer can be too large
+    overrides = record.get("overrides") or []
+    if not all(isinstance(override, str) for override in overrides):
+        raise ValueError("overrides are not all text")
+    if len(_parse_overrides(overrides)) > RECORD_KEYS:
+        raise ValueError(f"more than {RECORD_KEYS} overrides")
+    return record
+
+
+def _deeper(tree: Any, levels: int) -> bool:
+    below = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return levels == 0 or any(_deeper(part, levels - 1) for part in below)
+
+
+def _read(path: Path, most: float = float("inf")) -> bytes:
+    """A file's content.
+
+    Raises:
+        OSError: it cannot be read, is larger than `most` bytes, or is a pipe or a device, from
+            which reading might never end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not an ordinary file")
+    if status.st_size > most:
+        raise OSError(f"larger than {most} bytes")
+    return path.read_bytes()
+
+
+class AliasFreeLoader(yaml.SafeLoader):
+    """Hydra writes no aliases, and a few nested ones expand to more than a memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("aliases are not read")
+        return super().compose_node(parent, index)
 
 
 def _read_yaml(path: Path) -> Any:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
+    """A YAML file's content; None if there is no such file: killed before it was written.
 
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, ValueError, YAMLError):  # killed before it was written
+        return yaml.load(_read(path, YAML_BYTES), AliasFreeLoader)
+    except FileNotFoundError:
         return None
+    except Exception as error:  # PyYAML lets its conversions' errors through, of any type
+        raise ValueError(f"{path.name}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error in one short line; of the system's the reason alone, for the path is known."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(" ".join((text or type(error).__name__).split())[:200])
 
 
 def _get(tree: Any, place: str) -> Any:
@@ -347,23 +512,22 @@ def _get(tree: Any, place: str) -> Any:
     return tree
 
 
-def _parse_overrides(overrides: Any) -> dict[str, str]:
-    """What each key was set to; the keys of a mapping count one by one.
+def _parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
+    """What each key was set to, printable; the keys of a mapping count one by one.
 
     >>> _parse_overrides(["loss=dice", "+note=a=b", "data={low:1,high:0}"])
     {'loss': 'dice', 'note': 'a=b', 'data.low': '1', 'data.high': '0'}
     """
-    overrides = overrides if isinstance(overrides, list) else []
     given: dict[str, str] = {}
     for override in overrides:
-        key, _, value = str(override).lstrip("+~").partition("=")
+        key, _, value = printable(override).lstrip("+~").partition("=")
         inner = re.findall(r"[{,]\s*([\w.]+)\s*:([^,{}]*)", value) if value[:1] == "{" else []
         given |= {f"{key}.{name}": text.strip() for name, text in inner} or {key: value}
     return given
 
 
 def _plain(value: Any) -> bool | int | float | str | None:
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
+    return value if isinstance(value, bool | int | float | None) else printable(value)
 
 
 def _number(value: Any) -> float:
@@ -386,8 +550,29 @@ def _natural(name: str) -> list[tuple[float, str]]:
 def write_summary(sweep_dir: str | Path) -> pd.DataFrame:
     """Write `summary.csv`, a row per run as `read_runs` gives them, and return the rows."""
     runs = read_runs(sweep_dir)
-    replace_file(Path(sweep_dir) / "summary.csv", runs.to_csv(index=False))
+    replace_file(Path(sweep_dir) / "summary.csv", csv_text(runs))
     return runs
+
+
+def csv_text(cells: pd.DataFrame, **options: Any) -> str:
+    """A frame as CSV, with `options` of pandas; `csv_escape` for its names and texts."""
+    cells = cells.copy()
+    for name in cells.select_dtypes(exclude=["number", "bool"]):
+        values = [csv_escape(v) if isinstance(v, str) else v for v in cells[name]]
+        cells[name] = pd.Series(values, cells.index, dtype=object)
+    header = [csv_escape(str(name)) for name in cells]
+    return cells.to_csv(index=False, header=header, **options)
+
+
+def csv_escape(text: str) -> str:
+    """Text that a spreadsheet shows as it stands and does not compute.
+
+    >>> [csv_escape(text) for text in ("dice", "-1e-3", "=1+1", " @SUM(A1)", "-x")]
+    ['dice', '-1e-3', "'=1+1", "' @SUM(A1)", "'-x"]
+    """
+    text = printable(text)
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text, re.IGNORECASE | re.ASCII)
+    return f"'{text}" if re.match(r"\s*[=+@＝＋－＠-]", text) and not number else text
 
 
 def summary_table(runs: pd.DataFrame) -> Table:
@@ -470,14 +655,15 @@ def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row of text per setting: its runs, and each metric's mean over them with its range."""
+    """A row of text per setting: its runs, and each metric's mean and range over those done."""
     columns = ["loss", *(c for c in swept(runs) if c != "seed")]
     rows = []
     for values, cell in runs.groupby([runs[c].map(show) for c in columns], sort=False):
         row = {LABELS.get(c, c): value for c, value in zip(columns, values, strict=True)}
-        row["runs"] = f"{len(cell)}"
+        done = cell[cell["status"] == "done"]
+        row["runs"] = f"{len(cell)}" if len(done) == len(cell) else f"{len(done)} of {len(cell)}"
         for metric in METRICS:
-            known = cell[metric].dropna()
+            known = done[metric].dropna()
             text = f"{known.mean():.4f}" if len(known) else "–"
             text += f" ({known.min():.4f} to {known.max():.4f})" if len(known) > 1 else ""
             row[LABELS[metric]] = text

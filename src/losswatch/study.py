@@ -4,6 +4,8 @@ Matplotlib's objects are used without pyplot: nothing global, no window, no figu
 is safe in a training process.
 """
 
+import io
+import logging
 import os
 import re
 import textwrap
@@ -27,9 +29,12 @@ from losswatch.report import (
     loss_order,
     printable,
     read_scalars,
+    replace_file,
     show,
     swept,
 )
+
+log = logging.getLogger(__name__)
 
 # The study's smoothing, in observed steps of its 10,001, and its axes.
 NORM_WINDOW, LOSS_WINDOW = 201, 11
@@ -48,7 +53,14 @@ def plot_curves(
     scalars: pd.DataFrame, path: str | Path, *, title: str = "", trained: str | None = None
 ) -> None:
     """Draw one run, `scalars` as `read_scalars` gives them, with axes fitted to it."""
-    draw({trained or "": [scalars]}, title=title, free=True).savefig(path)
+    save(draw({trained or "": [scalars]}, title=title, free=True), path)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure at once; a link in its place is replaced, not followed."""
+    image = io.BytesIO()
+    figure.savefig(image, format=Path(path).suffix[1:] or None)
+    replace_file(Path(path), image.getvalue())
 
 
 def plot_sweep(
@@ -71,6 +83,8 @@ def plot_sweep(
     apart = [c for c in swept(runs) if c != "seed" or seeds]
     titled = list(dict.fromkeys(["theta", "optimizer", "batch_norm", *apart]))
     folder = Path(into or sweep / "figures")
+    if not into and folder.is_symlink():
+        raise OSError(f"{folder} is a link; figures are not written through it")
     folder.mkdir(parents=True, exist_ok=True)
 
     jobs = []
@@ -86,7 +100,7 @@ def plot_sweep(
 
     # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
     events = (f for run in runs["run"] for f in (sweep / run).glob("events.out.tfevents.*"))
-    size = sum(f.stat().st_size for f in events)
+    size = sum(f.stat().st_size for f in events if os.path.isfile(f))
     workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**26)
     if workers == 1:
         drawn = list(map(_run_job, jobs))
@@ -106,13 +120,21 @@ class Job(NamedTuple):
 
 
 def _run_job(job: Job) -> bool:
-    """Read a figure's runs and draw it; False where they hold no scalars yet."""
+    """Read a figure's runs and draw it; False where they hold no scalars yet, or absurd ones."""
     runs = {loss: [read_scalars(f) for f in folders] for loss, folders in job.folders.items()}
     runs = {loss: [f for f in frames if len(f)] for loss, frames in runs.items()}
     runs = {loss: frames for loss, frames in runs.items() if frames}
-    if runs:
-        draw(runs, title=job.title, free=job.free).savefig(job.path)
-    return bool(runs)
+    if not runs:
+        return False
+    try:
+        save(draw(runs, title=job.title, free=job.free), job.path)
+    except OSError:  # nothing can be written there, the other figures neither
+        raise
+    except Exception as error:  # Matplotlib's, of steps or values beyond what an axis can show
+        why = printable(f"{type(error).__name__}: {error}")
+        log.warning("%s: not drawn (%s)", printable(job.path), why)
+        return False
+    return True
 
 
 def _describe(setting: str, value: Any) -> str:
@@ -284,7 +306,7 @@ def plot_ranges(panels: Mapping[str, pd.DataFrame], path: str | Path) -> None:
     axes[0].set_ylabel("gradient norm, last tenth of steps", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _over_runs(curves: Sequence[Any]) -> tuple[Any, Any, Any]:
