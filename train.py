@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from losswatch import config as schema
-from losswatch.sweep import clear_errors, stop
+from losswatch.sweep import clear_errors, open_streams, stop
 
 log = logging.getLogger("losswatch")
 schema.register()
@@ -259,6 +259,7 @@ def skip(result: dict[str, Any], folder: Path) -> float:
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.argv = [schema.quoted(argument) for argument in sys.argv]
     with clear_errors():
         main()

@@ -1,6 +1,13 @@
 """hydra/launcher=fused: which runs are trained together, and that nothing else changes."""
 
+import importlib.util
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
@@ -8,10 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, read_result, run_folders, run_train
+from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from omegaconf import OmegaConf
 
-from losswatch import config, fuse, launch
+from losswatch import config, fuse, launch, resume
 from losswatch.build import quieten
 from losswatch.report import read_runs, read_scalars
 
@@ -364,3 +371,116 @@ def test_compiled_with_another_optimizer_falls_back(tmp_path):
     assert len(said) == 1 and said[0].endswith("RAdam is not written out for stacked runs")
     [folder] = run_folders(tmp_path).values()
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+# --- Stopped -------------------------------------------------------------------------------------
+
+LONG = [
+    "experiment=smoke", "trainer.max_steps=1000000", "trainer.val_check_interval=100",
+    "hydra.sweep.dir=s",
+]  # fmt: skip
+SWEEP = ["-m", *LONG, "seed=0,1", "loss=dice,cce"]
+FUSED = [*SWEEP, "hydra/launcher=fused"]
+JOBLIB = pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None,
+    reason="hydra_joblib_launcher is not installed",
+)
+
+
+def session(leader):
+    """The processes of a session that have not ended, as Linux tells them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, sid = file.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(sid) == leader and state != "Z":
+            found.append(int(file.parent.name))
+    return found
+
+
+def stopped(cwd, command, by, whom, when, env=None):
+    """Start a command, stop it or all its processes when `when()`; what came of it.
+
+    None of its processes may be left 10 seconds later.
+    """
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *command], cwd=cwd, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT | (env or {}),
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while not when():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            {"all": os.killpg, "first": os.kill}[whom](process.pid, by)
+            process.wait(timeout=60)
+            deadline = time.monotonic() + 10
+            while left := session(process.pid):
+                assert time.monotonic() < deadline, left
+                time.sleep(0.05)
+        finally:
+            if session(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+        out, said = process.communicate()
+        print(process.returncode, out, said, sep="\n")
+        return process.returncode, out, said
+
+
+def interrupted(status, out, said, rows):
+    """The table of what is finished, and one line."""
+    assert status == 130
+    others = [line for line in said.splitlines() if not re.match("run |fused: |\\[.*INFO", line)]
+    assert others == ["losswatch: interrupted"]
+    assert out.count("unfinished") + out.count(" failed ") == rows
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processes")
+@pytest.mark.parametrize("by, whom", [("SIGKILL", "first"), ("SIGINT", "first"), ("SIGINT", "all")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*FUSED, "hydra.launcher.workers=2"],
+        [*FUSED, "hydra.launcher.workers=1"],
+        pytest.param([*SWEEP, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], marks=JOBLIB),
+        pytest.param(
+            [*FUSED, "hydra.launcher.outer=joblib", "hydra.launcher.max_members=2"], marks=JOBLIB
+        ),
+    ],
+)
+def test_a_stopped_sweep_leaves_no_process(tmp_path, command, by, whom):
+    """Killed or interrupted; its runs can be taken at once then."""
+
+    def under_way():
+        return len(list(tmp_path.glob("s/*/checkpoints/*.ckpt"))) >= 2
+
+    status, out, said = stopped(tmp_path, command, getattr(signal, by), whom, under_way)
+    if by == "SIGINT":
+        interrupted(status, out, said, len(list(tmp_path.glob("s/*/events*"))))
+    for run in tmp_path.glob("s/*/.lock"):
+        resume.hold(run.parent).close()
+    assert "leaked" not in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processes")
+@pytest.mark.parametrize("seconds", [1, 5])
+@pytest.mark.parametrize("command", [[*FUSED, "hydra.launcher.workers=1"], FUSED, LONG])
+def test_interrupted_while_it_compiles(tmp_path, command, seconds):
+    """Nothing is in the compiler's cache."""
+    begun = []
+
+    def compiling():
+        if not begun and list(tmp_path.glob("**/events*")):
+            begun.append(time.monotonic())
+        return begun and time.monotonic() > begun[0] + seconds
+
+    status, out, said = stopped(
+        tmp_path, [*command, "compile=true", "model.batch_norm=true"], signal.SIGINT, "all",
+        compiling, env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+    )  # fmt: skip
+    interrupted(status, out, said, 0 if command == LONG else 4)
+    assert not list(tmp_path.glob("**/*.ckpt"))

@@ -1,15 +1,26 @@
 """`python train.py -m ...`: the six-run sweep, its table, and the grid checked beforehand."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
 
+import hydra
 import pandas as pd
 import pytest
-from conftest import read_result, run_train
+from conftest import ENVIRONMENT, ROOT, read_result, run_train
+from hydra._internal.callbacks import Callbacks
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
-from losswatch import sweep
+from losswatch import build, config, sweep
 from losswatch.report import read_scalars
 from losswatch.result import write_result
 
@@ -79,6 +90,254 @@ def test_grid_is_checked_before_the_first_run(tmp_path, arguments, message):
     assert not list(tmp_path.glob("outputs/*/*/"))
 
 
+# --- What cannot be written ----------------------------------------------------------------------
+
+TINY = ["-m", "experiment=smoke", "trainer.max_steps=2", "hydra.sweep.dir=s"]
+# Unbuffered, output is not tried again at the end of the process, where it fails otherwise.
+BUFFERED = {k: v for k, v in ENVIRONMENT.items() if k not in ("PYTHONUNBUFFERED", "PYTHONWARNINGS")}
+
+
+def full(*streams):
+    """Puts a full disk in the place of streams of a new process."""
+
+    def redirect():
+        for stream in streams:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
+
+    return redirect
+
+
+def closed(*streams):
+    return lambda: [os.close(stream) for stream in streams]
+
+
+def statuses(sweep_dir):
+    """By learning rate."""
+    results = [read_result(file.parent) for file in sweep_dir.glob("*/result.json")]
+    return {result["config"]["optimizer"]["lr"]: result["status"] for result in results}
+
+
+def case(name, preexec_fn, encoding, printed, last, slow=True):
+    marks = [pytest.mark.slow] * slow
+    return pytest.param(preexec_fn, encoding, printed, last, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(
+    "preexec_fn, encoding, printed, last",
+    [
+        case("full output", full(1), "utf-8", "", "losswatch: .*: .*No space left", slow=False),
+        case("all closed", closed(0, 1, 2), "utf-8", "", "", slow=False),
+        case("cp1252", None, "cp1252", r"loss \| +\? \|", ".*failed: Floating", slow=False),
+        case("ascii", None, "ascii", r"loss \| +\? \|", ".*failed: Floating"),
+        case("closed output", closed(1), "utf-8", "", ".*failed: Floating"),
+        case("closed messages", closed(2), "utf-8", " loss +\u03b8", ""),
+        case("full messages", full(2), "utf-8", " loss +\u03b8", ""),
+        case("all full", full(1, 2), "utf-8", "", ""),
+    ],
+)
+@pytest.mark.parametrize(
+    "launcher",
+    ["basic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fused", "joblib"))],
+)
+def test_a_failed_run_is_told_by_the_exit_status(
+    tmp_path, launcher, preexec_fn, encoding, printed, last
+):
+    """Wherever the output goes; and the runs are trained, and summed up.
+
+    Their logs are on a full disk, which must not be told by each line of them.
+    """
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = run_train(
+        *TINY, "optimizer.lr=1e-3,1e30", f"hydra/launcher={launcher}",
+        "hydra.job_logging.handlers.file.filename=/dev/full", cwd=tmp_path, status=1,
+        preexec_fn=preexec_fn, env=BUFFERED | {"PYTHONIOENCODING": encoding}, encoding=encoding,
+    )  # fmt: skip
+    assert statuses(tmp_path / "s") == {1e-3: "done", 1e30: "failed"}
+    assert sorted(pd.read_csv(tmp_path / "s" / "summary.csv").status) == ["done", "failed"]
+    assert re.search(printed, done.stdout) and bool(printed) == bool(done.stdout)
+    [*_, line] = done.stderr.splitlines() or [""]
+    assert re.match(last, line) and bool(last) == bool(line)
+    assert not re.search("Traceback|Warning|ignored", done.stderr)
+
+
+def mounted(folder, size, *options):
+    """A small disk; skips where that is not allowed."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "none", folder]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("may not mount a disk")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "fused", "joblib"])
+@pytest.mark.parametrize("size", ["300k", "3m"])
+def test_the_disk_fills_during_a_sweep(tmp_path, launcher, size):
+    """A line for a run at most, one at the end, and the table; with more room it is finished."""
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    disk = tmp_path / "disk"
+    mounted(disk, size)
+    try:
+        command = [
+            "-m", "experiment=smoke", "seed=range(8)", "loss=dice,cce", "trainer.max_steps=200",
+            "trainer.val_check_interval=50", f"hydra/launcher={launcher}", "hydra.sweep.dir=disk/s",
+        ]  # fmt: skip
+        done = run_train(*command, cwd=tmp_path, status=1)
+        print(done.stderr, done.stdout)
+        *lines, last = done.stderr.splitlines()
+        assert re.match("losswatch: .*cannot be .*written: .*No space left on device", last)
+        assert "Traceback" not in done.stderr and "Logging error" not in done.stderr
+        assert "leaked" not in done.stderr
+        assert sum("No space left" in line for line in lines) <= done.stdout.count("loss=") + 16
+        assert " loss " in done.stdout and "unfinished" in done.stdout
+        subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
+        run_train(*command, cwd=tmp_path)
+        summary = pd.read_csv(disk / "s" / "summary.csv")
+        assert len(summary) == 16 and set(summary.status) == {"done"}
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [False, True])
+def test_a_disk_that_is_read_only(tmp_path, before):
+    """A line, from the start and when a sweep is taken up again, and exit status 1."""
+    disk = tmp_path / "disk"
+    mounted(disk, "9m")
+    try:
+        command = [a.replace("dir=s", "dir=disk/s") for a in TINY] + ["seed=0,1"]
+        if before:
+            run_train(*command, cwd=tmp_path)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        done = run_train(*command, cwd=tmp_path, status=1)
+        [line] = done.stderr.splitlines()
+        assert re.match("losswatch: .*cannot be .*written: .*Read-only file system: ", line)
+        assert done.stdout.count(" done ") == (2 if before else 0)
+        if not before:  # where the folder's name is made along with it
+            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            (disk / "here").mkdir()
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            done = run_train(*TINY[:-1], "seed=0,1", cwd=disk / "here", status=1)
+            [line] = done.stderr.splitlines()
+            assert re.match("losswatch: .*cannot be .*written: .*Read-only .*: 'outputs'", line)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# --- One's own files -----------------------------------------------------------------------------
+
+DICE = b"_target_: losswatch.losses.Dice\n"
+BROKEN = {
+    "a tab": (b"\texponent: 2\n", r", line 2: found character '\\t' that cannot start any token"),
+    "an open bracket": (
+        b"exponent: [1, 2\n", r", line 3: expected ',' or ']'.*\(while parsing .*, line 2\)",
+    ),
+    "a key twice": (b"alpha: 1\nalpha: 2\n", r", line 3: found duplicate key alpha \(while .*"),
+    "an indent": (b"exponent: 2\n alpha: 1\n", ", line 3: mapping values are not allowed here"),
+    "no such alias": (b"exponent: *two\n", ", line 2: found undefined alias 'two'"),
+    "latin-1": (b"# caf\xe9\nexponent: 2\n", ", line 2: byte 0xe9 is not UTF-8"),
+    "a control character": (b"\n# \x00\n", ", line 3: YAML has no character 0x00"),
+    "an interpolation": (b"exponent: ${seed\n", ": no viable alternative at input '\\${seed'"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """mine(content) -> a folder for --config-dir with the loss `broken`, and this loss's file."""
+
+    def make(content):
+        file = tmp_path / "mine" / "loss" / "broken.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(DICE + content)
+        return file.parents[1], file
+
+    return make
+
+
+@pytest.mark.parametrize("typo", BROKEN)
+def test_a_broken_file_is_named_with_its_line(mine, compose, typo):
+    """As the loss trained with, and as one watched."""
+    content, said = BROKEN[typo]
+    folder, file = mine(content)
+    with pytest.raises(Exception) as raised:  # noqa: B017
+        compose("loss=broken", f"hydra.searchpath=['{folder}']")
+    line, status = sweep.verdict(raised.value)
+    assert status == 2 and "\n" not in line
+    assert re.fullmatch(re.escape(str(file)) + said, line)
+    composed = compose("watch=[cce,broken]", f"hydra.searchpath=['{folder}']")
+    if typo != "an interpolation":  # which OmegaConf reads later, in the loss that it belongs to
+        with pytest.raises(config.ConfigError, match=re.escape(str(file)) + said):
+            build.make_losses(composed.cfg, composed.trained, composed.files)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["loss=broken"],
+        pytest.param(["-m", "watch=[cce,broken]", "seed=0,1"], marks=pytest.mark.slow),
+        pytest.param(["watch=[cce,broken]"], marks=pytest.mark.slow),
+        pytest.param(["-m", "loss=dice,broken"], marks=pytest.mark.slow),
+        pytest.param(["-m", "loss=dice,broken", "hydra/launcher=fused"], marks=pytest.mark.slow),
+        pytest.param(["--help", "loss=broken"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_broken_file_is_bad_input(tmp_path, mine, arguments):
+    folder, file = mine(b"\texponent: 2\n")
+    done = run_train("--config-dir", str(folder), *arguments, cwd=tmp_path, status=2)
+    [*begun, line] = (done.stdout + done.stderr).splitlines()
+    assert line.startswith(f"losswatch: {file}, line 2: found character ")
+    assert not begun or (arguments[0] == "watch=[cce,broken]" and begun[0].startswith("run: "))
+    assert not list(tmp_path.rglob("events.out.*"))
+
+
+# --- Processes -----------------------------------------------------------------------------------
+
+PARENT = """
+import os, signal, time
+import joblib
+from losswatch.sweep import SweepCallback
+
+def work(number, callback):
+    open(f"{number}.{os.getpid()}", "w").close()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    joblib.Parallel(n_jobs=2)(joblib.delayed(work)(i, SweepCallback()) for i in range(2))
+"""
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a process's state")
+def test_joblibs_processes_end_with_the_one_that_began_them(tmp_path):
+    """Even if it is killed, and they are at work."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    with subprocess.Popen(
+        [sys.executable, "parent.py"], cwd=tmp_path, start_new_session=True,
+        env=BUFFERED | {"PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while len(begun := list(tmp_path.glob("[01].*"))) < 2:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            workers = [int(file.suffix[1:]) for file in begun]
+            assert all(map(alive, workers))
+            process.kill()
+            deadline = time.monotonic() + 10
+            while any(map(alive, workers)):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 # --- Parts ---------------------------------------------------------------------------------------
 
 
@@ -117,6 +376,88 @@ def test_clear_errors(capsys, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(MissingConfigException), sweep.clear_errors():
         raise error
+
+
+@pytest.fixture
+def under_way(monkeypatch):
+    """under_way(folder): a sweep is, there."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    return lambda folder: monkeypatch.setattr(sweep.SweepCallback, "folder", folder)
+
+
+def lightning():
+    """What Lightning makes of Ctrl-C."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupt", [ctrl_c, lightning])
+@pytest.mark.parametrize("folder", [None, "empty", "missing"])
+def test_interrupted_in_one_line(tmp_path, capsys, under_way, interrupt, folder):
+    """Before the first run too, when there is no table."""
+    (tmp_path / "empty").mkdir()
+    under_way(folder and tmp_path / folder)
+    with pytest.raises(SystemExit) as stopped, sweep.clear_errors():
+        interrupt()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "losswatch: interrupted\n"
+
+
+def test_a_sweep_that_ends_early_shows_its_table(six, capsys, under_way):
+    """And keeps the exit status of what ended it."""
+    under_way(six.folder)
+    for error, status in ((OSError("full"), 1), (ValueError("x\ny"), 1), (SystemExit(2), 2)):
+        with pytest.raises(SystemExit) as stopped, sweep.clear_errors():
+            raise error
+        assert stopped.value.code == status
+        out, err = capsys.readouterr()
+        assert out.count(" done ") == 6
+        assert len(err.splitlines()) == (status == 1) and " ".join(str(error).split()) in err + "2"
+    with sweep.clear_errors():
+        pass
+    assert capsys.readouterr().out.count(" done ") == 6
+
+
+def test_a_summary_that_cannot_be_written(six, tmp_path, capsys, under_way):
+    """All runs are done: the table tells it, a line and the exit status tell of the summary."""
+    shutil.copytree(six.folder, tmp_path / "s")
+    (tmp_path / "s" / "summary.csv").unlink()
+    (tmp_path / "s" / "summary.csv").mkdir()
+    under_way(tmp_path / "s")
+    with pytest.raises(SystemExit) as stopped, sweep.clear_errors():
+        pass
+    assert stopped.value.code == 1
+    out, err = capsys.readouterr()
+    assert out.count(" done ") == 6
+    assert re.fullmatch("losswatch: the sweep's summary cannot be .*: .*summary.csv'\n", err)
+
+
+@pytest.mark.parametrize("callback", ["on_run_start", "on_multirun_start"])
+def test_a_fault_of_a_callback_is_no_warning(callback):
+    """Hydra would go on, without the checks."""
+    callbacks = Callbacks()
+    callbacks.callbacks = [sweep.SweepCallback()]
+    with warnings.catch_warnings(), pytest.raises(sweep.Escaped) as raised:
+        getattr(callbacks, callback)(config=None, config_name="")
+    assert isinstance(raised.value.args[0], AttributeError)
+
+
+def test_a_run_that_cannot_write_its_result_ends_no_sweep(tmp_path, caplog):
+    returned = JobReturn(status=JobStatus.FAILED)
+    returned.return_value = OSError(28, "No space left on device")
+    node = {"mode": "MULTIRUN", "runtime": {"output_dir": "s/run"}}
+    config = OmegaConf.create({"hydra": node})
+    config.hydra.mode = hydra.types.RunMode.MULTIRUN
+    sweep.SweepCallback().on_job_end(config, returned)
+    assert returned.return_value is None
+    [message] = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert message == "s/run: OSError: [Errno 28] No space left on device"
 
 
 def test_result_is_plain_json(tmp_path):

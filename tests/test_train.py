@@ -296,6 +296,8 @@ def test_folder_names_of_long_and_strange_overrides(others):
         ("-m trainer.max_stepz=3,4", "there is no trainer.max_stepz; trainer has max_steps,"),
         ("data.batch_size=two", "data.batch_size=two: .*Integer"),
         ("theta", "Error parsing override 'theta'"),
+        ("loss=null", "a group, such as loss or model, takes the name of one of its files"),
+        ("experiment=1", "a group, such as loss or model, takes the name of one of its files"),
     ],
 )
 def test_misspelt_names(tmp_path, arguments, message):

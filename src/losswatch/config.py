@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import math
 import re
 import struct
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,10 +20,38 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from yaml import MarkedYAMLError, YAMLError
+from yaml.reader import Reader, ReaderError
 
 
 class ConfigError(ValueError):
     """A value that cannot work; the message is one line for the user."""
+
+
+def misread(error: YAMLError | UnicodeDecodeError) -> str:
+    """Which line of which file is no YAML, and why."""
+    if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
+        start = error.context_mark
+        since = f" ({error.context}, line {start.line + 1})" if start else ""
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}{since}"
+    if file := file_read(error):
+        for number, line in enumerate(Path(file).read_bytes().split(b"\n"), start=1):
+            try:
+                Reader(line.decode())
+            except UnicodeDecodeError as found:
+                return f"{file}, line {number}: byte {line[found.start]:#04x} is not UTF-8"
+            except ReaderError as found:
+                return f"{file}, line {number}: YAML has no character {found.character:#04x}"
+    return " ".join(str(error).split())
+
+
+def file_read(error: Exception) -> str | None:
+    """The file from whose reading an error came."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for value in frame.f_locals.values():
+            if isinstance(value, io.TextIOWrapper) and Path(value.name).is_file():
+                return str(value.name)
+    return None
 
 
 # Types only: defaults and comments stand in conf/config.yaml, in one place.

@@ -34,7 +34,7 @@ from losswatch import config as schema
 from losswatch import fuse, resume
 from losswatch.build import loss_nodes, make_losses, quieten, read_loss, trainer_options
 from losswatch.step import NotStackable
-from losswatch.sweep import SweepCallback, stop
+from losswatch.sweep import SweepCallback, say, stop
 
 log = logging.getLogger(__name__)
 
@@ -319,10 +319,9 @@ def launch(
         where = f"{min(at_once, len(parts))} at once"
     because = f" (they differ in {', '.join(differ)})" if differ else ""
     before = f", {len(done)} done before" if done else ""
-    print(
+    say(
         f"fused: {_count(len(todo), 'run')} in {_count(len(parts), 'group')} of up to "
-        f"{max(map(len, parts), default=0)}, {where}{because}{before}",
-        file=sys.stderr,
+        f"{max(map(len, parts), default=0)}, {where}{because}{before}"
     )
     if not parts:
         returns = []
