@@ -24,11 +24,12 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.func import vmap
 
-from losswatch import build, fuse
+from losswatch import build, fuse, resume
 from losswatch.callbacks import EventLog
 from losswatch.config import ConfigError
 from losswatch.data import TRAIN, ThresholdedImages
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
+from losswatch.module import SegmentationModule
 from losswatch.networks import ConvNet
 from losswatch.probe import Probe
 from losswatch.report import read_scalars
@@ -665,3 +666,32 @@ def test_threads_are_the_configs(tmp_path):
         )  # fmt: skip
         metrics.append(read_result(folder)["metrics"])
     assert metrics[0] == metrics[1]
+
+
+# --- What a loss keeps is kept -------------------------------------------------------------------
+
+
+def test_what_the_trained_loss_learnt_is_tested(tmp_path):
+    """mode=test of a finished run gives the run's own test metrics."""
+    environment = ENVIRONMENT | {"PYTHONPATH": TESTS}
+    common = ["experiment=smoke", "loss._target_=test_foreign.Learned", "optimizer.lr=0.1"]
+    run_train(*common, "hydra.run.dir=run", cwd=tmp_path, env=environment)
+    run_train(
+        *common, "mode=test", "checkpoint=run", "hydra.run.dir=test", cwd=tmp_path, env=environment
+    )
+    trained, tested = (read_result(tmp_path / name)["metrics"] for name in ("run", "test"))
+    assert tested == pytest.approx({name: trained[name] for name in tested}, rel=1e-5)
+    kept = resume.find(str(tmp_path / "run"))["state_dict"]["loss.temperature"]
+    assert kept != 1.5 and "test/loss/dice" in tested
+
+
+def test_a_stack_leaves_the_checkpoint_of_an_ordinary_run(tmp_path):
+    """With the buffers of foreign losses, too: an ordinary run can go on from it."""
+    losses = load_losses("cce", it=nn.CrossEntropyLoss(torch.tensor([1.0, 3.0])))
+    assert stack_or_reason(tmp_path, ConvNet(1, 2), losses, "it") is None
+    module = SegmentationModule(ConvNet(1, 2), losses, "it", torch.optim.SGD, 2)
+    for i in (0, 1):
+        state = resume.find(str(tmp_path / str(i)))["state_dict"]
+        assert {n: t.shape for n, t in state.items()} == {
+            n: t.shape for n, t in module.state_dict().items()
+        }
