@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,14 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 from losswatch.arguments import check_arguments
 from losswatch.config import ConfigError, check_values, thresholds
 from losswatch.data import TRAIN, ThresholdedImages
 from losswatch.losses import LossSet
+from losswatch.randomness import seed_everything
 from losswatch.resume import plain
 from losswatch.trial import try_step
 
@@ -84,30 +85,41 @@ def _instantiate(what: str, node: Any, **kwargs: Any) -> nn.Module:
 
 def loss_names() -> list[str]:
     """The losses that may be named: those of conf/loss and of each folder added to its search."""
-    loader = GlobalHydra.instance().config_loader()
-    return loader.get_group_options("loss", config_name="config", overrides=list(_search_path()))
+    return _list_losses(*_search())
 
 
-def _search_path() -> tuple[str, ...]:
-    """The overrides of Hydra's search path, without which it would not find what they add."""
+def _search() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where Hydra searches: the overrides that add to it, and the folders known before."""
     given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
-    return tuple(override for override in given if "hydra.searchpath" in override)
+    added = tuple(override for override in given if "hydra.searchpath" in override)
+    sources = GlobalHydra.instance().config_loader().get_sources()
+    return added, tuple(source.path for source in sources)
 
 
-def read_loss(name: str, cfg: DictConfig) -> DictConfig:
-    """What loss `name` would be in this config: composed by Hydra, and resolved.
+@functools.cache  # listing takes 4 ms, composing 40
+def _list_losses(added: tuple[str, ...], folders: tuple[str, ...]) -> list[str]:
+    loader = GlobalHydra.instance().config_loader()
+    return loader.get_group_options("loss", config_name="config", overrides=list(added))
 
-    So its file may have a `defaults` list, and refer to other keys, as in `${seed}`.
+
+@functools.cache
+def _compose_loss(name: str, added: tuple[str, ...], folders: tuple[str, ...]) -> DictConfig:
+    return hydra.compose(f"loss/{name}", list(added)).loss
+
+
+def read_losses(names: Sequence[str], cfg: DictConfig) -> dict[str, DictConfig]:
+    """What losses would be in this config by their files alone: composed by Hydra, and resolved.
+
+    So a file may have a `defaults` list, and refer to other keys, as in `${seed}`.
     """
-    config = copy.deepcopy(cfg)
+    search = _search()
+    config = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    nodes = {}
     with read_write(config):
-        config.loss = _compose_loss(name, _search_path())
-    return _resolved(config.loss)
-
-
-@functools.cache  # composing takes 40 ms
-def _compose_loss(name: str, search_path: tuple[str, ...]) -> DictConfig:
-    return hydra.compose(f"loss/{name}", list(search_path)).loss
+        for name in names:
+            config.loss = _compose_loss(name, *search)
+            nodes[name] = _resolved(config.loss)
+    return nodes
 
 
 def _resolved(node: DictConfig) -> DictConfig:
@@ -128,23 +140,28 @@ def loss_nodes(cfg: DictConfig, trained: str) -> dict[str, DictConfig]:
         raise ConfigError(f"loss must be one of {', '.join(known)}")
     if not OmegaConf.is_dict(cfg.loss):
         raise ConfigError(f"the file of loss {trained} must hold keys and values, got {cfg.loss}")
-    nodes: dict[str, DictConfig] = {}
-    for name in (*cfg.watch, trained):
+    for name in cfg.watch:
         if not isinstance(name, str) or name not in known:
             raise ConfigError(f"watch: there is no loss {name!r}; known are {', '.join(known)}")
-        nodes[name] = _resolved(cfg.loss) if name == trained else read_loss(name, cfg)
-    return nodes
+    nodes = read_losses([name for name in cfg.watch if name != trained], cfg)
+    nodes[trained] = _resolved(cfg.loss)
+    return {name: nodes[name] for name in (*cfg.watch, trained)}
 
 
 def make_losses(nodes: Mapping[str, DictConfig]) -> LossSet:
-    """The losses that `loss_nodes` describes."""
-    return LossSet({name: _instantiate(f"loss {name}", node) for name, node in nodes.items()})
+    """The losses that `loss_nodes` describes.
+
+    What they draw at construction is the same in all runs, which may share them in a stack.
+    """
+    with isolate_rng():
+        seed_everything(0)
+        return LossSet({name: _instantiate(f"loss {name}", node) for name, node in nodes.items()})
 
 
 def make_net(cfg: DictConfig) -> nn.Module:
     """The network, its weights drawn from `cfg.seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
+    with isolate_rng():
+        seed_everything(cfg.seed)
         return _instantiate(
             "model",
             cfg.model,

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch import config as schema
 from losswatch import fuse, resume
-from losswatch.build import loss_nodes, make_losses, quieten, read_loss, trainer_options
+from losswatch.build import loss_nodes, make_losses, quieten, read_losses, trainer_options
 from losswatch.step import NotStackable
 from losswatch.sweep import SweepCallback, say, stop
 
@@ -95,7 +95,7 @@ def _key(job: Job) -> dict[str, Any]:
 
 def _changed(job: Job, trained: dict[str, Any]) -> bool:
     """Whether the command line changed the trained loss from what its file says."""
-    return trained != OmegaConf.to_container(read_loss(job.loss, job.task))
+    return trained != OmegaConf.to_container(read_losses([job.loss], job.task)[job.loss])
 
 
 def _frozen(value: Any) -> Hashable:
