@@ -408,7 +408,7 @@ def stopped(cwd, command, by, whom, when, env=None):
     with subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *command], cwd=cwd, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=ENVIRONMENT | (env or {}),
+        env=ENVIRONMENT | {"PYTHONWARNINGS": ""} | (env or {}),
     ) as process:  # fmt: skip
         try:
             deadline = time.monotonic() + 120
@@ -432,7 +432,7 @@ def stopped(cwd, command, by, whom, when, env=None):
 def interrupted(status, out, said, rows):
     """The table of what is finished, and one line."""
     assert status == 130
-    others = [line for line in said.splitlines() if not re.match("run |fused: |\\[.*INFO", line)]
+    others = [line for line in said.splitlines() if not re.match("run[ :]|fused: |\\[.*INFO", line)]
     assert others == ["losswatch: interrupted"]
     assert out.count("unfinished") + out.count(" failed ") == rows
 
@@ -467,16 +467,12 @@ def test_a_stopped_sweep_leaves_no_process(tmp_path, command, by, whom):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processes")
-@pytest.mark.parametrize("seconds", [1, 5])
 @pytest.mark.parametrize("command", [[*FUSED, "hydra.launcher.workers=1"], FUSED, LONG])
-def test_interrupted_while_it_compiles(tmp_path, command, seconds):
+def test_interrupted_while_it_compiles(tmp_path, command):
     """Nothing is in the compiler's cache."""
-    begun = []
 
     def compiling():
-        if not begun and list(tmp_path.glob("**/events*")):
-            begun.append(time.monotonic())
-        return begun and time.monotonic() > begun[0] + seconds
+        return list(tmp_path.glob("cache/**/*.cpp"))
 
     status, out, said = stopped(
         tmp_path, [*command, "compile=true", "model.batch_norm=true"], signal.SIGINT, "all",
