@@ -70,7 +70,7 @@ def both(compose, train_alone, tmp_path):
             folder = tmp_path / f"{name} alone" / str(i)
             folder.mkdir(parents=True)
             folders.append(folder)
-            wanted.append(train_alone(one.cfg, one.trained, folder))
+            wanted.append(train_alone(one.cfg, one.trained, folder)[1])
         return SimpleNamespace(
             composed=composed, members=members, initial=initial, folders=folders, wanted=wanted
         )
