@@ -779,6 +779,7 @@ def test_an_event_file_that_lost_something(train_here, straight, tmp_path, caplo
     assert_same_training(folder, straight)
 
 
+@pytest.mark.slow
 def test_a_fused_run_says_that_it_starts_anew(tmp_path):
     """In its own log, though its group was trained before it began."""
     sweep = ["-m", "experiment=smoke", "seed=0", "hydra/launcher=fused", "hydra.sweep.dir=s"]
