@@ -3,6 +3,7 @@
 The reference is one `torch.autograd.grad` for each loss, in float64, on copies.
 """
 
+import builtins
 import copy
 import functools
 import importlib
@@ -695,3 +696,42 @@ def test_a_stack_leaves_the_checkpoint_of_an_ordinary_run(tmp_path):
         assert {n: t.shape for n, t in state.items()} == {
             n: t.shape for n, t in module.state_dict().items()
         }
+
+
+# --- An error of somebody's code is that of its runs ----------------------------------------------
+
+
+class Boom(nn.Module):
+    """Raises late in training, at its 25th call in a process."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.calls = getattr(builtins, error), 0
+
+    def forward(self, logits, target):
+        self.calls += 1
+        if self.calls >= 25:
+            raise self.error("boom")
+        return nn.functional.cross_entropy(logits, target)
+
+
+def test_an_error_in_a_stack_fails_its_runs_alone(tmp_path):
+    """Neither trained one by one nor the end of the sweep, whatever it raises."""
+    (tmp_path / "conf/loss").mkdir(parents=True)
+    for name, error in {"runtime": "RuntimeError", "value": "ValueError"}.items():
+        text = f"_target_: test_foreign.Boom\nerror: {error}\n"
+        (tmp_path / f"conf/loss/{name}.yaml").write_text(text)
+    done = run_train(
+        "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "hydra/launcher=fused",
+        "loss=cce", "watch=[cce,dice],[cce,runtime],[cce,value]", "seed=0,1",
+        cwd=tmp_path, status=1, env=ENVIRONMENT | {"PYTHONPATH": TESTS},
+    )  # fmt: skip
+    assert "one by one" not in done.stderr and "Traceback" not in done.stderr
+    results = {name: read_result(folder) for name, folder in run_folders(tmp_path).items()}
+    assert len(results) == 6
+    for name, result in results.items():
+        wanted = {"dice": None, "runtime": "RuntimeError: boom", "value": "ValueError: boom"}
+        [error] = [error for loss, error in wanted.items() if loss in name]
+        assert (result["status"], result["error"]) == ("failed" if error else "done", error)
+        if error:
+            assert "Traceback" in (run_folders(tmp_path)[name] / "train.log").read_text()
