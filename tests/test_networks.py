@@ -225,7 +225,7 @@ def faults():
 before = faults()
 with fast_on_cpu(ConvNet(1, 2)):
     faults()  # the first pieces are new
-    print(before, faults())
+    print(before, min(faults() for _ in range(5)))  # a system may take idle pages back meanwhile
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     done = subprocess.run(
