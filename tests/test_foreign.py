@@ -639,6 +639,7 @@ def test_random_draws_repeat_and_resume(tmp_path):
     assert read_result(whole)["metrics"] == read_result(cut)["metrics"]
 
 
+@pytest.mark.slow
 def test_watching_draws_nothing_from_training(tmp_path):
     """A run is the same with and without a random loss beside the trained one."""
     (tmp_path / "conf/loss").mkdir(parents=True)
@@ -656,6 +657,7 @@ def test_watching_draws_nothing_from_training(tmp_path):
     assert curves[1]["loss/noisy"].notna().any()
 
 
+@pytest.mark.slow
 def test_threads_are_the_configs(tmp_path):
     """Whatever the environment says: another number would round otherwise."""
     metrics = []
@@ -672,6 +674,7 @@ def test_threads_are_the_configs(tmp_path):
 # --- What a loss keeps is kept -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_the_trained_loss_learnt_is_tested(tmp_path):
     """mode=test of a finished run gives the run's own test metrics."""
     environment = ENVIRONMENT | {"PYTHONPATH": TESTS}

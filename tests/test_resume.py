@@ -699,6 +699,7 @@ def test_other_programs_event_files_are_left_alone(train_here, straight, tmp_pat
     assert_same_training(folder, straight)
 
 
+@pytest.mark.slow
 def test_a_sweep_in_a_folder_of_another_program(tmp_path):
     """What stands there and in its runs' folders stays."""
     run = tmp_path / "s" / "experiment=smoke,seed=0"
@@ -844,6 +845,7 @@ def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
     assert_same_training(folder, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_no_time_left(tmp_path):
     """Stopped is neither done nor failed; the same command, given time, does the rest.
 
