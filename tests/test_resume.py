@@ -851,7 +851,8 @@ def test_no_time_left(tmp_path):
 
     A time limit is that of a run, so these are no stack.
     """
-    sweep = ["-m", "experiment=smoke", "seed=0,1", "hydra/launcher=fused", "hydra.sweep.dir=s"]
+    sweep = ["-m", "experiment=smoke", "seed=0,1", "hydra.sweep.dir=s"]
+    sweep += ["hydra/launcher=fused", "hydra.launcher.workers=1"]
     limit = "+trainer.max_time=00:00:00:00"
     done = run_train(*sweep, limit, cwd=tmp_path, status=1)
     assert "trained one by one: trainer.max_time=00:00:00:00 needs" in done.stderr
