@@ -24,8 +24,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from losswatch import config as schema
-from losswatch.sweep import clear_errors, open_streams, stop
+from losswatch.sweep.callback import clear_errors, open_streams, stop
+from losswatch.train import config as schema
 
 log = logging.getLogger("losswatch")
 schema.register()
@@ -35,12 +35,13 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, f
     """Train one run in `folder`; return the number of steps that are done, and its metrics then."""
     import pytorch_lightning as pl
 
-    from losswatch import build, callbacks, fuse, randomness, resume
-    from losswatch.module import SegmentationModule
-    from losswatch.networks import fast_on_cpu
-    from losswatch.probe import Probe
-    from losswatch.step import NotStackable
-    from losswatch.sync import LayerSync
+    from losswatch.nets.networks import fast_on_cpu
+    from losswatch.stack import fuse
+    from losswatch.stack.step import NotStackable
+    from losswatch.train import build, callbacks, randomness, resume
+    from losswatch.train.module import SegmentationModule
+    from losswatch.train.sync import LayerSync
+    from losswatch.watch.probe import Probe
 
     build.quieten()
     losses = build.make_losses(build.loss_nodes(cfg, trained))
@@ -107,9 +108,9 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, fl
     """The steps and the test metrics of the net in `cfg.checkpoint`; nothing is trained."""
     import pytorch_lightning as pl
 
-    from losswatch import build, callbacks, randomness, resume
-    from losswatch.module import SegmentationModule
-    from losswatch.networks import fast_on_cpu
+    from losswatch.nets.networks import fast_on_cpu
+    from losswatch.train import build, callbacks, randomness, resume
+    from losswatch.train.module import SegmentationModule
 
     build.quieten()
     net, checkpoint = build.make_net(cfg), resume.find(cfg.checkpoint)
@@ -140,10 +141,11 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, fl
 
 def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float | None:
     """Train or test, and write down how it went; `first` of the processes of this run."""
-    from losswatch import fuse, resume
-    from losswatch.report import read_scalars
-    from losswatch.result import write_result
-    from losswatch.study import plot_curves
+    from losswatch.report.report import read_scalars
+    from losswatch.report.study import plot_curves
+    from losswatch.stack import fuse
+    from losswatch.train import resume
+    from losswatch.train.result import write_result
 
     job = HydraConfig.get()
     groups = ("loss", "model", "optimizer")
@@ -215,7 +217,7 @@ def main(cfg: DictConfig) -> float | None:
     import torch
     from pytorch_lightning.utilities import rank_zero_only
 
-    from losswatch import build, resume
+    from losswatch.train import build, resume
 
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)

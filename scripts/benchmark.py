@@ -40,14 +40,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from losswatch import build, fuse
-from losswatch import config as schema
-from losswatch.data import TRAIN, image_and_label, uniform
+from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.losses import Dice, LossSet
-from losswatch.module import SegmentationModule
-from losswatch.networks import ConvNet, UNet, fast_on_cpu
-from losswatch.probe import Probe
-from losswatch.step import compiled, make_gradient, optimizer_rule
+from losswatch.nets.networks import ConvNet, UNet, fast_on_cpu
+from losswatch.stack import fuse
+from losswatch.stack.step import compiled, make_gradient, optimizer_rule
+from losswatch.train import build
+from losswatch.train import config as schema
+from losswatch.train.module import SegmentationModule
+from losswatch.watch.probe import Probe
 
 ROOT = Path(__file__).parent.parent
 matplotlib.use("agg")

@@ -19,7 +19,7 @@ import pandas as pd
 from rich.console import Console
 
 from losswatch.files import replace_file
-from losswatch.report import (
+from losswatch.report.report import (
     cell_table,
     compare_losses,
     comparison_table,
@@ -30,7 +30,7 @@ from losswatch.report import (
     summary_table,
     write_summary,
 )
-from losswatch.study import plot_sweep
+from losswatch.report.study import plot_sweep
 
 
 def main() -> int:

@@ -21,7 +21,11 @@ import pandas as pd
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from losswatch.claims import (
+from losswatch.files import replace_file
+from losswatch.report.report import csv_text, loss_order, markdown_escape, markdown_table, read_runs
+from losswatch.report.study import plot_ranges, plot_sweep
+from losswatch.sweep.callback import grid
+from study.claims import (
     CONVERGED,
     EARLY,
     NAMES,
@@ -41,10 +45,6 @@ from losswatch.claims import (
     ratio_interval,
     rises,
 )
-from losswatch.files import replace_file
-from losswatch.report import csv_text, loss_order, markdown_escape, markdown_table, read_runs
-from losswatch.study import plot_ranges, plot_sweep
-from losswatch.sweep import grid
 
 ROOT = Path(__file__).parents[1]
 

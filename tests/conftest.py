@@ -20,12 +20,12 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
-from losswatch import build, config
-from losswatch.callbacks import EventLog
-from losswatch.data import ThresholdedImages
+from losswatch.data.random import ThresholdedImages
 from losswatch.losses import LossSet
-from losswatch.module import SegmentationModule
-from losswatch.networks import ConvNet, UNet
+from losswatch.nets.networks import ConvNet, UNet
+from losswatch.train import build, config
+from losswatch.train.callbacks import EventLog
+from losswatch.train.module import SegmentationModule
 
 ROOT = Path(__file__).parents[1]
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
@@ -127,16 +127,16 @@ def make_run(tmp_path):
 @pytest.fixture
 def observed(monkeypatch):
     """All that the probe observes, unrounded: a list of vectors in the order of `probe.tags`."""
-    import losswatch.probe
+    import losswatch.watch.probe
 
     seen = []
-    observe = losswatch.probe.observe
+    observe = losswatch.watch.probe.observe
 
     def record(*args, **kwargs):
         seen.append(observe(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(losswatch.probe, "observe", record)
+    monkeypatch.setattr(losswatch.watch.probe, "observe", record)
     return seen
 
 

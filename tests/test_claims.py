@@ -12,9 +12,9 @@ import torch
 from conftest import ENVIRONMENT, ROOT
 from torch.utils.tensorboard import SummaryWriter
 
-from losswatch import claims
-from losswatch.events import write_scalars
+from losswatch.events.encode import write_scalars
 from losswatch.losses import Dice
+from study import claims
 
 
 def write_run(folder, steps=3000):

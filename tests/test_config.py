@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from losswatch import build, config
-from losswatch.config import ConfigError, run_name, thresholds
+from losswatch.train import build, config
+from losswatch.train.config import ConfigError, run_name, thresholds
 
 # --- Every bad input gets one line that names what is allowed ------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losswatch.data import TEST, TRAIN, VAL, ThresholdedImages, image_and_label, uniform
+from losswatch.data.random import TEST, TRAIN, VAL, ThresholdedImages, image_and_label, uniform
 
 GOLDEN = 0x9E3779B97F4A7C15
 WORD = 2**64 - 1

@@ -17,9 +17,10 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from losswatch import build, fuse
 from losswatch.losses import CrossEntropy
-from losswatch.probe import Probe
+from losswatch.stack import fuse
+from losswatch.train import build
+from losswatch.watch.probe import Probe
 
 META = torch.device("meta")
 READS = {"cpu", "tolist", "item", "numpy", "__int__", "__bool__", "__float__", "__index__"}

@@ -13,8 +13,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-from losswatch.events import _masked_crc, encode, write_scalars
-from losswatch.report import read_scalars
+from losswatch.events.encode import _masked_crc, encode, write_scalars
+from losswatch.report.report import read_scalars
 
 TAGS = ["loss/dice", "grad_norm/dice", "grad_cosine/a~b", "θ/損失 1", "x" * 300]
 

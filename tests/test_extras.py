@@ -14,9 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
-from losswatch import config, launch
-from losswatch.report import read_scalars
-from losswatch.sweep import clear_errors
+from losswatch.report.report import read_scalars
+from losswatch.sweep.callback import clear_errors, launch
+from losswatch.train import config
 
 # Ray would leave a token in the home folder, and colours in what it repeats.
 ENVIRONMENT = ENVIRONMENT | {"RAY_AUTH_MODE": "disabled", "RAY_COLOR_PREFIX": "0"}

@@ -25,16 +25,17 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.func import vmap
 
-from losswatch import build, fuse, resume
-from losswatch.callbacks import EventLog
-from losswatch.config import ConfigError
-from losswatch.data import TRAIN, ThresholdedImages
+from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
-from losswatch.module import SegmentationModule
-from losswatch.networks import ConvNet
-from losswatch.probe import Probe
-from losswatch.report import read_scalars
-from losswatch.step import NotStackable, make_gradient, trained_parameters
+from losswatch.nets.networks import ConvNet
+from losswatch.report.report import read_scalars
+from losswatch.stack import fuse
+from losswatch.stack.step import NotStackable, make_gradient, trained_parameters
+from losswatch.train import build, resume
+from losswatch.train.callbacks import EventLog
+from losswatch.train.config import ConfigError
+from losswatch.train.module import SegmentationModule
+from losswatch.watch.probe import Probe
 
 # --- Losses --------------------------------------------------------------------------------------
 

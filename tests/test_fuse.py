@@ -12,13 +12,14 @@ import torch
 from conftest import ARTICLE, ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from losswatch import build, fuse, resume
-from losswatch.callbacks import EventLog
-from losswatch.module import SegmentationModule
-from losswatch.networks import fast_on_cpu
-from losswatch.probe import Probe, tags
-from losswatch.report import read_scalars
-from losswatch.step import NotStackable
+from losswatch.nets.networks import fast_on_cpu
+from losswatch.report.report import read_scalars
+from losswatch.stack import fuse
+from losswatch.stack.step import NotStackable
+from losswatch.train import build, resume
+from losswatch.train.callbacks import EventLog
+from losswatch.train.module import SegmentationModule
+from losswatch.watch.probe import Probe, tags
 
 # What is small here and not in conf.
 SMALL = [
@@ -379,7 +380,7 @@ def test_what_the_compiler_refuses(both, monkeypatch, error):
     def broken(*_, **__):
         raise error
 
-    monkeypatch.setattr("losswatch.step.standalone_compile", broken)
+    monkeypatch.setattr("losswatch.stack.step.standalone_compile", broken)
     wanted, text = NotStackable, "the compiler cannot compile them .*AssertionError: no such oper"
     if isinstance(error, MemoryError):
         wanted, text = MemoryError, "none left"

@@ -18,9 +18,11 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from omegaconf import OmegaConf
 
-from losswatch import config, fuse, launch, resume
-from losswatch.build import quieten
-from losswatch.report import read_runs, read_scalars
+from losswatch.report.report import read_runs, read_scalars
+from losswatch.stack import fuse
+from losswatch.sweep.callback import launch
+from losswatch.train import config, resume
+from losswatch.train.build import quieten
 
 SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
 

@@ -7,9 +7,9 @@ import torch
 from conftest import ARTICLE, load_losses
 from torch import nn
 
-from losswatch.module import scores
-from losswatch.probe import Probe
-from losswatch.report import read_scalars
+from losswatch.report.report import read_scalars
+from losswatch.train.module import scores
+from losswatch.watch.probe import Probe
 
 
 def by_hand(label, prediction, classes):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 
-from losswatch import networks
-from losswatch.networks import Conv2d, ConvNet, UNet, fast_on_cpu
+from losswatch.nets import networks
+from losswatch.nets.networks import Conv2d, ConvNet, UNet, fast_on_cpu
 
 CONVS = (nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
@@ -214,7 +214,7 @@ def test_freed_memory_serves_the_next_step():
     """Pages that the system gives anew, in a process that has not tuned its allocator."""
     steps = """
 import resource, torch
-from losswatch.networks import ConvNet, fast_on_cpu
+from losswatch.nets.networks import ConvNet, fast_on_cpu
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

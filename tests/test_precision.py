@@ -10,13 +10,13 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from pytorch_lightning.plugins import MixedPrecision
 
-from losswatch.config import ConfigError
-from losswatch.data import ThresholdedImages
+from losswatch.data.random import ThresholdedImages
 from losswatch.losses import CrossEntropy, Dice, LossSet
-from losswatch.module import SegmentationModule
-from losswatch.networks import ConvNet, UNet, fast_on_cpu
-from losswatch.probe import Probe
-from losswatch.report import read_scalars
+from losswatch.nets.networks import ConvNet, UNet, fast_on_cpu
+from losswatch.report.report import read_scalars
+from losswatch.train.config import ConfigError
+from losswatch.train.module import SegmentationModule
+from losswatch.watch.probe import Probe
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16"])

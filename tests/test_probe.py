@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from losswatch.data import TRAIN, uniform
+from losswatch.data.random import TRAIN, uniform
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
-from losswatch.probe import Probe, tags
-from losswatch.report import read_scalars
+from losswatch.report.report import read_scalars
+from losswatch.watch.probe import Probe, tags
 
 
 class Reference(pl.Callback):

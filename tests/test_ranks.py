@@ -12,11 +12,11 @@ from conftest import ROOT, load_losses, read_result, run_train
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from losswatch import build
-from losswatch.config import ConfigError
-from losswatch.data import TRAIN, image_and_label, uniform
-from losswatch.networks import ConvNet
-from losswatch.report import read_scalars
+from losswatch.data.random import TRAIN, image_and_label, uniform
+from losswatch.nets.networks import ConvNet
+from losswatch.report.report import read_scalars
+from losswatch.train import build
+from losswatch.train.config import ConfigError
 
 NAMES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]

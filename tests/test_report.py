@@ -25,9 +25,8 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
-from losswatch import study
-from losswatch.events import write_scalars
-from losswatch.report import (
+from losswatch.events.encode import write_scalars
+from losswatch.report.report import (
     KNOWN_LOSSES,
     cell_table,
     compare_losses,
@@ -35,6 +34,7 @@ from losswatch.report import (
     read_runs,
     read_scalars,
     show,
+    study,
     summary_table,
     write_summary,
 )

@@ -24,14 +24,16 @@ from conftest import ENVIRONMENT, ROOT, read_result, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from losswatch import fuse, launch, resume
-from losswatch.build import make_net, trainer_options
-from losswatch.callbacks import Images, open_log
-from losswatch.config import ConfigError
-from losswatch.events import write_scalars
-from losswatch.report import read_runs, read_scalars
-from losswatch.result import write_result
-from losswatch.step import NotStackable
+from losswatch.events.encode import write_scalars
+from losswatch.report.report import read_runs, read_scalars
+from losswatch.stack import fuse
+from losswatch.stack.step import NotStackable
+from losswatch.sweep.callback import launch
+from losswatch.train import resume
+from losswatch.train.build import make_net, trainer_options
+from losswatch.train.callbacks import Images, open_log
+from losswatch.train.config import ConfigError
+from losswatch.train.result import write_result
 
 FORK = multiprocessing.get_context("fork")
 RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=20", "seed=5"]
@@ -899,7 +901,7 @@ def test_options_that_would_end_training_early_are_refused(compose, option):
 def test_a_run_that_ended_while_the_lock_was_waited_for(whole, tmp_path):
     """It is asked again under the lock, and not trained a second time."""
     script = (
-        "import runpy, shutil, sys, losswatch.resume as resume\n"
+        "import runpy, shutil, sys, losswatch.train.resume as resume\n"
         "hold = resume.hold\n"
         "def wait(folder):\n"
         f"    shutil.copytree({str(whole)!r}, folder, dirs_exist_ok=True)\n"

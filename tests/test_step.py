@@ -12,9 +12,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import vjp, vmap
 
-from losswatch.data import TRAIN, ThresholdedImages, _Batches
-from losswatch.networks import ConvNet, UNet, _NarrowConvolution
-from losswatch.step import compiled, make_gradient, optimizer_rule, trained_parameters
+from losswatch.data.random import TRAIN, ThresholdedImages, _Batches
+from losswatch.nets.networks import ConvNet, UNet, _NarrowConvolution
+from losswatch.stack.step import compiled, make_gradient, optimizer_rule, trained_parameters
 
 STEPS = 5
 # Each member's trained loss, θ, seed, input range and factor on the learning rate.
@@ -351,7 +351,7 @@ def test_nothing_is_compiled_again(fast, monkeypatch):
     """Nor in: the step's number and the members' settings are tensors, not constants."""
     stack = make_stack("convnet", **FEW)
     advance(fast, stack.state, steps=1)
-    monkeypatch.delattr("losswatch.step.standalone_compile")
+    monkeypatch.delattr("losswatch.stack.step.standalone_compile")
     numbers = stack.state[3]
     low = numbers["low"] - 1
     numbers = numbers | {"lr": 2 * numbers["lr"], "seed": numbers["seed"] + 5, "low": low}

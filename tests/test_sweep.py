@@ -20,9 +20,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
-from losswatch import build, sweep
-from losswatch.report import read_scalars
-from losswatch.result import write_result
+from losswatch.report.report import read_scalars
+from losswatch.sweep import callback as sweep
+from losswatch.train import build
+from losswatch.train.result import write_result
 
 THETAS = [0.05, 0.5, 0.95]
 
@@ -297,7 +298,7 @@ def test_a_broken_file_is_bad_input(tmp_path, mine, arguments):
 PARENT = """
 import os, signal, time
 import joblib
-from losswatch.sweep import SweepCallback
+from losswatch.sweep.callback import SweepCallback
 
 def work(number, callback):
     open(f"{number}.{os.getpid()}", "w").close()

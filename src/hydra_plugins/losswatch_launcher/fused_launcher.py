@@ -1,4 +1,4 @@
-"""`hydra/launcher=fused`: the runs of a multirun trained together (losswatch.fuse).
+"""`hydra/launcher=fused`: the runs of a multirun trained together (losswatch.stack.fuse).
 
 Hydra imports this file whenever it starts, so what takes long to import stays inside `launch`.
 """
@@ -32,7 +32,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="fused", node=FusedCon
 
 
 class FusedLauncher(Launcher):
-    """Groups the runs that can be stacked; see `losswatch.launch`."""
+    """Groups the runs that can be stacked; see `losswatch.sweep.launch`."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings  # FusedConf's
@@ -45,7 +45,7 @@ class FusedLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from losswatch.launch import launch
+        from losswatch.sweep.launch import launch
 
         context: Any = (self.hydra_context, self.task_function, self.config)
         return launch(job_overrides, initial_job_idx, context, **self.settings)

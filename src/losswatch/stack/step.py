@@ -19,9 +19,9 @@ from torch.func import functional_call, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from losswatch.data import TRAIN, image_and_label, uniform
+from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.losses import LossSet
-from losswatch.probe import observe
+from losswatch.watch.probe import observe
 
 
 class NotStackable(NotImplementedError):

@@ -30,11 +30,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from losswatch import config as schema
-from losswatch import fuse, resume
-from losswatch.build import loss_nodes, make_losses, quieten, read_losses, trainer_options
-from losswatch.step import NotStackable
-from losswatch.sweep import SweepCallback, say, stop
+from losswatch.stack import fuse
+from losswatch.stack.step import NotStackable
+from losswatch.sweep.callback import SweepCallback, say, stop
+from losswatch.train import config as schema
+from losswatch.train import resume
+from losswatch.train.build import loss_nodes, make_losses, quieten, read_losses, trainer_options
 
 log = logging.getLogger(__name__)
 

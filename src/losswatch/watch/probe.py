@@ -23,8 +23,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
-from losswatch.events import write_scalars
-from losswatch.module import SegmentationModule
+from losswatch.events.encode import write_scalars
+from losswatch.train.module import SegmentationModule
 
 log = logging.getLogger(__name__)
 

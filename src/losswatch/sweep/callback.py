@@ -37,7 +37,7 @@ from omegaconf.errors import (
 from rich.console import Console
 from yaml import YAMLError
 
-from losswatch.config import ConfigError, file_read, misread, run_name
+from losswatch.train.config import ConfigError, file_read, misread, run_name
 
 log = logging.getLogger(__name__)
 
@@ -207,8 +207,8 @@ def checked(sweep: DictConfig, overrides: list[str], folder: Path) -> DictConfig
     Raises:
         ConfigError: its settings don't fit, or `folder` holds another run, or one under way.
     """
-    from losswatch.build import check
-    from losswatch.resume import check_folder, finished, hold
+    from losswatch.train.build import check
+    from losswatch.train.resume import check_folder, finished, hold
 
     try:
         job = GlobalHydra.instance().config_loader().load_sweep_config(sweep, overrides)
@@ -260,7 +260,7 @@ class SweepCallback(Callback):
         """Before Hydra writes the new config over that of a run which is to be resumed."""
         if config.resume is None:
             return
-        from losswatch.resume import check_folder, check_run
+        from losswatch.train.resume import check_folder, check_run
 
         try:
             check_run(Path(config.resume))
@@ -333,7 +333,7 @@ def show_table(folder: Path) -> bool:
     Raises:
         OSError: it cannot be written, or printed; what can be is.
     """
-    from losswatch.report import read_runs, summary_table, write_summary
+    from losswatch.report.report import read_runs, summary_table, write_summary
 
     failed = None
     try:

@@ -14,7 +14,7 @@ from enum import Enum
 from os import PathLike
 from typing import Any
 
-from losswatch.config import ConfigError
+from losswatch.train.config import ConfigError
 
 
 def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -29,7 +29,7 @@ def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str
     >>> def scale(factor: float, exact: bool | None = None): ...
     >>> check_arguments("model", scale, {"factor": 2, "exact": "off"})
     Traceback (most recent call last):
-    losswatch.config.ConfigError: model.exact must be true or false or null, got 'off'
+    losswatch.train.config.ConfigError: model.exact must be true or false or null, got 'off'
     """
     kinds = _kinds(function)
     for name, value in values.items():

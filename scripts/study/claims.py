@@ -18,8 +18,8 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from losswatch.report import loss_order, read_runs, read_scalars, show, t_quantile
-from losswatch.study import LOSS_WINDOW, NORM_WINDOW, moving_mean
+from losswatch.report.report import loss_order, read_runs, read_scalars, show, t_quantile
+from losswatch.report.study import LOSS_WINDOW, NORM_WINDOW, moving_mean
 
 # A run has converged with a final validation accuracy of half of what a constant gets wrong at
 # θ = 0.05 and 0.95.

@@ -22,16 +22,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
-from losswatch import resume
-from losswatch.build import make_data, make_net, make_optimizer
-from losswatch.callbacks import EventLog, Images, Progress, log_images, open_log
-from losswatch.data import TEST, TRAIN, VAL, ThresholdedImages, image_and_label, uniform
-from losswatch.events import write_scalars
+from losswatch.data.random import TEST, TRAIN, VAL, ThresholdedImages, image_and_label, uniform
+from losswatch.events.encode import write_scalars
 from losswatch.losses import LossSet
-from losswatch.module import scores
-from losswatch.networks import fast_on_cpu, onednn
-from losswatch.probe import tags
-from losswatch.step import (
+from losswatch.nets.networks import fast_on_cpu, onednn
+from losswatch.stack.step import (
     NotStackable,
     compiled,
     make_gradient,
@@ -39,7 +34,12 @@ from losswatch.step import (
     splitter,
     trained_parameters,
 )
-from losswatch.trial import try_step
+from losswatch.train import resume
+from losswatch.train.build import make_data, make_net, make_optimizer
+from losswatch.train.callbacks import EventLog, Images, Progress, log_images, open_log
+from losswatch.train.module import scores
+from losswatch.train.trial import try_step
+from losswatch.watch.probe import tags
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from losswatch.report import (
+from losswatch.report.report import (
     KNOWN_LOSSES,
     LABELS,
     loss_order,

@@ -16,9 +16,9 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from losswatch.config import ConfigError
 from losswatch.losses import LossSet
-from losswatch.randomness import draws
+from losswatch.train.config import ConfigError
+from losswatch.train.randomness import draws
 
 
 class Traits(NamedTuple):

@@ -26,10 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from losswatch.config import ConfigError
-from losswatch.events import SUFFIX
+from losswatch.events.encode import SUFFIX
 from losswatch.files import replace_file, sync
-from losswatch.report import printable
+from losswatch.report.report import printable
+from losswatch.train.config import ConfigError
 
 try:
     import fcntl

@@ -1,6 +1,6 @@
 """Segmentation losses: one Dice family, cross entropy, and sets of them evaluated together.
 
-Each is only a checked description of itself: `losswatch.sums` computes them, alone or together.
+Each is only a checked description of itself: `losses.sums` computes them, alone or together.
 
 Everywhere: logits are floating point [N, C, *space] with any number of spatial axes; target holds
 class indices [N, *space] (any integer type, or boolean) or one-hot or soft labels [N, C, *space].
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losswatch.sums import TINY, Likelihood, Stack, one_hot, traced, wide
+from losswatch.losses.sums import TINY, Likelihood, Stack, one_hot, traced, wide
 
 
 class _Frozen(nn.Module):

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from losswatch.events import write_scalars
+from losswatch.events.encode import write_scalars
 from losswatch.losses import LossSet
 
 

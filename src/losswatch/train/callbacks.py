@@ -18,9 +18,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from losswatch import randomness, resume
-from losswatch.events import SUFFIX, put_last
-from losswatch.probe import Probe
+from losswatch.events.encode import SUFFIX, put_last
+from losswatch.train import randomness, resume
+from losswatch.watch.probe import Probe
 
 
 class EventLog(TensorBoardLogger):
@@ -74,7 +74,7 @@ class Progress(TQDMProgressBar):
 
 
 class Checkpoints(Checkpoint):
-    """Writes a checkpoint at each validation, with what `losswatch.resume` needs.
+    """Writes a checkpoint at each validation, with what `losswatch.train.resume` needs.
 
     Lightning calls it after all other callbacks.
 

@@ -26,13 +26,13 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from yaml import YAMLError
 
-from losswatch.arguments import check_arguments
-from losswatch.config import ConfigError, check_values, misread, thresholds
-from losswatch.data import TRAIN, ThresholdedImages
+from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.losses import LossSet
-from losswatch.randomness import seed_everything
-from losswatch.resume import plain
-from losswatch.trial import try_step
+from losswatch.train.arguments import check_arguments
+from losswatch.train.config import ConfigError, check_values, misread, thresholds
+from losswatch.train.randomness import seed_everything
+from losswatch.train.resume import plain
+from losswatch.train.trial import try_step
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it would say each error twice
 
