@@ -1,0 +1,187 @@
+"""The table of sums and its derivative once more, as fast as a CPU allows.
+
+For class indices, a softmax and eager mode on a CPU. `measure` and `by_logits` of pixels.py are the
+plain forms; tests/test_losses.py holds these functions to them. In large images allocating a tensor
+costs more than filling it, so tensors are few and are written in place. Labels of two classes are
+spelt out as one-hot. Those of more classes index and scatter instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losswatch.compat import softmax_backward, traced
+from losswatch.losses.pixels import (
+    Pixels,
+    counted,
+    shared_out,
+    spread,
+    stack_sums,
+    unclipped,
+    wide,
+)
+from losswatch.losses.sums import Key, Recipe
+
+
+def is_fast(logits: Tensor, target: Tensor, recipe: Recipe) -> bool:
+    """Whether these functions can be used."""
+    usual = recipe.activation == "softmax" and recipe.intersection == "product"
+    eager = logits.is_cpu and not traced(logits)
+    dense = logits.numel() > 0 and target.ndim < logits.ndim > 2
+    return usual and eager and dense and not recipe.by_class
+
+
+def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor]:
+    """The pixels, with p of each label [N, 1, *space], 0 where ignored."""
+    x, log_p = wide(logits), None
+    if None in recipe.clips:
+        log_p = x.log_softmax(1)
+    if x.shape[1] == 2:  # a sigmoid of the difference takes half the time of a softmax
+        p = torch.empty_like(x)
+        torch.neg(torch.sub(x[:, 1], x[:, 0], out=p[:, 1]), out=p[:, 0])
+        p = p.sigmoid_()
+    else:
+        p = x.softmax(1) if log_p is None else log_p.exp()
+    label, valid = counted(target, p, recipe)
+    if p.shape[1] > 2:
+        own = p.gather(1, label)
+        return Pixels(p, p.new_empty(0), valid, log_p), own if valid is None else own * valid
+    y = torch.empty_like(p)
+    torch.sub(1, y[:, 1:].copy_(label), out=y[:, :1])
+    y = y if valid is None else y.mul_(valid)
+    return Pixels(p, y, valid, log_p), torch.addcmul(p[:, :1] * y[:, :1], p[:, 1:], y[:, 1:])
+
+
+def measure(pixels: Pixels, own: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """As `pixels.measure`; `own` is p of each label."""
+    p, y, valid, log_p = pixels
+    space = tuple(range(2, p.ndim))
+    axes = {"row": space[-1:], "sample": space, "batch": (0, *space)}[recipe.over]
+
+    def total(x: Tensor, axes: tuple[int, ...] = axes) -> Tensor:
+        """[N, C, *space] to [*groups, C]."""
+        x = x.sum(axes) if axes else x
+        return x.movedim(1, -1) if recipe.over == "row" else x
+
+    def by_label(values: Tensor) -> Tensor:
+        """[N, 1, *space] to [*groups, C], each value added to the class of its label.
+
+        Row by row: scattering adds one by one, and float32 cannot add a million numbers that way.
+        """
+        label = counted(target, p, recipe)[0].squeeze(1)
+        sums = p.new_zeros(*label.shape[:-1], p.shape[1])
+        sums = sums.scatter_add_(-1, label, values.squeeze(1)).movedim(-1, 1)
+        return total(sums, axes[:-1])
+
+    weighed = p if valid is None or not recipe.exponents else p * valid
+
+    def entry(kind: str, number: float | None) -> Tensor:
+        if kind == "yp":
+            return total(p * y) if y.numel() else by_label(own)
+        if kind == "p" and number == 2:  # row by row, too; it reads p once and writes no p²
+            squares = torch.linalg.vector_norm(weighed, dim=-1).square()
+            return total(squares, axes[:-1])
+        if kind == "p":
+            return total(weighed if number == 1 else weighed**number)
+        if number is not None:
+            log = own.clamp(number, 1 - number).log_()
+        else:
+            log = log_p.gather(1, counted(target, p, recipe)[0])
+        return shared_out((log if valid is None else log.mul_(valid)).sum(), p)
+
+    one = torch.ones_like(own) if valid is None else valid
+    labels = [total(y) if y.numel() else by_label(one)] * len(recipe.label_exponents(hard=True))
+    groups = {"row": tuple(p.shape[:-1][::2]), "sample": (len(p),)}.get(recipe.over, ())
+    moving = [entry(*key) for key in recipe.keys()]
+    return stack_sums(moving, groups, p), stack_sums(labels, groups, p)
+
+
+def by_logits(
+    slopes: Tensor, pixels: Pixels, own: Tensor, target: Tensor, recipe: Recipe
+) -> Tensor:
+    """As `pixels.by_logits`; sums whose slope is 0 cost nothing."""
+    if recipe.over == "batch":  # numbers, which a CPU reads for nothing
+        given: list[Any] = slopes.tolist()
+        used = {key: slope for key, slope in zip(recipe.keys(), given, strict=True) if any(slope)}
+    else:
+        pairs = zip(recipe.keys(), slopes.unbind(-2), strict=True)
+        used = {key: spread(slope, pixels.p, recipe).unbind(1) for key, slope in pairs}
+    if not used:
+        return torch.zeros_like(pixels.p)
+    if pixels.p.shape[1] == 2:
+        return _of_two(used, pixels, own)
+    return _of_many(used, pixels, own, counted(target, pixels.p, recipe)[0])
+
+
+def _of_two(slopes: Mapping[Key, Any], pixels: Pixels, own: Tensor) -> Tensor:
+    """For two classes: what moves the second logit up moves the first one down as much."""
+    p, y, valid, _ = pixels
+    (p0, p1), (y0, y1) = p.unbind(1), y.unbind(1)
+    both = torch.empty_like(p)
+    up = both[:, 1].zero_()
+    for (kind, e), (a0, a1) in slopes.items():
+        if kind == "yp":
+            _add_product(_add_product(up, y1, a1), y0, -a0)
+        elif kind == "p" and e == 1:
+            up.add_(a1 - a0)
+        elif kind == "p":
+            _add_product(up, p1 if e == 2 else p1.clamp_min(1e-30) ** (e - 1), e * a1)
+            _add_product(up, p0 if e == 2 else p0.clamp_min(1e-30) ** (e - 1), -e * a0)
+    if any(kind != "log" for kind, _ in slopes):
+        up.mul_(p0).mul_(p1)
+        if valid is not None:
+            up.mul_(valid[:, 0])
+    for (kind, clip), (slope, _) in slopes.items():
+        if kind == "log":
+            row = (y1 * p0).addcmul_(y0, p1, value=-1)
+            row = row if clip is None else row.mul_(unclipped(own[:, 0], clip))
+            up.add_(row, alpha=slope)
+    torch.neg(up, out=both[:, 0])
+    return both
+
+
+def _of_many(slopes: Mapping[Key, Any], pixels: Pixels, own: Tensor, label: Tensor) -> Tensor:
+    """For any number of classes: what belongs to the label alone is added where the label is."""
+    p, _, valid, _ = pixels
+    field = torch.zeros_like(p)  # the derivative by p
+    at_label = torch.zeros_like(own)
+    for (kind, e), slope in slopes.items():
+        if kind == "p" and e == 1:
+            field.add_(as_tensor(slope, p))
+        elif kind == "p":
+            base = p if e == 2 else p.clamp_min(1e-30) ** (e - 1)
+            field.addcmul_(base, as_tensor(slope, p), value=e)
+        elif kind == "yp":
+            at_label.add_(as_tensor(slope, p).expand_as(p).gather(1, label))
+        elif e is not None:
+            inverse = own.clamp_min(e).reciprocal_()
+            at_label.addcmul_(unclipped(own, e), inverse, value=slope[0])
+    if valid is not None:
+        field.mul_(valid)
+        at_label.mul_(valid)
+    field.scatter_add_(1, label, at_label)
+    gradient = softmax_backward(field, p)
+    if ("log", None) in slopes:
+        share = p.new_full((1,) * p.ndim, slopes["log", None][0])
+        share = share if valid is None else share * valid
+        gradient.addcmul_(p, share, value=-1)
+        gradient.scatter_add_(1, label, share.expand_as(own))
+    return gradient
+
+
+def as_tensor(slope: Any, p: Tensor) -> Tensor:
+    """The slopes of the classes, to broadcast with p [N, C, *space]."""
+    if isinstance(slope[0], Tensor):
+        return torch.stack(list(slope), 1)
+    return p.new_tensor(slope).view(-1, *(1,) * (p.ndim - 2))
+
+
+def _add_product(total: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
+    """total + factor·x, in place."""
+    if isinstance(factor, Tensor):
+        return total.addcmul_(x, factor.expand_as(x))
+    return total.add_(x, alpha=factor)

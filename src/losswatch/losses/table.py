@@ -1,0 +1,83 @@
+"""The table of sums as one differentiable function of the logits."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from losswatch.compat import grad_levels, is_functorch_active
+from losswatch.losses import fast
+from losswatch.losses.pixels import Pixels, by_logits, counted, is_hard, measure, read_pixels
+from losswatch.losses.sums import Recipe
+
+ONCE = "second derivatives: the gradient of a loss cannot be differentiated again"
+
+
+class Table(NamedTuple):
+    """The sums of a batch; float32, or float64 for float64 logits."""
+
+    moving: Tensor  # [*groups, S, C], of `Recipe.keys`
+    labels: Tensor  # [*groups, S, C], of `Recipe.label_exponents`
+    pixels: float | Tensor  # with ignored ones
+
+
+def table(logits: Tensor, target: Tensor, recipe: Recipe) -> Table:
+    """The sums, differentiable once by the logits."""
+    if not torch.compiler.is_compiling() and grad_levels(logits) > 1:
+        raise NotImplementedError(ONCE)
+    moving, labels, *_ = _Table.apply(logits, target, recipe)
+    return Table(moving, labels, logits.numel() / logits.shape[1])
+
+
+def read(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor, Tensor, Tensor]:
+    """The pixels, p of each label or nothing, the moving sums, and those of the labels."""
+    if fast.is_fast(logits, target, recipe):
+        pixels, own = fast.read_pixels(logits, target, recipe)
+        return pixels, own, *fast.measure(pixels, own, target, recipe)
+    pixels = read_pixels(logits, target, recipe)
+    return pixels, pixels.p.new_empty(0), *measure(pixels, recipe, is_hard(logits, target))
+
+
+class _Table(torch.autograd.Function):
+    """`table`. What its backward reads is among its outputs, as torch.func wants it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
+        pixels, own, moving, labels = read(logits, target, recipe)
+        # An output must not be an input, as soft labels are.
+        y = pixels.y if is_hard(logits, target) else pixels.y.new_empty(0)
+        return moving, labels, pixels.p, y, own
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        logits, target, ctx.recipe = inputs
+        _, labels, *kept = output
+        ctx.dtype, ctx.shape, ctx.hard = logits.dtype, logits.shape, is_hard(logits, target)
+        ctx.save_for_backward(target, *kept)
+        ctx.mark_non_differentiable(labels, *kept)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+        if g is None:
+            return None, None, None
+        # In a backward pass gradients are enabled by create_graph=True, and by torch.func always.
+        if torch.is_grad_enabled() and not is_functorch_active():
+            raise NotImplementedError(ONCE)
+        (target, p, y, own), recipe = ctx.saved_tensors, ctx.recipe
+        valid = counted(target, p, recipe)[1] if ctx.hard else None
+        pixels = Pixels(p, y if ctx.hard else target.to(p.dtype).view(p.shape), valid)
+        if own.numel():
+            gradient = fast.by_logits(g, pixels, own, target, recipe)
+        else:
+            gradient = by_logits(g, pixels, recipe)
+        return gradient.view(ctx.shape).to(ctx.dtype), None, None
+
+
+# `apply` would look the signature up at every call.
+_Table.forward.__signature__ = inspect.signature(_Table.forward)  # type: ignore[attr-defined]
