@@ -14,13 +14,14 @@ from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
 from losswatch.losses.inputs import check_shapes, explained
 from losswatch.losses.pixels import by_logits, counted, is_hard, one_hot, wide
-from losswatch.losses.rows import Label, fold, rows
+from losswatch.losses.rows import basis, fold, rows
 from losswatch.losses.settings import Frozen, is_number
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table import Table, read
+from losswatch.losses.table import named, read
 from losswatch.losses.table_loss import (
     RankSums,
     TableLoss,
+    constant,
     evaluate,
     is_empty,
     value_and_slope,
@@ -55,7 +56,7 @@ class Sum(Frozen):
             if not is_number(weight) or not math.isfinite(weight):
                 raise ValueError(f"weights={weights!r}: allowed are finite numbers")
         self.together = LossSet({str(i): loss for i, loss in enumerate(losses)})
-        indices = {part.recipe.ignore_index for part in parts(self) if isinstance(part, TableLoss)}
+        indices = [part.recipe.ignore_index for part in table_parts(self)]
         self.ignore_index = next((index for index in indices if index is not None), None)
         self.freeze(Sum.__init__)
 
@@ -120,21 +121,19 @@ class LossSet(nn.Module):
 
     def _plan(self) -> None:
         """Decide which losses share a table, and which are called as they are."""
-        recipes = [shared_recipe(loss) for loss in self.losses]
-        families = Counter(recipe.family for recipe in recipes if recipe)
+        recipes = {loss: shared_recipe(loss) for loss in self.losses}
+        families = Counter(recipe.family for recipe in recipes.values() if recipe)
         common = families.most_common(1)[0][0] if families else None
-        is_sharing = [recipe is not None and recipe.family == common for recipe in recipes]
-        pairs = list(zip(self.losses, recipes, is_sharing, strict=True))
-        self.sharing = tuple(loss for loss, _, shares in pairs if shares)
-        self.foreign = tuple(loss for loss, _, shares in pairs if not shares)
-        self.parts = tuple(part for loss in self.sharing for part in parts(loss))
-        self.recipe = Recipe()
-        if self.sharing:
-            first, *others = [recipe for _, recipe, shares in pairs if shares]
-            self.recipe = first.union(others)
-        # Losses that share come first in what follows; this is where each of `names` stands there.
-        places = iter(range(len(self.sharing))), iter(range(len(self.sharing), len(pairs)))
-        self.places = [next(places[0] if shares else places[1]) for shares in is_sharing]
+        shared = {loss: r for loss, r in recipes.items() if r and r.family == common}
+        self.sharing = tuple(loss for loss in self.losses if loss in shared)
+        self.foreign = tuple(loss for loss in self.losses if loss not in shared)
+        self.parts = tuple(part for loss in self.sharing for part in table_parts(loss))
+        self.recipes = [shared[loss] for loss in self.sharing]
+        self.recipe = self.recipes[0].union(self.recipes) if shared else Recipe()
+        # Losses that share come first in what follows; the place of each of `names` there.
+        order = sorted(range(len(self.losses)), key=lambda i: self.losses[i] not in shared)
+        self.places = [order.index(i) for i in range(len(order))]
+        self.is_ordered = self.places == sorted(self.places)
 
     def _see_hooks(self) -> None:
         """Plan again where a loss that shares has been given a hook since."""
@@ -187,26 +186,25 @@ class LossSet(nn.Module):
             values.append(wide(value).view(1))
             slopes.append(values[-1].new_ones(1, 1))
             blocks.append(wide(row).unsqueeze(1))
-        places = torch.tensor(self.places, device=logits.device)
-        return (
-            torch.cat(values).index_select(0, places),
-            torch.cat(blocks, 1).transpose(0, 1),
-            torch.block_diag(*slopes).index_select(0, places),
-        )
+        value, block = torch.cat(values), torch.cat(blocks, 1).transpose(0, 1)
+        slope = torch.block_diag(*slopes) if self.foreign else slopes[0]
+        if not self.is_ordered:
+            value, slope = value[self.places], slope[self.places]
+        return value, block, slope
 
     def _shared_rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values [K], rows [N, M, C, *space], coefficients [K, M] of the losses that share."""
         check_shapes(self.parts, logits, target)
         hard, recipe = is_hard(logits, target), self.recipe
-        pixels, _, *sums = read(logits, target, recipe)
-        sums = Table(*sums, logits.numel() / logits.shape[1])
+        pixels, _, moving, labels = read(logits, target, recipe)
+        sums = named(moving, labels, logits, target, recipe)
         if hard and pixels.y.shape != pixels.p.shape:  # the fast path does without
             label, valid = counted(target, pixels.p, recipe)
             pixels = pixels._replace(y=one_hot(label, pixels.p, valid))
-        values, jacobian = values_and_jacobian(self.sharing, recipe, sums, hard)
-        kept = fold(jacobian, recipe)
-        if hard and self._is_folded(kept):
-            block, slopes = rows(list(kept), pixels, recipe), torch.stack(list(kept.values()), 1)
+        values, jacobian = values_and_jacobian(self.sharing, self.recipes, sums)
+        if hard and self._is_folded(classes := logits.shape[1]):
+            block = rows(list(basis(recipe, classes)), pixels, recipe)
+            slopes = jacobian.flatten(1) @ constant(fold(recipe, classes), jacobian)
         else:
             block = torch.stack([by_logits(slope, pixels, recipe) for slope in jacobian], 1)
             slopes = torch.eye(len(values), dtype=values.dtype, device=values.device)
@@ -214,10 +212,10 @@ class LossSet(nn.Module):
             values, slopes = torch.zeros_like(values), torch.zeros_like(slopes)
         return values, block.view(*block.shape[:2], *logits.shape[1:]), slopes
 
-    def _is_folded(self, kept: Mapping[Label, Tensor]) -> bool:
+    def _is_folded(self, classes: int) -> bool:
         """Whether the rows are gradients of sums, since these are fewer than the losses."""
         plain = self.recipe.activation == "softmax" and self.recipe.intersection == "product"
-        return plain and len(kept) <= len(self.sharing)
+        return plain and len(basis(self.recipe, classes)) <= len(self.sharing)
 
     def pivot(self, name: str, num_classes: int) -> int | None:
         """Index of a row on which loss `name` always has a coefficient well away from 0.
@@ -225,13 +223,12 @@ class LossSet(nn.Module):
         None where the data can make it vanish: an absent class that counts as zero, a denominator
         at its floor, a link whose slope can be 0, no weight on fn. Holds for class indices.
         """
-        kept = fold(torch.zeros(1, len(self.recipe.keys()), num_classes), self.recipe)
-        place = self.places[self.names.index(name)]
-        if not self._is_folded(kept):
+        labels, place = list(basis(self.recipe, num_classes)), self.places[self.names.index(name)]
+        if not self._is_folded(num_classes):
             return place
         if place >= len(self.sharing):
-            return len(kept) + place - len(self.sharing)
-        labels, steady = list(kept), []
+            return len(labels) + place - len(self.sharing)
+        steady = []
         for weight, part in weighted_parts(self.sharing[place]):
             if weight and isinstance(part, CrossEntropy) and not self.recipe.by_class:
                 steady.append(labels.index((("log", part.clip), None)))
@@ -248,8 +245,9 @@ def weighted_parts(loss: nn.Module, weight: float = 1.0) -> list[tuple[float, nn
     return [part for w, inner in pairs for part in weighted_parts(inner, weight * w)]
 
 
-def parts(loss: nn.Module) -> list[nn.Module]:
-    return [part for _, part in weighted_parts(loss)]
+def table_parts(loss: nn.Module) -> list[TableLoss]:
+    """The losses on a table that a loss is, or is a sum of."""
+    return [part for _, part in weighted_parts(loss) if isinstance(part, TableLoss)]
 
 
 def with_parts(loss: nn.Module) -> list[nn.Module]:

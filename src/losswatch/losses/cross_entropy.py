@@ -63,17 +63,17 @@ class CrossEntropy(TableLoss):
 
     def from_sums(self, sums: RankSums) -> Tensor:
         table, smoothing = sums.joint, self.label_smoothing
-        likelihood = table.log[self.clip]  # [C], Σ y·log p
+        likelihood = table.log(self.clip)  # [C], Σ y·log p
         if smoothing:
-            even = table.log_all[self.clip] / table.classes
+            even = table.log_of_all(self.clip) / likelihood.shape[0]
             likelihood = (1 - smoothing) * likelihood + smoothing * even
         count = table.pixels
         if self.weight:
             weight = per_class(self.weight, likelihood)
             likelihood = weight * likelihood
         if self.weight and not self.count_ignored:
-            count = (weight * table.y[1.0]).sum()
+            count = (weight * table.y()).sum()
         elif self.ignore_index is not None and not self.count_ignored:
-            count = table.y[1.0].sum()
+            count = table.y().sum()
         # Where no pixel counts, the likelihood is 0, and so is the loss.
         return -likelihood.sum() / (count.clamp_min(TINY) if isinstance(count, Tensor) else count)

@@ -149,7 +149,7 @@ class Dice(TableLoss):
 
     def from_sums(self, sums: RankSums) -> Tensor:
         table = sums.joint if self.over == "global" else sums.local
-        tp, p, y = table.tp, table.p[self.exponent], table.y[self.exponent]  # [*groups, C]
+        tp, p, y = table.tp, table.p(self.exponent), table.y(self.exponent)  # [*groups, C]
         if self.joint:
             start = 0 if self.include_background else 1
             tp, p, y = (s[..., start:].sum(-1, keepdim=True) for s in (tp, p, y))
@@ -164,7 +164,7 @@ class Dice(TableLoss):
             loss, y = loss[..., 1:], y[..., 1:]
         value = self._mean(loss, y)
         if self.ignore_index is not None:
-            value = torch.where(table.y[1.0].sum(-1) > 0, value, 0.0)
+            value = torch.where(table.y().sum(-1) > 0, value, 0.0)
         return self._over_groups(value) if value.ndim else value
 
     def _mean(self, loss: Tensor, y: Tensor) -> Tensor:

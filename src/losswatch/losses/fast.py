@@ -147,29 +147,34 @@ def _of_two(slopes: Mapping[Key, Any], pixels: Pixels, own: Tensor) -> Tensor:
 def _of_many(slopes: Mapping[Key, Any], pixels: Pixels, own: Tensor, label: Tensor) -> Tensor:
     """For any number of classes: what belongs to the label alone is added where the label is."""
     p, _, valid, _ = pixels
-    field = torch.zeros_like(p)  # the derivative by p
-    at_label = torch.zeros_like(own)
+    field: Tensor | None = None  # the derivative by p
     for (kind, e), slope in slopes.items():
-        if kind == "p" and e == 1:
-            field.add_(as_tensor(slope, p))
-        elif kind == "p":
-            base = p if e == 2 else p.clamp_min(1e-30) ** (e - 1)
-            field.addcmul_(base, as_tensor(slope, p), value=e)
-        elif kind == "yp":
-            at_label.add_(as_tensor(slope, p).expand_as(p).gather(1, label))
-        elif e is not None:
-            inverse = own.clamp_min(e).reciprocal_()
-            at_label.addcmul_(unclipped(own, e), inverse, value=slope[0])
-    if valid is not None:
-        field.mul_(valid)
-        at_label.mul_(valid)
-    field.scatter_add_(1, label, at_label)
-    gradient = softmax_backward(field, p)
-    if ("log", None) in slopes:
-        share = p.new_full((1,) * p.ndim, slopes["log", None][0])
-        share = share if valid is None else share * valid
-        gradient.addcmul_(p, share, value=-1)
-        gradient.scatter_add_(1, label, share.expand_as(own))
+        if kind == "p":
+            slope = as_tensor(slope, p)
+            power = p.clamp_min(1e-30) ** (e - 1) if e not in (1, 2) else p if e == 2 else None
+            if field is None:
+                field = slope.expand_as(p).contiguous() if power is None else e * slope * power
+            else:
+                field = (
+                    field.add_(slope) if power is None else field.addcmul_(power, slope, value=e)
+                )
+    if (slope := slopes.get(("yp", None))) is not None:
+        if isinstance(slope[0], Tensor):
+            at_label = as_tensor(slope, p).expand_as(p).gather(1, label)
+        else:
+            at_label = torch.take(p.new_tensor(slope), label)
+        field = torch.zeros_like(p) if field is None else field
+        field = field.scatter_add_(1, label, at_label)
+    gradient: Tensor | None = None
+    if field is not None:
+        gradient = softmax_backward(field if valid is None else field.mul_(valid), p)
+    for (kind, clip), slope in slopes.items():
+        if kind == "log":
+            share = torch.ones_like(own) if clip is None else unclipped(own, clip)
+            share = share.mul_(slope[0]) if valid is None else share.mul_(slope[0]).mul_(valid)
+            gradient = -share * p if gradient is None else gradient.addcmul_(share, p, value=-1)
+            gradient.scatter_add_(1, label, share)
+    assert gradient is not None
     return gradient
 
 

@@ -68,10 +68,8 @@ def one_hot(label: Tensor, p: Tensor, valid: Tensor | None = None) -> Tensor:
     return y if valid is None else y * valid
 
 
-def unclipped(p: Tensor, clip: float | None) -> Tensor | float:
+def unclipped(p: Tensor, clip: float) -> Tensor:
     """1 where p lies in [clip, 1 - clip], else 0."""
-    if clip is None:
-        return 1.0
     return 1 - (p - p.clamp(clip, 1 - clip)).sign().abs()  # no comparison, as in `one_hot`
 
 
@@ -123,17 +121,20 @@ def steepness(key: Key, pixels: Pixels, recipe: Recipe) -> Tensor:
     Where no activation makes p of the logits, the derivative itself.
     """
     (kind, number), (p, y, valid, _) = key, pixels
-    some = torch.ones_like(p[:, :1]) if valid is None else valid
-    factor = 1.0 if recipe.activation == "none" else p
-    if kind == "yp":
-        # Of min(y, p): 1 where p is below y, a half where they are equal.
-        is_minimum = recipe.intersection == "minimum"
-        return (0.5 * (1 - torch.sign(p - y)) if is_minimum else y) * factor
-    if kind == "p":
+    if kind == "yp" and recipe.intersection == "minimum":
+        y = 0.5 * (1 - torch.sign(p - y))  # of min(y, p): a half where they are equal
+    elif kind == "p":
         # p^e has no derivative at p = 0 for e < 1, but an activation's derivative is 0 there.
         base = p if recipe.activation == "none" else p.clamp_min(1e-30)
-        return (some if number == 1 else number * base ** (number - 1) * some) * factor
-    return (y if kind == "log" else some.expand_as(p)) * unclipped(p, number)
+        y = {1: lambda: torch.ones_like(p), 2: lambda: 2 * p}.get(
+            number, lambda: number * base ** (number - 1)
+        )()
+        y = y if valid is None else y * valid
+    elif kind == "all":
+        y = torch.ones_like(p) if valid is None else valid.expand_as(p)
+    if kind in ("log", "all"):
+        return y if number is None else y * unclipped(p, number)
+    return y if recipe.activation == "none" else y * p
 
 
 def by_logits(slopes: Tensor, pixels: Pixels, recipe: Recipe) -> Tensor:

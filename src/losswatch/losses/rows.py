@@ -3,54 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from losswatch.losses.pixels import Pixels, one_hot, steepness, through_activation
+from losswatch.compat import traced
+from losswatch.losses.pixels import Pixels, steepness, through_activation
 from losswatch.losses.sums import Key, Recipe
 
-Label = tuple[Key, int | None]  # a sum and its class; None: the sum over classes
+Label = tuple[Key, int | None]  # a sum and its class; None: the sum over the classes
 
 
-def fold(jacobian: Tensor, recipe: Recipe) -> dict[Label, Tensor]:
-    """Derivatives of losses by few sums, whose rows span the gradients of all of them.
+@cache
+def basis(recipe: Recipe, classes: int) -> dict[Label, dict[tuple[Key, int], float]]:
+    """Few sums whose gradients span those of all sums of the table.
 
     For hard labels and a softmax over whole batches the gradients of the sums are not independent.
-    The sum over classes of Σ p is the number of pixels, so the first one can be left out. With two
-    classes, moreover, Σ p_0 = Σ y_0·p_0 + Σ y_1 - Σ y_1·p_1 and Σ p_0² = Σ p_1² - 2·Σ p_1 + n.
-
-    Args:
-        jacobian: [K, S, C], derivatives of K losses by the table.
+    The sum over the classes of Σ p is the number of pixels, so the first Σ p can be left out. With
+    two classes, moreover, Σ p_0 = Σ y_0·p_0 + Σ y_1 - Σ y_1·p_1 and Σ p_0² = Σ p_1² - 2·Σ p_1 + n.
 
     Returns:
-        [K] for each sum that is kept.
+        For each sum that is kept: the sums of the table whose gradients hold it, and how often.
     """
-    slopes = dict(zip(recipe.keys(), jacobian.unbind(-2), strict=True))
-    kept: dict[Label, Tensor] = {}
-    by_p = {key: slope.unbind(-1) for key, slope in slopes.items() if key[0] == "p"}
-    if recipe.exponents:
-        hits = list(slopes["yp", None].unbind(-1))
-        if len(hits) == 2:
-            for e, (first, second) in by_p.items():
-                if e[1] in (1, 2):
-                    shift = first - second if e[1] == 1 else 2 * first
-                    hits = [hits[0] + shift, hits[1] - shift]
-        kept |= {(("yp", None), c): slope for c, slope in enumerate(hits)}
-    for key, (first, *others) in by_p.items():
-        if len(others) == 1 and key[1] in (1, 2):
-            if key[1] == 2:
-                kept[key, 1] = first + others[0]
-        elif key[1] == 1:
-            kept |= {(key, c): slope - first for c, slope in enumerate(others, start=1)}
+    kept: dict[Label, dict[tuple[Key, int], float]] = {}
+
+    def keep(key: Key, *chosen: int) -> None:
+        kept.update({(key, c): {(key, c): 1.0} for c in chosen})
+
+    for key in recipe.keys():
+        kind, e = key
+        if kind == "log" and not recipe.by_class:
+            kept[key, None] = {(key, 0): 1.0}  # the slopes of all classes are equal
+        elif kind != "p" or (e != 1 and (e, classes) != (2, 2)):
+            keep(key, *range(classes))
+        elif classes == 2:
+            first, second = kept[("yp", None), 0], kept[("yp", None), 1]
+            if e == 1:
+                first |= {(key, 0): 1.0, (key, 1): -1.0}
+                second |= {(key, 0): -1.0, (key, 1): 1.0}
+            else:
+                keep(key, 1)
+                kept[key, 1][key, 0] = 1.0
+                first[key, 0], second[key, 0] = 2.0, -2.0
         else:
-            kept |= {(key, c): slope for c, slope in enumerate((first, *others))}
-    for key, slope in slopes.items():
-        if key[0] == "log" and not recipe.by_class:
-            kept[key, None] = slope[..., 0]  # all are equal
-        elif key[0] in ("log", "all"):
-            kept |= {(key, c): part for c, part in enumerate(slope.unbind(-1))}
+            keep(key, *range(1, classes))
+            for c in range(1, classes):
+                kept[key, c][key, 0] = -1.0
     return kept
+
+
+@cache
+def fold(recipe: Recipe, classes: int) -> tuple[tuple[float, ...], ...]:
+    """[S·C, M], which takes derivatives by the table's sums to those by the M sums of `basis`."""
+    sums = [(key, c) for key in recipe.keys() for c in range(classes)]
+    columns = basis(recipe, classes).values()
+    return tuple(tuple(column.get(name, 0.0) for column in columns) for name in sums)
 
 
 def rows(labels: Sequence[Label], pixels: Pixels, recipe: Recipe) -> Tensor:
@@ -61,15 +71,30 @@ def rows(labels: Sequence[Label], pixels: Pixels, recipe: Recipe) -> Tensor:
         ups = []
         for key, c in labels:
             q0, q1 = steep[key].unbind(1)
-            first, second = -q0 * p[:, 1], q1 * p[:, 0]
-            ups.append(first + second if c is None else (first, second)[c])
-        up = torch.stack(ups, 1)
-        return torch.stack([-up, up], 2)
-    moves = []
-    for key, c in labels:
-        if c is None:
-            moves.append(through_activation(steep[key], p, recipe))
+            if c is None:
+                ups.append(q1 * p[:, 0] - q0 * p[:, 1])
+            else:
+                ups.append(q1 * p[:, 0] if c else -q0 * p[:, 1])
+        return antisymmetric(ups)
+    units = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
+    moves = units.view(*units.shape, *(1,) * (p.ndim - 2)) - p.unsqueeze(1)  # [N, c, C, *space]
+    blocks = []
+    for key, group in groupby(labels, key=itemgetter(0)):
+        chosen = [c for _, c in group]
+        if chosen == [None]:
+            blocks.append(through_activation(steep[key], p, recipe).unsqueeze(1))
         else:
-            unit = one_hot(torch.full_like(p[:1, :1], c, dtype=torch.int64), p)
-            moves.append(steep[key][:, c : c + 1] * (unit - p))
-    return torch.stack(moves, 1)
+            part = slice(chosen[0], len(chosen) + chosen[0])
+            blocks.append(steep[key][:, part].unsqueeze(2) * moves[:, part])
+    return torch.cat(blocks, 1)
+
+
+def antisymmetric(ups: Sequence[Tensor]) -> Tensor:
+    """Rows [N, M, 2, *space] of those by the second logit: the first one moves the other way."""
+    if traced(ups[0]):
+        up = torch.stack(list(ups), 1)
+        return torch.stack([-up, up], 2)
+    n, *space = ups[0].shape
+    both = ups[0].new_empty(n, len(ups), 2, *space)
+    torch.neg(torch.stack(list(ups), 1, out=both[:, :, 1]), out=both[:, :, 0])
+    return both

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from losswatch.losses.dice import Dice
-from losswatch.losses.pixels import is_hard
-from losswatch.losses.sums import Sums
 from losswatch.losses.table import table
 from losswatch.losses.table_loss import TINY, per_class, value_and_slope
 
@@ -38,10 +36,9 @@ def saturation(loss: Dice, logits: Tensor, target: Tensor) -> Saturation:
     settings = {name: getattr(loss, name) for name in loss._settings}
     plain = Dice(**settings | {"link": "1-d", "reduction": "mean"})
     value, slope = value_and_slope(plain, logits.detach(), target)
-    hard = is_hard(logits, target)
     with torch.no_grad():
-        sums = Sums(*table(logits.detach(), target, plain.recipe), plain.recipe, hard)
-        total = sums.p[plain.exponent] + sums.y[plain.exponent]
+        sums = table(logits.detach(), target, plain.recipe)
+        total = sums.p(plain.exponent) + sums.y(plain.exponent)
         smooth = per_class(plain.smooth_dr, total)
         total = total.sum(-1, keepdim=True) if plain.joint else total
         share = (smooth / (total + smooth).clamp_min(TINY)).expand_as(total)

@@ -73,26 +73,30 @@ class Recipe(NamedTuple):
         return tuple(sorted(exponents))
 
 
-class Sums:
-    """The sums by name, each [*groups, C]; groups is (), [N] or [N, *space[:-1]].
+class Sums(NamedTuple):
+    """The sums of a batch by name, each [*groups, C]; groups is (), [N] or [N, *space[:-1]]."""
 
-    Where `recipe.by_class` is off, `log` holds a C-th of the total for each class.
+    moving: dict[Key, Tensor]  # those of `Recipe.keys`
+    labels: dict[float, Tensor]  # Σ y^e by e; for class indices Σ y alone
+    pixels: float | Tensor  # their number, with ignored ones
 
-    Args:
-        moving: [*groups, S, C], the sums of `recipe.keys`.
-        labels: [*groups, S, C], those of `recipe.label_exponents`.
-        pixels: number of pixels, with ignored ones.
-        hard: whether the target holds class indices.
-    """
+    @property
+    def tp(self) -> Tensor:
+        """Σ y·p, or Σ min(y, p)."""
+        return self.moving["yp", None]
 
-    def __init__(
-        self, moving: Tensor, labels: Tensor, pixels: float | Tensor, recipe: Recipe, hard: bool
-    ) -> None:
-        rows = dict(zip(recipe.keys(), moving.unbind(-2), strict=True))
-        given = dict(zip(recipe.label_exponents(hard), labels.unbind(-2), strict=True))
-        self.classes, self.pixels = moving.shape[-1], pixels
-        self.tp = rows.get(("yp", None))
-        self.p = {e: rows["p", e] for e in recipe.exponents}
-        self.y = {e: given.get(1.0 if hard else e) for e in (1.0, *recipe.exponents)}
-        self.log = {c: rows["log", c] for c in recipe.clips}
-        self.log_all = {c: rows.get(("all", c)) for c in recipe.clips}
+    def p(self, exponent: float) -> Tensor:
+        """Σ p^exponent."""
+        return self.moving["p", exponent]
+
+    def y(self, exponent: float = 1.0) -> Tensor:
+        """Σ y^exponent."""
+        return self.labels[exponent] if exponent in self.labels else self.labels[1.0]
+
+    def log(self, clip: float | None) -> Tensor:
+        """Σ y·log p; where `Recipe.by_class` is off, a C-th of the total for each class."""
+        return self.moving["log", clip]
+
+    def log_of_all(self, clip: float | None) -> Tensor:
+        """Σ log p."""
+        return self.moving["all", clip]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,25 +11,27 @@ from torch import Tensor
 from losswatch.compat import grad_levels, is_functorch_active
 from losswatch.losses import fast
 from losswatch.losses.pixels import Pixels, by_logits, counted, is_hard, measure, read_pixels
-from losswatch.losses.sums import Recipe
+from losswatch.losses.sums import Recipe, Sums
 
 ONCE = "second derivatives: the gradient of a loss cannot be differentiated again"
 
 
-class Table(NamedTuple):
-    """The sums of a batch; float32, or float64 for float64 logits."""
-
-    moving: Tensor  # [*groups, S, C], of `Recipe.keys`
-    labels: Tensor  # [*groups, S, C], of `Recipe.label_exponents`
-    pixels: float | Tensor  # with ignored ones
-
-
-def table(logits: Tensor, target: Tensor, recipe: Recipe) -> Table:
-    """The sums, differentiable once by the logits."""
+def table(logits: Tensor, target: Tensor, recipe: Recipe) -> Sums:
+    """The sums, differentiable once by the logits; float32, or float64 for float64 logits."""
     if not torch.compiler.is_compiling() and grad_levels(logits) > 1:
         raise NotImplementedError(ONCE)
     moving, labels, *_ = _Table.apply(logits, target, recipe)
-    return Table(moving, labels, logits.numel() / logits.shape[1])
+    return named(moving, labels, logits, target, recipe)
+
+
+def named(moving: Tensor, labels: Tensor, logits: Tensor, target: Tensor, recipe: Recipe) -> Sums:
+    """Rows of a table, each [*groups, S, C], by name."""
+    exponents = recipe.label_exponents(is_hard(logits, target))
+    return Sums(
+        dict(zip(recipe.keys(), moving.unbind(-2), strict=True)),
+        dict(zip(exponents, labels.unbind(-2), strict=True)),
+        logits.numel() / logits.shape[1],
+    )
 
 
 def read(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor, Tensor, Tensor]:

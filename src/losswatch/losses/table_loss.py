@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from losswatch.compat import traced
 from losswatch.losses.inputs import check_shapes, explained
-from losswatch.losses.pixels import is_hard
 from losswatch.losses.settings import Frozen
 from losswatch.losses.sums import Recipe, Sums
-from losswatch.losses.table import Table, table
+from losswatch.losses.table import table
 
 # A divisor is at least TINY: 0 / 0 is 0 then, with finite gradients, and not NaN.
 TINY = 1e-20
@@ -70,61 +69,58 @@ def evaluate(
     """The values of losses on one table; `recipe` serves all of them."""
     sums = table(logits, target, recipe)
     if is_empty(logits):
-        return [0 * sums.moving.sum()] * len(losses)
-    both = named(sums, over_ranks(sums), recipe, is_hard(logits, target))
-    return [loss.from_sums(both) for loss in losses]  # type: ignore[operator]
+        return [0 * logits.sum()] * len(losses)
+    [joint] = over_ranks([sums])
+    return [loss.from_sums(RankSums(sums, joint)) for loss in losses]  # type: ignore[operator]
 
 
 def values_and_jacobian(
-    losses: Sequence[nn.Module], recipe: Recipe, sums: Table, hard: bool
+    losses: Sequence[nn.Module], recipes: Sequence[Recipe], sums: Sums
 ) -> tuple[Tensor, Tensor]:
-    """The values [K] of losses, and their derivatives [K, S, C] by the moving sums [S, C].
+    """The values [K] of losses, and their derivatives [K, S, C] by the moving sums of a table.
 
-    Each loss gets a copy of the sums, so one backward pass gives all derivatives.
+    Each loss gets copies of the sums that its recipe names. So one backward pass through the losses
+    gives all derivatives.
     """
 
-    def total(copies: Tensor) -> tuple[Tensor, Tensor]:
-        joint, values = over_ranks(sums._replace(moving=copies)), []
-        for loss, *moving in zip(losses, copies.unbind(), joint.moving.unbind(), strict=True):
-            tables = (t._replace(moving=m) for t, m in zip((sums, joint), moving, strict=True))
-            values.append(loss.from_sums(named(*tables, recipe, hard)))  # type: ignore[operator]
-        stacked = torch.stack(values)
-        return stacked.sum(), stacked
+    def values(copies: Sequence[Tensor]) -> list[Tensor]:
+        given = iter(copies)
+        local = [sums._replace(moving={key: next(given) for key in r.keys()}) for r in recipes]
+        both = map(RankSums, local, over_ranks(local))
+        return [loss.from_sums(s) for loss, s in zip(losses, both, strict=True)]  # type: ignore
 
-    jacobian, values = gradient(total, sums.moving.expand(len(losses), *sums.moving.shape))
-    return values.detach(), jacobian
-
-
-def named(local: Table, joint: Table, recipe: Recipe, hard: bool) -> RankSums:
-    """Tables as sums by name."""
-    first = Sums(*local, recipe, hard)
-    return RankSums(first, first if joint is local else Sums(*joint, recipe, hard))
+    found, slopes = gradient(values, [sums.moving[key] for r in recipes for key in r.keys()])
+    by_loss, none = iter(slopes), torch.zeros_like(found[0]).expand(slopes[0].shape)
+    rows = []
+    for recipe in recipes:
+        given = {key: next(by_loss) for key in recipe.keys()}
+        rows += [given.get(key, none) for key in sums.moving]
+    return torch.stack(found), torch.stack(rows).view(len(losses), -1, *none.shape)
 
 
-def gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor) -> tuple[Tensor, Any]:
-    """The gradient of a function by x, and what else it returns.
+def gradient(
+    function: Callable[[Sequence[Tensor]], list[Tensor]], inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """The scalars that a function returns, and the derivatives of their sum by its inputs."""
+    if traced(inputs[0]):
 
-    Args:
-        function: returns a scalar, and anything.
-    """
-    if traced(x):
-        return torch.func.grad(function, has_aux=True)(x)
+        def total(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            values = function(inputs)
+            return torch.stack(values).sum(), values
+
+        slopes, values = torch.func.grad(total, has_aux=True)(inputs)
+        return values, slopes
     with torch.enable_grad():  # torch.func would not take every autograd.Function
-        leaf = x.detach().requires_grad_()
-        value, rest = function(leaf)
-        [slope] = torch.autograd.grad(value, leaf)
-    return slope, rest
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        values = function(leaves)
+        slopes = torch.autograd.grad(values, leaves)
+    return [value.detach() for value in values], slopes
 
 
 def value_and_slope(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The value of any loss, and its derivative by the logits, of their shape."""
-
-    def value(x: Tensor) -> tuple[Tensor, Tensor]:
-        value = loss(x, target)
-        return value, value.detach()
-
-    slope, detached = gradient(value, logits)
-    return detached, slope
+    [value], [slope] = gradient(lambda inputs: [loss(inputs[0], target)], [logits])
+    return value, slope
 
 
 # -- ranks -----------------------------------------------------------------------------------------
@@ -156,14 +152,20 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return _OverRanks.apply(x)
 
 
-def over_ranks(sums: Table) -> Table:
+def over_ranks(tables: Sequence[Sums]) -> Sequence[Sums]:
     """The sums over the batches of all ranks, in one all-reduce."""
     if world_size() == 1:
-        return sums
-    parts = [sums.moving, sums.labels, sums.moving.new_full((1,), sums.pixels)]
+        return tables
+    parts = [x for sums in tables for x in (*sums.moving.values(), *sums.labels.values())]
+    parts += [parts[0].new_full((1,), sums.pixels) for sums in tables]
     flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
-    return Table(*(f.view(part.shape) for f, part in zip(pieces, parts, strict=True)))
+    joint = iter([f.view(part.shape) for f, part in zip(pieces, parts, strict=True)])
+    named = [
+        ({key: next(joint) for key in sums.moving}, {e: next(joint) for e in sums.labels})
+        for sums in tables
+    ]
+    return [Sums(*names, next(joint)) for names in named]
 
 
 def is_empty(logits: Tensor) -> bool:
@@ -176,14 +178,17 @@ def is_empty(logits: Tensor) -> bool:
 
 def per_class(numbers: float | tuple[float, ...], like: Tensor) -> float | Tensor:
     """A setting as a number, or as a tensor [C] of the type and on the device of `like`."""
-    if not isinstance(numbers, tuple):
-        return numbers
+    return constant(numbers, like) if isinstance(numbers, tuple) else numbers
+
+
+def constant(numbers: tuple, like: Tensor) -> Tensor:
+    """A tuple of numbers, or of tuples, as a tensor of the type and on the device of `like`."""
     if traced(like):
         return torch.tensor(numbers, dtype=like.dtype, device=like.device)
     return _on_device(numbers, like.dtype, like.device)
 
 
 @cache  # a copy to a GPU at every call would make the host wait
-def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _on_device(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # tensors of inference mode cannot be used for training
         return torch.tensor(numbers, dtype=dtype, device=device)
