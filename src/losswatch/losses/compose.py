@@ -196,7 +196,7 @@ class LossSet(nn.Module):
         """Values [K], rows [N, M, C, *space], coefficients [K, M] of the losses that share."""
         check_shapes(self.parts, logits, target)
         hard, recipe = is_hard(logits, target), self.recipe
-        pixels, _, moving, labels = read(logits, target, recipe)
+        pixels, moving, labels = read(logits, target, recipe)
         sums = named(moving, labels, logits, target, recipe)
         if hard and pixels.y.shape != pixels.p.shape:  # the fast path does without
             label, valid = counted(target, pixels.p, recipe)
@@ -231,9 +231,9 @@ class LossSet(nn.Module):
         steady = []
         for weight, part in weighted_parts(self.sharing[place]):
             if weight and isinstance(part, CrossEntropy) and not self.recipe.by_class:
-                steady.append(labels.index((("log", part.clip), None)))
+                steady.append(labels.index((("log", part.clip or 0.0), None)))
             elif weight and isinstance(part, Dice) and part.is_steady:
-                steady.append(labels.index((("yp", None), 1)))  # class 1 counts in every Dice
+                steady.append(labels.index((("yp", 1.0), 1)))  # class 1 counts in every Dice
         return max(steady, default=None)  # a cross entropy's row before one of a Dice
 
 
@@ -276,6 +276,7 @@ def shared_recipe(loss: nn.Module) -> Recipe | None:
         return None
     if isinstance(loss, TableLoss):
         return loss.recipe if loss.recipe.over == "batch" else None
-    first, *others = [shared_recipe(part) for part in loss.losses]
-    alike = first is not None and all(o is not None and o.family == first.family for o in others)
-    return first.union(others) if alike else None
+    assert isinstance(loss, Sum)
+    recipes = [recipe for part in loss.losses if (recipe := shared_recipe(part))]
+    alike = len(recipes) == len(loss.losses) and len({r.family for r in recipes}) == 1
+    return recipes[0].union(recipes) if alike else None

@@ -56,16 +56,16 @@ class CrossEntropy(TableLoss):
         self.lists = {"weight": self.weight} if self.weight else {}
         self.recipe = Recipe(
             ignore_index=self.ignore_index,
-            clips=(self.clip,),
+            clips=(self.clip or 0.0,),
             by_class=bool(self.weight or self.label_smoothing),
         )
         self.freeze(CrossEntropy.__init__)
 
     def from_sums(self, sums: RankSums) -> Tensor:
         table, smoothing = sums.joint, self.label_smoothing
-        likelihood = table.log(self.clip)  # [C], Σ y·log p
+        likelihood = table.log(self.clip or 0.0)  # [C], Σ y·log p
         if smoothing:
-            even = table.log_of_all(self.clip) / likelihood.shape[0]
+            even = table.log_of_all(self.clip or 0.0) / likelihood.shape[0]
             likelihood = (1 - smoothing) * likelihood + smoothing * even
         count = table.pixels
         if self.weight:

@@ -35,10 +35,10 @@ def is_fast(logits: Tensor, target: Tensor, recipe: Recipe) -> bool:
     return usual and eager and dense and not recipe.by_class
 
 
-def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor]:
-    """The pixels, with p of each label [N, 1, *space], 0 where ignored."""
+def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> Pixels:
+    """As `pixels.read_pixels`, with p of each label, and for more than two classes without y."""
     x, log_p = wide(logits), None
-    if None in recipe.clips:
+    if 0 in recipe.clips:
         log_p = x.log_softmax(1)
     if x.shape[1] == 2:  # a sigmoid of the difference takes half the time of a softmax
         p = torch.empty_like(x)
@@ -48,17 +48,20 @@ def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels,
         p = x.softmax(1) if log_p is None else log_p.exp()
     label, valid = counted(target, p, recipe)
     if p.shape[1] > 2:
-        own = p.gather(1, label)
-        return Pixels(p, p.new_empty(0), valid, log_p), own if valid is None else own * valid
+        p_of_label = p.gather(1, label)
+        p_of_label = p_of_label if valid is None else p_of_label * valid
+        return Pixels(p, p.new_empty(0), valid, log_p, p_of_label)
     y = torch.empty_like(p)
     torch.sub(1, y[:, 1:].copy_(label), out=y[:, :1])
     y = y if valid is None else y.mul_(valid)
-    return Pixels(p, y, valid, log_p), torch.addcmul(p[:, :1] * y[:, :1], p[:, 1:], y[:, 1:])
+    p_of_label = torch.addcmul(p[:, :1] * y[:, :1], p[:, 1:], y[:, 1:])
+    return Pixels(p, y, valid, log_p, p_of_label)
 
 
-def measure(pixels: Pixels, own: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """As `pixels.measure`; `own` is p of each label."""
-    p, y, valid, log_p = pixels
+def measure(pixels: Pixels, target: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """As `pixels.measure`."""
+    p, y, valid, log_p, p_of_label = pixels
+    assert p_of_label is not None
     space = tuple(range(2, p.ndim))
     axes = {"row": space[-1:], "sample": space, "batch": (0, *space)}[recipe.over]
 
@@ -79,30 +82,28 @@ def measure(pixels: Pixels, own: Tensor, target: Tensor, recipe: Recipe) -> tupl
 
     weighed = p if valid is None or not recipe.exponents else p * valid
 
-    def entry(kind: str, number: float | None) -> Tensor:
+    def entry(kind: str, number: float) -> Tensor:
         if kind == "yp":
-            return total(p * y) if y.numel() else by_label(own)
+            return total(p * y) if y.numel() else by_label(p_of_label)
         if kind == "p" and number == 2:  # row by row, too; it reads p once and writes no p²
             squares = torch.linalg.vector_norm(weighed, dim=-1).square()
             return total(squares, axes[:-1])
         if kind == "p":
             return total(weighed if number == 1 else weighed**number)
-        if number is not None:
-            log = own.clamp(number, 1 - number).log_()
+        if log_p is None or number:
+            log = p_of_label.clamp(number, 1 - number).log_()
         else:
             log = log_p.gather(1, counted(target, p, recipe)[0])
         return shared_out((log if valid is None else log.mul_(valid)).sum(), p)
 
-    one = torch.ones_like(own) if valid is None else valid
+    one = torch.ones_like(p_of_label) if valid is None else valid
     labels = [total(y) if y.numel() else by_label(one)] * len(recipe.label_exponents(hard=True))
     groups = {"row": tuple(p.shape[:-1][::2]), "sample": (len(p),)}.get(recipe.over, ())
     moving = [entry(*key) for key in recipe.keys()]
     return stack_sums(moving, groups, p), stack_sums(labels, groups, p)
 
 
-def by_logits(
-    slopes: Tensor, pixels: Pixels, own: Tensor, target: Tensor, recipe: Recipe
-) -> Tensor:
+def by_logits(slopes: Tensor, pixels: Pixels, target: Tensor, recipe: Recipe) -> Tensor:
     """As `pixels.by_logits`; sums whose slope is 0 cost nothing."""
     if recipe.over == "batch":  # numbers, which a CPU reads for nothing
         given: list[Any] = slopes.tolist()
@@ -113,13 +114,14 @@ def by_logits(
     if not used:
         return torch.zeros_like(pixels.p)
     if pixels.p.shape[1] == 2:
-        return _of_two(used, pixels, own)
-    return _of_many(used, pixels, own, counted(target, pixels.p, recipe)[0])
+        return _of_two(used, pixels)
+    return _of_many(used, pixels, counted(target, pixels.p, recipe)[0])
 
 
-def _of_two(slopes: Mapping[Key, Any], pixels: Pixels, own: Tensor) -> Tensor:
+def _of_two(slopes: Mapping[Key, Any], pixels: Pixels) -> Tensor:
     """For two classes: what moves the second logit up moves the first one down as much."""
-    p, y, valid, _ = pixels
+    p, y, valid, _, p_of_label = pixels
+    assert p_of_label is not None
     (p0, p1), (y0, y1) = p.unbind(1), y.unbind(1)
     both = torch.empty_like(p)
     up = both[:, 1].zero_()
@@ -138,15 +140,16 @@ def _of_two(slopes: Mapping[Key, Any], pixels: Pixels, own: Tensor) -> Tensor:
     for (kind, clip), (slope, _) in slopes.items():
         if kind == "log":
             row = (y1 * p0).addcmul_(y0, p1, value=-1)
-            row = row if clip is None else row.mul_(unclipped(own[:, 0], clip))
+            row = row.mul_(unclipped(p_of_label[:, 0], clip)) if clip else row
             up.add_(row, alpha=slope)
     torch.neg(up, out=both[:, 0])
     return both
 
 
-def _of_many(slopes: Mapping[Key, Any], pixels: Pixels, own: Tensor, label: Tensor) -> Tensor:
+def _of_many(slopes: Mapping[Key, Any], pixels: Pixels, label: Tensor) -> Tensor:
     """For any number of classes: what belongs to the label alone is added where the label is."""
-    p, _, valid, _ = pixels
+    p, _, valid, _, p_of_label = pixels
+    assert p_of_label is not None
     field: Tensor | None = None  # the derivative by p
     for (kind, e), slope in slopes.items():
         if kind == "p":
@@ -158,7 +161,7 @@ def _of_many(slopes: Mapping[Key, Any], pixels: Pixels, own: Tensor, label: Tens
                 field = (
                     field.add_(slope) if power is None else field.addcmul_(power, slope, value=e)
                 )
-    if (slope := slopes.get(("yp", None))) is not None:
+    if (slope := slopes.get(("yp", 1.0))) is not None:
         if isinstance(slope[0], Tensor):
             at_label = as_tensor(slope, p).expand_as(p).gather(1, label)
         else:
@@ -170,7 +173,7 @@ def _of_many(slopes: Mapping[Key, Any], pixels: Pixels, own: Tensor, label: Tens
         gradient = softmax_backward(field if valid is None else field.mul_(valid), p)
     for (kind, clip), slope in slopes.items():
         if kind == "log":
-            share = torch.ones_like(own) if clip is None else unclipped(own, clip)
+            share = unclipped(p_of_label, clip) if clip else torch.ones_like(p_of_label)
             share = share.mul_(slope[0]) if valid is None else share.mul_(slope[0]).mul_(valid)
             gradient = -share * p if gradient is None else gradient.addcmul_(share, p, value=-1)
             gradient.scatter_add_(1, label, share)

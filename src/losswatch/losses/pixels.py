@@ -19,6 +19,7 @@ class Pixels(NamedTuple):
     y: Tensor  # [N, C, *space] labels, 0 where ignored
     valid: Tensor | None  # [N, 1, *space] 0 where ignored, else 1; None: no pixel is ignored
     log_p: Tensor | None = None  # [N, C, *space] by log-softmax; None: not asked for
+    p_of_label: Tensor | None = None  # [N, 1, *space], 0 where ignored; of the fast form alone
 
 
 def is_hard(logits: Tensor, target: Tensor) -> bool:
@@ -35,7 +36,7 @@ def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> Pixels:
     """Probabilities and labels; pixels without a space count as a line of one pixel."""
     x = wide(logits)
     x = x.unsqueeze(-1) if x.ndim == 2 else x.view_as(x)
-    log_p = x.log_softmax(1) if None in recipe.clips else None
+    log_p = x.log_softmax(1) if 0 in recipe.clips else None
     if recipe.activation != "softmax":
         p = x.sigmoid() if recipe.activation == "sigmoid" else x
     elif x.shape[1] == 2:  # exact for both classes, where 1 - p would lose a small p
@@ -70,13 +71,17 @@ def one_hot(label: Tensor, p: Tensor, valid: Tensor | None = None) -> Tensor:
 
 def unclipped(p: Tensor, clip: float) -> Tensor:
     """1 where p lies in [clip, 1 - clip], else 0."""
-    return 1 - (p - p.clamp(clip, 1 - clip)).sign().abs()  # no comparison, as in `one_hot`
+    if traced(p):  # without a comparison, as in `one_hot`
+        return 1 - (p - p.clamp(clip, 1 - clip)).sign().abs()
+    return (p == p.clamp(clip, 1 - clip)).to(p.dtype)
+
+
+# -- sums ------------------------------------------------------------------------------------------
 
 
 def measure(pixels: Pixels, recipe: Recipe, hard: bool) -> tuple[Tensor, Tensor]:
     """The sums that depend on the logits, and those of the labels, each [*groups, S, C]."""
-    p, y, valid, log_p = pixels
-    some = 1.0 if valid is None else valid
+    p, y, valid, log_p, _ = pixels
 
     def total(x: Tensor) -> Tensor:
         """[N, C, *space] to [*groups, C]."""
@@ -87,14 +92,15 @@ def measure(pixels: Pixels, recipe: Recipe, hard: bool) -> tuple[Tensor, Tensor]
         axes = axes if recipe.over == "sample" else [0, *axes]
         return x.sum(axes) if axes else x
 
-    def entry(kind: str, number: float | None) -> Tensor:
+    def entry(kind: str, number: float) -> Tensor:
         if kind == "yp":
             return total(torch.minimum(p, y) if recipe.intersection == "minimum" else p * y)
         if kind == "p":
-            return total((p if number == 1 else p**number) * some)
-        log = log_p if number is None else p.clamp(number, 1 - number).log()
+            power = p if number == 1 else p**number
+            return total(power if valid is None else power * valid)
+        log = p.clamp(number, 1 - number).log() if number or log_p is None else log_p
         if kind == "all":
-            return total(log * some)
+            return total(log if valid is None else log * valid)
         log = torch.where(y > 0, y * log, 0.0)
         return total(log) if recipe.by_class else shared_out(log.sum(1).sum(-1).sum(), p)
 
@@ -112,7 +118,7 @@ def shared_out(total: Tensor, p: Tensor) -> Tensor:
 
 def stack_sums(sums: Sequence[Tensor], groups: tuple[int, ...], p: Tensor) -> Tensor:
     """S sums [*groups, C] as [*groups, S, C]; there may be none."""
-    return torch.stack(sums, -2) if sums else p.new_empty(*groups, 0, p.shape[1])
+    return torch.stack(list(sums), -2) if sums else p.new_empty(*groups, 0, p.shape[1])
 
 
 def steepness(key: Key, pixels: Pixels, recipe: Recipe) -> Tensor:
@@ -120,20 +126,22 @@ def steepness(key: Key, pixels: Pixels, recipe: Recipe) -> Tensor:
 
     Where no activation makes p of the logits, the derivative itself.
     """
-    (kind, number), (p, y, valid, _) = key, pixels
+    (kind, number), (p, y, valid, _, p_of_label) = key, pixels
     if kind == "yp" and recipe.intersection == "minimum":
         y = 0.5 * (1 - torch.sign(p - y))  # of min(y, p): a half where they are equal
     elif kind == "p":
         # p^e has no derivative at p = 0 for e < 1, but an activation's derivative is 0 there.
         base = p if recipe.activation == "none" else p.clamp_min(1e-30)
-        y = {1: lambda: torch.ones_like(p), 2: lambda: 2 * p}.get(
-            number, lambda: number * base ** (number - 1)
-        )()
+        if number in (1, 2):
+            y = torch.ones_like(p) if number == 1 else 2 * p
+        else:
+            y = number * base ** (number - 1)
         y = y if valid is None else y * valid
     elif kind == "all":
         y = torch.ones_like(p) if valid is None else valid.expand_as(p)
     if kind in ("log", "all"):
-        return y if number is None else y * unclipped(p, number)
+        known = p if p_of_label is None or kind == "all" else p_of_label
+        return y * unclipped(known, number) if number else y
     return y if recipe.activation == "none" else y * p
 
 

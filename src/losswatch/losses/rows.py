@@ -40,7 +40,7 @@ def basis(recipe: Recipe, classes: int) -> dict[Label, dict[tuple[Key, int], flo
         elif kind != "p" or (e != 1 and (e, classes) != (2, 2)):
             keep(key, *range(classes))
         elif classes == 2:
-            first, second = kept[("yp", None), 0], kept[("yp", None), 1]
+            first, second = kept[("yp", 1.0), 0], kept[("yp", 1.0), 1]
             if e == 1:
                 first |= {(key, 0): 1.0, (key, 1): -1.0}
                 second |= {(key, 0): -1.0, (key, 1): 1.0}
@@ -80,11 +80,11 @@ def rows(labels: Sequence[Label], pixels: Pixels, recipe: Recipe) -> Tensor:
     moves = units.view(*units.shape, *(1,) * (p.ndim - 2)) - p.unsqueeze(1)  # [N, c, C, *space]
     blocks = []
     for key, group in groupby(labels, key=itemgetter(0)):
-        chosen = [c for _, c in group]
-        if chosen == [None]:
+        chosen = [c for _, c in group if c is not None]
+        if not chosen:
             blocks.append(through_activation(steep[key], p, recipe).unsqueeze(1))
         else:
-            part = slice(chosen[0], len(chosen) + chosen[0])
+            part = slice(chosen[0], chosen[-1] + 1)
             blocks.append(steep[key][:, part].unsqueeze(2) * moves[:, part])
     return torch.cat(blocks, 1)
 

@@ -11,7 +11,7 @@ The second step is ordinary differentiable code on tensors of C numbers.
 With y the target as one-hot or soft labels and p the probabilities, the sums are:
 
     key           sum                                      summand's derivative by p, times p
-    ("yp", None)  Σ y·p, or Σ min(y, p)                    y·p
+    ("yp", 1)     Σ y·p, or Σ min(y, p)                    y·p
     ("p", e)      Σ p^e                                    e·p^e
     ("log", c)    Σ y·log p, p clipped to [c, 1 - c]       y where p is not clipped
     ("all", c)    Σ log p, likewise                        1 where p is not clipped
@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-Key = tuple[str, float | None]
+Key = tuple[str, float]
 
 
 class Recipe(NamedTuple):
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
     intersection: str = "product"  # "product" or "minimum"
     ignore_index: int | None = None  # pixels of this label count nowhere
     exponents: tuple[float, ...] = ()  # e of Σ p^e and Σ y^e
-    clips: tuple[float | None, ...] = ()  # c of Σ y·log p; None: by log-softmax
+    clips: tuple[float, ...] = ()  # c of Σ y·log p; 0: no clipping, log p by log-softmax
     by_class: bool = False  # Σ y·log p class by class, and Σ log p; else only the total
 
     @property
@@ -53,16 +53,17 @@ class Recipe(NamedTuple):
         recipes = [self, *others]
         return self._replace(
             exponents=tuple(sorted({e for r in recipes for e in r.exponents})),
-            clips=tuple(sorted({c for r in recipes for c in r.clips}, key=lambda c: c or 0.0)),
+            clips=tuple(sorted({c for r in recipes for c in r.clips})),
             by_class=any(r.by_class for r in recipes),
         )
 
     @cache  # noqa: B019 - a handful of recipes in a process
     def keys(self) -> tuple[Key, ...]:
         """The sums that depend on the logits, in the table's order."""
-        dice = [("yp", None), *(("p", e) for e in self.exponents)] if self.exponents else []
+        dice = [("yp", 1.0), *(("p", e) for e in self.exponents)] if self.exponents else []
         logs = [("log", clip) for clip in self.clips]
-        return *dice, *logs, *(("all", clip) for clip in self.clips if self.by_class)
+        of_all = [("all", clip) for clip in self.clips if self.by_class]
+        return *dice, *logs, *of_all
 
     @cache  # noqa: B019
     def label_exponents(self, hard: bool) -> tuple[float, ...]:
@@ -83,7 +84,7 @@ class Sums(NamedTuple):
     @property
     def tp(self) -> Tensor:
         """Σ y·p, or Σ min(y, p)."""
-        return self.moving["yp", None]
+        return self.moving["yp", 1.0]
 
     def p(self, exponent: float) -> Tensor:
         """Σ p^exponent."""
@@ -93,10 +94,10 @@ class Sums(NamedTuple):
         """Σ y^exponent."""
         return self.labels[exponent] if exponent in self.labels else self.labels[1.0]
 
-    def log(self, clip: float | None) -> Tensor:
+    def log(self, clip: float) -> Tensor:
         """Σ y·log p; where `Recipe.by_class` is off, a C-th of the total for each class."""
         return self.moving["log", clip]
 
-    def log_of_all(self, clip: float | None) -> Tensor:
+    def log_of_all(self, clip: float) -> Tensor:
         """Σ log p."""
         return self.moving["all", clip]

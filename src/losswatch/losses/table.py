@@ -34,13 +34,13 @@ def named(moving: Tensor, labels: Tensor, logits: Tensor, target: Tensor, recipe
     )
 
 
-def read(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor, Tensor, Tensor]:
-    """The pixels, p of each label or nothing, the moving sums, and those of the labels."""
+def read(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor, Tensor]:
+    """The pixels, the moving sums, and those of the labels, in the fastest form."""
     if fast.is_fast(logits, target, recipe):
-        pixels, own = fast.read_pixels(logits, target, recipe)
-        return pixels, own, *fast.measure(pixels, own, target, recipe)
+        pixels = fast.read_pixels(logits, target, recipe)
+        return pixels, *fast.measure(pixels, target, recipe)
     pixels = read_pixels(logits, target, recipe)
-    return pixels, pixels.p.new_empty(0), *measure(pixels, recipe, is_hard(logits, target))
+    return pixels, *measure(pixels, recipe, is_hard(logits, target))
 
 
 class _Table(torch.autograd.Function):
@@ -50,10 +50,11 @@ class _Table(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
-        pixels, own, moving, labels = read(logits, target, recipe)
+        pixels, moving, labels = read(logits, target, recipe)
+        p, none = pixels.p, pixels.p.new_empty(0)
         # An output must not be an input, as soft labels are.
-        y = pixels.y if is_hard(logits, target) else pixels.y.new_empty(0)
-        return moving, labels, pixels.p, y, own
+        y = pixels.y if is_hard(logits, target) else none
+        return moving, labels, p, y, none if pixels.p_of_label is None else pixels.p_of_label
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -71,13 +72,14 @@ class _Table(torch.autograd.Function):
         # In a backward pass gradients are enabled by create_graph=True, and by torch.func always.
         if torch.is_grad_enabled() and not is_functorch_active():
             raise NotImplementedError(ONCE)
-        (target, p, y, own), recipe = ctx.saved_tensors, ctx.recipe
+        (target, p, y, p_of_label), recipe = ctx.saved_tensors, ctx.recipe
         valid = counted(target, p, recipe)[1] if ctx.hard else None
-        pixels = Pixels(p, y if ctx.hard else target.to(p.dtype).view(p.shape), valid)
-        if own.numel():
-            gradient = fast.by_logits(g, pixels, own, target, recipe)
+        y = y if ctx.hard else target.to(p.dtype).view(p.shape)
+        if p_of_label.numel():
+            pixels = Pixels(p, y, valid, p_of_label=p_of_label)
+            gradient = fast.by_logits(g, pixels, target, recipe)
         else:
-            gradient = by_logits(g, pixels, recipe)
+            gradient = by_logits(g, Pixels(p, y, valid), recipe)
         return gradient.view(ctx.shape).to(ctx.dtype), None, None
 
 

@@ -70,7 +70,7 @@ def evaluate(
     sums = table(logits, target, recipe)
     if is_empty(logits):
         return [0 * logits.sum()] * len(losses)
-    [joint] = over_ranks([sums])
+    [joint] = over_ranks([sums]) if recipe.over == "batch" else [sums]
     return [loss.from_sums(RankSums(sums, joint)) for loss in losses]  # type: ignore[operator]
 
 
@@ -157,7 +157,7 @@ def over_ranks(tables: Sequence[Sums]) -> Sequence[Sums]:
     if world_size() == 1:
         return tables
     parts = [x for sums in tables for x in (*sums.moving.values(), *sums.labels.values())]
-    parts += [parts[0].new_full((1,), sums.pixels) for sums in tables]
+    parts += [parts[0].new_tensor([float(sums.pixels)]) for sums in tables]
     flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
     joint = iter([f.view(part.shape) for f, part in zip(pieces, parts, strict=True)])
