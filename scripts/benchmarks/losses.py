@@ -57,9 +57,7 @@ def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targ
     return lambda: torch.autograd.grad(loss(x, target), x)
 
 
-def show(
-    console: Console, title: str, jobs: Mapping[str, Job], times: Mapping[str, float]
-) -> None:
+def show(console: Console, title: str, jobs: Mapping[str, Job], times: Mapping[str, float]) -> None:
     table = Table("loss", title=title)
     table.add_column("ms", justify="right")
     table.add_column("peak MiB", justify="right")

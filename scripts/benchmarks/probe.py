@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from pytorch_lightning.plugins import Precision
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
         trainer: Any = SimpleNamespace(
             global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true",
             fit_loop=SimpleNamespace(_should_accumulate=lambda: False), strategy=strategy,
-            logger=None, is_global_zero=True,
+            logger=None, is_global_zero=True, precision_plugin=Precision(),
         )  # fmt: skip
         probe.on_fit_start(trainer, module)
 
