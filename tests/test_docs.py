@@ -166,8 +166,10 @@ def test_an_experiments_grid_composes(compose, path):
 
 
 def test_every_setting_has_its_comment():
-    """In the files of optimisers and models, and above the section `hydra` in config.yaml."""
-    files = [*(ROOT / "conf/optimizer").glob("*.yaml"), *(ROOT / "conf/model").glob("*.yaml")]
+    """In the files of losses, models and optimisers, and above the section `hydra` in config.yaml."""
+    files = [
+        f for kind in ("loss", "model", "optimizer") for f in (ROOT / "conf" / kind).glob("*.yaml")
+    ]
     for text in [*map(read, files), read("conf/config.yaml").partition("\nhydra:")[0]]:
         for line in text.splitlines():
             setting = re.match(r" *[a-z]\w*: .*", line)
