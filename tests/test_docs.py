@@ -166,7 +166,7 @@ def test_an_experiments_grid_composes(compose, path):
 
 
 def test_every_setting_has_its_comment():
-    """In the files of losses, models and optimisers, and above the section `hydra` in config.yaml."""
+    """In the files of losses, models and optimisers, and in config.yaml above its section hydra."""
     files = [
         f for kind in ("loss", "model", "optimizer") for f in (ROOT / "conf" / kind).glob("*.yaml")
     ]
