@@ -17,12 +17,8 @@ import losses as loss_script  # scripts/losses.py
 from losswatch.losses import CrossEntropy, Dice
 from losswatch.train.config import quoted
 
-PAGES = sorted(
-    page
-    for page in ROOT.rglob("*.md")
-    if not {part for part in page.relative_to(ROOT).parts if part[0] == "."}
-    and (page.relative_to(ROOT).parts[0] != "outputs" or page.parent.name == "article")
-)
+FOLDERS = ("conf", "outputs/article", "scripts", "src", "tests")
+PAGES = [*ROOT.glob("*.md"), *(page for f in FOLDERS for page in (ROOT / f).rglob("*.md"))]
 EXPERIMENTS = sorted((ROOT / "conf/experiment").glob("*.yaml"))
 PLUGINS = {
     "hydra/launcher=joblib": "hydra_joblib_launcher",
@@ -69,6 +65,13 @@ def test_links_lead_somewhere(page):
         if not target.exists() or (fragment and fragment not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+def test_every_test_file_is_on_its_page():
+    page = read("tests/README.md")
+    assert [
+        path.name for path in ROOT.glob("tests/test_*.py") if f"`{path.name}`" not in page
+    ] == []
 
 
 def test_anchors_are_githubs():
