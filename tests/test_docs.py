@@ -67,6 +67,19 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
+def test_files_named_in_the_text_exist():
+    """`losses/dice.py` and the like; a file that the reader is to make is followed by ", new"."""
+    files = [name(path) for f in FOLDERS for path in (ROOT / f).rglob("*.py")] + ["train.py"]
+    named = {
+        (name(page), file)
+        for page in PAGES
+        for file in re.findall(r"`((?:\w+/)*\w+\.py)`(?!, new)", read(page))
+    }
+    assert {
+        (page, file) for page, file in named if not any(f"/{f}".endswith(f"/{file}") for f in files)
+    } == set()
+
+
 def test_every_test_file_is_on_its_page():
     page = read("tests/README.md")
     assert [
