@@ -35,7 +35,7 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, f
     """Train one run in `folder`; return the number of steps that are done, and its metrics then."""
     import pytorch_lightning as pl
 
-    from losswatch.nets.networks import fast_on_cpu
+    from losswatch.nets.cpu import fast_on_cpu
     from losswatch.stack import fuse
     from losswatch.stack.step import NotStackable
     from losswatch.train import build, callbacks, randomness, resume
@@ -108,7 +108,7 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, fl
     """The steps and the test metrics of the net in `cfg.checkpoint`; nothing is trained."""
     import pytorch_lightning as pl
 
-    from losswatch.nets.networks import fast_on_cpu
+    from losswatch.nets.cpu import fast_on_cpu
     from losswatch.train import build, callbacks, randomness, resume
     from losswatch.train.module import SegmentationModule
 

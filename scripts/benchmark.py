@@ -42,7 +42,8 @@ from torch import Tensor, nn
 
 from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.losses import Dice, LossSet
-from losswatch.nets.networks import ConvNet, UNet, fast_on_cpu
+from losswatch.nets import ConvNet, UNet
+from losswatch.nets.cpu import fast_on_cpu
 from losswatch.stack import fuse
 from losswatch.stack.step import compiled, make_gradient, optimizer_rule
 from losswatch.train import build

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf, open_dict
 
 from losswatch.data.random import ThresholdedImages
 from losswatch.losses import LossSet
-from losswatch.nets.networks import ConvNet, UNet
+from losswatch.nets import ConvNet, UNet
 from losswatch.train import build, config
 from losswatch.train.callbacks import EventLog
 from losswatch.train.module import SegmentationModule

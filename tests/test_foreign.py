@@ -27,7 +27,7 @@ from torch.func import vmap
 
 from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
-from losswatch.nets.networks import ConvNet
+from losswatch.nets import ConvNet
 from losswatch.report.report import read_scalars
 from losswatch.stack import fuse
 from losswatch.stack.step import NotStackable, make_gradient, trained_parameters

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 
-from losswatch.nets import networks
-from losswatch.nets.networks import Conv2d, ConvNet, UNet, fast_on_cpu
+from losswatch.nets import ConvNet, UNet, layers
+from losswatch.nets.cpu import fast_on_cpu
+from losswatch.nets.layers import Conv2d
 
 CONVS = (nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
@@ -91,7 +92,7 @@ def test_default_momenta_are_those_of_conf():
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("inputs", [1, 4, networks.NARROW + 1])
+@pytest.mark.parametrize("inputs", [1, 4, layers.NARROW + 1])
 def test_compiled_form_is_the_convolution(monkeypatch, kernel, bias, inputs):
     """Value and gradients of the sum over taps, which compilation alone takes, in float64."""
     torch.manual_seed(0)
@@ -103,7 +104,7 @@ def test_compiled_form_is_the_convolution(monkeypatch, kernel, bias, inputs):
     parameters = [x, *conv.parameters()]
     wanted_gradients = torch.autograd.grad(wanted, parameters, back)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    if inputs <= networks.NARROW:  # this path must not end in the very function it replaces
+    if inputs <= layers.NARROW:  # this path must not end in the very function it replaces
         monkeypatch.setattr(nn.Conv2d, "forward", None)
     y = conv(x)
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
@@ -146,12 +147,12 @@ def test_enlarging_is_interpolation(dims, layout):
     x = torch.randn(2, 3, *(4, 6, 2)[:dims], dtype=torch.float64)
     x = x.to(memory_format=layout).requires_grad_()
     wanted = F.interpolate(x, scale_factor=2.0)
-    y = networks._Enlarge.apply(x)
+    y = layers.Enlarge.apply(x)
     assert torch.equal(y, wanted)
     back = torch.randn_like(torch.cat([wanted, wanted], dim=1))[:, :3]
     gradients = [torch.autograd.grad(z, x, back)[0] for z in (y, wanted)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradgradcheck(networks._Enlarge.apply, x)
+    assert torch.autograd.gradgradcheck(layers.Enlarge.apply, x)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -202,7 +203,7 @@ def test_unet_uses_every_level():
 
 def test_unet_narrows_before_it_enlarges():
     """As the comment in UNet claims, 1x1 convolution and interpolation can change places."""
-    conv = networks._conv(2, 4, 2, 1, bias=True)
+    conv = layers.convolution(2, 4, 2, 1, bias=True)
     x = torch.randn(1, 4, 3, 3)
     torch.testing.assert_close(
         F.interpolate(conv(x), scale_factor=2.0), conv(F.interpolate(x, scale_factor=2.0))
@@ -214,7 +215,8 @@ def test_freed_memory_serves_the_next_step():
     """Pages that the system gives anew, in a process that has not tuned its allocator."""
     steps = """
 import resource, torch
-from losswatch.nets.networks import ConvNet, fast_on_cpu
+from losswatch.nets import ConvNet
+from losswatch.nets.cpu import fast_on_cpu
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -250,3 +252,16 @@ def test_onednn_is_off_only_where_it_is_slower(net, native):
     with fast_on_cpu(net()):
         assert torch.backends.mkldnn.enabled == (before and not native)
     assert torch.backends.mkldnn.enabled == before
+
+
+def test_denormals_are_numbers_again_or_still_zero():
+    """The switch is as it was before, on or off, though PyTorch cannot be asked for it."""
+
+    def are_zero():
+        return bool(torch.tensor(1e-40) * 1 == 0)
+
+    for before in (False, True, False):
+        torch.set_flush_denormal(before)
+        with fast_on_cpu(ConvNet(1, 2)):
+            assert are_zero()
+        assert are_zero() == before

@@ -12,7 +12,8 @@ from pytorch_lightning.plugins import MixedPrecision
 
 from losswatch.data.random import ThresholdedImages
 from losswatch.losses import CrossEntropy, Dice, LossSet
-from losswatch.nets.networks import ConvNet, UNet, fast_on_cpu
+from losswatch.nets import ConvNet, UNet
+from losswatch.nets.cpu import fast_on_cpu
 from losswatch.report.report import read_scalars
 from losswatch.train.config import ConfigError
 from losswatch.train.module import SegmentationModule

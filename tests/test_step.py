@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 from torch.func import vjp, vmap
 
 from losswatch.data.random import TRAIN, ThresholdedImages, _Batches
-from losswatch.nets.networks import ConvNet, UNet, _NarrowConvolution
+from losswatch.nets import ConvNet, UNet
+from losswatch.nets.layers import NarrowConvolution
 from losswatch.stack.step import compiled, make_gradient, optimizer_rule, trained_parameters
 
 STEPS = 5
@@ -278,7 +279,7 @@ def test_narrow_convolution_gradients(kernel):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, *kernel, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_NarrowConvolution.apply, (x, weight))
+    assert torch.autograd.gradcheck(NarrowConvolution.apply, (x, weight))
 
 
 @pytest.mark.parametrize("shared_input", [False, True])
@@ -298,7 +299,7 @@ def test_narrow_convolution_stacked(shared_input):
             x[0] if shared_input else x, weight, back
         )
 
-    y, (by_x, by_weight) = gradients(_NarrowConvolution.apply)
+    y, (by_x, by_weight) = gradients(NarrowConvolution.apply)
     wanted, (wanted_x, wanted_weight) = gradients(lambda x, w: F.conv2d(x, w, padding=1))
     for got, reference in ((y, wanted), (by_x, wanted_x), (by_weight, wanted_weight)):
         torch.testing.assert_close(got, reference, rtol=1e-12, atol=1e-12)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from losswatch.data.random import TEST, TRAIN, VAL, ThresholdedImages, image_and_label, uniform
 from losswatch.events.encode import write_scalars
 from losswatch.losses import LossSet
-from losswatch.nets.networks import fast_on_cpu, onednn
+from losswatch.nets.cpu import fast_on_cpu, onednn
 from losswatch.stack.step import (
     NotStackable,
     compiled,
