@@ -1,0 +1,325 @@
+"""Each private name that losswatch.compat uses: these fail when a new version moves one."""
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from torch import nn
+from torch.func import grad, vmap
+
+from losswatch import compat
+
+
+def test_it_imports_no_slow_library():
+    """The report and Hydra's start import this file."""
+    code = "import sys, losswatch.compat; print({'torch', 'pytorch_lightning'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# --- PyTorch: what is at work around a tensor ----------------------------------------------------
+
+
+def see(function, transform):
+    """What a function of a tensor returns where `transform` calls it."""
+    seen = []
+    transform(lambda x: (seen.append(function(x)), x.sum())[1])(torch.ones(2))
+    return seen
+
+
+def test_traced():
+    from torch._subclasses import FakeTensorMode
+
+    assert not compat.traced(torch.ones(2))
+    assert not compat.traced(torch.ones(2, requires_grad=True))
+    assert see(compat.traced, grad) == [True] and see(compat.traced, vmap) == [True]
+    with FakeTensorMode():
+        assert compat.traced(torch.ones(2))
+    assert not compat.traced(torch.ones(2))
+
+
+def test_grad_levels():
+    x = torch.ones(2)
+    assert compat.grad_levels(x) == compat.grad_levels(x.clone().requires_grad_()) == 0
+    assert see(compat.grad_levels, vmap) == [0]
+    assert see(compat.grad_levels, grad) == [1]
+    assert see(compat.grad_levels, lambda f: vmap(grad(lambda y: f(y).sum()))) == [1]
+    assert see(compat.grad_levels, lambda f: grad(lambda y: grad(f)(y).sum())) == [2]
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)  # fmt: skip
+def test_has_hooks(hook):
+    module = nn.ReLU()
+    assert not compat.has_hooks(module)
+    handle = getattr(module, hook)(lambda *_: None)
+    assert compat.has_hooks(module)
+    handle.remove()
+    assert not compat.has_hooks(module)
+    module.forward = lambda x: x
+    assert compat.has_hooks(module)
+
+
+# --- PyTorch: errors -----------------------------------------------------------------------------
+
+
+def test_is_out_of_memory():
+    from torch._inductor.exc import InductorError
+
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60)
+    assert compat.is_out_of_memory(raised.value)
+    assert compat.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert compat.is_out_of_memory(MemoryError())
+    assert compat.is_out_of_memory(InductorError(MemoryError(), None))
+    assert not compat.is_out_of_memory(InductorError(RuntimeError("g++"), None))
+    assert not compat.is_out_of_memory(RuntimeError("out of range"))
+
+
+class OldFunction(torch.autograd.Function):
+    """In the style that torch.func does not take: the refusal comes from PyTorch's Python code."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+
+class Refusing(torch.autograd.Function):
+    """Its derivative raises an error of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sum()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("no derivative")
+
+
+def raising(x):
+    raise RuntimeError("boom")
+
+
+def raising_inside(x):
+    with torch.no_grad(), contextlib.suppress(ValueError):
+        try:
+            raise RuntimeError("boom")
+        finally:
+            x.clone()
+
+
+def masked_inside(x):
+    with contextlib.suppress(ValueError):
+        try:
+            return x[x > 0].sum()
+        finally:
+            x.clone()
+
+
+REFUSED = {
+    "a number": lambda x: float(x.sum()) * x.sum(),
+    "a branch": lambda x: x.sum() if x.sum() > 0 else x.mean(),
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy()).sum() * x.sum(),
+    "a mask": lambda x: x[x > 0].sum(),
+    "no batching rule": lambda x: x.sum() * torch.equal(x, x),
+    "storage": lambda x: x.untyped_storage().size() * x.sum(),
+    "uneven shapes": lambda x: torch.bincount(x.detach().long()).sum() * x.sum(),
+    "in place": lambda x: torch.zeros(3).add_(x).sum(),
+    "out=": lambda x: torch.add(x, x, out=torch.empty(3)).sum(),
+    "an old autograd.Function": OldFunction.apply,
+    "inside a with": masked_inside,
+}
+# Errors of the code itself.
+RAISED = {"raise": raising, "raise in a with": raising_inside, "derivative": Refusing.apply}
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop:UserWarning")
+@pytest.mark.parametrize("case", [*REFUSED, *RAISED])
+def test_is_refusal(case):
+    function = (REFUSED | RAISED)[case]
+    x = torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 1.0]])
+    with pytest.raises(RuntimeError) as raised:
+        vmap(grad(function))(x)
+    assert compat.is_refusal(raised.value) == (case in REFUSED)
+
+
+def test_a_tracers_refusal():
+    with pytest.raises(RuntimeError) as raised:
+        compat.trace(REFUSED["a branch"], [torch.ones(2)])
+    assert compat.is_refusal(raised.value)
+
+
+# --- PyTorch: compiling --------------------------------------------------------------------------
+
+
+def test_trace_and_its_nodes():
+    seen = []
+
+    def function(x, y):
+        seen.append(torch.compiler.is_compiling())
+        return (x.view(3, 2) @ y).view(-1)
+
+    graph = compat.trace(function, [torch.ones(2, 3), torch.ones(2, 5)])
+    assert seen == [True] and not torch.compiler.is_compiling()
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert [compat.is_view(node) for node in nodes] == [True, False, True]
+    assert [tuple(compat.traced_shape(node)) for node in nodes] == [(3, 2), (3, 5), (15,)]
+
+
+# Inductor imports a part of PyTorch that PyTorch itself deprecates.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compile_graph():
+    x, y = torch.randn(4), torch.randn(4)
+    graph = compat.trace(lambda x, y: [(x * y).sin() + 1], [x, y])
+    function = compat.compile_graph(graph, [x, y], {"realize_acc_reads_threshold": 100})
+    torch.testing.assert_close(function(y, y)[0], (y * y).sin() + 1)
+
+
+def test_trees():
+    tree = (torch.ones(1), {"a": torch.ones(2), "b": (torch.ones(3),)})
+    doubled = compat.tree_map(lambda x: 2 * x, tree)
+    leaves, structure = compat.tree_flatten(doubled)
+    assert [x.tolist() for x in leaves] == [[2.0] * n for n in (1, 2, 3)]
+    again = compat.tree_unflatten(leaves, structure)
+    assert again[1]["b"][0] is leaves[2] and again[1].keys() == {"a", "b"}
+
+
+# --- Lightning -----------------------------------------------------------------------------------
+
+
+class Small(pl.LightningModule):
+    """Batches are numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(torch.full((1, 1), float(batch))).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Validated(Small):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+class Manual(Small):
+    """Counts steps of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        compat.count_steps(self.trainer, 10)
+
+
+def make_trainer(**options):
+    return pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+
+
+def test_process_rank(monkeypatch):
+    assert compat.process_rank() == 0
+    code = "from losswatch import compat; print(compat.process_rank())"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+def test_is_started_by_slurm():
+    assert not compat.is_started_by_slurm(make_trainer())
+    assert compat.is_started_by_slurm(make_trainer(plugins=[SLURMEnvironment()]))
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp", "auto"])
+def test_forks_or_spawns(strategy):
+    trainer = make_trainer(strategy=strategy, devices=1 if strategy == "auto" else 2)
+    assert compat.forks_or_spawns(trainer) == (strategy in ("ddp_spawn", "ddp_fork"))
+
+
+class Look(pl.Callback):
+    """Keeps what compat tells at the end of each batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.seen.append(
+            (compat.is_accumulating(trainer), compat.batches_between_validations(trainer))
+        )
+
+
+def test_the_training_loop():
+    look = Look()
+    trainer = make_trainer(accumulate_grad_batches=2, val_check_interval=4, callbacks=[look])
+    trainer.fit(Validated(), range(8), range(1))
+    assert look.seen == [(True, 4), (False, 4)] * 4
+
+
+def test_count_steps():
+    trainer = make_trainer(max_steps=35)
+    module = Manual()
+    trainer.fit(module, range(8))
+    assert trainer.global_step == 40  # the first multiple of 10 that is enough
+    compat.count_steps(trainer, 2)
+    assert trainer.global_step == 42
+
+
+def test_show_metric():
+    trainer = make_trainer()
+    compat.show_metric(trainer, "val/accuracy", torch.tensor(0.5))
+    assert trainer.callback_metrics == {"val/accuracy": torch.tensor(0.5)}
+
+
+def test_loop_state_is_that_of_a_run():
+    """All counts are those that Lightning itself saves at a validation after as many steps."""
+
+    class Save(pl.Callback):
+        def on_validation_end(self, trainer, *_):
+            self.loop = trainer.fit_loop.state_dict()
+
+    save = Save()
+    trainer = make_trainer(max_steps=8, val_check_interval=5, callbacks=[save])
+    trainer.fit(Validated(), range(8), range(1))
+    state = compat.loop_state(5)
+
+    def counts(loop):
+        progress = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+        batches = loop["epoch_loop.batch_progress"]
+        return {
+            "steps": [progress["total"], progress["current"]],
+            "ready": [batches[when]["ready"] for when in ("total", "current")],
+            "epoch": loop["epoch_progress"]["current"],
+            "stepped": loop["epoch_loop.state_dict"]["_batches_that_stepped"],
+        }
+
+    assert state.keys() == save.loop.keys()
+    assert counts(state) == counts(save.loop)
+
+
+def test_silent_bar(capsys):
+    bar = compat.silent_bar()
+    bar.update(3)
+    bar.close()
+    assert capsys.readouterr() == ("", "")
