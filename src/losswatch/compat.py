@@ -225,7 +225,7 @@ def show_metric(trainer: pl.Trainer, name: str, value: Tensor) -> None:
 
 
 def loop_state(steps: int) -> dict[str, Any]:
-    """What Lightning's checkpoint holds of its fit loop after `steps` steps of one epoch."""
+    """What Lightning saves of its fit loop at a validation after `steps` steps of one epoch."""
     import pytorch_lightning as pl
 
     trainer = pl.Trainer(
@@ -238,7 +238,7 @@ def loop_state(steps: int) -> dict[str, Any]:
         optimizer["step"][when] = dict.fromkeys(("ready", "completed"), steps)
         batches[when] = dict.fromkeys(("ready", "started", "processed", "completed"), steps)
         loops["epoch_progress"][when] |= {"ready": 1, "started": 1}
-    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": steps}
+    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": steps - 1}  # counted after it saves
     return loops
 
 
@@ -247,4 +247,3 @@ def silent_bar() -> Any:
     from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
     return Tqdm(disable=True)
-
