@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
-from losswatch.data.random import TEST, TRAIN, VAL, ThresholdedImages, image_and_label, uniform
+from losswatch.data.random import TEST, TRAIN, VAL, ThresholdedImages, draw
 from losswatch.events.encode import write_scalars
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import fast_on_cpu, onednn
@@ -340,10 +340,7 @@ class StackedModule(pl.LightningModule):
 
         def one(parameters: Tensor, buffers: Any, numbers: Any, step: Tensor, count: int) -> Any:
             shape = (count, *self.shape[1:])
-            u = uniform(numbers["seed"], split, step, shape)
-            image, label = image_and_label(
-                u, numbers["thresholds"], numbers["low"], numbers["high"]
-            )
+            image, label = draw(numbers, split, step, shape)
             logits = functional_call(self.net, (split_flat(parameters), buffers), (image,))
             pairs = (label * classes + logits.max(dim=1).indices).flatten()
             matrix = pairs.new_zeros(classes**2).scatter_add(0, pairs, torch.ones_like(pairs))
@@ -378,8 +375,7 @@ class StackedModule(pl.LightningModule):
         for i, (flat, rest, _, numbers, _) in enumerate(self.chunks):
             for k, member in enumerate(self._chunk_members(i)):
                 own = {name: value[k] for name, value in numbers.items()}
-                u = uniform(own["seed"], VAL, first.to(self.device), shape)
-                image, label = image_and_label(u, own["thresholds"], own["low"], own["high"])
+                image, label = draw(own, VAL, first.to(self.device), shape)
                 state = split(flat[k]) | {name: b[k] for name, b in rest.items()}
                 logits = functional_call(self.net, state, (image,))
                 log_images(member.logger, image, label, logits, self.trainer.global_step)

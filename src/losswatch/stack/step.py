@@ -19,7 +19,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from losswatch.data.random import TRAIN, image_and_label, uniform
+from losswatch.data.random import TRAIN, draw
 from losswatch.losses import LossSet
 from losswatch.watch.probe import observe
 
@@ -124,8 +124,7 @@ def make_gradient(
     split = splitter(net)
 
     def gradient(parameters: Tensor, buffers: State, numbers: State, step: Tensor) -> Any:
-        u = uniform(numbers["seed"], TRAIN, step, shape)
-        image, label = image_and_label(u, numbers["thresholds"], numbers["low"], numbers["high"])
+        image, label = draw(numbers, TRAIN, step, shape)
 
         def forward(parameters: Tensor) -> tuple[Tensor, State]:
             moved = {name: b.clone() for name, b in buffers.items()}
