@@ -66,9 +66,7 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, f
         log.info("resumed from step %d", start.step)
     data, net, optimizer = build.make_data(cfg), build.make_net(cfg), build.make_optimizer(cfg)
     logger = callbacks.open_log(cfg, trained, folder, start.events)
-    module = SegmentationModule(
-        net, losses, trained, optimizer, num_classes=len(schema.thresholds(cfg.theta)) + 1
-    )
+    module = SegmentationModule(net, losses, trained, optimizer)
     probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
     checkpoints = callbacks.Checkpoints(folder, resume.plain(cfg), start.random)
     watchers = [checkpoints, callbacks.Images()]
@@ -117,13 +115,7 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, fl
     losses = build.make_losses(build.loss_nodes(cfg, trained))
     resume.load_net(net, checkpoint)
     resume.load_loss(losses.losses[losses.names.index(trained)], checkpoint)
-    module = SegmentationModule(
-        net,
-        losses,
-        trained,
-        build.make_optimizer(cfg),
-        num_classes=len(schema.thresholds(cfg.theta)) + 1,
-    )
+    module = SegmentationModule(net, losses, trained, build.make_optimizer(cfg))
     logger = callbacks.EventLog(str(folder))
     trainer = pl.Trainer(
         **{**build.trainer_options(cfg), "enable_progress_bar": False},

@@ -197,7 +197,7 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
 
     def parts(count: int = 5) -> tuple[SegmentationModule, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        module = SegmentationModule(make_net(), watched(count), "dice", torch.optim.Adam, 2)
+        module = SegmentationModule(make_net(), watched(count), "dice", torch.optim.Adam)
         return module, torch.optim.Adam(module.net.parameters())
 
     thresholds, seed = torch.tensor([0.5]), torch.tensor(0)

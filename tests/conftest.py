@@ -90,7 +90,6 @@ def make_run(tmp_path):
             losses=losses or load_losses(*ARTICLE),
             trained=trained,
             optimizer=optimizer or (lambda p: torch.optim.Adam(p, lr=1e-2)),
-            num_classes=classes,
         )
         thresholds = [(i + 1) / classes for i in range(classes - 1)]
         images = ThresholdedImages(

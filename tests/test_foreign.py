@@ -694,7 +694,7 @@ def test_a_stack_leaves_the_checkpoint_of_an_ordinary_run(tmp_path):
     """With the buffers of foreign losses, too: an ordinary run can go on from it."""
     losses = load_losses("cce", it=nn.CrossEntropyLoss(torch.tensor([1.0, 3.0])))
     assert stack_or_reason(tmp_path, ConvNet(1, 2), losses, "it") is None
-    module = SegmentationModule(ConvNet(1, 2), losses, "it", torch.optim.SGD, 2)
+    module = SegmentationModule(ConvNet(1, 2), losses, "it", torch.optim.SGD)
     for i in (0, 1):
         state = resume.find(str(tmp_path / str(i)))["state_dict"]
         assert {n: t.shape for n, t in state.items()} == {

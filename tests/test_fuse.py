@@ -261,9 +261,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
                 for p in net.parameters():
                     p.zero_()  # what counts is in the checkpoint
             losses = build.make_losses(build.loss_nodes(cfg, one.trained))
-            module = SegmentationModule(
-                net, losses, one.trained, build.make_optimizer(cfg), num_classes=2
-            )
+            module = SegmentationModule(net, losses, one.trained, build.make_optimizer(cfg))
             rest = tmp_path / "rest" / which / str(i)
             trainer = pl.Trainer(
                 **build.trainer_options(cfg) | {"max_steps": 40}, logger=EventLog(str(rest)),

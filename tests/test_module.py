@@ -1,5 +1,7 @@
 """The LightningModule: validation sums, metrics, and what resuming does."""
 
+import weakref
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -8,7 +10,7 @@ from conftest import ARTICLE, load_losses
 from torch import nn
 
 from losswatch.report.report import read_scalars
-from losswatch.train.module import scores
+from losswatch.train.evaluation import scores
 from losswatch.watch.probe import Probe
 
 
@@ -159,14 +161,23 @@ def test_a_resumed_run_is_the_same_run(make_run, tmp_path, workers):
 
 
 def test_the_graph_is_not_kept(make_run):
+    """What watchers were handed is gone when the next step begins."""
+
     class Look(pl.Callback):
-        kept = []
+        seen, alive = [], []
+
+        def on_fit_start(self, trainer, module):
+            module.watchers.append(self)
+
+        def see(self, logits, target, value):
+            assert logits.grad_fn is not None and value.grad_fn is not None
+            self.seen += [weakref.ref(logits), weakref.ref(value)]
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            self.kept.append(module.logits.grad_fn)
+            self.alive.append(sum(tensor() is not None for tensor in self.seen))
 
-    make_run(callbacks=[Look()], validate=False).fit()
-    assert Look.kept == [None] * 4
+    make_run(callbacks=[Look()], probe=Probe(every_n_steps=2), validate=False).fit()
+    assert len(Look.seen) == 8 and Look.alive == [0] * 4
 
 
 def test_a_process_is_left_as_it_was(make_run):

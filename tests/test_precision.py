@@ -42,9 +42,7 @@ class Observed(Probe):
 def fit(net, plugins, *, steps, lr=1e-2, **data):
     """The probe's observations, and the test metrics."""
     losses = {"cce": CrossEntropy(), "dice": Dice(), "dice_square": Dice(exponent=2)}
-    module = SegmentationModule(
-        net, LossSet(losses), "dice", lambda p: torch.optim.Adam(p, lr=lr), num_classes=2
-    )
+    module = SegmentationModule(net, LossSet(losses), "dice", lambda p: torch.optim.Adam(p, lr=lr))
     probe, images = Observed(), ThresholdedImages([0.5], **data)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=1, num_sanity_val_steps=0,

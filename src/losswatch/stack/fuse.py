@@ -37,7 +37,7 @@ from losswatch.stack.step import (
 from losswatch.train import resume
 from losswatch.train.build import make_data, make_net, make_optimizer
 from losswatch.train.callbacks import EventLog, Images, Progress, log_images, open_log
-from losswatch.train.module import scores
+from losswatch.train.evaluation import metrics, tally
 from losswatch.train.trial import try_step
 from losswatch.watch.probe import tags
 
@@ -335,34 +335,28 @@ class StackedModule(pl.LightningModule):
     def evaluate(self, split: int, size: int) -> list[dict[str, float]]:
         """Metrics and losses of each member on `size` fixed images of its own."""
         batch = self.members[0].data.eval_batch_size
-        classes = self.numbers["thresholds"].shape[1] + 1
         split_flat = splitter(self.net)
 
         def one(parameters: Tensor, buffers: Any, numbers: Any, step: Tensor, count: int) -> Any:
             shape = (count, *self.shape[1:])
             image, label = draw(numbers, split, step, shape)
             logits = functional_call(self.net, (split_flat(parameters), buffers), (image,))
-            pairs = (label * classes + logits.max(dim=1).indices).flatten()
-            matrix = pairs.new_zeros(classes**2).scatter_add(0, pairs, torch.ones_like(pairs))
-            return matrix.view(classes, classes), self.losses(logits, label) * label.numel()
+            return tally(logits, label, self.losses)
 
         results = []
         self.net.eval()
         for parameters, buffers, _, numbers, _ in self.chunks:
-            confusion: Any = 0
-            sums: Any = 0
+            total = None
             for i in range(-(-size // batch)):
                 count = min(batch, size - i * batch)
                 step = torch.full((), i, device=self.device)
                 with onednn(True):  # together the members are a wide net
-                    matrix, values = vmap(one, in_dims=(0, 0, 0, None, None))(
+                    found = vmap(one, in_dims=(0, 0, 0, None, None))(
                         parameters, buffers, numbers, step, count
                     )
-                confusion, sums = confusion + matrix, sums + values
-            found = scores(confusion)
-            means = sums / confusion.sum((-1, -2))[:, None]
-            found |= {f"loss/{n}": means[:, k] for k, n in enumerate(self.losses.names)}
-            table = {name: value.tolist() for name, value in found.items()}
+                total = total.plus(found) if total else found
+            assert total is not None
+            table = {n: v.tolist() for n, v in metrics(total, self.losses.names).items()}
             results += [{n: v[i] for n, v in table.items()} for i in range(len(parameters))]
         self.net.train()
         return results[: len(self.members)]
