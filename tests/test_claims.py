@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.encode import write_scalars
 from losswatch.losses import Dice
-from study import claims
+from study import claims, intervals, measures, saturation
 
 
 def write_run(folder, steps=3000):
@@ -30,7 +30,7 @@ def write_run(folder, steps=3000):
 
 def test_measures_of_a_run(tmp_path):
     write_run(tmp_path)
-    found = claims.measure(tmp_path)
+    found = measures.measure(tmp_path)
     assert found["late/cce"] == pytest.approx(np.mean(1 + np.arange(2700, 3000)))
     assert found["first/cce"] == pytest.approx(0.7) and found["peak/cce"] == pytest.approx(1.4)
     assert found["first_norm/cce"] == pytest.approx(3.5)  # of steps 0 to 5
@@ -43,26 +43,27 @@ def test_measures_of_a_run(tmp_path):
 
 def test_a_short_run_has_no_climb_and_an_empty_one_nothing(tmp_path):
     write_run(tmp_path / "short", steps=300)
-    assert np.isnan(claims.measure(tmp_path / "short")["climb/accuracy"])
+    assert np.isnan(measures.measure(tmp_path / "short")["climb/accuracy"])
     (tmp_path / "empty").mkdir()
-    assert claims.measure(tmp_path / "empty") == {}
+    assert measures.measure(tmp_path / "empty") == {}
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 10])
 def test_wilsons_ends_are_where_the_score_test_just_rejects(count):
-    share, low, high = claims.share_interval(count, 10)
+    share, low, high = intervals.share_interval(count, 10)
     assert share == count / 10
+    z = 1.959963984540054  # the normal distribution's quantile at 0.975
     for end in (low, high):
-        assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 10, abs=1e-12)
+        assert (share - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / 10, abs=1e-12)
     assert 0 <= low <= share <= high + 1e-12 and high <= 1
 
 
 def test_intervals_of_means_and_ratios():
     values = np.random.default_rng(0).normal(size=10)
-    mean, low, high = claims.mean_interval(values)
+    mean, low, high = intervals.mean_interval(values)
     assert mean == pytest.approx(values.mean())
     assert high - mean == pytest.approx(2.262157 * values.std(ddof=1) / 10**0.5)  # t of 9 degrees
-    ratio = claims.ratio_interval(pd.Series([2.0, 8.0, 5.0], [0, 1, 9]), pd.Series([1.0, 2.0]))
+    ratio = intervals.ratio_interval(pd.Series([2.0, 8.0, 5.0], [0, 1, 9]), pd.Series([1.0, 2.0]))
     assert ratio.value == pytest.approx(8**0.5)  # seeds 0 and 1: of 2 and 4
 
 
@@ -75,9 +76,9 @@ def test_the_pulls_are_dicefgs_gradient():
         loss(torch.stack([0 * difference, difference], 1), target).backward()
         gradient = difference.grad
         centred = target - target.double().mean()
-        assert -gradient.sum().item() == pytest.approx(claims.pull_alike(theta, p), rel=1e-5)
+        assert -gradient.sum().item() == pytest.approx(saturation.pull_alike(theta, p), rel=1e-5)
         apart = -(gradient * centred).sum().item()
-        assert apart == pytest.approx(claims.pull_apart(theta, p), rel=1e-5)
+        assert apart == pytest.approx(saturation.pull_apart(theta, p), rel=1e-5)
 
 
 def grid(**changes) -> pd.DataFrame:

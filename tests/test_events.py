@@ -13,8 +13,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-from losswatch.events.encode import _masked_crc, encode, write_scalars
-from losswatch.report.report import read_scalars
+from losswatch.events.encode import encode, masked_crc, write_scalars
+from losswatch.events.series import read_scalars
 
 TAGS = ["loss/dice", "grad_norm/dice", "grad_cosine/a~b", "θ/損失 1", "x" * 300]
 
@@ -68,7 +68,7 @@ def test_encode_is_what_protobuf_reads(tags, steps, wall_time, data):
 @given(st.binary(min_size=1, max_size=300))
 @settings(deadline=None)
 def test_checksum_is_tensorboards(data):
-    [crc] = _masked_crc(np.frombuffer(data, np.uint8)[None])
+    [crc] = masked_crc(np.frombuffer(data, np.uint8)[None])
     assert int.from_bytes(bytes(crc), "little") == masked_crc32c(data)
 
 

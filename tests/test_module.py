@@ -7,7 +7,7 @@ import torch
 from conftest import ARTICLE, load_losses
 from torch import nn
 
-from losswatch.report.report import read_scalars
+from losswatch.events.series import read_scalars
 from losswatch.train.module import scores
 from losswatch.watch.probe import Probe
 

@@ -26,18 +26,12 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.encode import write_scalars
-from losswatch.report.report import (
-    KNOWN_LOSSES,
-    cell_table,
-    compare_losses,
-    markdown_table,
-    read_runs,
-    read_scalars,
-    show,
-    study,
-    summary_table,
-    write_summary,
-)
+from losswatch.events.series import read_scalars
+from losswatch.report import figures
+from losswatch.report.compare import compare_losses
+from losswatch.report.runs import KNOWN_LOSSES, read_runs
+from losswatch.report.tables import cell_table, markdown_table, summary_table, write_summary
+from losswatch.text import show
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["cce", "dice_fg", "dice"]
@@ -395,7 +389,7 @@ def test_strings_from_disk_are_shown_as_text(tmp_path):
     assert "\x1b[2J" not in text and "\x1b]" not in text and "\x07" not in text and "\r" not in text
     row = next(line for line in markdown_table(cell_table(runs)).splitlines() if "red" in line)
     assert row.startswith(r"| \[red\]x\[/red\]\|\<b\>")
-    figure = study.draw({evil: [curves()]}, title="$\\frac$ " + evil)  # no broken formula
+    figure = figures.draw({evil: [curves()]}, title="$\\frac$ " + evil)  # no broken formula
     figure.canvas.draw()
     assert show(evil).count("\N{REPLACEMENT CHARACTER}") == 5
 
@@ -674,7 +668,7 @@ def lines(ax) -> dict:
 
 
 def test_a_figure_has_the_studys_form():
-    figure = study.draw(
+    figure = figures.draw(
         {"cce": [curves(), curves(scale=2.0)], "dice": [curves(300)]}, title="θ = 0.5"
     )
     above, above2, below, below2, right, right2 = figure.axes
@@ -688,7 +682,7 @@ def test_a_figure_has_the_studys_form():
         "cce", "dice_fg", "dice", "accuracy", "range of 2 runs",
     ]  # fmt: skip
     # The mean of the two runs with their range shaded; one run alone has no shade.
-    looks = study.loss_looks(NAMES)
+    looks = figures.loss_looks(NAMES)
     cce = lines(above)[looks["cce"]["color"]]
     assert (cce.get_ydata() == 1.5).all() and list(cce.get_xdata()) == list(range(0, 400, 2))
     assert len(above.collections) == 3 and len(above2.collections) == 0
@@ -703,7 +697,7 @@ def test_a_figure_has_the_studys_form():
 def test_fitted_axes_show_everything():
     tall = curves(scale=9.0)
     tall["val/accuracy"] -= 0.9
-    above, below, right = study.draw({"cce": [tall]}, free=True).axes
+    above, below, right = figures.draw({"cce": [tall]}, free=True).axes
     assert above.get_ylim()[0] == 0 and above.get_ylim()[1] > 27
     assert below.get_ylim()[1] > 26
     assert right.get_ylim()[0] < 0.05 and right.get_ylim()[1] == 1.012
@@ -711,32 +705,32 @@ def test_fitted_axes_show_everything():
 
 def test_moving_mean_is_the_studys_and_shorter_for_short_runs():
     values = np.random.default_rng(0).normal(size=10_001)
-    smooth = study.moving_mean(pd.DataFrame({"x": values}), 201)["x"]
+    smooth = figures.moving_mean(pd.DataFrame({"x": values}), 201)["x"]
     assert smooth[5000] == pytest.approx(values[4900:5101].mean())
     assert smooth[0] == pytest.approx(values[:101].mean())
-    short = study.moving_mean(pd.DataFrame({"x": values[:500]}), 201)["x"]
+    short = figures.moving_mean(pd.DataFrame({"x": values[:500]}), 201)["x"]
     assert short[100] == pytest.approx(values[95:106].mean())  # 11 of 500
 
 
 def test_looks_are_the_same_everywhere_and_differ_within_a_figure():
     many = ["cce", "dice", "tversky", *(f"loss_{i}" for i in range(13))]
-    looks = study.loss_looks(many)
+    looks = figures.loss_looks(many)
     assert len({str(look) for look in looks.values()}) == 16
-    assert looks["cce"] == study.loss_looks(["cce"])["cce"]
-    alone = study.loss_looks(["tversky"])["tversky"]
-    assert study.loss_looks(["dice", "tversky", "cce"])["tversky"] == alone
-    assert alone not in study.loss_looks(KNOWN_LOSSES).values()
+    assert looks["cce"] == figures.loss_looks(["cce"])["cce"]
+    alone = figures.loss_looks(["tversky"])["tversky"]
+    assert figures.loss_looks(["dice", "tversky", "cce"])["tversky"] == alone
+    assert alone not in figures.loss_looks(KNOWN_LOSSES).values()
 
 
 def test_curves_of_a_short_unvalidated_or_diverged_run(tmp_path):
     plot = tmp_path / "curves.png"
-    study.plot_curves(curves(3).drop(columns="val/accuracy"), plot, title="a run", trained="dice")
+    figures.plot_curves(curves(3).drop(columns="val/accuracy"), plot, title="a run", trained="dice")
     assert plot.read_bytes().startswith(b"\x89PNG")
     plot.unlink()
     diverged = curves()
     diverged.loc[100:, :] = np.nan
     diverged.loc[90:100, "loss/cce"] = np.inf
-    study.plot_curves(diverged, plot)
+    figures.plot_curves(diverged, plot)
     assert plot.exists()
 
 
@@ -750,12 +744,12 @@ def test_a_figure_per_combination_or_per_seed(tmp_path):
     shutil.rmtree(tmp_path / "loss=dice,theta=0.5,seed=1")
     write_result(tmp_path / "empty", "cce", 0.95)  # failed before its first step
     runs = read_runs(tmp_path)
-    figures = study.plot_sweep(tmp_path, runs)
-    assert [path.name for path in figures.values()] == ["theta=0.05.png", "theta=0.5.png"]
-    assert list(figures)[0] == "θ = 0.05 (95 % foreground)   optimiser = adam   BN = off"
-    assert all(path.parent == tmp_path / "figures" and path.exists() for path in figures.values())
-    figures = study.plot_sweep(tmp_path, runs[runs["theta"] == 0.05], seeds=True)
-    assert [path.name for path in figures.values()] == ["seed=0.png", "seed=1.png"]
+    paths = figures.plot_sweep(tmp_path, runs)
+    assert [path.name for path in paths.values()] == ["theta=0.05.png", "theta=0.5.png"]
+    assert list(paths)[0] == "θ = 0.05 (95 % foreground)   optimiser = adam   BN = off"
+    assert all(path.parent == tmp_path / "figures" and path.exists() for path in paths.values())
+    paths = figures.plot_sweep(tmp_path, runs[runs["theta"] == 0.05], seeds=True)
+    assert [path.name for path in paths.values()] == ["seed=0.png", "seed=1.png"]
 
 
 def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
@@ -766,8 +760,8 @@ def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
     with SummaryWriter(tmp_path / "0.5") as writer:
         for step, value in enumerate([1e308, -1e308], start=3):
             writer.add_scalar("loss/dice", value, step, new_style=True, double_precision=True)
-    figures = study.plot_sweep(tmp_path, read_runs(tmp_path), free=True)
-    assert [path.name for path in figures.values()] == ["theta=0.05.png"]
+    paths = figures.plot_sweep(tmp_path, read_runs(tmp_path), free=True)
+    assert [path.name for path in paths.values()] == ["theta=0.05.png"]
     [message] = caplog.messages
     assert message.startswith(f"{tmp_path / 'figures/theta=0.5.png'}: not drawn")
 
@@ -871,7 +865,7 @@ def test_what_may_not_be_read_is_named_and_the_rest_reported(tmp_path):
 def test_long_titles_are_broken():
     curves = pd.DataFrame({"loss/dice": [0.5, 0.4], "grad_norm/dice": [1.0, 0.9]})
     name = ",".join(f"optimizer.lr={i}" for i in range(12))
-    figure = study.draw({"dice": [curves]}, title=name)
+    figure = figures.draw({"dice": [curves]}, title=name)
     lines = figure.get_suptitle().split("\n")
     assert len(lines) > 2 and max(map(len, lines)) <= 60
     assert "".join(lines).replace(", ", ",").replace(" ", "") == name

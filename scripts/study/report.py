@@ -1,0 +1,173 @@
+"""Writes the report: what was measured in the runs is put into the template report.md.j2."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from losswatch.files import replace_file
+from losswatch.report.tables import csv_text, markdown_image, markdown_table
+from study import tables
+from study.claims import judge
+from study.figures import plot_ranges, plot_sweeps
+from study.intervals import ratio_interval
+from study.measures import CONVERGED, EARLY, SHOT_UP, converged, measured_runs, pick
+from study.published import published_table
+from study.saturation import failing_cell, pull_table, quiet_table
+from study.symmetry import RangeCell, range_cells, range_panels, range_table
+
+SWEEPS = ("article", "symmetry", "squared", "unet")
+TEMPLATE = Path(__file__).with_name("report.md.j2")
+
+
+def write_report(runs_dir: Path, out: Path) -> None:
+    """Write report.md, summary.csv and figures/ into `out`, from the sweeps below `runs_dir`.
+
+    Raises:
+        FileNotFoundError: `runs_dir` holds no finished runs of the article's grid.
+        OSError: nothing can be written into `out`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    sweeps = {name: measured_runs(runs_dir / name) for name in SWEEPS if (runs_dir / name).is_dir()}
+    sweeps = {name: runs for name, runs in sweeps.items() if len(runs)}
+    if "article" not in sweeps:
+        raise FileNotFoundError(f"holds no finished runs: {runs_dir / 'article'}")
+    figures = plot_sweeps(sweeps, runs_dir, out / "figures")
+    images = [markdown_image(title, path, out) for title, path in figures.items()]
+    cells = _range_cells(sweeps)
+    if cells:
+        plot_ranges(range_panels(cells), out / "figures" / "symmetry.png")
+    replace_file(out / "report.md", render(sweeps, cells, images))
+    replace_file(out / "summary.csv", summary(sweeps))
+
+
+def summary(sweeps: dict[str, pd.DataFrame]) -> str:
+    """All runs and their measures, as CSV."""
+    runs = pd.concat([runs.assign(sweep=name) for name, runs in sweeps.items()])
+    columns = ["sweep", *(c for c in runs if c not in ("sweep", "run", "seconds", "error"))]
+    return csv_text(runs[columns], float_format="%.5g")
+
+
+def render(
+    sweeps: dict[str, pd.DataFrame], cells: Sequence[RangeCell], images: Sequence[str]
+) -> str:
+    """The report's text: the template's, with numbers and verdicts computed from the runs.
+
+    Args:
+        sweeps: the runs of each sweep, from `measured_runs`; the article's at least.
+        cells: of C5's comparison of input ranges, if there are runs for it.
+        images: of the curves, in Markdown.
+    """
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    environment.filters["table"] = markdown_table
+    article = sweeps["article"]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        CONVERGED=CONVERGED,
+        EARLY=EARLY,
+        SHOT_UP=SHOT_UP,
+        images=images,
+        runs=len(article),
+        seeds=article["seed"].nunique(),
+        claims=tables.claim_table(judge(article)),
+        outcomes=tables.outcome_table(article, _ways(article)),
+        slow=tables.slow_table(article),
+        gains=tables.gain_table(article),
+        early=tables.early_table(article),
+        saturation=_saturation(article),
+        norms=_norms(article),
+        ranges=_ranges(cells),
+        squared=_squared(sweeps),
+        unet=_unet(sweeps),
+        published=published_table(article),
+        sgd=len(pick(article, optimizer="sgd")) > 0,
+    )
+
+
+def _ways(article: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    return {title: way for title, way in tables.WAYS.items() if len(pick(article, **way))}
+
+
+# --- What the template's sections show; None if the runs for a section are missing ---------------
+
+
+def _saturation(article: pd.DataFrame) -> dict[str, Any] | None:
+    """Why DICEFG fails at 95 % foreground without batch norm."""
+    cell = failing_cell(article).sort_values(["batch_norm", "seed"])
+    if not len(cell):
+        return None
+    parts = {
+        tables.on_off(normed): {
+            "norm": part["quiet/norm"].median(),
+            "converged": converged(part).sum(),
+            "runs": len(part),
+        }
+        for normed in (False, True)
+        for part in [pick(cell, batch_norm=normed)]
+    }
+    return {"pulls": pull_table(), "quiet": quiet_table(cell), **parts}
+
+
+def _norms(article: pd.DataFrame) -> pd.DataFrame | None:
+    """C5: gradient norms at each θ."""
+    both = {0.05, 0.95} <= set(pick(article, optimizer="adam")["theta"])
+    return tables.norm_table(article) if both else None
+
+
+def _range_cells(sweeps: dict[str, pd.DataFrame]) -> list[RangeCell]:
+    """C5: the runs by the range of the inputs."""
+    article = pick(sweeps["article"], optimizer="adam")
+    if "symmetry" not in sweeps or not {0.05, 0.95} <= set(article["theta"]):
+        return []
+    return range_cells(article, sweeps["symmetry"])
+
+
+def _ranges(cells: Sequence[RangeCell]) -> dict[str, Any] | None:
+    """C5: gradient norms by the range of the inputs."""
+    if not cells:
+        return None
+    plain = [cell for cell in cells if not cell.batch_norm]
+    normed = [cell for cell in cells if cell.batch_norm]
+    return {
+        "table": range_table(cells),
+        "plain": len(plain),
+        "as_expected": sum(cell.difference == cell.inputs.expected for cell in plain),
+        "normed": len(normed),
+        "alike": sum(cell.difference == "alike" for cell in normed),
+    }
+
+
+def _squared(sweeps: dict[str, pd.DataFrame]) -> dict[str, Any] | None:
+    """The squared variants of Dice."""
+    if "squared" not in sweeps:
+        return None
+    runs = sweeps["squared"]
+    hard = pick(runs, loss="dice_fg_square", theta=0.05, batch_norm=False)
+    return {
+        "seeds": runs["seed"].nunique(),
+        "best": 0.95**0.5,
+        "outcomes": tables.outcome_table(runs, tables.ADAM_WAYS),
+        "converged": converged(hard).sum(),
+        "runs": len(hard),
+    }
+
+
+def _unet(sweeps: dict[str, pd.DataFrame]) -> dict[str, Any] | None:
+    """The same protocol on a U-Net."""
+    if "unet" not in sweeps:
+        return None
+    runs = sweeps["unet"]
+    half = pick(runs, loss="dice_fg", theta=0.5, batch_norm=False).set_index("seed")
+    normed = pick(runs, loss="dice_fg", theta=0.05, batch_norm=True)
+    return {
+        "seeds": runs["seed"].nunique(),
+        "claims": tables.claim_table(judge(runs)),
+        "outcomes": tables.outcome_table(runs, tables.ADAM_WAYS),
+        "half": {"converged": converged(half).sum(), "runs": len(half)},
+        "rise": ratio_interval(half["peak/cce"], half["first/cce"]).text(1),
+        "normed": {"converged": converged(normed).sum(), "runs": len(normed)},
+    }
