@@ -108,8 +108,8 @@ def _forget(columns: Columns, step: int) -> None:
 def _add(columns: Columns, block: Block) -> None:
     """Add the values of a block to the columns."""
     for tag, values in block.values.items():
-        column = columns.setdefault(tag, {})
-        pairs = zip(block.steps, values, strict=True)
-        # A value at step 0 after later ones is a final metric, which HParams repeat at step 0.
-        skip = 1 if block.steps[0] == 0 and any(column) else 0
-        column.update(list(pairs)[skip:])
+        column, steps = columns.setdefault(tag, {}), block.steps
+        if steps[0] == 0 and any(column):
+            # A value at step 0 after later ones is a final metric, which HParams repeat at step 0.
+            steps, values = steps[1:], values[1:]
+        column.update(zip(steps, values, strict=True))
