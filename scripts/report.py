@@ -74,15 +74,15 @@ def markdown(
         f"# {markdown_escape(sweep.resolve().name)}",
         f"Runs: {markdown_escape(counts)}. Every run and its settings: [summary.csv](summary.csv).",
         "## Results",
-        "Validation metrics at the end of training: mean (lowest to highest) over each row's runs "
-        "that are done.",
+        "Validation metrics at the end of training, as the mean (lowest to highest) over the runs "
+        "of each row that are done.",
         markdown_table(cell_table(runs)),
     ]
     if len(comparison):
         parts += [
             "## Losses, pair by pair",
-            "Mean difference over pairs of runs that share everything but the training loss, with "
-            "its 95 % interval (paired t). Pairs of all settings are taken together.",
+            "The mean difference over pairs of runs that share everything but the training loss, "
+            "with its 95 % interval (paired t). Pairs of all settings are taken as one sample.",
             markdown_table(comparison),
         ]
     stopped = runs[runs["status"] != "done"]
@@ -98,10 +98,11 @@ def markdown(
     if figures:
         parts += [
             "## Curves",
-            "A column per training loss. Above: global gradient norm of every watched loss, moving "
-            "mean over 201 observed steps (2 % of them in shorter runs). Below: the losses, over "
-            "11, and the validation accuracy (black, right-hand axis). Lines are means over "
-            "repeated runs, shades their range; the trained loss is the thicker line.",
+            "Each figure has a column per training loss. Above is the global gradient norm of each "
+            "watched loss, a moving mean over 201 observed steps (2 % of them in shorter runs). "
+            "Below are the losses, moving means over 11 steps, and the validation accuracy (black, "
+            "right-hand axis). Lines are means over repeated runs, and shades are their ranges. "
+            "The trained loss is the thicker line.",
         ]
     parts += [markdown_image(title, path, sweep) for title, path in figures.items()]
     return "\n\n".join(parts) + "\n"

@@ -1,13 +1,13 @@
-"""Reproduce the published study: run its sweeps and the further ones, judge its claims, draw them.
+"""Reproduce the published study: train its sweeps and more, judge its claims, draw its figures.
 
     python scripts/reproduce.py                        everything: hours on two cores
     python scripts/reproduce.py --quick                claims C2 and C4 only: minutes
     python scripts/reproduce.py --no-train             the report from the runs that are there
     python scripts/reproduce.py --quick seed=0 trainer.max_steps=500      overrides go to each sweep
 
-Runs are left in outputs/reproduce (--runs), the report, its figures and summary.csv in
-outputs/article (--out; with --quick outputs/article_quick). A sweep whose runs are all done is
-skipped, one that was interrupted is started again.
+Runs are written to outputs/reproduce (--runs). The report, its figures and summary.csv are written
+to outputs/article, or with --quick to outputs/article_quick (--out). A sweep is skipped if all its
+runs are done, and started again if it was interrupted.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from study.report import write_report
 
 ROOT = Path(__file__).parents[1]
 
-# The inputs as they are need no training again: those runs are the article's.
+# Centred and flipped inputs. The article's runs have inputs from 0 to 1, and are not trained again.
 MOVED = "data={low:-0.5,high:0.5},{low:1,high:0}"
-# Folders below --runs, and the overrides of the sweep in each; long ones in parts.
+# Folders below --runs, and the overrides of the sweep in each. Long sweeps are split.
 SWEEPS = {
     "article/seeds-0-4": ["experiment=article", "seed=0,1,2,3,4", "compile=true"],
     "article/seeds-5-9": ["experiment=article", "seed=5,6,7,8,9", "compile=true"],
@@ -57,7 +57,7 @@ def main() -> int:
                     return status
     try:
         write_report(args.runs, out)
-    except OSError as error:  # no runs there, or nothing can be written
+    except OSError as error:  # there are no runs, or nothing can be written
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
     print(out / "report.md")
@@ -65,16 +65,17 @@ def main() -> int:
 
 
 def sweep(folder: Path, overrides: list[str]) -> int:
+    """Train a sweep into a folder; the exit status of train.py."""
     where = f"hydra.sweep.dir={folder}"
     command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=fused"]
     return subprocess.run([*command, *overrides, where], check=False).returncode
 
 
 def is_done(folder: Path) -> bool:
-    """Whether all runs that the sweep was begun with are done."""
+    """Whether all runs of the sweep that was started in a folder are done."""
     try:
-        asked = grid(OmegaConf.load(folder / "multirun.yaml"))  # type: ignore[arg-type]
-        return bool((read_runs(folder)["status"] == "done").sum() == len(asked))
+        expected = grid(OmegaConf.load(folder / "multirun.yaml"))  # type: ignore[arg-type]
+        return bool((read_runs(folder)["status"] == "done").sum() == len(expected))
     except (OSError, HydraException):
         return False
 

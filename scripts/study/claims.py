@@ -33,7 +33,7 @@ NAMES = {
     "dice_fg_square": "DICEFG_SQUARE",
     "dice_square": "DICE_SQUARE",
 }
-RULE = f"converged: final validation accuracy of at least {CONVERGED}"
+CONVERGE = f"runs that converge (final validation accuracy of at least {CONVERGED})"
 
 
 class Claim(NamedTuple):
@@ -65,7 +65,7 @@ def _judge_sgd(runs: pd.DataFrame) -> Claim | None:
     return Claim(
         "C1",
         "With SGD no model converges, with or without batch norm.",
-        f"{RULE}. Holds: none; partly: at most 5 %",
+        f"{CONVERGE}. Holds if there are none, partly if they are at most 5 %",
         f"{count_text(good)} converged; the best reaches {sgd['accuracy'].max():.4f}",
         verdict(not good.any(), good.sum() <= 0.05 * len(good)),
     )
@@ -80,8 +80,9 @@ def _judge_adam(runs: pd.DataFrame) -> Claim | None:
     return Claim(
         "C2",
         "With Adam and no batch norm every model converges, except DICEFG at 95 % foreground.",
-        f"{RULE}. Holds: all and none; partly: 90 % of the others, less than half of DICEFG's",
-        f"{count_text(converged(easy))} of the others, {count_text(converged(hard))} of "
+        f"{CONVERGE}. Holds if none of DICEFG at 95 % and all of the others do; partly if less "
+        "than half of DICEFG at 95 % and at least 90 % of the others do",
+        f"{count_text(converged(easy))} of the others converged, {count_text(converged(hard))} of "
         "DICEFG at 95 %",
         verdict(
             bool(converged(easy).all() and not converged(hard).any()),
@@ -103,9 +104,10 @@ def _judge_batch_norm(runs: pd.DataFrame) -> Claim | None:
         "C3",
         "With Adam and batch norm every model converges, DICEFG at 95 % foreground included, and "
         "accuracy improves.",
-        f"{RULE}; accuracy with less without batch norm, paired by seed, whether its interval "
-        "lies above or below 0. Holds: all converge, and better in every cell; partly: 95 % "
-        "converge and most of DICEFG at 95 %, or more cells better than not and none worse",
+        f"{CONVERGE}, and the accuracy with batch norm minus that without, paired by seed: a cell "
+        "is better or worse if the difference's interval lies above or below 0. Holds if all "
+        "converge and every cell is better; partly if 95 % converge and most of DICEFG at 95 %, or "
+        "if most cells are better and none is worse",
         f"{count_text(converged(normed))} converged, {count_text(converged(rescued))} of "
         f"DICEFG at 95 %; better in {better} of {len(gains)} cells, worse in {worse}, "
         f"undecided in {len(gains) - better - worse}",
@@ -126,11 +128,11 @@ def _judge_rise(runs: pd.DataFrame) -> Claim | None:
         "C4",
         "Training with DICEFG at 50 % foreground (Adam, no batch norm), the CCE loss and its "
         "gradient norm shoot up at the beginning.",
-        f"both reach {SHOT_UP} times their first value within {EARLY:,} steps (moving mean "
-        f"over {LOSS_WINDOW}). Holds: every run of DICEFG, none of CCE and DICE; partly: most "
-        "of DICEFG's, and a larger share than of the others",
-        f"{count_text(shot[fg])} of DICEFG, {count_text(shot[~fg])} of CCE and DICE; a "
-        f"rise by a tenth: {rose[fg].sum()} of {fg.sum()} and {rose[~fg].sum()} of "
+        f"runs in which both reach {SHOT_UP} times their first value within {EARLY:,} steps "
+        f"(moving mean over {LOSS_WINDOW}). Holds if all of DICEFG do and none of CCE and DICE; "
+        "partly if most of DICEFG do, and a larger share than of the others",
+        f"{count_text(shot[fg])} of DICEFG, {count_text(shot[~fg])} of CCE and DICE; "
+        f"both rise by a tenth in {rose[fg].sum()} of {fg.sum()} and {rose[~fg].sum()} of "
         f"{(~fg).sum()}",
         verdict(
             bool(shot[fg].all() and not shot[~fg].any()),
@@ -150,9 +152,10 @@ def _judge_norms(runs: pd.DataFrame) -> Claim | None:
         "C5",
         "Gradient norms at 95 % foreground are smaller than at 5 % (Adam, no batch norm; DICE "
         "and CCE), though both losses treat the classes alike.",
-        "the trained loss's gradient norm over the last tenth of the steps, at 95 % over at "
-        "5 % foreground, where both converged: geometric mean over seeds. Holds: both "
-        "intervals below 1; partly: one; undecided: both means are, neither interval",
+        "the trained loss's gradient norm over the last tenth of the steps, at 95 % foreground "
+        "divided by that at 5 %: geometric mean over seeds with which both runs converged. Holds "
+        "if the intervals of both losses lie below 1, partly if one does; undecided if neither "
+        "does, but both means do",
         ", ".join(f"{NAMES[loss]} {ratio.text(2)}" for loss, ratio in ratios.items()),
         "undecided" if undecided else verdict(all(below), any(below)),
     )

@@ -1,6 +1,6 @@
 """Writes the report: what was measured in the runs is put into the template report.md.j2."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from study import tables
 from study.claims import judge
 from study.figures import plot_ranges, plot_sweeps
 from study.intervals import ratio_interval
-from study.measures import CONVERGED, EARLY, SHOT_UP, converged, measured_runs, pick
+from study.measures import CONVERGED, EARLY, converged, measured_runs, pick
 from study.published import published_table
 from study.saturation import failing_cell, pull_table, quiet_table
 from study.symmetry import RangeCell, range_cells, range_panels, range_table
@@ -36,14 +36,14 @@ def write_report(runs_dir: Path, out: Path) -> None:
         raise FileNotFoundError(f"holds no finished runs: {runs_dir / 'article'}")
     figures = plot_sweeps(sweeps, runs_dir, out / "figures")
     images = [markdown_image(title, path, out) for title, path in figures.items()]
-    cells = _range_cells(sweeps)
+    cells = range_cells(sweeps)
     if cells:
         plot_ranges(range_panels(cells), out / "figures" / "symmetry.png")
     replace_file(out / "report.md", render(sweeps, cells, images))
     replace_file(out / "summary.csv", summary(sweeps))
 
 
-def summary(sweeps: dict[str, pd.DataFrame]) -> str:
+def summary(sweeps: Mapping[str, pd.DataFrame]) -> str:
     """All runs and their measures, as CSV."""
     runs = pd.concat([runs.assign(sweep=name) for name, runs in sweeps.items()])
     columns = ["sweep", *(c for c in runs if c not in ("sweep", "run", "seconds", "error"))]
@@ -51,7 +51,7 @@ def summary(sweeps: dict[str, pd.DataFrame]) -> str:
 
 
 def render(
-    sweeps: dict[str, pd.DataFrame], cells: Sequence[RangeCell], images: Sequence[str]
+    sweeps: Mapping[str, pd.DataFrame], cells: Sequence[RangeCell], images: Sequence[str]
 ) -> str:
     """The report's text: the template's, with numbers and verdicts computed from the runs.
 
@@ -69,12 +69,11 @@ def render(
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         CONVERGED=CONVERGED,
         EARLY=EARLY,
-        SHOT_UP=SHOT_UP,
         images=images,
         runs=len(article),
         seeds=article["seed"].nunique(),
         claims=tables.claim_table(judge(article)),
-        outcomes=tables.outcome_table(article, _ways(article)),
+        outcomes=tables.outcome_table(article, tables.WAYS),
         slow=tables.slow_table(article),
         gains=tables.gain_table(article),
         early=tables.early_table(article),
@@ -88,11 +87,11 @@ def render(
     )
 
 
-def _ways(article: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    return {title: way for title, way in tables.WAYS.items() if len(pick(article, **way))}
-
-
 # --- What the template's sections show; None if the runs for a section are missing ---------------
+
+
+def _count(runs: pd.DataFrame) -> dict[str, Any]:
+    return {"converged": converged(runs).sum(), "runs": len(runs)}
 
 
 def _saturation(article: pd.DataFrame) -> dict[str, Any] | None:
@@ -100,30 +99,19 @@ def _saturation(article: pd.DataFrame) -> dict[str, Any] | None:
     cell = failing_cell(article).sort_values(["batch_norm", "seed"])
     if not len(cell):
         return None
-    parts = {
-        tables.on_off(normed): {
-            "norm": part["quiet/norm"].median(),
-            "converged": converged(part).sum(),
-            "runs": len(part),
-        }
-        for normed in (False, True)
-        for part in [pick(cell, batch_norm=normed)]
+    off, on = (pick(cell, batch_norm=normed) for normed in (False, True))
+    return {
+        "pulls": pull_table(),
+        "quiet": quiet_table(cell),
+        "off": {"norm": off["quiet/norm"].median(), **_count(off)},
+        "on": {"norm": on["quiet/norm"].median(), **_count(on)},
     }
-    return {"pulls": pull_table(), "quiet": quiet_table(cell), **parts}
 
 
 def _norms(article: pd.DataFrame) -> pd.DataFrame | None:
     """C5: gradient norms at each θ."""
     both = {0.05, 0.95} <= set(pick(article, optimizer="adam")["theta"])
     return tables.norm_table(article) if both else None
-
-
-def _range_cells(sweeps: dict[str, pd.DataFrame]) -> list[RangeCell]:
-    """C5: the runs by the range of the inputs."""
-    article = pick(sweeps["article"], optimizer="adam")
-    if "symmetry" not in sweeps or not {0.05, 0.95} <= set(article["theta"]):
-        return []
-    return range_cells(article, sweeps["symmetry"])
 
 
 def _ranges(cells: Sequence[RangeCell]) -> dict[str, Any] | None:
@@ -141,33 +129,30 @@ def _ranges(cells: Sequence[RangeCell]) -> dict[str, Any] | None:
     }
 
 
-def _squared(sweeps: dict[str, pd.DataFrame]) -> dict[str, Any] | None:
+def _squared(sweeps: Mapping[str, pd.DataFrame]) -> dict[str, Any] | None:
     """The squared variants of Dice."""
     if "squared" not in sweeps:
         return None
     runs = sweeps["squared"]
-    hard = pick(runs, loss="dice_fg_square", theta=0.05, batch_norm=False)
     return {
         "seeds": runs["seed"].nunique(),
-        "best": 0.95**0.5,
+        "best": 0.95**0.5,  # the p of all pixels at which DICEFG_SQUARE is lowest, at θ = 0.05
         "outcomes": tables.outcome_table(runs, tables.ADAM_WAYS),
-        "converged": converged(hard).sum(),
-        "runs": len(hard),
+        "hard": _count(pick(runs, loss="dice_fg_square", theta=0.05, batch_norm=False)),
     }
 
 
-def _unet(sweeps: dict[str, pd.DataFrame]) -> dict[str, Any] | None:
+def _unet(sweeps: Mapping[str, pd.DataFrame]) -> dict[str, Any] | None:
     """The same protocol on a U-Net."""
     if "unet" not in sweeps:
         return None
     runs = sweeps["unet"]
     half = pick(runs, loss="dice_fg", theta=0.5, batch_norm=False).set_index("seed")
-    normed = pick(runs, loss="dice_fg", theta=0.05, batch_norm=True)
     return {
         "seeds": runs["seed"].nunique(),
         "claims": tables.claim_table(judge(runs)),
         "outcomes": tables.outcome_table(runs, tables.ADAM_WAYS),
-        "half": {"converged": converged(half).sum(), "runs": len(half)},
+        "half": _count(half),
         "rise": ratio_interval(half["peak/cce"], half["first/cce"]).text(1),
-        "normed": {"converged": converged(normed).sum(), "runs": len(normed)},
+        "normed": _count(pick(runs, loss="dice_fg", theta=0.05, batch_norm=True)),
     }

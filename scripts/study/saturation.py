@@ -60,7 +60,7 @@ def quiet_table(cell: pd.DataFrame) -> pd.DataFrame:
             "seed": str(run["seed"]),
             "lowest norm of DICEFG": f"{run['quiet/norm']:.1e}",
             "CCE there": f"{run['quiet/cce']:.3f}",
-            "so mean logit z": f"{logit:.1f}",
+            "mean logit z": f"{logit:.1f}",
             "slope p(1−p)": f"{1 / (2 + 2 * np.cosh(logit)):.0e}",
             "final accuracy": f"{run['accuracy']:.4f}",
             "final DICEFG": f"{run['final/dice_fg']:.4f}",

@@ -1,6 +1,6 @@
 """C5's open question: gradient norms at 95 and 5 % foreground, by the range of the inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,9 +46,13 @@ class RangeCell(NamedTuple):
         return "smaller" if self.ratio.high < 1 else "larger" if self.ratio.low > 1 else "alike"
 
 
-def range_cells(article: pd.DataFrame, moved: pd.DataFrame) -> list[RangeCell]:
-    """The cells of DICE and CCE; `article` has inputs from 0 to 1, `moved` the other ranges."""
-    runs = pd.concat([article.assign(**{"data.low": 0.0, "data.high": 1.0}), moved])
+def range_cells(sweeps: Mapping[str, pd.DataFrame]) -> list[RangeCell]:
+    """The cells of DICE and CCE, with Adam; none if the sweeps lack the runs for them."""
+    article = pick(sweeps["article"], optimizer="adam")
+    if "symmetry" not in sweeps or not {0.05, 0.95} <= set(article["theta"]):
+        return []
+    article = article.assign(**{"data.low": 0.0, "data.high": 1.0})
+    runs = pd.concat([article, sweeps["symmetry"]])
     cells = []
     for loss in ("dice", "cce"):
         for normed in (False, True):

@@ -43,6 +43,7 @@ def claim_table(claims: Sequence[Claim]) -> pd.DataFrame:
 
 def outcome_table(runs: pd.DataFrame, ways: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """A row for each loss and θ: how many runs converged in each way, and their accuracy."""
+    ways = {title: settings for title, settings in ways.items() if len(pick(runs, **settings))}
     rows = []
     for loss in loss_order(runs["loss"].unique()):
         for theta in sorted(runs["theta"].unique()):
@@ -81,7 +82,7 @@ def gain_table(article: pd.DataFrame) -> pd.DataFrame:
         {
             "trained with": NAMES[loss],
             "foreground": foreground(theta),
-            "with BN less without": gain.text(4),
+            "with BN minus without": gain.text(4),
             "": "better" if gain.low > 0 else "worse" if gain.high < 0 else "undecided",
         }
         for loss, theta, gain in gains_by_cell(article)
@@ -100,7 +101,7 @@ def early_table(article: pd.DataFrame) -> pd.DataFrame:
             "trained with": NAMES[loss],
             "CCE, first": mean_interval(cell["first/cce"]).text(2),
             "CCE, highest": mean_interval(cell["peak/cce"]).text(2),
-            "times": ratio_interval(cell["peak/cce"], cell["first/cce"]).text(2),
+            "ratio": ratio_interval(cell["peak/cce"], cell["first/cce"]).text(2),
             "norm of CCE, first": mean_interval(cell["first_norm/cce"]).text(2),
             "highest": mean_interval(cell["peak_norm/cce"]).text(2),
             f"both at least ×{SHOT_UP}": f"{rises(cell, SHOT_UP).sum()}/{len(cell)}",
