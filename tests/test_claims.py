@@ -19,7 +19,7 @@ from study import claims, intervals, measures, report, saturation, symmetry
 
 
 def write_run(folder, steps=3000):
-    """CCE 0.7 but 1.4 at steps 100 to 200; norms rising with the step."""
+    """A run whose CCE is 0.7, but 1.4 at steps 100 to 200, and whose norms rise with the step."""
     index = np.arange(steps)
     values = np.stack([0.7 + 0.7 * ((index >= 100) & (index <= 200)), 1 + index, 5.0 + index], 1)
     with SummaryWriter(folder) as writer:
@@ -36,7 +36,7 @@ def test_measures_of_a_run(tmp_path):
     assert found["first/cce"] == pytest.approx(0.7) and found["peak/cce"] == pytest.approx(1.4)
     assert found["first_norm/cce"] == pytest.approx(3.5)  # of steps 0 to 5
     assert found["peak_norm/cce"] == pytest.approx(np.mean(1 + np.arange(994, 1000)))
-    # The 201-step mean, at most 2 % of the steps: 61, cut to 31 at the beginning.
+    # The window is at most 2 % of the steps: 61 of them, of which 31 lie within the run at step 0.
     assert found["quiet/norm"] == pytest.approx(5 + np.mean(np.arange(31)))
     assert found["quiet/cce"] == pytest.approx(0.7)
     assert found["climb/accuracy"] == pytest.approx(0.1)
@@ -65,7 +65,7 @@ def test_intervals_of_means_and_ratios():
     assert mean == pytest.approx(values.mean())
     assert high - mean == pytest.approx(2.262157 * values.std(ddof=1) / 10**0.5)  # t of 9 degrees
     ratio = intervals.ratio_interval(pd.Series([2.0, 8.0, 5.0], [0, 1, 9]), pd.Series([1.0, 2.0]))
-    assert ratio.value == pytest.approx(8**0.5)  # seeds 0 and 1: of 2 and 4
+    assert ratio.value == pytest.approx(8**0.5)  # the ratios of seeds 0 and 1 are 2 and 4
 
 
 def test_the_pulls_are_dicefgs_gradient():
@@ -83,7 +83,7 @@ def test_the_pulls_are_dicefgs_gradient():
 
 
 def grid(**changes) -> pd.DataFrame:
-    """Runs in which every claim holds; `changes` are functions of a row by column."""
+    """Runs in which every claim holds. `changes` maps a column to a function of the row."""
     rows = []
     for loss in ("cce", "dice_fg", "dice"):
         for theta in (0.05, 0.5, 0.95):
@@ -120,11 +120,11 @@ def test_verdicts_follow_the_runs():
     assert verdicts(one_sgd)["C1"] == "does not hold"  # 25 %
     rescued = grid(accuracy=accuracy(lambda r: r["optimizer"] == "adam"))
     assert verdicts(rescued)["C2"] == "does not hold"
-    assert verdicts(rescued)["C3"] == "holds partly"  # all converge, none better
+    assert verdicts(rescued)["C3"] == "holds partly"  # all converge, but no cell is better
     small = grid(**{"peak/cce": lambda r: 0.8 if r["seed"] == 0 else r["peak/cce"]})
     assert verdicts(small)["C4"] == "holds partly"
     flat = grid(**{"late/dice": lambda r: 1.0 + (r["seed"] % 2 == (r["theta"] == 0.05)) / 10})
-    assert verdicts(flat)["C5"] == "holds partly"  # cce's is still smaller
+    assert verdicts(flat)["C5"] == "holds partly"  # CCE's ratio is still below 1
     assert verdicts(grid()[lambda r: r["optimizer"] == "sgd"]) == {"C1": "holds"}
 
 

@@ -1,4 +1,4 @@
-"""Encoded blocks of scalars, read back by TensorBoard itself and by our own reader."""
+"""Encoded blocks of scalars, read back by TensorBoard and by losswatch."""
 
 import math
 import struct
@@ -20,7 +20,7 @@ TAGS = ["loss/dice", "grad_norm/dice", "grad_cosine/a~b", "θ/損失 1", "x" * 3
 
 
 def records(data):
-    """Each record's event, its checksums verified with TensorBoard's own function."""
+    """The event of each record; its checksums are verified with TensorBoard's function."""
     while data:
         length = data[:8]
         assert struct.unpack("<I", data[8:12])[0] == masked_crc32c(length)
@@ -88,7 +88,7 @@ def test_read_back_by_tensorboard(tmp_path):
 
 
 def test_interleaved_with_ordinary_writes(tmp_path):
-    """All on one writer, one file, and in the order of the calls."""
+    """Blocks and ordinary events of one writer are in one file, in the order of the calls."""
     values = np.arange(6.0).reshape(3, 2)
     with SummaryWriter(tmp_path) as writer:
         writer.add_scalar("val/accuracy", 0.5, 0)
@@ -110,7 +110,7 @@ def test_interleaved_with_ordinary_writes(tmp_path):
 
 
 def test_on_disk_at_once(tmp_path):
-    """A killed process loses nothing that was written: no close, no flush of ours."""
+    """What was written can be read before the writer is closed, so a kill loses nothing."""
     writer = SummaryWriter(tmp_path)
     try:
         write_scalars(writer, ["loss/a"], np.arange(2), np.ones((2, 1)))

@@ -1,4 +1,4 @@
-"""Files that are on the disk as a whole, or not at all."""
+"""Writes files as a whole or not at all, and reads ordinary files only."""
 
 from __future__ import annotations
 
