@@ -133,8 +133,8 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, fl
 
 def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float | None:
     """Train or test, and write down how it went; `first` of the processes of this run."""
-    from losswatch.report.report import read_scalars
-    from losswatch.report.study import plot_curves
+    from losswatch.events.series import read_scalars
+    from losswatch.report.figures import plot_curves
     from losswatch.stack import fuse
     from losswatch.train import resume
     from losswatch.train.result import write_result

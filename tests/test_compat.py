@@ -1,6 +1,7 @@
 """Each private name that losswatch.compat uses: these fail when a new version moves one."""
 
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 from torch.func import grad, vmap
+from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import compat
 
@@ -323,3 +326,29 @@ def test_silent_bar(capsys):
     bar.update(3)
     bar.close()
     assert capsys.readouterr() == ("", "")
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------
+
+
+def test_tensorboards_event_file_can_be_written_to_and_renamed(tmp_path):
+    with SummaryWriter(tmp_path, filename_suffix=".end") as writer:
+        [path] = tmp_path.iterdir()
+        assert compat.event_file_path(writer) == path
+        file = compat.event_file(writer)
+        assert os.fsdecode(file.filename) == str(path)
+
+        writer.add_scalar("before", 1.0, 0)
+        writer.flush()
+        size = path.stat().st_size
+        file.write(path.read_bytes())  # all records once more, between two ordinary writes
+        file.flush()
+        assert path.stat().st_size == 2 * size
+
+        moved = path.rename(tmp_path / "moved")
+        file.filename = os.fsencode(moved)
+        writer.add_scalar("after", 2.0, 1)
+    assert list(tmp_path.iterdir()) == [moved]
+    events = list(EventFileLoader(str(moved)).Load())
+    tags = [value.tag for event in events for value in event.summary.value]
+    assert tags == ["before", "before", "after"]

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
-from losswatch.report.report import read_scalars
+from losswatch.events.series import read_scalars
 from losswatch.sweep import launch
 from losswatch.sweep.callback import clear_errors
 from losswatch.train import config

@@ -26,9 +26,9 @@ from torch import nn
 from torch.func import vmap
 
 from losswatch.data.random import TRAIN, ThresholdedImages
+from losswatch.events.series import read_scalars
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
 from losswatch.nets import ConvNet
-from losswatch.report.report import read_scalars
 from losswatch.stack import fuse
 from losswatch.stack.step import NotStackable, make_gradient, trained_parameters
 from losswatch.train import build, resume

@@ -12,8 +12,8 @@ import torch
 from conftest import ARTICLE, ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from losswatch.events.series import read_scalars
 from losswatch.nets.cpu import fast_on_cpu
-from losswatch.report.report import read_scalars
 from losswatch.stack import fuse
 from losswatch.stack.step import NotStackable
 from losswatch.train import build, resume

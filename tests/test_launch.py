@@ -18,7 +18,8 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from omegaconf import OmegaConf
 
-from losswatch.report.report import read_runs, read_scalars
+from losswatch.events.series import read_scalars
+from losswatch.report.runs import read_runs
 from losswatch.stack import fuse
 from losswatch.sweep import launch
 from losswatch.train import config, resume

@@ -9,7 +9,7 @@ import torch
 from conftest import ARTICLE, load_losses
 from torch import nn
 
-from losswatch.report.report import read_scalars
+from losswatch.events.series import read_scalars
 from losswatch.train.evaluation import scores
 from losswatch.watch.probe import Probe
 

@@ -11,10 +11,10 @@ from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from pytorch_lightning.plugins import MixedPrecision
 
 from losswatch.data.random import ThresholdedImages
+from losswatch.events.series import read_scalars
 from losswatch.losses import CrossEntropy, Dice, LossSet
 from losswatch.nets import ConvNet, UNet
 from losswatch.nets.cpu import fast_on_cpu
-from losswatch.report.report import read_scalars
 from losswatch.train.config import ConfigError
 from losswatch.train.module import SegmentationModule
 from losswatch.watch.probe import Probe

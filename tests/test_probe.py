@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from losswatch.data.random import TRAIN, uniform
+from losswatch.events.series import read_scalars
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
-from losswatch.report.report import read_scalars
 from losswatch.watch.probe import Probe, tags
 
 

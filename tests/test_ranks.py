@@ -13,8 +13,8 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from losswatch.data.random import TRAIN, image_and_label, uniform
+from losswatch.events.series import read_scalars
 from losswatch.nets import ConvNet
-from losswatch.report.report import read_scalars
 from losswatch.train import build
 from losswatch.train.config import ConfigError
 

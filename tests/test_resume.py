@@ -25,7 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.encode import write_scalars
-from losswatch.report.report import read_runs, read_scalars
+from losswatch.events.series import read_scalars
+from losswatch.report.runs import read_runs
 from losswatch.stack import fuse
 from losswatch.stack.step import NotStackable
 from losswatch.sweep import launch

@@ -20,7 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
-from losswatch.report.report import read_scalars
+from losswatch.events.series import read_scalars
 from losswatch.sweep import callback as sweep
 from losswatch.train import build
 from losswatch.train.result import write_result

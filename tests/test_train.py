@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from losswatch.report.report import read_scalars
+from losswatch.events.series import read_scalars
 
 METRICS = ["accuracy", "dice", "iou", "dice/class_0", "dice/class_1", "iou/class_0", "iou/class_1"]
 

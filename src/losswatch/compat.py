@@ -10,12 +10,14 @@ the start of Hydra import this file without needing either.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     import torch
     from torch import Tensor, nn
+    from torch.utils.tensorboard import SummaryWriter
 
 # --- PyTorch: what is at work around a tensor ----------------------------------------------------
 
@@ -82,7 +84,6 @@ def is_refusal(error: RuntimeError) -> bool:
     Python is a call, or in a Python file of PyTorch.
     """
     import dis
-    from pathlib import Path
 
     import torch
 
@@ -247,3 +248,26 @@ def silent_bar() -> Any:
     from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
     return Tqdm(disable=True)
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------
+
+
+def event_file(writer: SummaryWriter) -> Any:
+    """TensorBoard's file object behind a `SummaryWriter`: `write(bytes)`, `flush()`, `filename`.
+
+    Used for writing a whole block of encoded events at once, and for setting `filename` (bytes)
+    after the file was renamed. TensorBoard opens the file anew by this name for each write. Its
+    public interface takes one event at a time and cannot rename the file.
+    """
+    assert writer.file_writer is not None
+    return writer.file_writer.event_writer._async_writer._writer._writer
+
+
+def event_file_path(writer: SummaryWriter) -> Path:
+    """The path at which a `SummaryWriter` began its event file; it chooses the file's name itself.
+
+    Used for finding the file in order to rename it.
+    """
+    assert writer.file_writer is not None
+    return Path(writer.file_writer.event_writer._file_name)

@@ -333,7 +333,8 @@ def show_table(folder: Path) -> bool:
     Raises:
         OSError: it cannot be written, or printed; what can be is.
     """
-    from losswatch.report.report import read_runs, summary_table, write_summary
+    from losswatch.report.runs import read_runs
+    from losswatch.report.tables import summary_table, write_summary
 
     failed = None
     try:

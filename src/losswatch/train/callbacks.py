@@ -18,7 +18,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from losswatch.events.encode import SUFFIX, put_last
+from losswatch.events.encode import put_last
+from losswatch.events.layout import SUFFIX
 from losswatch.train import randomness, resume
 from losswatch.watch.probe import Probe
 

@@ -26,9 +26,9 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from losswatch.events.encode import SUFFIX
+from losswatch.events.layout import SUFFIX
 from losswatch.files import replace_file, sync
-from losswatch.report.report import printable
+from losswatch.text import printable
 from losswatch.train.config import ConfigError
 
 try:
