@@ -24,8 +24,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from losswatch.sweep.callback import clear_errors, open_streams, stop
+from losswatch.sweep.exit import clear_errors, open_streams, stop
 from losswatch.train import config as schema
+from losswatch.train.names import quoted
 
 log = logging.getLogger("losswatch")
 schema.register()
@@ -262,6 +263,6 @@ def skip(result: dict[str, Any], folder: Path) -> float:
 
 if __name__ == "__main__":
     open_streams()
-    sys.argv = [schema.quoted(argument) for argument in sys.argv]
+    sys.argv = [quoted(argument) for argument in sys.argv]
     with clear_errors():
         main()

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from losswatch.files import replace_file
 from losswatch.report.report import csv_text, loss_order, markdown_escape, markdown_table, read_runs
 from losswatch.report.study import plot_ranges, plot_sweep
-from losswatch.sweep.callback import grid
+from losswatch.sweep.grid import grid
 from study.claims import (
     CONVERGED,
     EARLY,
