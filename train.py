@@ -145,7 +145,7 @@ def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float |
     from losswatch.report.report import read_scalars
     from losswatch.report.study import plot_curves
     from losswatch.stack import fuse
-    from losswatch.train import resume
+    from losswatch.train import build, resume
     from losswatch.train.result import write_result
 
     job = HydraConfig.get()
@@ -172,7 +172,12 @@ def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float |
                 log.warning("%s", fused.notice)
             steps, metrics = cfg.trainer.max_steps, fused.result()
         else:
+            if job.mode == RunMode.MULTIRUN:
+                build.check(cfg, trained, multirun=True)
             steps, metrics = work(cfg, trained, folder)
+        if first and cfg.mode == "train":
+            curves = folder / "curves.png"
+            plot_curves(read_scalars(folder), curves, title=folder.name, trained=trained)
     except BaseException as error:
         # On Ctrl-C Lightning shuts down in order, and then exits.
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -193,9 +198,6 @@ def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float |
     if not first:
         return accuracy
     seconds = fused.seconds if fused else time.perf_counter() - start
-    if cfg.mode == "train":
-        curves = folder / "curves.png"
-        plot_curves(read_scalars(folder), curves, title=folder.name, trained=trained)
     result |= {"steps": steps, "seconds": seconds, "metrics": metrics}
     if cfg.mode == "train" and steps < cfg.trainer.max_steps:
         what = f"after {steps} of {cfg.trainer.max_steps} steps"
@@ -228,7 +230,8 @@ def main(cfg: DictConfig) -> float | None:
             given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
             checkpoint = resume.find(cfg.checkpoint)
             resume.adopt(cfg, checkpoint, given)
-        build.check(cfg, trained, multirun=job.mode == RunMode.MULTIRUN)
+        if job.mode == RunMode.RUN:  # in a sweep it is the run that fails, in `attempt`
+            build.check(cfg, trained)
         if cfg.checkpoint is not None:
             resume.load_net(build.make_net(cfg), checkpoint)
         resume.check_folder(folder, cfg)

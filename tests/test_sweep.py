@@ -1,6 +1,7 @@
 """`python train.py -m ...`: the six-run sweep, its table, and the grid checked beforehand."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -19,10 +20,12 @@ from conftest import ENVIRONMENT, ROOT, read_result, run_train
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from losswatch.report.report import read_scalars
 from losswatch.sweep.callback import SweepCallback
+from losswatch.sweep.command import current_sweep
 from losswatch.sweep.exit import Escaped, clear_errors, explain, verdict
 from losswatch.sweep.grid import grid
 from losswatch.train import build
@@ -302,6 +305,7 @@ PARENT = """
 import os, signal, time
 import joblib
 from losswatch.sweep.callback import SweepCallback
+from losswatch.sweep.command import current_sweep
 
 def work(number, callback):
     open(f"{number}.{os.getpid()}", "w").close()
@@ -341,6 +345,68 @@ def test_joblibs_processes_end_with_the_one_that_began_them(tmp_path):
                 time.sleep(0.05)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+# --- Switches of the process ---------------------------------------------------------------------
+
+
+def switches():
+    names = ("HYDRA_FULL_ERROR", "PYTHONWARNINGS")
+    environment = {name: os.environ.get(name) for name in names}
+    return environment, Sweeper.validate_batch_is_legal, logging.raiseExceptions, current_sweep()
+
+
+@pytest.mark.parametrize("full_error", [None, "0"])
+@pytest.mark.parametrize("filters", [None, "default"])
+@pytest.mark.parametrize("error", [None, SystemExit(2), KeyboardInterrupt(), ValueError("a fault")])
+def test_switches_are_put_back(monkeypatch, full_error, filters, error):
+    """However the command ends."""
+    for name, value in {"HYDRA_FULL_ERROR": full_error, "PYTHONWARNINGS": filters}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    before = switches()
+    with suppress(SystemExit, ValueError), clear_errors() as sweep:
+        during = switches()
+        assert during[0]["HYDRA_FULL_ERROR"] == "1" and during[1] is not before[1]
+        ignored = "ignore:resource_tracker:UserWarning"
+        assert during[0]["PYTHONWARNINGS"] == (f"{filters},{ignored}" if filters else ignored)
+        assert not during[2] and during[3] is sweep is not before[3]
+        if error:
+            raise error
+    assert switches() == before
+
+
+IN_PROCESS = """
+import runpy, sys
+from test_sweep import current_sweep, switches
+
+train, before = sys.argv[1], switches()
+for arguments in (
+    "seed=0,1 hydra.sweep.dir=a", "seed=0,1,0 hydra.sweep.dir=b",
+    "seed=2 hydra.sweep.dir=c hydra/launcher=fused hydra.launcher.workers=1",
+):
+    sys.argv = [train, "-m", "experiment=smoke", "trainer.max_steps=2", *arguments.split()]
+    try:
+        runpy.run_path(train, run_name="__main__")
+    except SystemExit as stopped:
+        print("exit status", stopped.code)
+    assert switches() == before, (switches(), before)
+    assert current_sweep().folder is None and not current_sweep().configs
+"""
+
+
+def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
+    """Three of them in one process: done, refused, and done by the fused launcher."""
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", IN_PROCESS, str(ROOT / "train.py")], cwd=tmp_path, timeout=180,
+        env=BUFFERED | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" done ") == 3 and done.stdout.count("exit status 2") == 1
+    assert done.stderr.count("run 2 of 2: ") == done.stderr.count("run 1 of 1: ") == 1
 
 
 # --- Parts ---------------------------------------------------------------------------------------

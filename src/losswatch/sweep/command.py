@@ -25,6 +25,7 @@ class Sweep:
 
     folder: Path | None = None  # set when the runs may start; the table of it ends the command
     is_checked: bool = False  # whether each run has been composed and checked
+    lacks_runs: bool = False  # whether the table will lack a run, of which no file can be written
     # The composed config of each run, by its overrides, until the fused launcher takes it: to
     # compose one takes 70 ms. Other launchers compose their own, some of them elsewhere.
     configs: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)

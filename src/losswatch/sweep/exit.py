@@ -126,7 +126,7 @@ def clear_errors() -> Iterator[Sweep]:
                 # What ended the sweep comes first: it is often the cause of this error, too.
                 line = line or f"the sweep's summary cannot be written: {one_line(error)}"
                 all_done = False
-            status = status or int(not all_done)
+            status = status or int(sweep.lacks_runs or not all_done)
         if failure := _flush(sys.stdout):
             line, status = line or f"the output cannot be written: {failure}", status or 1
         if line:

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from losswatch import compat
 from losswatch.stack import fuse
 from losswatch.stack.step import NotStackable
+from losswatch.sweep.command import current_sweep
 from losswatch.sweep.exit import one_line, say, stop
 from losswatch.sweep.groups import group_jobs, order_groups
 from losswatch.sweep.jobs import Context, Job, make_job
@@ -96,7 +97,12 @@ def launch(
     else:
         returns = _run_here(parts, context, at_once)
     returns += run_group(done, context)  # train.py skips each of them
-    return [returned for _, returned in sorted(returns, key=lambda pair: pair[0])]
+    ordered = [returned for _, returned in sorted(returns, key=lambda pair: pair[0])]
+    for returned in ordered:
+        if returned.status is JobStatus.FAILED:  # the sweeper would end the sweep (see `_finish`)
+            current_sweep().lacks_runs = True
+            returned.status = JobStatus.COMPLETED
+    return ordered
 
 
 def split(jobs: list[Job], size: int) -> list[list[Job]]:
@@ -133,7 +139,7 @@ class OuterTask:
     parts: list[list[tuple[int, list[str]]]]  # number and overrides of each run of each group
     context: Context
 
-    def __call__(self, _: DictConfig) -> list[Returned]:
+    def __call__(self, config: DictConfig) -> list[Returned]:
         runs = self.parts[HydraConfig.get().job.num]
         jobs = [make_job(index, overrides, self.context) for index, overrides in runs]
         # Grouped again: if a cluster stops this job and starts it anew, its runs may be at
@@ -272,7 +278,10 @@ def _describe(job: Job) -> None:
 
 
 def _finish(job: Job, context: Context) -> JobReturn:
-    """Let Hydra run train.py for a run."""
+    """Let Hydra run train.py for a run; what failed there is no error to Hydra (callback.py).
+
+    The job has failed, with no return value, if Hydra cannot write the run's folder or its config.
+    """
     HydraConfig.instance().set_config(job.config)
     try:
         return run_job(
@@ -282,8 +291,6 @@ def _finish(job: Job, context: Context) -> JobReturn:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-    except Exception as error:  # the run's folder or config cannot be written
+    except Exception as error:
         say(f"{job.folder}: {one_line(error)}")
-        failed = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-        failed.return_value = None  # no score, as for other failed runs (callback.py)
-        return failed
+        return JobReturn(overrides=job.overrides, status=JobStatus.FAILED)
