@@ -24,8 +24,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from losswatch.sweep.callback import clear_errors, open_streams, stop
+from losswatch.sweep.exit import clear_errors, open_streams, stop
 from losswatch.train import config as schema
+from losswatch.train.names import quoted
 
 log = logging.getLogger("losswatch")
 schema.register()
@@ -136,7 +137,7 @@ def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float |
     from losswatch.events.series import read_scalars
     from losswatch.report.figures import plot_curves
     from losswatch.stack import fuse
-    from losswatch.train import resume
+    from losswatch.train import build, resume
     from losswatch.train.result import write_result
 
     job = HydraConfig.get()
@@ -163,7 +164,12 @@ def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float |
                 log.warning("%s", fused.notice)
             steps, metrics = cfg.trainer.max_steps, fused.result()
         else:
+            if job.mode == RunMode.MULTIRUN:
+                build.check(cfg, trained, multirun=True)
             steps, metrics = work(cfg, trained, folder)
+        if first and cfg.mode == "train":
+            curves = folder / "curves.png"
+            plot_curves(read_scalars(folder), curves, title=folder.name, trained=trained)
     except BaseException as error:
         # On Ctrl-C Lightning shuts down in order, and then exits.
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -184,9 +190,6 @@ def attempt(cfg: DictConfig, trained: str, folder: Path, first: bool) -> float |
     if not first:
         return accuracy
     seconds = fused.seconds if fused else time.perf_counter() - start
-    if cfg.mode == "train":
-        curves = folder / "curves.png"
-        plot_curves(read_scalars(folder), curves, title=folder.name, trained=trained)
     result |= {"steps": steps, "seconds": seconds, "metrics": metrics}
     if cfg.mode == "train" and steps < cfg.trainer.max_steps:
         what = f"after {steps} of {cfg.trainer.max_steps} steps"
@@ -219,7 +222,8 @@ def main(cfg: DictConfig) -> float | None:
             given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
             checkpoint = resume.find(cfg.checkpoint)
             resume.adopt(cfg, checkpoint, given)
-        build.check(cfg, trained, multirun=job.mode == RunMode.MULTIRUN)
+        if job.mode == RunMode.RUN:  # in a sweep it is the run that fails, in `attempt`
+            build.check(cfg, trained)
         if cfg.checkpoint is not None:
             resume.load_net(build.make_net(cfg), checkpoint)
         resume.check_folder(folder, cfg)
@@ -254,6 +258,6 @@ def skip(result: dict[str, Any], folder: Path) -> float:
 
 if __name__ == "__main__":
     open_streams()
-    sys.argv = [schema.quoted(argument) for argument in sys.argv]
+    sys.argv = [quoted(argument) for argument in sys.argv]
     with clear_errors():
         main()

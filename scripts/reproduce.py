@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from losswatch.report.runs import read_runs
-from losswatch.sweep.callback import grid
+from losswatch.sweep.grid import grid
 from study.report import write_report
 
 ROOT = Path(__file__).parents[1]

@@ -22,6 +22,8 @@ from losswatch.events.series import read_scalars
 from losswatch.report.runs import read_runs
 from losswatch.stack import fuse
 from losswatch.sweep import launch
+from losswatch.sweep.groups import group_jobs, order_groups
+from losswatch.sweep.jobs import Job
 from losswatch.train import config, resume
 from losswatch.train.build import quieten
 
@@ -40,7 +42,7 @@ def jobs(tmp_path):
         found = []
         for i, overrides in enumerate(runs):
             cfg = hydra.compose("config", overrides=[*SMALL, *overrides], return_hydra_config=True)
-            found.append(launch.Job(i, list(overrides), cfg, tmp_path / str(i)))
+            found.append(Job(i, list(overrides), cfg, tmp_path / str(i)))
         return found
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -69,7 +71,7 @@ def indices(found):
     ],
 )
 def test_what_may_differ_stays_together(jobs, values):
-    found, differ = launch.groups(jobs(*([value] for value in values)))
+    found, differ = group_jobs(jobs(*([value] for value in values)))
     assert indices(found) == [list(range(len(values)))]
     assert differ == []
 
@@ -78,7 +80,7 @@ def test_what_may_differ_stays_together(jobs, values):
 def test_numbers_of_sgd_stay_together(jobs, values):
     common = ["optimizer=sgd", "optimizer.momentum=0.5"]
     runs = jobs(*([*common, f"optimizer.{value}"] for value in values.split()))
-    assert indices(launch.groups(runs)[0]) == [[0, 1]]
+    assert indices(group_jobs(runs)[0]) == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_numbers_of_sgd_stay_together(jobs, values):
 )
 def test_what_must_be_equal_splits(jobs, values, name):
     """In the order of their first runs, and it is said why."""
-    found, differ = launch.groups(jobs([values[0]], [values[1]], [values[0], "seed=3"]))
+    found, differ = group_jobs(jobs([values[0]], [values[1]], [values[0], "seed=3"]))
     assert indices(found) == [[0, 2], [1]]
     assert name in differ
     assert {key.split(".")[0] for key in differ} == {name.split(".")[0]}
@@ -120,21 +122,21 @@ def test_a_changed_loss_is_another(jobs):
         ["loss=dice", "+loss.exponent=2"], ["loss=dice", "+loss.exponent=2", "seed=1"],
         ["loss=dice", "+loss.exponent=3"],
     )  # fmt: skip
-    found, differ = launch.groups(runs)
+    found, differ = group_jobs(runs)
     assert indices(found) == [[0, 1], [2, 3], [4]]
     assert differ and all(name.startswith("changed loss") for name in differ)
 
 
 def test_groups_of_one_compiled_step_begin_apart(jobs):
     grid = [[f"model.batch_norm={bn}", f"optimizer={o}"] for bn in (0, 1) for o in ("adam", "sgd")]
-    found, _ = launch.groups(jobs(*grid))
+    found, _ = group_jobs(jobs(*grid))
     assert indices(found) == [[0], [1], [2], [3]]
-    assert indices(launch.in_turn(found)) == [[2], [0], [3], [1]]
+    assert indices(order_groups(found)) == [[2], [0], [3], [1]]
 
 
 def test_members_stay_in_order():
-    assert launch._split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
-    assert launch._split([1, 2], 5) == [[1, 2]]
+    assert launch.split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert launch.split([1, 2], 5) == [[1, 2]]
 
 
 # --- Memory --------------------------------------------------------------------------------------

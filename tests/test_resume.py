@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -930,11 +930,11 @@ def test_a_group_leaves_out_a_run_that_ended_while_the_lock_was_waited_for(tmp_p
         return hold(folder)
 
     job = SimpleNamespace(folder=tmp_path / "run")
-    with launch.ExitStack() as held:
-        assert launch._hold(job, held)
+    with ExitStack() as held:
+        assert launch._lock(job, held)
     monkeypatch.setattr(resume, "hold", wait)
-    with launch.ExitStack() as held:
-        assert not launch._hold(job, held)
+    with ExitStack() as held:
+        assert not launch._lock(job, held)
 
 
 # --- Damaged results -----------------------------------------------------------------------------

@@ -28,8 +28,9 @@ from yaml import YAMLError
 
 from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.losses import LossSet
+from losswatch.train import yaml_errors
 from losswatch.train.arguments import check_arguments
-from losswatch.train.config import ConfigError, check_values, misread, thresholds
+from losswatch.train.config import ConfigError, check_values, thresholds
 from losswatch.train.randomness import seed_everything
 from losswatch.train.resume import plain
 from losswatch.train.trial import try_step
@@ -124,7 +125,7 @@ def read_losses(names: Sequence[str], cfg: DictConfig) -> dict[str, DictConfig]:
             try:
                 config.loss = _compose_loss(name, *search)
             except (YAMLError, UnicodeDecodeError) as error:
-                raise ConfigError(misread(error)) from error
+                raise ConfigError(yaml_errors.describe(error)) from error
             nodes[name] = _resolved(config.loss)
     return nodes
 
