@@ -44,11 +44,15 @@ from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.losses import Dice, LossSet
 from losswatch.nets import ConvNet, UNet
 from losswatch.nets.cpu import fast_on_cpu
-from losswatch.stack import fuse
-from losswatch.stack.step import compiled, make_gradient, optimizer_rule
+from losswatch.stack.compile import compiled
+from losswatch.stack.fit import fit
+from losswatch.stack.member import make_member
+from losswatch.stack.optimizers import optimizer_rule
+from losswatch.stack.step import make_gradient
 from losswatch.train import build
 from losswatch.train import config as schema
 from losswatch.train.module import SegmentationModule
+from losswatch.train.presets import loss_nodes
 from losswatch.watch.probe import Probe
 
 ROOT = Path(__file__).parent.parent
@@ -401,8 +405,7 @@ def scaling(steps: int, counts: list[int], figure: Path) -> None:
     overrides = [*COMMON, "compile=true", "trainer.accelerator=cpu"]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         cfgs = [compose("config", [*overrides, f"seed={i}"]) for i in range(max(counts))]
-        nodes = build.loss_nodes(cfgs[0], "dice")
-    build.quieten()
+        nodes = loss_nodes(cfgs[0], "dice")
 
     def seconds(count: int, length: int) -> float:
         options = build.trainer_options(cfgs[0]) | {"max_steps": length}
@@ -410,9 +413,9 @@ def scaling(steps: int, counts: list[int], figure: Path) -> None:
             members = []
             for i, cfg in enumerate(cfgs[:count]):
                 (run := Path(folder, str(i))).mkdir()
-                members.append(fuse.make_member(cfg, "dice", run))
+                members.append(make_member(cfg, "dice", run))
             begin = time.process_time()
-            fuse.fit(members, build.make_losses(nodes), options, **cfgs[0].probe)
+            fit(members, build.make_losses(nodes), options, **cfgs[0].probe)
             return time.process_time() - begin
 
     rows = []

@@ -23,8 +23,9 @@ from omegaconf import OmegaConf, open_dict
 from losswatch.data.random import ThresholdedImages
 from losswatch.losses import LossSet
 from losswatch.nets import ConvNet, UNet
-from losswatch.train import build, config
-from losswatch.train.callbacks import EventLog
+from losswatch.train import config
+from losswatch.train.checks import check
+from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ class Composed:
     trained: str
 
     def check(self):
-        build.check(self.cfg, self.trained)
+        check(self.cfg, self.trained)
 
 
 @pytest.fixture

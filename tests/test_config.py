@@ -6,9 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from losswatch.train import build, names
+from losswatch.train import names
 from losswatch.train.config import ConfigError, thresholds
 from losswatch.train.names import run_name
+from losswatch.train.presets import loss_names
 
 # --- Every bad input gets one line that names what is allowed ------------------------------------
 
@@ -108,7 +109,7 @@ def test_good_input_passes(compose, overrides):
 
 def test_every_loss_of_conf_passes_with_two_classes(compose):
     compose()
-    names = build.loss_names()
+    names = loss_names()
     assert {"cce", "dice", "dice_fg", "dice_square", "dice_fg_square"} <= set(names)
     compose(f"watch=[{','.join(names)}]").check()
 

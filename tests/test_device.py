@@ -18,8 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from losswatch.losses import CrossEntropy
-from losswatch.stack import fuse
-from losswatch.train import build
+from losswatch.stack.fit import Blocks
+from losswatch.stack.member import make_member
+from losswatch.stack.module import StackedModule
+from losswatch.train.build import make_losses
+from losswatch.train.presets import loss_nodes
+from losswatch.train.process import quiet
 from losswatch.watch.probe import Probe
 
 META = torch.device("meta")
@@ -129,16 +133,15 @@ def test_no_loss_moves_anything(path):
 def test_a_stack_reads_twice_a_block(compose, tmp_path):
     """Whatever the number of steps in it: what was observed, and whether weights are finite."""
     one = compose("experiment=smoke", "data.image_size=8", "compile=true")
-    members = [fuse.make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]
-    losses = build.make_losses(build.loss_nodes(one.cfg, one.trained))
-    module = fuse.StackedModule(members, losses, compile=False, cosines=True)
+    members = [make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]
+    losses = make_losses(loss_nodes(one.cfg, one.trained))
+    module = StackedModule(members, losses, compile=False, cosines=True)
     strategy = SingleDeviceStrategy(META, accelerator=MetaAccelerator())
-    build.quieten()
     trainer = pl.Trainer(
         strategy=strategy, max_steps=40, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
-    with Transfers(lambda: trainer.global_step) as transfers:
-        trainer.fit(module, fuse.Blocks(0, 40, 10), range(1))
+    with quiet(), Transfers(lambda: trainer.global_step) as transfers:
+        trainer.fit(module, Blocks(0, 40, 10), range(1))
     blocks = {step: n for (step, what), n in transfers.seen.items() if 0 < step < 40}
     assert blocks == {10: 2, 20: 2, 30: 2}

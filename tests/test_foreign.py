@@ -29,12 +29,17 @@ from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.events.series import read_scalars
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
 from losswatch.nets import ConvNet
-from losswatch.stack import fuse
-from losswatch.stack.step import NotStackable, make_gradient, trained_parameters
-from losswatch.train import build, resume
-from losswatch.train.callbacks import EventLog
+from losswatch.stack.fit import fit
+from losswatch.stack.member import Member
+from losswatch.stack.parameters import trained_parameters
+from losswatch.stack.refusal import NotStackable
+from losswatch.stack.step import make_gradient
+from losswatch.train.build import make_losses
+from losswatch.train.checkpoints import find
 from losswatch.train.config import ConfigError
+from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
+from losswatch.train.presets import loss_names, loss_nodes
 from losswatch.watch.probe import Probe
 
 # --- Losses --------------------------------------------------------------------------------------
@@ -318,12 +323,11 @@ def stack_or_reason(tmp_path, net, losses, trained):
         data = ThresholdedImages([0.5], seed=i, image_size=8, batch_size=3, val_size=3, test_size=3)
         optimizer = torch.optim.SGD(list(trained_parameters(own).values()), lr=0.1)
         log = EventLog(str(folder))
-        members.append(fuse.Member(folder, own, data, trained, optimizer, log, {}))
+        members.append(Member(folder, own, data, trained, optimizer, log, {}))
     options = {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu",
                "enable_progress_bar": False}  # fmt: skip
-    build.quieten()
     try:
-        fuse.fit(members, losses, options, compile=False)
+        fit(members, losses, options, compile=False)
     except NotStackable as error:
         return str(error)
     assert all(member.result() for member in members)
@@ -606,9 +610,9 @@ def test_a_file_with_a_built_in_name_is_refused(tmp_path):
 def test_make_losses_of_the_zoo(compose):
     """Every loss of conf/loss is made as its file says."""
     composed = compose("experiment=smoke")
-    names = build.loss_names()
+    names = loss_names()
     composed.cfg.watch = names
-    losses = build.make_losses(build.loss_nodes(composed.cfg, "dice"))
+    losses = make_losses(loss_nodes(composed.cfg, "dice"))
     assert list(losses.names) == names and not losses.is_foreign("dice")
 
 
@@ -686,7 +690,7 @@ def test_what_the_trained_loss_learnt_is_tested(tmp_path):
     )
     trained, tested = (read_result(tmp_path / name)["metrics"] for name in ("run", "test"))
     assert tested == pytest.approx({name: trained[name] for name in tested}, rel=1e-5)
-    kept = resume.find(str(tmp_path / "run"))["state_dict"]["loss.temperature"]
+    kept = find(str(tmp_path / "run"))["state_dict"]["loss.temperature"]
     assert kept != 1.5 and "test/loss/dice" in tested
 
 
@@ -696,7 +700,7 @@ def test_a_stack_leaves_the_checkpoint_of_an_ordinary_run(tmp_path):
     assert stack_or_reason(tmp_path, ConvNet(1, 2), losses, "it") is None
     module = SegmentationModule(ConvNet(1, 2), losses, "it", torch.optim.SGD)
     for i in (0, 1):
-        state = resume.find(str(tmp_path / str(i)))["state_dict"]
+        state = find(str(tmp_path / str(i)))["state_dict"]
         assert {n: t.shape for n, t in state.items()} == {
             n: t.shape for n, t in module.state_dict().items()
         }

@@ -1,6 +1,5 @@
-"""Runs trained as one stack against the same runs trained one by one by train.py's own function."""
+"""Runs trained as one stack against the same runs trained one by one, as train.py trains them."""
 
-import importlib.util
 import logging
 import re
 from types import SimpleNamespace
@@ -9,16 +8,24 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ARTICLE, ROOT
+from conftest import ARTICLE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from losswatch.events.series import read_scalars
 from losswatch.nets.cpu import fast_on_cpu
-from losswatch.stack import fuse
-from losswatch.stack.step import NotStackable
-from losswatch.train import build, resume
-from losswatch.train.callbacks import EventLog
+from losswatch.stack import fit as stack_fit
+from losswatch.stack import module as stack_module
+from losswatch.stack.fit import block_size, fit
+from losswatch.stack.limits import check_options
+from losswatch.stack.member import make_member
+from losswatch.stack.refusal import NotStackable
+from losswatch.task import train
+from losswatch.train import build
+from losswatch.train.checkpoints import newest
+from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
+from losswatch.train.presets import loss_nodes
+from losswatch.train.process import quiet
 from losswatch.watch.probe import Probe, tags
 
 # What is small here and not in conf.
@@ -34,17 +41,8 @@ GRID = [
 ]
 
 
-@pytest.fixture(scope="module")
-def train_alone():
-    """train.py's `train`."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.train
-
-
 @pytest.fixture
-def both(compose, train_alone, tmp_path):
+def both(compose, tmp_path):
     """both(*common) -> the runs of GRID trained as a stack and alone, with their results.
 
     `alone=False` leaves the latter out.
@@ -57,21 +55,20 @@ def both(compose, train_alone, tmp_path):
             one.check()
             folder = tmp_path / name / str(i)
             folder.mkdir(parents=True)
-            members.append(fuse.make_member(one.cfg, one.trained, folder))
+            members.append(make_member(one.cfg, one.trained, folder))
         initial = [{n: t.clone() for n, t in member.net.state_dict().items()} for member in members]
         first = composed[0]
-        losses = build.make_losses(build.loss_nodes(first.cfg, first.trained))
+        losses = build.make_losses(loss_nodes(first.cfg, first.trained))
         trainer = build.trainer_options(first.cfg)
-        build.quieten()
         random = torch.get_rng_state()
-        fuse.fit(members, losses, trainer, **{"compile": False} | dict(first.cfg.probe) | options)
+        fit(members, losses, trainer, **{"compile": False} | dict(first.cfg.probe) | options)
         assert torch.equal(torch.get_rng_state(), random)
         wanted = []
         for i, one in enumerate(composed if alone else []):
             folder = tmp_path / f"{name} alone" / str(i)
             folder.mkdir(parents=True)
             folders.append(folder)
-            wanted.append(train_alone(one.cfg, one.trained, folder)[1])
+            wanted.append(train(one.cfg, one.trained, folder)[1])
         return SimpleNamespace(
             composed=composed, members=members, initial=initial, folders=folders, wanted=wanted
         )
@@ -80,7 +77,7 @@ def both(compose, train_alone, tmp_path):
 
 
 def checkpoint(folder):
-    file, content = resume.newest(folder)
+    file, content = newest(folder)
     return file.name, content
 
 
@@ -180,15 +177,15 @@ def test_intervals(both, steps, interval, every):
 
 @pytest.mark.parametrize("interval", [1, 7, 499, 500, 501, 1000, 1009, 2000])
 def test_block_size(interval):
-    size = fuse.block_size(interval)
-    assert interval % size == 0 and 1 <= size <= fuse.BLOCK
-    assert all(interval % n for n in range(size + 1, fuse.BLOCK + 1))
+    size = block_size(interval)
+    assert interval % size == 0 and 1 <= size <= stack_fit.BLOCK
+    assert all(interval % n for n in range(size + 1, stack_fit.BLOCK + 1))
 
 
 @pytest.mark.parametrize("block", [1, 5, 10])
 def test_blocks_change_nothing(both, monkeypatch, block):
     runs = both("trainer.max_steps=20", alone=False)
-    monkeypatch.setattr(fuse, "BLOCK", block)
+    monkeypatch.setattr(stack_fit, "BLOCK", block)
     others = both("trainer.max_steps=20", alone=False, name="blocks")
     for a, b in zip(runs.members, others.members, strict=True):
         assert read_scalars(a.folder).equals(read_scalars(b.folder))
@@ -197,7 +194,7 @@ def test_blocks_change_nothing(both, monkeypatch, block):
 
 def test_chunks_change_nothing_but_rounding(both, monkeypatch):
     """Members in several calls, the last one smaller."""
-    monkeypatch.setattr(fuse, "CHUNK", 2)
+    monkeypatch.setattr(stack_module, "CHUNK", 2)
     assert_same_runs(both())
 
 
@@ -249,7 +246,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
     for i, one in enumerate(runs.composed):
         ended = []
         for which, folder in (("fused", runs.members[i].folder), ("alone", runs.folders[i])):
-            file, _ = resume.newest(folder)
+            file, _ = newest(folder)
             state = torch.load(file, weights_only=True)
             # Where the run kept its checkpoints; the two differ in that, and it is warned of.
             state["callbacks"] = {}
@@ -260,7 +257,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
             with torch.no_grad():
                 for p in net.parameters():
                     p.zero_()  # what counts is in the checkpoint
-            losses = build.make_losses(build.loss_nodes(cfg, one.trained))
+            losses = build.make_losses(loss_nodes(cfg, one.trained))
             module = SegmentationModule(net, losses, one.trained, build.make_optimizer(cfg))
             rest = tmp_path / "rest" / which / str(i)
             trainer = pl.Trainer(
@@ -268,7 +265,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
                 callbacks=[Probe()], max_epochs=2, num_sanity_val_steps=0,
                 enable_checkpointing=False, enable_model_summary=False,
             )  # fmt: skip
-            with fast_on_cpu(net):
+            with quiet(), fast_on_cpu(net):
                 trainer.fit(module, build.make_data(cfg), ckpt_path=file, weights_only=True)
             trainer.logger.close()
             assert trainer.global_step == 40
@@ -329,10 +326,10 @@ def test_a_failing_member_leaves_the_others_alone(both, caplog, bad):
 )  # fmt: skip
 def test_obstacles(compose, option, value):
     options = build.trainer_options(compose().cfg)
-    fuse.check_options(options)
-    fuse.check_options(options | {"precision": 32})
+    check_options(options)
+    check_options(options | {"precision": 32})
     with pytest.raises(NotStackable, match=f"^trainer.{option}={value} needs the ordinary step$"):
-        fuse.check_options(options | {option: value})
+        check_options(options | {option: value})
 
 
 def test_without_a_progress_bar(both):
@@ -356,14 +353,14 @@ def test_seconds_are_shared(both):
         ),
     ],
 )
-def test_compile_falls_back(compose, train_alone, tmp_path, caplog, override, reason):
+def test_compile_falls_back(compose, tmp_path, caplog, override, reason):
     """compile=true where it cannot: one line, and the ordinary run."""
     metrics = []
     for compiled in ("true", "false"):
         one = compose(*SMALL, override, "trainer.max_steps=3", f"compile={compiled}")
         folder = tmp_path / compiled
         folder.mkdir()
-        metrics.append(train_alone(one.cfg, one.trained, folder))
+        metrics.append(train(one.cfg, one.trained, folder))
         assert len(list(folder.glob("events.out.tfevents.*"))) == 1
         assert len(list(folder.glob("checkpoints/*"))) == 1
     assert metrics[0] == metrics[1]
@@ -378,7 +375,7 @@ def test_what_the_compiler_refuses(both, monkeypatch, error):
     def broken(*_, **__):
         raise error
 
-    monkeypatch.setattr("losswatch.stack.step.standalone_compile", broken)
+    monkeypatch.setattr("losswatch.stack.compile.compile_graph", broken)
     wanted, text = NotStackable, "the compiler cannot compile them .*AssertionError: no such oper"
     if isinstance(error, MemoryError):
         wanted, text = MemoryError, "none left"

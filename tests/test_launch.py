@@ -20,12 +20,13 @@ from omegaconf import OmegaConf
 
 from losswatch.events.series import read_scalars
 from losswatch.report.runs import read_runs
-from losswatch.stack import fuse
+from losswatch.stack import module as stack_module
+from losswatch.stack.module import StackedModule
 from losswatch.sweep import launch
 from losswatch.sweep.groups import group_jobs, order_groups
 from losswatch.sweep.jobs import Job
-from losswatch.train import config, resume
-from losswatch.train.build import quieten
+from losswatch.train import config
+from losswatch.train.locks import hold
 
 SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
 
@@ -146,7 +147,7 @@ def test_members_stay_in_order():
 def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
     """As a group too large for a GPU; each run is trained once, and leaves one event file."""
     trained = []
-    train = fuse.StackedModule.training_step
+    train = StackedModule.training_step
 
     def small(module, *args):
         if len(module.members) > fits:
@@ -154,24 +155,23 @@ def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
         trained.append(len(module.members))
         train(module, *args)
 
-    monkeypatch.setattr(fuse.StackedModule, "training_step", small)
-    monkeypatch.setattr(fuse, "FINISHED", {})
+    monkeypatch.setattr(StackedModule, "training_step", small)
+    monkeypatch.setattr(launch, "FINISHED", {})
     runs = jobs(*([f"seed={i}"] for i in range(5)))
-    quieten()
     launch._train(runs)
     assert sum(trained) == 5 * 2 and max(trained) <= fits  # two blocks each
-    assert list(fuse.FINISHED) == [run.folder for run in runs]
+    assert list(launch.FINISHED) == [run.folder for run in runs]
     said = [r.getMessage() for r in caplog.records if "do not fit into memory" in r.getMessage()]
     assert said[0] == "5 runs do not fit into memory; trying half as many at once"
     for run in runs:
-        assert fuse.FINISHED[run.folder].result()["test/accuracy"] > 0
+        assert launch.FINISHED[run.folder].result()["test/accuracy"] > 0
         assert list(read_scalars(run.folder)["loss/dice"].dropna().index) == list(range(12))
         assert len(list(run.folder.glob("events.out.tfevents.*"))) == 1
 
 
 def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
     """What goes on begins at the checkpoint, and has what was logged before it."""
-    train, blocks = fuse.StackedModule.training_step, []
+    train, blocks = StackedModule.training_step, []
 
     def fails_once(module, *args):
         blocks.append(len(module.members))
@@ -179,11 +179,10 @@ def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         train(module, *args)
 
-    monkeypatch.setattr(fuse.StackedModule, "training_step", fails_once)
-    monkeypatch.setattr(fuse, "FINISHED", {})
-    monkeypatch.setattr(fuse, "SAVE_SECONDS", 0)  # a checkpoint at the first validation
+    monkeypatch.setattr(StackedModule, "training_step", fails_once)
+    monkeypatch.setattr(launch, "FINISHED", {})
+    monkeypatch.setattr(stack_module, "SAVE_SECONDS", 0)  # a checkpoint at the first validation
     runs = jobs(["seed=0"], ["seed=1"])
-    quieten()
     launch._train(runs)
     assert blocks == [2, 2, 1, 1]
     for run in runs:
@@ -194,8 +193,7 @@ def test_one_run_too_large_fails(jobs, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    quieten()
-    monkeypatch.setattr(fuse.StackedModule, "training_step", full)
+    monkeypatch.setattr(StackedModule, "training_step", full)
     with pytest.raises(torch.OutOfMemoryError):
         launch._train(jobs(["seed=0"]))
 
@@ -204,8 +202,7 @@ def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
     def cut(*args):
         raise KeyboardInterrupt
 
-    quieten()
-    monkeypatch.setattr(fuse.StackedModule, "training_step", cut)
+    monkeypatch.setattr(StackedModule, "training_step", cut)
     with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning turns one into the other
         launch._train(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]))
     runs = read_runs(tmp_path)
@@ -466,7 +463,7 @@ def test_a_stopped_sweep_leaves_no_process(tmp_path, command, by, whom):
     if by == "SIGINT":
         interrupted(status, out, said, len(list(tmp_path.glob("s/*/events*"))))
     for run in tmp_path.glob("s/*/.lock"):
-        resume.hold(run.parent).close()
+        hold(run.parent).close()
     assert "leaked" not in said and "Traceback" not in said
 
 

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.events.series import read_scalars
 from losswatch.nets import ConvNet
-from losswatch.train import build
+from losswatch.train import checks
+from losswatch.train.build import make_net
 from losswatch.train.config import ConfigError
 
 NAMES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
@@ -64,7 +65,7 @@ def test_a_loss_that_knows_nothing_of_ranks(pair, compose):
     u = uniform(torch.tensor(0), TRAIN, torch.tensor(0), (5, 1, 16, 16))
     images, target = image_and_label(u, torch.tensor([0.5]), 0.0, 1.0)
     with torch.no_grad():
-        logits = build.make_net(cfg)(images)
+        logits = make_net(cfg)(images)
         shares = [F.cross_entropy(logits[rank::2], target[rank::2]).item() for rank in (0, 1)]
     scalars = read_scalars(pair[1])
     assert scalars["loss/foreign"][0] == pytest.approx(sum(shares) / 2, rel=1e-6)
@@ -106,7 +107,7 @@ def test_two_ranks_leave_one_run(pair):
 def refused(compose, *overrides, multirun=False):
     run = compose(*TWO, *overrides)
     with pytest.raises(ConfigError) as raised:
-        build.check(run.cfg, run.trained, multirun)
+        checks.check(run.cfg, run.trained, multirun)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -123,7 +124,7 @@ def test_what_ranks_cannot_do_is_refused(compose):
 @pytest.mark.parametrize("devices, tasks", [(1, 2), (2, 1), (2, 2), (1, 1)])
 def test_slurm_starts_a_task_for_each_device(compose, monkeypatch, devices, tasks):
     """Lightning waits for a task too few, and trains the same run in each that is too many."""
-    monkeypatch.setattr(build, "_check_trainer", build._check_trainer.__wrapped__)  # not cached
+    monkeypatch.setattr(checks, "_check_trainer", checks._check_trainer.__wrapped__)  # not cached
     for name in ("PROCID", "LOCALID", "NODEID"):
         monkeypatch.setenv(f"SLURM_{name}", "0")
     for name in ("NTASKS", "NTASKS_PER_NODE"):  # of the job
@@ -131,7 +132,7 @@ def test_slurm_starts_a_task_for_each_device(compose, monkeypatch, devices, task
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
     if devices == tasks:
         run = compose(*TWO, f"trainer.devices={devices}", "trainer.strategy=auto")
-        build.check(run.cfg, run.trained)
+        checks.check(run.cfg, run.trained)
     else:
         said = refused(compose, f"trainer.devices={devices}", "trainer.strategy=auto")
         assert said.startswith(f"Slurm tasks that run this command: {tasks}, trainer.devices x ")

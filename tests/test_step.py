@@ -15,7 +15,11 @@ from torch.func import vjp, vmap
 from losswatch.data.random import TRAIN, ThresholdedImages, _Batches
 from losswatch.nets import ConvNet, UNet
 from losswatch.nets.layers import NarrowConvolution
-from losswatch.stack.step import compiled, make_gradient, optimizer_rule, trained_parameters
+from losswatch.stack.compile import compiled
+from losswatch.stack.optimizers import optimizer_rule
+from losswatch.stack.parameters import trained_parameters
+from losswatch.stack.refusal import NotStackable
+from losswatch.stack.step import make_gradient
 
 STEPS = 5
 # Each member's trained loss, θ, seed, input range and factor on the learning rate.
@@ -251,7 +255,7 @@ def test_frozen_parameters_stay():
 )
 def test_other_optimizers_are_refused(kind, options, reason):
     optimizer = kind([nn.Parameter(torch.zeros(1))], lr=0.1, **options)
-    with pytest.raises(NotImplementedError, match=reason):
+    with pytest.raises(NotStackable, match=reason):
         optimizer_rule(optimizer)
 
 
@@ -259,7 +263,7 @@ def test_a_subclass_is_another_optimizer():
     class Mine(torch.optim.SGD):
         """May well do something else in its step."""
 
-    with pytest.raises(NotImplementedError, match="Mine is not written out"):
+    with pytest.raises(NotStackable, match="Mine is not written out"):
         optimizer_rule(Mine([nn.Parameter(torch.zeros(1))], lr=0.1))
 
 
@@ -352,7 +356,7 @@ def test_nothing_is_compiled_again(fast, monkeypatch):
     """Nor in: the step's number and the members' settings are tensors, not constants."""
     stack = make_stack("convnet", **FEW)
     advance(fast, stack.state, steps=1)
-    monkeypatch.delattr("losswatch.stack.step.standalone_compile")
+    monkeypatch.delattr("losswatch.stack.compile.compile_graph")
     numbers = stack.state[3]
     low = numbers["low"] - 1
     numbers = numbers | {"lr": 2 * numbers["lr"], "seed": numbers["seed"] + 5, "low": low}

@@ -28,8 +28,8 @@ from losswatch.sweep.callback import SweepCallback
 from losswatch.sweep.command import current_sweep
 from losswatch.sweep.exit import Escaped, clear_errors, explain, verdict
 from losswatch.sweep.grid import grid
-from losswatch.train import build
-from losswatch.train.result import write_result
+from losswatch.train import presets
+from losswatch.train.outcome import write_result
 
 THETAS = [0.05, 0.5, 0.95]
 
@@ -270,7 +270,7 @@ def test_a_broken_file_is_named_with_its_line(mine, compose, typo):
     added = f"hydra.searchpath=['{folder}']"
     for read in (
         lambda: compose("loss=broken", added),
-        lambda: build._compose_loss("broken", (added,), ()),
+        lambda: presets._compose_loss("broken", (added,), ()),
     ):
         with pytest.raises(Exception) as raised:  # noqa: B017
             read()

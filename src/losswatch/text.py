@@ -33,6 +33,25 @@ def reason(error: Exception) -> str:
     return printable(" ".join((text or type(error).__name__).split())[:200])
 
 
+def shortened(value: object) -> str:
+    """The value as printable text of at most 80 characters.
+
+    >>> shortened("a" * 100)[70:]
+    'aaaaaaa...'
+    """
+    text = printable(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def one_line(error: BaseException) -> str:
+    r"""The type and the text of an error.
+
+    >>> one_line(ValueError("too\nlong"))
+    'ValueError: too long'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def show(value: Any, digits: int | None = None) -> str:
     r"""A value as people read it, on one line and without control characters.
 

@@ -19,8 +19,9 @@ from omegaconf import DictConfig
 
 from losswatch import compat
 from losswatch.sweep.command import current_sweep
-from losswatch.sweep.exit import escaping, one_line, say, stop
+from losswatch.sweep.exit import escaping, say, stop
 from losswatch.sweep.grid import check_grid, grid
+from losswatch.text import one_line
 from losswatch.train.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class SweepCallback(Callback):
         if config.resume is None:
             return
         # Imported late: torch takes seconds, and train.py imports this file at its start.
-        from losswatch.train.resume import check_folder, check_run
+        from losswatch.train.folder import check_folder, check_run
 
         try:
             check_run(Path(config.resume))

@@ -26,6 +26,7 @@ from yaml import YAMLError
 from losswatch import compat
 from losswatch.sweep.command import Sweep, command, current_sweep
 from losswatch.sweep.table import show_table
+from losswatch.text import one_line
 from losswatch.train import yaml_errors
 
 EXTRAS = ("joblib", "submitit", "ray", "optuna")  # of pyproject.toml
@@ -186,12 +187,3 @@ def explain(error: Exception) -> str:
         if not any(word in line for word in noise):
             lines.append(line)
     return ": ".join(line.strip().rstrip(".:") for line in lines if line.strip())
-
-
-def one_line(error: BaseException) -> str:
-    """The type and the text of an error.
-
-    >>> one_line(ValueError("too\\nlong"))
-    'ValueError: too long'
-    """
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

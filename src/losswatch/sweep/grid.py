@@ -56,8 +56,10 @@ def check_grid(config: DictConfig, runs: Sequence[Sequence[str]]) -> list[DictCo
 
 def _check_run(config: DictConfig, folder: Path) -> None:
     # Imported late: torch takes seconds, and train.py imports this file at its start.
-    from losswatch.train.build import check
-    from losswatch.train.resume import check_folder, finished, hold
+    from losswatch.train.checks import check
+    from losswatch.train.folder import check_folder
+    from losswatch.train.locks import hold
+    from losswatch.train.outcome import finished
 
     check(config, config.hydra.runtime.choices.get("loss"), multirun=True)
     check_folder(folder, config)

@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from losswatch.sweep.jobs import Job
-from losswatch.train import resume
-from losswatch.train.build import read_losses
 from losswatch.train.config import thresholds
+from losswatch.train.folder import take_up
+from losswatch.train.presets import read_losses
 
 
 def group_jobs(jobs: Sequence[Job]) -> tuple[list[list[Job]], list[str]]:
@@ -54,7 +54,7 @@ def _common_settings(job: Job) -> dict[str, Any]:
     config["watched"] = sorted({*config.pop("watch"), job.loss})
     unchanged = OmegaConf.to_container(read_losses([job.loss], job.task)[job.loss])
     config["changed loss"] = None if loss == unchanged else loss
-    config["steps done"] = resume.take_up(job.folder, config["trainer"]["max_steps"]).step
+    config["steps done"] = take_up(job.folder, config["trainer"]["max_steps"]).step
     return config
 
 

@@ -26,15 +26,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch import compat
-from losswatch.stack import fuse
-from losswatch.stack.step import NotStackable
+from losswatch.stack.fit import fit
+from losswatch.stack.limits import check_options
+from losswatch.stack.member import FINISHED, Failure, make_member
+from losswatch.stack.refusal import NotStackable
 from losswatch.sweep.command import current_sweep
-from losswatch.sweep.exit import one_line, say, stop
+from losswatch.sweep.exit import say, stop
 from losswatch.sweep.groups import group_jobs, order_groups
 from losswatch.sweep.jobs import Context, Job, make_job
+from losswatch.text import one_line
 from losswatch.train import config as schema
-from losswatch.train import resume
-from losswatch.train.build import loss_nodes, make_losses, quieten, trainer_options
+from losswatch.train.build import make_losses, trainer_options
+from losswatch.train.locks import hold
+from losswatch.train.outcome import finished
+from losswatch.train.presets import loss_nodes
+from losswatch.train.process import quiet
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +69,7 @@ def launch(
     done: list[Job] = []
     todo: list[Job] = []
     for job in jobs:
-        (done if resume.finished(job.folder) else todo).append(job)
+        (done if finished(job.folder) else todo).append(job)
     groups, differ = group_jobs(todo) if todo else ([], [])
     uses_gpu = torch.cuda.is_available() and jobs[0].config.trainer.accelerator != "cpu"
     at_once = workers or (1 if uses_gpu else os.cpu_count() or 1)
@@ -92,8 +98,8 @@ def launch(
     elif outer is not None:
         # In the sweep's own folder, and without a config there: of a group only its runs remain.
         folder = ["hydra.sweep.subdir=.", "hydra.output_subdir=null"]
-        finished = launcher.launch([folder] * len(parts), initial_job_idx=0)
-        returns = [r for part in finished for r in part.return_value]
+        jobs_done = launcher.launch([folder] * len(parts), initial_job_idx=0)
+        returns = [r for part in jobs_done for r in part.return_value]
     else:
         returns = _run_here(parts, context, at_once)
     returns += run_group(done, context)  # train.py skips each of them
@@ -123,10 +129,10 @@ def _run_here(parts: Sequence[Sequence[Job]], context: Context, at_once: int) ->
         return [returned for part in parts for returned in run_group(part, context)]
     singletons = Singleton.get_state()
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        finished = joblib.Parallel(n_jobs=at_once)(
+        returns = joblib.Parallel(n_jobs=at_once)(
             joblib.delayed(run_group)(part, context, singletons) for part in parts
         )
-    return [returned for part in finished for returned in part]
+    return [returned for part in returns for returned in part]
 
 
 @dataclass
@@ -194,8 +200,7 @@ def run_group(jobs: Sequence[Job], context: Context, singletons: Any = None) -> 
         setup_globals()
         schema.register()
         Singleton.set_state(singletons)
-    quieten()
-    with ExitStack() as locks:
+    with quiet(), ExitStack() as locks:
         todo = [job for job in jobs if _lock(job, locks)]
         try:
             if todo:
@@ -205,7 +210,7 @@ def run_group(jobs: Sequence[Job], context: Context, singletons: Any = None) -> 
             say(f"{_count(len(todo), 'run')} trained one by one: {error}")
         except Exception as error:
             for job in todo:
-                fuse.FINISHED.setdefault(job.folder, fuse.Failure(error))
+                FINISHED.setdefault(job.folder, Failure(error))
         return [(job.index, _finish(job, context)) for job in jobs]
 
 
@@ -215,42 +220,44 @@ def _lock(job: Job, locks: ExitStack) -> bool:
     It is not if it is done, if another process trains it, or if its folder cannot be made.
     train.py or Hydra finds the same later, and says so.
     """
-    if resume.finished(job.folder):
+    if finished(job.folder):
         return False
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        locks.enter_context(resume.hold(job.folder))
+        locks.enter_context(hold(job.folder))
     except (schema.ConfigError, OSError):
         return False
-    return not resume.finished(job.folder)  # another process may have finished it meanwhile
+    return not finished(job.folder)  # another process may have finished it meanwhile
 
 
 def _train(jobs: Sequence[Job]) -> None:
     """Train runs as one stack, or in halves of it if they do not fit into memory.
 
-    The results are in `fuse.FINISHED`.
+    The results are in `FINISHED`.
 
     Raises:
         NotStackable: the runs need the ordinary training loop.
     """
     first = jobs[0]
     options = trainer_options(first.task)
-    fuse.check_options(options)
-    torch.set_num_threads(first.task.threads)
+    check_options(options)
     losses = make_losses(loss_nodes(first.task, first.loss))
     members = []
     for job in jobs:
         try:
             _describe(job)
-            members.append(fuse.make_member(job.task, job.loss, job.folder))
+            members.append(make_member(job.task, job.loss, job.folder))
         except Exception as error:
-            fuse.FINISHED[job.folder] = fuse.Failure(error)
+            FINISHED[job.folder] = Failure(error)
     if not members:
         return
     if start := members[0].start:  # the same in all of a group
         say(f"{_count(len(members), 'run')} resumed from step {start}")
     try:
-        fuse.fit(members, losses, options, compile=bool(first.task.compile), **first.task.probe)
+        fit(
+            members, losses, options, first.task.threads,
+            compile=bool(first.task.compile), **first.task.probe,
+        )  # fmt: skip
     except torch.OutOfMemoryError:
         if len(jobs) == 1:
             raise
@@ -260,7 +267,7 @@ def _train(jobs: Sequence[Job]) -> None:
             _train(part)
         return
     for member in members:
-        fuse.FINISHED[member.folder] = member
+        FINISHED[member.folder] = member
 
 
 def _describe(job: Job) -> None:
