@@ -10,8 +10,12 @@ import pytorch_lightning as pl
 import torch
 from conftest import ARTICLE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
+from losswatch.compat import traced
 from losswatch.events.series import read_scalars
+from losswatch.losses import LossSet
 from losswatch.nets.cpu import fast_on_cpu
 from losswatch.stack import fit as stack_fit
 from losswatch.stack import module as stack_module
@@ -21,6 +25,7 @@ from losswatch.stack.member import make_member
 from losswatch.stack.refusal import NotStackable
 from losswatch.task import train
 from losswatch.train import build
+from losswatch.train.build import make_losses
 from losswatch.train.checkpoints import newest
 from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
@@ -58,7 +63,7 @@ def both(compose, tmp_path):
             members.append(make_member(one.cfg, one.trained, folder))
         initial = [{n: t.clone() for n, t in member.net.state_dict().items()} for member in members]
         first = composed[0]
-        losses = build.make_losses(loss_nodes(first.cfg, first.trained))
+        losses = make_losses(loss_nodes(first.cfg, first.trained))
         trainer = build.trainer_options(first.cfg)
         random = torch.get_rng_state()
         fit(members, losses, trainer, **{"compile": False} | dict(first.cfg.probe) | options)
@@ -257,7 +262,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
             with torch.no_grad():
                 for p in net.parameters():
                     p.zero_()  # what counts is in the checkpoint
-            losses = build.make_losses(loss_nodes(cfg, one.trained))
+            losses = make_losses(loss_nodes(cfg, one.trained))
             module = SegmentationModule(net, losses, one.trained, build.make_optimizer(cfg))
             rest = tmp_path / "rest" / which / str(i)
             trainer = pl.Trainer(
@@ -368,19 +373,53 @@ def test_compile_falls_back(compose, tmp_path, caplog, override, reason):
     assert said == [f"not compiled: {reason}"]
 
 
-@pytest.mark.parametrize("error", [AssertionError("no such operation"), MemoryError("none left")])
-def test_what_the_compiler_refuses(both, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (AssertionError("no such operation"), "AssertionError: no such operation"),
+        (InductorError(CppCompileError(["g++"], "bad"), None), "InductorError: CppCompileError: "),
+        (InvalidCxxCompiler(), "InvalidCxxCompiler: No working C"),
+        (MemoryError("none left"), None),
+        (InductorError(MemoryError("none left"), None), None),
+        (torch.OutOfMemoryError("none left"), None),
+    ],
+)
+def test_what_the_compiler_refuses(both, monkeypatch, error, text):
     """Told from a lack of memory, which is the run's."""
 
     def broken(*_, **__):
         raise error
 
     monkeypatch.setattr("losswatch.stack.compile.compile_graph", broken)
-    wanted, text = NotStackable, "the compiler cannot compile them .*AssertionError: no such oper"
-    if isinstance(error, MemoryError):
-        wanted, text = MemoryError, "none left"
-    with pytest.raises(wanted, match=text):
-        both(alone=False, compile=True)
+    if text:
+        with pytest.raises(NotStackable, match=f"the compiler cannot compile them .*: {text}"):
+            both(alone=False, compile=True)
+    else:
+        with pytest.raises(type(error), match="none left"):
+            both(alone=False, compile=True)
+
+
+class Fussy(nn.Module):
+    """A loss that raises an error when its arguments are mapped over runs."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, logits, target):
+        if traced(logits):
+            raise self.error
+        return logits.square().mean()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, NotImplementedError, KeyError])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_error_of_somebodys_code_is_no_refusal(both, error, compiled, monkeypatch):
+    """Whatever it raises, in the very first step too: it is not trained one by one."""
+    losses = LossSet({**dict.fromkeys(["cce", "dice"], Fussy(error("boom")))})
+    monkeypatch.setattr("test_fuse.make_losses", lambda _: losses)
+    with pytest.raises(error, match="boom"):
+        both(alone=False, compile=compiled, grid=GRID[:2])
 
 
 # --- Compiled ------------------------------------------------------------------------------------

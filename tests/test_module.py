@@ -8,9 +8,11 @@ import pytorch_lightning as pl
 import torch
 from conftest import ARTICLE, load_losses
 from torch import nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from losswatch.events.series import read_scalars
-from losswatch.train.evaluation import scores
+from losswatch.losses import Dice, LossSet
+from losswatch.train.evaluation import scores, tally
 from losswatch.watch.probe import Probe
 
 
@@ -43,6 +45,44 @@ def test_metrics(classes, held):
             assert seen[f"{name}/class_{c}"] == pytest.approx(wanted[name][c], rel=1e-6)
     stacked = scores(torch.from_numpy(np.stack([matrix, matrix.T])))
     assert all(torch.equal(stacked[name][0], value) for name, value in seen.items())
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_tally_of_a_batch(classes):
+    """Against torchmetrics; also of several runs under vmap, as a stack evaluates."""
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 5, classes, 6, 7, generator=g)
+    target = torch.randint(0, classes, (3, 5, 6, 7), generator=g)
+    losses = load_losses(*ARTICLE)
+    stacked = torch.vmap(lambda x, y: tally(x, y, losses))(logits, target)
+    for i in range(3):
+        found = tally(logits[i], target[i], losses)
+        wanted = multiclass_confusion_matrix(logits[i], target[i], classes)
+        assert torch.equal(found.confusion, wanted)
+        assert torch.equal(stacked.confusion[i], wanted)
+        assert found.losses.dtype == torch.float64
+        means = losses(logits[i], target[i]).double()
+        torch.testing.assert_close(found.losses, means * target[i].numel(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(stacked.losses[i], found.losses, rtol=1e-6, atol=0)
+
+
+def test_a_batch_without_images():
+    """The share that the last batch may leave to a rank: nothing is added, though a loss is NaN."""
+    losses = LossSet({"mean": nn.CrossEntropyLoss(), "dice": Dice()})
+    logits, target = torch.zeros(0, 3, 4, 4), torch.zeros(0, 4, 4, dtype=torch.int64)
+    assert losses(logits, target)[0].isnan()
+    found = tally(logits, target, losses)
+    assert not found.confusion.any() and not found.losses.any()
+
+
+def test_evaluation_leaves_random_numbers_alone():
+    class Noisy(nn.Module):
+        def forward(self, logits, target):
+            return (logits + torch.rand_like(logits)).mean()
+
+    before = torch.get_rng_state()
+    tally(torch.zeros(1, 2, 3), torch.zeros(1, 3, dtype=torch.int64), LossSet({"it": Noisy()}))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Fixed(nn.Module):
