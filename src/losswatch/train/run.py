@@ -24,7 +24,7 @@ from losswatch.train.module import SegmentationModule
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import run_process
 from losswatch.train.settings import plain
-from losswatch.train.sync import LayerSync
+from losswatch.train.sync_batch_norm import LayerSync
 from losswatch.watch.probe import Probe
 
 
