@@ -1,4 +1,4 @@
-"""Runs trained as one stack against the same runs trained one by one, as train.py trains them."""
+"""Runs trained as one stack equal the same runs trained one by one, as train.py trains them."""
 
 import logging
 import re
@@ -33,12 +33,12 @@ from losswatch.train.presets import loss_nodes
 from losswatch.train.process import quiet
 from losswatch.watch.probe import Probe, tags
 
-# What is small here and not in conf.
+# Smaller than in conf/.
 SMALL = [
     "experiment=smoke", "data.image_size=8", "data.val_size=5", "data.test_size=3",
     "data.eval_batch_size=3", "trainer.accelerator=cpu",
 ]  # fmt: skip
-# One stack: what may differ from run to run does.
+# The runs of one stack, which differ in all that may differ.
 GRID = [
     ["loss=dice", "theta=0.3", "seed=0", "optimizer.lr=3e-3"],
     ["loss=cce", "theta=0.5", "seed=1", "optimizer.lr=1e-2", "data.low=1", "data.high=-1"],
@@ -87,7 +87,7 @@ def checkpoint(folder):
 
 
 def assert_same_runs(runs, late=1e-3):
-    """Curves to 1e-5 over the first ten steps; all of them, metrics and weights to `late`."""
+    """Curves agree to 1e-5 over ten steps; all curves, metrics and weights agree to `late`."""
     for member, folder, wanted in zip(runs.members, runs.folders, runs.wanted, strict=True):
         assert member.error is None
         got, reference = read_scalars(member.folder), read_scalars(folder)
@@ -100,7 +100,7 @@ def assert_same_runs(runs, late=1e-3):
             got.loc[:9, watched], reference.loc[:9, watched], rtol=1e-5, atol=1e-5
         )
         np.testing.assert_allclose(got[watched], reference[watched], rtol=late, atol=late)
-        # A pixel on the border may fall to the other class.
+        # Rounding may move a pixel at the border to the other class.
         pixels = 2.5 / (3 * 64)
         assert member.metrics.keys() == wanted.keys() == member.result().keys()
         for tag, value in wanted.items():
@@ -135,7 +135,7 @@ def test_equals_runs_trained_alone(both, net, batch_norm, optimizer):
         "probe.cosines=true",
     )  # fmt: skip
     assert_same_runs(runs)
-    # The same weights to begin with, bit for bit, and other images for each.
+    # The initial weights are equal bit for bit, and each run has images of its own.
     for one, initial in zip(runs.composed, runs.initial, strict=True):
         for name, value in build.make_net(one.cfg).state_dict().items():
             assert torch.equal(initial[name], value)
@@ -166,7 +166,7 @@ def test_volumes(both):
     [(12, 12, 1), (13, 5, 1), (7, 100, 1), (10, 5, 3), (14, 4, 3), (9, 4, 0), (1, 1, 1)],
 )
 def test_intervals(both, steps, interval, every):
-    """Blocks that end early, validations beside the end, steps that nobody observes."""
+    """Blocks that end early, validations that do not fall on the end, steps not observed."""
     runs = both(
         f"trainer.max_steps={steps}", f"trainer.val_check_interval={interval}",
         f"probe.every_n_steps={every}", grid=GRID[:2],
@@ -198,7 +198,7 @@ def test_blocks_change_nothing(both, monkeypatch, block):
 
 
 def test_chunks_change_nothing_but_rounding(both, monkeypatch):
-    """Members in several calls, the last one smaller."""
+    """Members in several chunks, of which the last one is not full."""
     monkeypatch.setattr(stack_module, "CHUNK", 2)
     assert_same_runs(both())
 
@@ -244,7 +244,7 @@ def test_a_process_is_left_as_it_was(both):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "sgd, momentum"])
 def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
-    """A Trainer takes it up and trains as it does from the ordinary run's own checkpoint."""
+    """A Trainer resumes from it and trains as from the checkpoint of the ordinary run."""
     kind, *momentum = optimizer.split(", ")
     own = ["optimizer.momentum=0.9"] if momentum else []
     runs = both(f"optimizer={kind}", "model.batch_norm=true", *own, grid=GRID[:2])
@@ -253,7 +253,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
         for which, folder in (("fused", runs.members[i].folder), ("alone", runs.folders[i])):
             file, _ = newest(folder)
             state = torch.load(file, weights_only=True)
-            # Where the run kept its checkpoints; the two differ in that, and it is warned of.
+            # Lightning warns of differences in these.
             state["callbacks"] = {}
             file = tmp_path / f"{which} {i}.ckpt"
             torch.save(state, file)
@@ -261,7 +261,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
             net = build.make_net(cfg)
             with torch.no_grad():
                 for p in net.parameters():
-                    p.zero_()  # what counts is in the checkpoint
+                    p.zero_()  # the checkpoint must replace these
             losses = make_losses(loss_nodes(cfg, one.trained))
             module = SegmentationModule(net, losses, one.trained, build.make_optimizer(cfg))
             rest = tmp_path / "rest" / which / str(i)
@@ -286,11 +286,11 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
 # --- One of them fails ---------------------------------------------------------------------------
 
 
-# TensorBoard's picture of images that are infinite.
+# TensorBoard converts images that are infinite.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("bad", ["optimizer.lr=1e30", "optimizer.lr=1e36"])
 def test_a_failing_member_leaves_the_others_alone(both, caplog, bad):
-    """NaN or infinite: named with its tag and step; the others as if another one had been there."""
+    """Its error names tag and step; the others train as beside a member that does not fail."""
     grid = [GRID[0], [*GRID[1][:3], "optimizer.lr=1e-2"], GRID[2]]
     good = both(grid=grid, alone=False)
     spoiled = [own for own in grid[1] if own.split("=")[0] != bad.split("=")[0]]
@@ -359,7 +359,7 @@ def test_seconds_are_shared(both):
     ],
 )
 def test_compile_falls_back(compose, tmp_path, caplog, override, reason):
-    """compile=true where it cannot: one line, and the ordinary run."""
+    """Where compile=true is not possible, one line says so and the run is trained as ordinary."""
     metrics = []
     for compiled in ("true", "false"):
         one = compose(*SMALL, override, "trainer.max_steps=3", f"compile={compiled}")
@@ -385,7 +385,7 @@ def test_compile_falls_back(compose, tmp_path, caplog, override, reason):
     ],
 )
 def test_what_the_compiler_refuses(both, monkeypatch, error, text):
-    """Told from a lack of memory, which is the run's."""
+    """A failure of the compiler is a refusal; a lack of memory is an error of the run."""
 
     def broken(*_, **__):
         raise error
@@ -415,7 +415,7 @@ class Fussy(nn.Module):
 @pytest.mark.parametrize("error", [RuntimeError, TypeError, NotImplementedError, KeyError])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_error_of_somebodys_code_is_no_refusal(both, error, compiled, monkeypatch):
-    """Whatever it raises, in the very first step too: it is not trained one by one."""
+    """The error is raised, even in the first step: the runs are not trained one by one."""
     losses = LossSet({**dict.fromkeys(["cce", "dice"], Fussy(error("boom")))})
     monkeypatch.setattr("test_fuse.make_losses", lambda _: losses)
     with pytest.raises(error, match="boom"):
@@ -429,5 +429,5 @@ def test_an_error_of_somebodys_code_is_no_refusal(both, error, compiled, monkeyp
 # Inductor imports a part of PyTorch that PyTorch itself deprecates.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_compiled_stack(both):
-    """Two graphs: the steps that are observed, and those between."""
+    """There are two graphs: one for steps that are observed, and one for those between."""
     assert_same_runs(both("model.batch_norm=true", "probe.every_n_steps=2", compile=True))
