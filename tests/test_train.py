@@ -96,7 +96,7 @@ def test_images(events):
             image, label, prediction = (t[frame:-frame:6, frame:-frame:6] for t in tiles)
             assert image.shape == (16, 16)
             assert set(label.flatten()) == {0, 255} and set(prediction.flatten()) <= {0, 255}
-            # θ = 0.5 on inputs from 0 to 1. The picture stretches them from the range that they fill.
+            # θ = 0.5 on inputs from 0 to 1, which the picture stretches from the range they fill.
             assert image[label == 255].min() >= 125 and image[label == 0].max() <= 130
 
 
@@ -212,7 +212,7 @@ def net(in_channels, num_classes, dims, width):
 BOOM = """
 class Boom(Mine):
     def forward(self, logits, target):
-        if not torch.is_grad_enabled():  # in validation, which the trial before training does not do
+        if not torch.is_grad_enabled():  # in validation, which is not tried before
             raise RuntimeError("boom\\nsecond line")
         return super().forward(logits, target)
 """
