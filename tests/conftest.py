@@ -100,7 +100,7 @@ def make_run(tmp_path):
         )
         options = {"max_steps": steps, "max_epochs": 1, "accelerator": "cpu"} | trainer
         options["log_every_n_steps"] = (
-            1  # not used, but Lightning warns if it is longer than the run
+            1  # Lightning warns if it is longer than the run
         )
         fitter = pl.Trainer(
             logger=EventLog(str(tmp_path / folder)),
