@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.encode import write_scalars
+from losswatch.events.layout import GRAD_COSINE, GRAD_NORM, LOSS
 from losswatch.losses import LossSet
 from losswatch.watch.watcher import Watcher
 
@@ -41,9 +42,9 @@ def tags(names: Sequence[str], cosines: bool) -> list[str]:
     """
     pairs = combinations(names, 2) if cosines else ()
     return [
-        *(f"loss/{name}" for name in names),
-        *(f"grad_norm/{name}" for name in names),
-        *(f"grad_cosine/{a}~{b}" for a, b in pairs),
+        *(f"{LOSS}{name}" for name in names),
+        *(f"{GRAD_NORM}{name}" for name in names),
+        *(f"{GRAD_COSINE}{a}~{b}" for a, b in pairs),
     ]
 
 
@@ -183,7 +184,7 @@ class Probe(pl.Callback):
 
     def latest(self) -> dict[str, float]:
         """The values of the last observation, for the progress bar."""
-        names = [tag for tag in self.tags if tag.startswith("loss/")]
+        names = [tag for tag in self.tags if tag.startswith(LOSS)]
         return dict(zip(names, self.newest.tolist(), strict=False))
 
     def flush(self, trainer: pl.Trainer) -> None:
@@ -193,7 +194,7 @@ class Probe(pl.Callback):
         values = self.block[: len(self.steps)].cpu().numpy()
         for tag, column in zip(self.tags, values.T, strict=True):
             bad = [(s, v) for s, v in zip(self.steps, column, strict=True) if not abs(v) < 1e38]
-            if bad and tag not in self.warned and not tag.startswith("grad_cosine"):
+            if bad and tag not in self.warned and not tag.startswith(GRAD_COSINE):
                 self.warned.add(tag)
                 log.warning("%s is %s at step %d", tag, bad[0][1], bad[0][0])
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
