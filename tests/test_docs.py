@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 import losses as loss_script  # scripts/losses.py
 from losswatch.losses import CrossEntropy, Dice
-from losswatch.train.config import quoted
+from losswatch.train.names import quoted
 
 FOLDERS = ("conf", "outputs/article", "scripts", "src", "tests")
 PAGES = [*ROOT.glob("*.md"), *(page for f in FOLDERS for page in (ROOT / f).rglob("*.md"))]

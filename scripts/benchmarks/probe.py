@@ -18,8 +18,11 @@ from benchmarks.presets import article, variants
 from benchmarks.timing import Job, interleaved, repeat
 from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.losses import LossSet
-from losswatch.nets.networks import ConvNet, UNet, fast_on_cpu
-from losswatch.stack.step import compiled, make_gradient, optimizer_rule
+from losswatch.nets import ConvNet, UNet
+from losswatch.nets.cpu import fast_on_cpu
+from losswatch.stack.compile import compiled
+from losswatch.stack.optimizers import optimizer_rule
+from losswatch.stack.step import make_gradient
 from losswatch.train.module import SegmentationModule
 from losswatch.watch.probe import Probe
 
@@ -71,7 +74,7 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
 
     def parts(count: int = 5) -> tuple[SegmentationModule, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        module = SegmentationModule(make_net(), watched(count), "dice", torch.optim.Adam, 2)
+        module = SegmentationModule(make_net(), watched(count), "dice", torch.optim.Adam)
         return module, torch.optim.Adam(module.net.parameters())
 
     def batch() -> tuple[Tensor, Tensor]:

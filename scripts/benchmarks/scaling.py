@@ -17,9 +17,11 @@ from rich.table import Table
 
 from benchmarks import ROOT
 from benchmarks.runs import COMMON
-from losswatch.stack import fuse
+from losswatch.stack.fit import fit
+from losswatch.stack.member import make_member
 from losswatch.train import build
 from losswatch.train import config as schema
+from losswatch.train.presets import loss_nodes
 
 Row = tuple[int, float, float, float]  # runs, ms a step of all, run-steps a second, peak MiB
 
@@ -31,8 +33,7 @@ def measure(steps: int, counts: list[int], figure: Path) -> None:
     overrides = [*COMMON, "compile=true", "trainer.accelerator=cpu"]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         cfgs = [compose("config", [*overrides, f"seed={i}"]) for i in range(max(counts))]
-        nodes = build.loss_nodes(cfgs[0], "dice")
-    build.quieten()
+        nodes = loss_nodes(cfgs[0], "dice")
 
     def seconds(count: int, length: int) -> float:
         """CPU seconds of `count` runs of `length` steps."""
@@ -41,9 +42,9 @@ def measure(steps: int, counts: list[int], figure: Path) -> None:
             members = []
             for i, cfg in enumerate(cfgs[:count]):
                 (run := Path(folder, str(i))).mkdir()
-                members.append(fuse.make_member(cfg, "dice", run))
+                members.append(make_member(cfg, "dice", run))
             begin = time.process_time()
-            fuse.fit(members, build.make_losses(nodes), options, **cfgs[0].probe)
+            fit(members, build.make_losses(nodes), options, **cfgs[0].probe)
             return time.process_time() - begin
 
     rows: list[Row] = []
