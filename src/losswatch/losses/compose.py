@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from losswatch.compat import has_hooks
 from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
 from losswatch.losses.inputs import check_shapes, explained
@@ -21,7 +22,6 @@ from losswatch.losses.table import named, read
 from losswatch.losses.table_loss import (
     RankSums,
     TableLoss,
-    constant,
     evaluate,
     is_empty,
     value_and_slope,
@@ -137,7 +137,7 @@ class LossSet(nn.Module):
 
     def _see_hooks(self) -> None:
         """Plan again where a loss that shares has been given a hook since."""
-        if any(is_customised(part) for loss in self.sharing for part in with_parts(loss)):
+        if any(has_hooks(part) for loss in self.sharing for part in with_parts(loss)):
             self._plan()
 
     def is_foreign(self, name: str) -> bool:
@@ -204,7 +204,7 @@ class LossSet(nn.Module):
         values, jacobian = values_and_jacobian(self.sharing, self.recipes, sums)
         if hard and self._is_folded(classes := logits.shape[1]):
             block = rows(list(basis(recipe, classes)), pixels, recipe)
-            slopes = jacobian.flatten(1) @ constant(fold(recipe, classes), jacobian)
+            slopes = fold(jacobian, recipe)
         else:
             block = torch.stack([by_logits(slope, pixels, recipe) for slope in jacobian], 1)
             slopes = torch.eye(len(values), dtype=values.dtype, device=values.device)
@@ -256,23 +256,12 @@ def with_parts(loss: nn.Module) -> list[nn.Module]:
     return [loss, *(module for part in inner for module in with_parts(part))]
 
 
-def is_customised(loss: nn.Module) -> bool:
-    """Whether a call of this very module gives something else than its class's `forward`."""
-    hooks = (
-        loss._forward_hooks,
-        loss._forward_pre_hooks,
-        loss._backward_hooks,
-        loss._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in loss.__dict__
-
-
 def shared_recipe(loss: nn.Module) -> Recipe | None:
     """The recipe of a loss that may share a table with others; None for one that may not.
 
     A subclass may compute anything, so only the classes themselves share.
     """
-    if type(loss) not in (Dice, CrossEntropy, Sum) or is_customised(loss):
+    if type(loss) not in (Dice, CrossEntropy, Sum) or has_hooks(loss):
         return None
     if isinstance(loss, TableLoss):
         return loss.recipe if loss.recipe.over == "batch" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
 from itertools import groupby
 from operator import itemgetter
 
@@ -55,12 +55,16 @@ def basis(recipe: Recipe, classes: int) -> dict[Label, dict[tuple[Key, int], flo
     return kept
 
 
-@cache
-def fold(recipe: Recipe, classes: int) -> tuple[tuple[float, ...], ...]:
-    """[S·C, M], which takes derivatives by the table's sums to those by the M sums of `basis`."""
-    sums = [(key, c) for key in recipe.keys() for c in range(classes)]
-    columns = basis(recipe, classes).values()
-    return tuple(tuple(column.get(name, 0.0) for column in columns) for name in sums)
+def fold(jacobian: Tensor, recipe: Recipe) -> Tensor:
+    """Derivatives by the table's sums [K, S, C] as those by the M sums of `basis`, [K, M]."""
+    classes = jacobian.shape[-1]
+    names = [(key, c) for key in recipe.keys() for c in range(classes)]
+    slopes = dict(zip(names, jacobian.flatten(1).unbind(1), strict=True))
+    columns = []
+    for shares in basis(recipe, classes).values():
+        terms = [slopes[n] if share == 1 else share * slopes[n] for n, share in shares.items()]
+        columns.append(reduce(torch.add, terms))
+    return torch.stack(columns, 1)
 
 
 def rows(labels: Sequence[Label], pixels: Pixels, recipe: Recipe) -> Tensor:

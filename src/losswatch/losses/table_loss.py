@@ -178,17 +178,14 @@ def is_empty(logits: Tensor) -> bool:
 
 def per_class(numbers: float | tuple[float, ...], like: Tensor) -> float | Tensor:
     """A setting as a number, or as a tensor [C] of the type and on the device of `like`."""
-    return constant(numbers, like) if isinstance(numbers, tuple) else numbers
-
-
-def constant(numbers: tuple, like: Tensor) -> Tensor:
-    """A tuple of numbers, or of tuples, as a tensor of the type and on the device of `like`."""
-    if traced(like):
-        return torch.tensor(numbers, dtype=like.dtype, device=like.device)
+    if not isinstance(numbers, tuple):
+        return numbers
+    if traced(like):  # a tensor that is made of data would be a part of the graph
+        return torch.stack([like.new_full((), number) for number in numbers])
     return _on_device(numbers, like.dtype, like.device)
 
 
 @cache  # a copy to a GPU at every call would make the host wait
-def _on_device(numbers: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # tensors of inference mode cannot be used for training
         return torch.tensor(numbers, dtype=dtype, device=device)
