@@ -15,7 +15,8 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from losswatch.report.report import read_scalars
-from losswatch.sweep.callback import clear_errors, launch
+from losswatch.sweep import launch
+from losswatch.sweep.callback import clear_errors
 from losswatch.train import config
 
 # Ray would leave a token in the home folder, and colours in what it repeats.

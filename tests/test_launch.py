@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from losswatch.report.report import read_runs, read_scalars
 from losswatch.stack import fuse
-from losswatch.sweep.callback import launch
+from losswatch.sweep import launch
 from losswatch.train import config, resume
 from losswatch.train.build import quieten
 

@@ -26,6 +26,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.encode import write_scalars
+from losswatch.report import study
 from losswatch.report.report import (
     KNOWN_LOSSES,
     cell_table,
@@ -34,7 +35,6 @@ from losswatch.report.report import (
     read_runs,
     read_scalars,
     show,
-    study,
     summary_table,
     write_summary,
 )

@@ -28,7 +28,7 @@ from losswatch.events.encode import write_scalars
 from losswatch.report.report import read_runs, read_scalars
 from losswatch.stack import fuse
 from losswatch.stack.step import NotStackable
-from losswatch.sweep.callback import launch
+from losswatch.sweep import launch
 from losswatch.train import resume
 from losswatch.train.build import make_net, trainer_options
 from losswatch.train.callbacks import Images, open_log
