@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -150,28 +151,30 @@ ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "default"}
 
 
 SERVER = ForkServer(ENVIRONMENT)
+READ_AT_START = re.compile("PYTHON(?!PATH$)|OMP_|MKL_|TORCH").match
 
 
 def run_train(*args: str, cwd: Path, status: int | None = 0, fresh: bool = False, **options):
     """`python train.py ...` as a user would, its outputs in `cwd`; checks the exit status.
 
-    In a forked process (forks.py), or a fresh one where asked for or where other options than the
-    timeout are given.
+    In a forked process (forks.py); in a fresh one where that is asked for, where options other than
+    the timeout are given, or variables that are read when Python starts or imports packages.
     """
     command = [str(ROOT / "train.py"), *args]
-    timeout = options.pop("timeout", 180)
-    if not fresh and not options:
-        fork = SERVER.start(*command, cwd=cwd)
+    timeout, env = options.pop("timeout", 180), options.pop("env", ENVIRONMENT)
+    changed = {k: env.get(k) for k in {**env, **ENVIRONMENT} if env.get(k) != ENVIRONMENT.get(k)}
+    if not (fresh or options or any(map(READ_AT_START, changed))):
+        fork = SERVER.start(*command, cwd=cwd, env=changed)
         try:
             fork.wait(timeout)
         finally:
             fork.kill()
             done = fork.result()
     else:
-        options = {"env": ENVIRONMENT, "stdin": subprocess.DEVNULL} | options
+        options = {"stdin": subprocess.DEVNULL} | options
         done = subprocess.run(
             [sys.executable, *command],
-            cwd=cwd, capture_output=True, text=True, timeout=timeout, **options,
+            cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, **options,
         )  # fmt: skip
     if status is not None and done.returncode != status:
         pytest.fail(f"exit status {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}")

@@ -36,12 +36,12 @@ class ForkServer:
         self.env = env
         self.process: subprocess.Popen | None = None
 
-    def start(self, *args: str, cwd: Path, env: Mapping[str, str] | None = None) -> Fork:
+    def start(self, *args: str, cwd: Path, env: Mapping[str, str | None] | None = None) -> Fork:
         """Start a program in `cwd`; it leads a session of its own. One runs at a time.
 
         Args:
             args: the Python file, and its arguments.
-            env: variables to set once the child process has begun.
+            env: variables to set once the child process has begun; None: to remove.
         """
         if self.process is None:
             self.process = subprocess.Popen(
@@ -56,7 +56,7 @@ class Fork:
     """A program that the server runs, like a `subprocess.Popen`."""
 
     def __init__(
-        self, server: subprocess.Popen, args: tuple[str, ...], cwd: Path, env: dict[str, str]
+        self, server: subprocess.Popen, args: tuple[str, ...], cwd: Path, env: dict[str, str | None]
     ):
         self.server, self.args = server, args
         self.output = tempfile.mkdtemp()
@@ -79,7 +79,9 @@ class Fork:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        """Send it a signal, if it still runs."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
 
     def kill(self, group: bool = True) -> None:
         """Kill it, and all that it has started or not, and wait for its end."""
@@ -113,7 +115,9 @@ def become(request: dict) -> None:
     """Give this process the arguments, the folder, the environment and the streams of a request."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` shuts it off
     os.chdir(request["cwd"])
-    os.environ.update(request["env"])
+    for name, value in request["env"].items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    sys.path[1:1] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
     write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for descriptor, (path, flags) in enumerate(
         [(os.devnull, os.O_RDONLY), ("stdout", write), ("stderr", write)]

@@ -296,6 +296,8 @@ def test_folder_names_of_long_and_strange_overrides(others):
         ("data.batch_size=two", "data.batch_size=two: .*Integer"),
         ("theta", "Error parsing override 'theta'"),
         ("loss=null", "a group, such as loss or model, takes the name of one of its files"),
+        ("model=null", "a group, such as loss or model, takes the name of one of its files"),
+        ("optimizer=null", "a group, such as loss or model, takes the name of one of its files"),
         ("experiment=1", "a group, such as loss or model, takes the name of one of its files"),
     ],
 )

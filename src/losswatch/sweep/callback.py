@@ -238,6 +238,18 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def end_workers_with_parent() -> None:
+    """Have each process that joblib starts from here on call `end_with_parent` at its start.
+
+    `_sent` comes with a job. A process that waits for its first one would outlive a killed parent.
+    """
+    import joblib  # takes a while, and most sweeps start no processes
+    from joblib.parallel import LokyBackend
+
+    backend = functools.partial(LokyBackend, initializer=end_with_parent)
+    joblib.register_parallel_backend("loky", backend)
+
+
 def _sent() -> SweepCallback:
     end_with_parent()
     return SweepCallback()
@@ -271,6 +283,8 @@ class SweepCallback(Callback):
     @escaping()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
+        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+            end_workers_with_parent()
         HydraConfig.instance().set_config(copy.deepcopy(config))  # it makes it read-only
         # Processes of a sweep that are killed leave semaphores. Python removes them, and warns.
         ignored = "ignore:resource_tracker:UserWarning"
