@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+# One thread a process, before torch is imported: pytest-xdist starts as many as there are cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import hydra
 import pytest
 import pytorch_lightning as pl
 import torch
+from forks import ForkServer
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
@@ -144,16 +149,35 @@ def observed(monkeypatch):
 
 # --- train.py in a process of its own ------------------------------------------------------------
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "default"}
 
 
-def run_train(*args: str, cwd: Path, status: int | None = 0, **options):
-    """Run `python train.py ...` as a user would, with outputs in `cwd`; check the exit status."""
-    options = {"env": ENVIRONMENT, "timeout": 180, "stdin": subprocess.DEVNULL} | options
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *args],
-        cwd=cwd, capture_output=True, text=True, **options,
-    )  # fmt: skip
+SERVER = ForkServer(ENVIRONMENT)
+READ_AT_START = re.compile("PYTHON(?!PATH$)|OMP_|MKL_|TORCH").match
+
+
+def run_train(*args: str, cwd: Path, status: int | None = 0, fresh: bool = False, **options):
+    """`python train.py ...` as a user would, its outputs in `cwd`; checks the exit status.
+
+    In a forked process (forks.py); in a fresh one where that is asked for, where options other than
+    the timeout are given, or variables that are read when Python starts or imports packages.
+    """
+    command = [str(ROOT / "train.py"), *args]
+    timeout, env = options.pop("timeout", 180), options.pop("env", ENVIRONMENT)
+    changed = {k: env.get(k) for k in {**env, **ENVIRONMENT} if env.get(k) != ENVIRONMENT.get(k)}
+    if not (fresh or options or any(map(READ_AT_START, changed))):
+        fork = SERVER.start(*command, cwd=cwd, env=changed)
+        try:
+            fork.wait(timeout)
+        finally:
+            fork.kill()
+            done = fork.result()
+    else:
+        options = {"stdin": subprocess.DEVNULL} | options
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, **options,
+        )  # fmt: skip
     if status is not None and done.returncode != status:
         pytest.fail(f"exit status {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}")
     return done
@@ -174,7 +198,7 @@ def read_result(folder: Path) -> dict:
 def smoke(tmp_path_factory):
     """One real run that tests may only read: its folder, output and result."""
     cwd = tmp_path_factory.mktemp("smoke")
-    done = run_train("experiment=smoke", "seed=3", "probe.cosines=true", cwd=cwd)
+    done = run_train("experiment=smoke", "seed=3", "probe.cosines=true", cwd=cwd, fresh=True)
     [folder] = run_folders(cwd).values()
     return SimpleNamespace(cwd=cwd, folder=folder, done=done, result=read_result(folder))
 

@@ -12,15 +12,15 @@ import os
 import re
 import subprocess
 import sys
-import time
 import types
+from contextlib import suppress
 from itertools import combinations
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ENVIRONMENT, ROOT, load_losses, read_result, run_folders, run_train
+from conftest import ENVIRONMENT, ROOT, SERVER, load_losses, read_result, run_folders, run_train
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.func import vmap
@@ -505,13 +505,13 @@ def test_every_launcher_trains_the_same(tmp_path):
     (tmp_path / "conf/model/drop.yaml").write_text("_target_: test_foreign.Dropped\n")
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     results = []
-    for launcher in ("basic", "fused"):
+    for launcher, workers in ("basic", []), ("fused", ["hydra.launcher.workers=1"]):
         cwd = tmp_path / launcher
         cwd.mkdir()
         done = run_train(
             "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "model=drop",
             "loss=mine,learned,old", "watch=[cce,dice,mine,old]", f"hydra/launcher={launcher}",
-            cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": path},
+            *workers, cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": path},
         )  # fmt: skip
         if launcher == "fused":
             assert re.search(r"trained one by one: the network draws random numbers", done.stderr)
@@ -630,14 +630,16 @@ def test_random_draws_repeat_and_resume(tmp_path):
     environment = ENVIRONMENT | {"PYTHONPATH": TESTS}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_train(*DRAWS, f"hydra.run.dir={whole}", cwd=tmp_path, env=environment)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *DRAWS, f"hydra.run.dir={cut}"],
-        cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    process = SERVER.start(
+        str(ROOT / "train.py"), *DRAWS, f"hydra.run.dir={cut}", cwd=tmp_path,
+        env={"PYTHONPATH": TESTS},
     )  # fmt: skip
-    while process.poll() is None and not list(cut.glob("checkpoints/*.ckpt")):
-        time.sleep(0.002)
+    while not list(cut.glob("checkpoints/*.ckpt")):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.002)
+            break
     process.kill()
-    assert process.wait() != 0, "the run must have been killed before its end"
+    assert process.result().returncode != 0, "the run must have been killed before its end"
     run_train(*DRAWS, f"resume={cut}", cwd=tmp_path, env=environment)
     a, b = read_scalars(whole), read_scalars(cut)
     assert a.equals(b[a.columns])

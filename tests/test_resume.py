@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, read_result, run_train
+from conftest import ENVIRONMENT, ROOT, SERVER, read_result, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -130,15 +130,21 @@ def start(*overrides, cwd, **options):
 
 
 def killed(cwd, overrides, by, checkpoints):
-    """Start a run and kill it after its n-th checkpoint; return whether it had not ended before."""
-    process = start(*overrides, cwd=cwd)
+    """Start a run, and kill it after its n-th checkpoint; whether that was before its end."""
+    process = SERVER.start(str(ROOT / "train.py"), *overrides, cwd=cwd)
     old = {file.name for file in cwd.glob("**/*.ckpt")}
     seen: set = set()
-    while process.poll() is None and len(seen - old) < checkpoints:
-        seen |= {file.name for file in cwd.glob("**/*.ckpt")}
-        time.sleep(0.002)
-    process.send_signal(by)
-    return process.wait(timeout=60) != 0
+    try:
+        while len(seen - old) < checkpoints:
+            seen |= {file.name for file in cwd.glob("**/*.ckpt")}
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.002)
+                break
+        process.send_signal(by)
+        return process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+        process.result()
 
 
 @contextmanager
@@ -590,8 +596,9 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
         tmp_path, ["experiment=smoke", *own, *SWEEP[3:], "hydra.run.dir=s/half"], signal.SIGKILL, 2
     )
     (sweep / "half").rename(half)
+    workers = ["hydra.launcher.workers=1"] if launcher == "fused" else []
     said = run_train(
-        "-m", *SWEEP, f"hydra/launcher={launcher}", "hydra.sweep.dir=s", cwd=tmp_path
+        "-m", *SWEEP, f"hydra/launcher={launcher}", *workers, "hydra.sweep.dir=s", cwd=tmp_path
     ).stderr
     if launcher != "joblib":
         assert said.count("done before, skipped") == 1
@@ -908,11 +915,11 @@ def test_a_run_that_ended_while_the_lock_was_waited_for(whole, tmp_path):
         f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
+    (tmp_path / "script.py").write_text(script)
     before = {p.name: p.read_bytes() for p in whole.glob("*") if p.suffix != ".log" and p.is_file()}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *RUN, "hydra.run.dir=run"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    process = SERVER.start("script.py", *RUN, "hydra.run.dir=run", cwd=tmp_path)
+    process.wait(timeout=120)
+    done = process.result()
     assert done.returncode == 0, done.stderr
     assert "done before, skipped" in done.stderr and "resumed" not in done.stderr
     after = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*") if p.is_file()}

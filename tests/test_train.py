@@ -5,14 +5,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ARTICLE, ENVIRONMENT, ROOT, read_result, run_folders, run_train
+from conftest import ARTICLE, ENVIRONMENT, ROOT, SERVER, read_result, run_folders, run_train
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -297,6 +296,8 @@ def test_folder_names_of_long_and_strange_overrides(others):
         ("data.batch_size=two", "data.batch_size=two: .*Integer"),
         ("theta", "Error parsing override 'theta'"),
         ("loss=null", "a group, such as loss or model, takes the name of one of its files"),
+        ("model=null", "a group, such as loss or model, takes the name of one of its files"),
+        ("optimizer=null", "a group, such as loss or model, takes the name of one of its files"),
         ("experiment=1", "a group, such as loss or model, takes the name of one of its files"),
     ],
 )
@@ -328,25 +329,26 @@ def test_help_is_worth_reading(tmp_path):
 
 
 def test_interrupted_run_loses_nothing(tmp_path):
-    """After Ctrl-C all steps up to the last one are on the disk, and the run is not "done"."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "experiment=smoke", "trainer.max_steps=1000000",
-         "trainer.val_check_interval=500"],
-        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    """Control-C: all steps up to the last are on disk, and the run isn't called done."""
+    process = SERVER.start(
+        str(ROOT / "train.py"), "experiment=smoke", "trainer.max_steps=1000000",
+        "trainer.val_check_interval=500", cwd=tmp_path,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         # After the first validation training is under way, and the next validation is far off.
         while not list(tmp_path.rglob("*.ckpt")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=0.1)
+            assert time.monotonic() < deadline
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        process.wait(timeout=60)
     finally:
         process.kill()
-    assert process.returncode != 0
-    assert "Traceback" not in said
+        done = process.result()
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout + done.stderr
     [folder] = run_folders(tmp_path).values()
     if (folder / "result.json").exists():
         assert read_result(folder)["status"] == "failed"

@@ -61,6 +61,8 @@ class SweepCallback(Callback):
         sweep, folder = current_sweep(), Path(config.hydra.sweep.dir)
         # For ${hydra:...} in folders' names. A copy, because `set_config` makes it read-only.
         HydraConfig.instance().set_config(copy.deepcopy(config))
+        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+            end_workers_with_parent()
         # A sweeper that searches chooses its runs as it goes; train.py checks each of them.
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):
             if config.resume is not None:
@@ -125,3 +127,15 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_workers_with_parent() -> None:
+    """Let each process that joblib starts from here on call `end_with_parent` at its start.
+
+    `_in_other_process` comes with a job. Until its first job a process would outlive its parent.
+    """
+    import joblib  # imported late: it takes a while, and most sweeps start no processes
+    from joblib.parallel import LokyBackend
+
+    backend = functools.partial(LokyBackend, initializer=end_with_parent)
+    joblib.register_parallel_backend("loky", backend)

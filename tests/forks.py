@@ -1,0 +1,147 @@
+"""Forked runs of train.py: the slow imports are done once, not once a run.
+
+A fresh `python train.py` needs six seconds of CPU time to import torch, Lightning and what they
+import. The server below imports them once and forks for each run, so a run begins at once. The
+child process runs train.py as `__main__` and ends as any interpreter does. Nothing of losswatch is
+imported before the fork.
+
+What a forked run cannot show: warnings while other packages are imported, and whatever Python or
+these packages read from the environment when they start.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+
+class ForkServer:
+    """Starts the server at the first run, and ends it with this process.
+
+    Args:
+        env: environment of the server, and so of its runs.
+    """
+
+    def __init__(self, env: Mapping[str, str]):
+        self.env = env
+        self.process: subprocess.Popen | None = None
+
+    def start(self, *args: str, cwd: Path, env: Mapping[str, str | None] | None = None) -> Fork:
+        """Start a program in `cwd`; it leads a session of its own. One runs at a time.
+
+        Args:
+            args: the Python file, and its arguments.
+            env: variables to set once the child process has begun; None: to remove.
+        """
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__], env=self.env, text=True, bufsize=1,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            atexit.register(self.process.communicate)  # closes its stdin, which ends it
+        return Fork(self.process, args, cwd, dict(env or {}))
+
+
+class Fork:
+    """A program that the server runs, like a `subprocess.Popen`."""
+
+    def __init__(
+        self, server: subprocess.Popen, args: tuple[str, ...], cwd: Path, env: dict[str, str | None]
+    ):
+        self.server, self.args = server, args
+        self.output = tempfile.mkdtemp()
+        self.returncode: int | None = None
+        request = {"args": args, "cwd": str(cwd.absolute()), "env": env, "output": self.output}
+        server.stdin.write(json.dumps(request) + "\n")
+        self.pid = int(server.stdout.readline())
+
+    def wait(self, timeout: float) -> int:
+        """The exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        if self.returncode is None:
+            # The server writes a line at a time, so none waits in a buffer.
+            if not select.select([self.server.stdout], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(list(self.args), timeout)
+            self.returncode = int(self.server.stdout.readline())
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self, group: bool = True) -> None:
+        """Kill it, and all that it has started or not, and wait for its end."""
+        if self.returncode is None:
+            with suppress(ProcessLookupError):  # it has just ended
+                (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
+            self.wait(timeout=60)
+
+    def result(self) -> subprocess.CompletedProcess:
+        """The exit status and the output of a program that has ended; to be asked for once."""
+        stdout, stderr = (
+            Path(self.output, name).read_text(encoding="utf-8") for name in ("stdout", "stderr")
+        )
+        shutil.rmtree(self.output)
+        return subprocess.CompletedProcess(list(self.args), self.returncode, stdout, stderr)
+
+
+def serve() -> dict:
+    """Answer each request with a process id and an exit status; in the child, return it."""
+    for line in sys.stdin:
+        if not (pid := os.fork()):
+            os.setsid()
+            print(os.getpid(), flush=True)
+            return json.loads(line)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+    os._exit(0)
+
+
+def become(request: dict) -> None:
+    """Give this process the arguments, the folder, the environment and the streams of a request."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` shuts it off
+    os.chdir(request["cwd"])
+    for name, value in request["env"].items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    sys.path[1:1] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
+    write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for descriptor, (path, flags) in enumerate(
+        [(os.devnull, os.O_RDONLY), ("stdout", write), ("stderr", write)]
+    ):
+        file = os.open(os.path.join(request["output"], path), flags)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.argv = request["args"]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+
+
+if __name__ == "__main__":
+    import gc
+    import runpy
+
+    # What train.py imports, most of it through these.
+    import hydra.main  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import pandas  # noqa: F401
+    import pytorch_lightning  # noqa: F401
+    import rich.console  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page of this process
+    become(serve())
+    runpy.run_path(sys.argv[0], run_name="__main__")
