@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -37,10 +38,10 @@ WAYS = {
 }
 
 
-def train(*overrides: str) -> None:
+def train(*overrides: str, flags: Sequence[str] = ()) -> None:
     """Run train.py; each of its processes on one thread."""
     subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *COMMON, *overrides],
+        [sys.executable, str(ROOT / "train.py"), *flags, *COMMON, *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
@@ -95,7 +96,7 @@ def measure_sweeps(steps: int, counts: list[int]) -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     place = f"hydra.sweep.dir={folder}/sweep"
                     begin = time.perf_counter()
-                    train("-m", *grid, *extra, f"trainer.max_steps={length}", place)
+                    train(*grid, *extra, f"trainer.max_steps={length}", place, flags=["-m"])
                     seconds.append(time.perf_counter() - begin)
             row.append(f"{count * longer / (seconds[-1] - seconds[-2]):.0f}")
             print(f"{name}, {count} runs: {row[-1]} run-steps/s", file=sys.stderr)
