@@ -42,7 +42,11 @@ def uniform(seed: Tensor, split: int, step: Tensor, shape: Sequence[int]) -> Ten
     """
     key = _mix(_mix(seed * _GOLDEN + split) + step * _GOLDEN)
     position = torch.arange(1, prod(shape) + 1, device=step.device)
-    bits = (_mix(key + position * _GOLDEN) >> 40) & (2**24 - 1)
+    # This is key + position·GOLDEN. Written like that, a C++ compiler knows that the product
+    # overflows. Overflow is undefined there, so it leaves out the code that follows, and a compiled
+    # step crashes. With the key in the product it cannot know.
+    state = (position + key) * _GOLDEN + (key - key * _GOLDEN)
+    bits = (_mix(state) >> 40) & (2**24 - 1)
     return bits.to(torch.float32).mul(2.0**-24).view(*shape)
 
 

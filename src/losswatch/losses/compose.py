@@ -188,8 +188,10 @@ class LossSet(nn.Module):
             blocks.append(wide(row).unsqueeze(1))
         value, block = torch.cat(values), torch.cat(blocks, 1).transpose(0, 1)
         slope = torch.block_diag(*slopes) if self.foreign else slopes[0]
-        if not self.is_ordered:
-            value, slope = value[self.places], slope[self.places]
+        if not self.is_ordered:  # not by an index, which would be a constant of a compiled graph
+            value, slope = (
+                torch.stack([x.unbind()[place] for place in self.places]) for x in (value, slope)
+            )
         return value, block, slope
 
     def _shared_rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

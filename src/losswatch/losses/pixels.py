@@ -52,7 +52,8 @@ def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> Pixels:
 
 def counted(target: Tensor, p: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
     """Class indices as [N, 1, *space], 0 where ignored, and which count (None: all of them)."""
-    label = target.long().view(len(p), 1, *p.shape[2:])
+    label = target.long().unsqueeze(1)
+    label = label.unsqueeze(-1) if label.ndim < p.ndim else label
     if recipe.ignore_index is None:
         return label, None
     keep = label.ne(recipe.ignore_index)
