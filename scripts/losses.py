@@ -1,16 +1,20 @@
-"""Every loss in conf/loss: its formula, the knobs that it sets, its value on one example.
+"""Every loss in conf/loss: its formula, when to use it, its settings, its value on one example.
 
     python scripts/losses.py               a table in the terminal
-    python scripts/losses.py --markdown    the same for the README
+    python scripts/losses.py --markdown    the table in conf/loss/README.md
 
-The example: two 4×4 images, 6 of 32 pixels foreground; the network is sure of 4 of them, less so of
-2, and sees 2 where there are none.
+The first comment line of a file is the formula and its source, the further ones the advice.
+
+The example: two 4×4 images with 6 foreground pixels of 32. The network is sure of 4 of these and
+leans to background at the other 2; it also calls 2 background pixels foreground.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from hydra.utils import instantiate
@@ -22,53 +26,74 @@ from torch import Tensor
 CONFIGS = Path(__file__).parent.parent / "conf" / "loss"
 
 
+class Row(NamedTuple):
+    name: str
+    formula: str
+    advice: str
+    settings: str
+    value: str
+
+
+HEAD = Row("loss", "formula and source", "when to use it", "settings", "value")
+
+
 def example() -> tuple[Tensor, Tensor]:
     """Logits [2, 2, 4, 4] and class indices [2, 4, 4]."""
     target = torch.zeros(2, 4, 4, dtype=torch.int64)
     target[0, 1:3, 1:3] = target[1, 0, :2] = 1
-    foreground = 2.0 * target - 1.5  # the logits' difference: -1.5 background, 0.5 found foreground
-    foreground[0, 1:3, 1:3] = 2
-    foreground[1, 3, 2:] = 1
-    return torch.stack([-foreground / 2, foreground / 2], 1), target
+    # The logit of foreground less that of background.
+    difference = torch.where(target == 1, 0.5, -1.5)
+    difference[0, 1:3, 1:3] = 2
+    difference[1, 3, 2:] = 1
+    return torch.stack([-difference / 2, difference / 2], 1), target
 
 
-def knobs(config: DictConfig) -> str:
-    """`name=value` of all but the target, nested losses in brackets."""
+def settings(config: DictConfig) -> str:
+    """`name=value` of all but the target; the losses of a sum as `Class(...) + Class(...)`."""
     parts = []
     for name, value in config.items():
         if name == "losses":
-            inner = (f"{part._target_.split('.')[-1]}({knobs(part)})" for part in value)
-            parts.append(" + ".join(inner))
+            terms = (f"{part._target_.split('.')[-1]}({settings(part)})" for part in value)
+            parts.append(" + ".join(terms))
         elif name != "_target_":
             parts.append(f"{name!s}={value}")
     return ", ".join(parts)
 
 
+def rows() -> list[Row]:
+    """The losses of conf/loss by name."""
+    logits, target = example()
+    table = []
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        formula, *advice = (line[2:] for line in takewhile(lambda line: line[:1] == "#", lines))
+        config = OmegaConf.load(path)
+        assert isinstance(config, DictConfig)
+        value = instantiate(config)(logits, target).item()
+        table.append(Row(path.stem, formula, " ".join(advice), settings(config), f"{value:.4f}"))
+    return table
+
+
+def markdown(table: list[Row]) -> str:
+    """The table of conf/loss/README.md."""
+    cells: list[tuple[str, ...]] = [HEAD, ("---", "---", "---", "---", "---:")]
+    for row in table:
+        code = f"`{row.settings}`" if row.settings else ""
+        cells.append(row._replace(name=f"`{row.name}`", settings=code))
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in cells)
+    return "".join(f"| {line} |\n" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    markdown = parser.parse_args().markdown
-    logits, target = example()
-    rows = []
-    for path in sorted(CONFIGS.glob("*.yaml")):
-        config = OmegaConf.load(path)
-        assert isinstance(config, DictConfig)
-        formula = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        value = instantiate(config)(logits, target).item()
-        rows.append((path.stem, formula, knobs(config), f"{value:.4f}"))
-    head = ("loss", "formula and source", "knobs", "value")
-    if markdown:
-        for row in (head, ("---",) * 3 + ("---:",), *rows):
-            cells = [cell.replace("|", "\\|") for cell in row]
-            if row in rows:
-                cells[0] = f"`{cells[0]}`"
-                cells[2] = f"`{cells[2]}`" if cells[2] else ""
-            print(f"| {' | '.join(cells)} |")
+    if parser.parse_args().markdown:
+        print(markdown(rows()), end="")
         return
-    table = Table(*head[:3], title="loss=…", show_lines=False)
-    table.add_column(head[3], justify="right")
-    for row in rows:
-        table.add_row(*row)
+    table = Table(HEAD.name, HEAD.formula, HEAD.settings, title="loss=…")
+    table.add_column(HEAD.value, justify="right")
+    for row in rows():
+        table.add_row(row.name, row.formula, row.settings, row.value)
     Console().print(table)
 
 

@@ -1,36 +1,35 @@
-"""Report on a sweep from what it left on disk: tables, figures, how the losses compare.
+"""Report on a sweep from what it left on disk: tables, figures, a comparison of the losses.
 
     python scripts/report.py outputs/<sweep>            mean over seeds
     python scripts/report.py outputs/<sweep> --seeds    each seed's figures as well
     python scripts/report.py outputs/<sweep> --free     axes fitted to the curves, not the study's
 
 Prints the table of runs and the pairwise comparison of losses, and writes summary.csv, report.md
-and figures/ into the sweep's folder. Runs that are still going or failed are reported as such. A
-folder of sweeps is read as one.
+and figures/ into the sweep's folder. The report names runs that are not finished or that failed. A
+folder of sweeps is read as one sweep.
 """
 
 import argparse
 import io
 import sys
 from pathlib import Path
-from urllib.parse import quote
 
 import pandas as pd
 from rich.console import Console
 
 from losswatch.files import replace_file
-from losswatch.report.report import (
+from losswatch.report.compare import compare_losses
+from losswatch.report.figures import plot_sweep
+from losswatch.report.tables import (
     cell_table,
-    compare_losses,
     comparison_table,
-    markdown_escape,
+    markdown_image,
     markdown_table,
-    printable,
     rich_table,
     summary_table,
     write_summary,
 )
-from losswatch.report.study import plot_sweep
+from losswatch.text import markdown_escape, printable
 
 
 def main() -> int:
@@ -51,16 +50,16 @@ def main() -> int:
         report = args.sweep / "report.md"
         replace_file(report, markdown(args.sweep, runs, comparison, figures))
 
-        if isinstance(sys.stdout, io.TextIOWrapper):  # one of ASCII has no θ
+        if isinstance(sys.stdout, io.TextIOWrapper):  # an output in ASCII cannot show θ
             sys.stdout.reconfigure(errors="replace")
-        # Without a terminal (a log, a pipe) there is no width to fit into.
+        # A log or a pipe has no width that the table must fit into.
         terminal = sys.stdout is not None and sys.stdout.isatty()
         console = Console(width=None if terminal else 200)
         console.print(summary_table(runs))
         if len(comparison):
             console.print(rich_table(comparison))
         print(f"{printable(report)} ({len(figures)} figures)")
-    except OSError as error:  # no such folder, no runs in it, nothing can be written there
+    except OSError as error:  # the folder does not exist, holds no runs, or cannot be written to
         print(f"report.py: {printable(error)}", file=sys.stderr)
         return 2
     return 0
@@ -75,15 +74,15 @@ def markdown(
         f"# {markdown_escape(sweep.resolve().name)}",
         f"Runs: {markdown_escape(counts)}. Every run and its settings: [summary.csv](summary.csv).",
         "## Results",
-        "Validation metrics at the end of training: mean (lowest to highest) over each row's runs "
-        "that are done.",
+        "Validation metrics at the end of training, as the mean (lowest to highest) over the runs "
+        "of each row that are done.",
         markdown_table(cell_table(runs)),
     ]
     if len(comparison):
         parts += [
             "## Losses, pair by pair",
-            "Mean difference over pairs of runs that share everything but the training loss, with "
-            "its 95 % interval (paired t). Pairs of all settings are taken together.",
+            "The mean difference over pairs of runs that share everything but the training loss, "
+            "with its 95 % interval (paired t). Pairs of all settings are taken as one sample.",
             markdown_table(comparison),
         ]
     stopped = runs[runs["status"] != "done"]
@@ -99,14 +98,13 @@ def markdown(
     if figures:
         parts += [
             "## Curves",
-            "A column per training loss. Above: global gradient norm of every watched loss, moving "
-            "mean over 201 observed steps (2 % of them in shorter runs). Below: the losses, over "
-            "11, and the validation accuracy (black, right-hand axis). Lines are means over "
-            "repeated runs, shades their range; the trained loss is the thicker line.",
+            "Each figure has a column per training loss. Above is the global gradient norm of each "
+            "watched loss, a moving mean over 201 observed steps (2 % of them in shorter runs). "
+            "Below are the losses, moving means over 11 steps, and the validation accuracy (black, "
+            "right-hand axis). Lines are means over repeated runs, and shades are their ranges. "
+            "The trained loss is the thicker line.",
         ]
-    for title, path in figures.items():
-        link = quote(path.relative_to(sweep).as_posix(), safe="/=,")
-        parts += [f"### {markdown_escape(title)}", f"![{markdown_escape(title)}]({link})"]
+    parts += [markdown_image(title, path, sweep) for title, path in figures.items()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What test files share: composed configs, small runs in this process, train.py in a new one.
+"""Shared by test files: composed configs, small runs in this process, train.py in a new one.
 
 Everything writes to temporary folders.
 """
@@ -27,9 +27,10 @@ from omegaconf import OmegaConf, open_dict
 
 from losswatch.data.random import ThresholdedImages
 from losswatch.losses import LossSet
-from losswatch.nets.networks import ConvNet, UNet
-from losswatch.train import build, config
-from losswatch.train.callbacks import EventLog
+from losswatch.nets import ConvNet, UNet
+from losswatch.train import config
+from losswatch.train.checks import check
+from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +42,13 @@ ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
 
 @dataclass
 class Composed:
-    """A composed config as train.py gets it: the config and the trained loss's name."""
+    """A composed config as train.py gets it, and the name of the trained loss."""
 
     cfg: object
     trained: str
 
     def check(self):
-        build.check(self.cfg, self.trained)
+        check(self.cfg, self.trained)
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def compose():
 
 
 def load_losses(*names, **own):
-    """Losses of conf/loss by name, and one's own, as a LossSet."""
+    """Losses of conf/loss by name, and further ones by keyword, as a LossSet."""
     files = {name: OmegaConf.load(ROOT / "conf" / "loss" / f"{name}.yaml") for name in names}
     return LossSet({name: instantiate(node) for name, node in files.items()} | own)
 
@@ -95,7 +96,6 @@ def make_run(tmp_path):
             losses=losses or load_losses(*ARTICLE),
             trained=trained,
             optimizer=optimizer or (lambda p: torch.optim.Adam(p, lr=1e-2)),
-            num_classes=classes,
         )
         thresholds = [(i + 1) / classes for i in range(classes - 1)]
         images = ThresholdedImages(
@@ -104,7 +104,9 @@ def make_run(tmp_path):
             **{"image_size": 8, "batch_size": 3, "val_size": 3, "test_size": 3} | (data or {}),
         )
         options = {"max_steps": steps, "max_epochs": 1, "accelerator": "cpu"} | trainer
-        options["log_every_n_steps"] = 1  # unused, but Lightning warns of short runs
+        options["log_every_n_steps"] = (
+            1  # Lightning warns if it is longer than the run
+        )
         fitter = pl.Trainer(
             logger=EventLog(str(tmp_path / folder)),
             callbacks=[*([probe] if probe else []), *callbacks],
@@ -131,7 +133,7 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def observed(monkeypatch):
-    """All that the probe observes, unrounded: a list of vectors in the order of `probe.tags`."""
+    """All observations of the probe, unrounded: a list of vectors in the order of `probe.tags`."""
     import losswatch.watch.probe
 
     seen = []

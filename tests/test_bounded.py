@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory of a process"),
 ]
 
-# As the allocator is without anyone's tuning.
+# The allocator has its default settings.
 PLAIN = {key: value for key, value in ENVIRONMENT.items() if not key.startswith("MALLOC_")}
 
 
@@ -40,16 +40,16 @@ def start(*overrides, cwd):
 
 
 def growth(done, memory) -> float:
-    """MiB by which a line through the samples rises from its first to its last."""
+    """MiB by which a line fitted to the samples rises from the first sample to the last."""
     slope, _ = np.polyfit(done, memory, 1)
     return slope * (done[-1] - done[0])
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_long_run(tmp_path, compiled):
-    """10,000 steps, and 100,000 compiled: within 4 MiB from a fifth of them to the end.
+    """10,000 steps, 100,000 compiled: memory grows by less than 4 MiB after the first fifth.
 
-    How far a run is, the length of its event file tells.
+    The size of the event file tells how far a run is.
     """
     steps = 100_000 if compiled else 10_000
     samples = []
@@ -64,7 +64,7 @@ def test_a_long_run(tmp_path, compiled):
     assert process.returncode == 0 and read_result(tmp_path / "run")["status"] == "done"
     size, memory = np.array(samples).T
     share = size / size[-1]
-    during = (share > 0.2) & (share < 0.98)  # then it tests, and draws the curves
+    during = (share > 0.2) & (share < 0.98)  # after that it tests and draws the curves
     grown = growth(share[during], memory[during])
     print(f"{during.sum()} samples of {memory[during].mean():.0f} MiB, grown by {grown:.2f}")
     assert during.sum() > 30
@@ -72,7 +72,7 @@ def test_a_long_run(tmp_path, compiled):
 
 
 def test_a_sweep_of_500_runs(tmp_path):
-    """One process trains them: less than 0.05 MiB a run from the 100th on; its summary is right."""
+    """From the 100th run on memory grows by less than 0.05 MiB a run; the summary is right."""
     begin, memory, said = time.monotonic(), [], []
     with start(
         "-m", "experiment=smoke", "loss=dice,cce", "theta=0.1,0.3,0.5,0.7,0.9", "seed=range(50)",

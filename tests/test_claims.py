@@ -1,6 +1,7 @@
 """Measures, intervals and verdicts of the study's claims; the script and the notebook."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.encode import write_scalars
 from losswatch.losses import Dice
-from study import claims
+from study import claims, intervals, measures, report, saturation, symmetry
 
 
 def write_run(folder, steps=3000):
-    """CCE 0.7 but 1.4 at steps 100 to 200; norms rising with the step."""
+    """A run whose CCE is 0.7, but 1.4 at steps 100 to 200, and whose norms rise with the step."""
     index = np.arange(steps)
     values = np.stack([0.7 + 0.7 * ((index >= 100) & (index <= 200)), 1 + index, 5.0 + index], 1)
     with SummaryWriter(folder) as writer:
@@ -30,12 +31,12 @@ def write_run(folder, steps=3000):
 
 def test_measures_of_a_run(tmp_path):
     write_run(tmp_path)
-    found = claims.measure(tmp_path)
+    found = measures.measure(tmp_path)
     assert found["late/cce"] == pytest.approx(np.mean(1 + np.arange(2700, 3000)))
     assert found["first/cce"] == pytest.approx(0.7) and found["peak/cce"] == pytest.approx(1.4)
     assert found["first_norm/cce"] == pytest.approx(3.5)  # of steps 0 to 5
     assert found["peak_norm/cce"] == pytest.approx(np.mean(1 + np.arange(994, 1000)))
-    # The 201-step mean, at most 2 % of the steps: 61, cut to 31 at the beginning.
+    # The window is at most 2 % of the steps: 61 of them, of which 31 lie within the run at step 0.
     assert found["quiet/norm"] == pytest.approx(5 + np.mean(np.arange(31)))
     assert found["quiet/cce"] == pytest.approx(0.7)
     assert found["climb/accuracy"] == pytest.approx(0.1)
@@ -43,27 +44,28 @@ def test_measures_of_a_run(tmp_path):
 
 def test_a_short_run_has_no_climb_and_an_empty_one_nothing(tmp_path):
     write_run(tmp_path / "short", steps=300)
-    assert np.isnan(claims.measure(tmp_path / "short")["climb/accuracy"])
+    assert np.isnan(measures.measure(tmp_path / "short")["climb/accuracy"])
     (tmp_path / "empty").mkdir()
-    assert claims.measure(tmp_path / "empty") == {}
+    assert measures.measure(tmp_path / "empty") == {}
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 10])
 def test_wilsons_ends_are_where_the_score_test_just_rejects(count):
-    share, low, high = claims.share_interval(count, 10)
+    share, low, high = intervals.share_interval(count, 10)
     assert share == count / 10
+    z = 1.959963984540054  # the normal distribution's quantile at 0.975
     for end in (low, high):
-        assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 10, abs=1e-12)
+        assert (share - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / 10, abs=1e-12)
     assert 0 <= low <= share <= high + 1e-12 and high <= 1
 
 
 def test_intervals_of_means_and_ratios():
     values = np.random.default_rng(0).normal(size=10)
-    mean, low, high = claims.mean_interval(values)
+    mean, low, high = intervals.mean_interval(values)
     assert mean == pytest.approx(values.mean())
     assert high - mean == pytest.approx(2.262157 * values.std(ddof=1) / 10**0.5)  # t of 9 degrees
-    ratio = claims.ratio_interval(pd.Series([2.0, 8.0, 5.0], [0, 1, 9]), pd.Series([1.0, 2.0]))
-    assert ratio.value == pytest.approx(8**0.5)  # seeds 0 and 1: of 2 and 4
+    ratio = intervals.ratio_interval(pd.Series([2.0, 8.0, 5.0], [0, 1, 9]), pd.Series([1.0, 2.0]))
+    assert ratio.value == pytest.approx(8**0.5)  # the ratios of seeds 0 and 1 are 2 and 4
 
 
 def test_the_pulls_are_dicefgs_gradient():
@@ -75,13 +77,13 @@ def test_the_pulls_are_dicefgs_gradient():
         loss(torch.stack([0 * difference, difference], 1), target).backward()
         gradient = difference.grad
         centred = target - target.double().mean()
-        assert -gradient.sum().item() == pytest.approx(claims.pull_alike(theta, p), rel=1e-5)
+        assert -gradient.sum().item() == pytest.approx(saturation.pull_alike(theta, p), rel=1e-5)
         apart = -(gradient * centred).sum().item()
-        assert apart == pytest.approx(claims.pull_apart(theta, p), rel=1e-5)
+        assert apart == pytest.approx(saturation.pull_apart(theta, p), rel=1e-5)
 
 
 def grid(**changes) -> pd.DataFrame:
-    """Runs in which every claim holds; `changes` are functions of a row by column."""
+    """Runs in which every claim holds. `changes` maps a column to a function of the row."""
     rows = []
     for loss in ("cce", "dice_fg", "dice"):
         for theta in (0.05, 0.5, 0.95):
@@ -118,12 +120,32 @@ def test_verdicts_follow_the_runs():
     assert verdicts(one_sgd)["C1"] == "does not hold"  # 25 %
     rescued = grid(accuracy=accuracy(lambda r: r["optimizer"] == "adam"))
     assert verdicts(rescued)["C2"] == "does not hold"
-    assert verdicts(rescued)["C3"] == "holds partly"  # all converge, none better
+    assert verdicts(rescued)["C3"] == "holds partly"  # all converge, but no cell is better
     small = grid(**{"peak/cce": lambda r: 0.8 if r["seed"] == 0 else r["peak/cce"]})
     assert verdicts(small)["C4"] == "holds partly"
     flat = grid(**{"late/dice": lambda r: 1.0 + (r["seed"] % 2 == (r["theta"] == 0.05)) / 10})
-    assert verdicts(flat)["C5"] == "holds partly"  # cce's is still smaller
+    assert verdicts(flat)["C5"] == "holds partly"  # CCE's ratio is still below 1
     assert verdicts(grid()[lambda r: r["optimizer"] == "sgd"]) == {"C1": "holds"}
+
+
+def test_the_published_report_is_what_the_published_measures_give():
+    """Text and numbers; the measures in summary.csv are rounded, so a last digit may differ."""
+    folder = ROOT / "outputs/article"
+    published = (folder / "report.md").read_text(encoding="utf-8")
+    runs = pd.read_csv(folder / "summary.csv")
+    sweeps = {name: runs[runs["sweep"] == name] for name in runs["sweep"].unique()}
+    images = published.split("## Curves\n\n")[1].rstrip("\n").split("\n\n### ")
+    images = [images[0], *(f"### {image}" for image in images[1:])]
+    rendered = report.render(sweeps, symmetry.range_cells(sweeps), images)
+
+    number = re.compile(r"\d+(?:\.\d+)?(?:e[-+]\d+)?")
+    assert number.sub("#", rendered) == number.sub("#", published)
+    pairs = list(zip(number.findall(rendered), number.findall(published), strict=True))
+    different = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
+    assert len(pairs) > 1000 and len(different) <= 3
+    for ours, theirs in different:
+        last_digit = 10.0 ** -len(theirs.partition(".")[2])
+        assert float(ours) == pytest.approx(float(theirs), abs=1.01 * last_digit)
 
 
 @pytest.mark.slow
@@ -138,17 +160,17 @@ def test_reproduce_trains_reports_and_does_not_train_again(tmp_path):
     first = subprocess.run(command, **options)
     assert first.returncode == 0, first.stderr
     assert "fused: 12 runs" in first.stderr
-    report = (tmp_path / "out/report.md").read_text()
-    assert "| C2 |" in report and "| C4 |" in report and "| C1 |" not in report
-    assert "0 of 10 (0 %, 0 to 28 %) of the others" in report  # in 40 steps nothing converges
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| C2 |" in text and "| C4 |" in text and "| C1 |" not in text
+    assert "0 of 10 (0 %, 0 to 28 %) of the others" in text  # in 40 steps nothing converges
     assert len(pd.read_csv(tmp_path / "out/summary.csv")) == 12
-    for line in report.splitlines():
+    for line in text.splitlines():
         if line.startswith("!["):
             assert (tmp_path / "out" / line.split("](")[1][:-1]).is_file()
     shutil.rmtree(tmp_path / "out")
     again = subprocess.run(command, **options)
     assert again.returncode == 0 and "fused" not in again.stderr
-    assert (tmp_path / "out/report.md").read_text() == report
+    assert (tmp_path / "out/report.md").read_text() == text
     nothing = subprocess.run([*command[:2], "--no-train", "--runs", "none"], **options)
     assert nothing.returncode == 2 and nothing.stderr.count("\n") == 1
 

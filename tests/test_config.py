@@ -6,8 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from losswatch.train import build, config
-from losswatch.train.config import ConfigError, run_name, thresholds
+from losswatch.train import names
+from losswatch.train.config import ConfigError, thresholds
+from losswatch.train.names import run_name
+from losswatch.train.presets import loss_names
 
 # --- Every bad input gets one line that names what is allowed ------------------------------------
 
@@ -107,7 +109,7 @@ def test_good_input_passes(compose, overrides):
 
 def test_every_loss_of_conf_passes_with_two_classes(compose):
     compose()
-    names = build.loss_names()
+    names = loss_names()
     assert {"cce", "dice", "dice_fg", "dice_square", "dice_fg_square"} <= set(names)
     compose(f"watch=[{','.join(names)}]").check()
 
@@ -169,12 +171,12 @@ def test_run_names_are_readable():
 def test_two_sweeps_in_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    class Frozen(config.datetime):
+    class Frozen(names.datetime):
         @classmethod
         def now(cls):
             return cls(2024, 1, 2, 3, 4, 5)
 
-    monkeypatch.setattr(config, "datetime", Frozen)
-    names = [config.sweep_name.__wrapped__() for _ in range(3)]
-    assert names == ["2024-01-02_03-04-05" + end for end in ("", "-2", "-3")]
-    assert all((tmp_path / "outputs" / name).is_dir() for name in names)
+    monkeypatch.setattr(names, "datetime", Frozen)
+    claimed = [names.sweep_name.__wrapped__() for _ in range(3)]
+    assert claimed == ["2024-01-02_03-04-05" + end for end in ("", "-2", "-3")]
+    assert all((tmp_path / "outputs" / name).is_dir() for name in claimed)

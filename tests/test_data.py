@@ -1,4 +1,4 @@
-"""The images: their numbers against plain-Python splitmix64, their statistics, their purity."""
+"""The images: splitmix64 in plain Python gives the same numbers; statistics; independence."""
 
 from itertools import islice
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def draw(seed=0, split=TRAIN, step=0, shape=(1,)):
 
 
 def make(thresholds=(0.5,), max_steps=4, global_step=0, accumulate=1, **knobs):
-    """A datamodule, and as much of a Trainer as its loaders ask for."""
+    """A datamodule with the part of a Trainer that its loaders use."""
     knobs = {"image_size": 6, "batch_size": 3, "val_size": 5, "test_size": 4} | knobs
     data = ThresholdedImages(thresholds, eval_batch_size=2, **knobs)
     data.trainer = SimpleNamespace(
@@ -91,7 +91,7 @@ def test_keys_are_independent(other):
     a, b = draw(shape=(n,)).double().numpy(), draw(shape=(n,), **other).double().numpy()
     for x, y in ((a, b), (a**2, b), (a, b**2), (a[1:], b[:-1]), (a[:-1], b[1:])):
         assert abs(np.corrcoef(x, y)[0, 1]) < 5 / np.sqrt(n)
-    # Nowhere do two numbers in a row come again (by chance once in 4,096 such tests).
+    # No two numbers in a row occur twice (by chance they would once in 4,096 such tests).
     pairs = [set(zip(x[1:], x[:-1], strict=True)) for x in (a, b)]
     assert not pairs[0] & pairs[1]
 
@@ -103,7 +103,7 @@ def test_neighbours_are_independent(lag):
 
 
 def test_first_pixels_of_steps_and_seeds_are_uniform():
-    """Along steps and seeds too, where keys and not positions are hashed."""
+    """Numbers are uniform along steps and seeds, too, where keys are hashed and not positions."""
     many = torch.arange(1 << 16)
     along_steps = torch.vmap(lambda s: uniform(torch.tensor(5), TRAIN, s, (2,)))(many)
     along_seeds = torch.vmap(lambda s: uniform(s, TRAIN, torch.tensor(5), (2,)))(many)
@@ -176,7 +176,7 @@ def test_workers_change_nothing(loader):
     workers = getattr(make(num_workers=2), loader)()
     assert workers.num_workers == 2
     assert_same_batches(workers, alone)
-    assert_same_batches(alone, alone)  # nor does a second round
+    assert_same_batches(alone, alone)  # a second round over the loader gives the same
 
 
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])

@@ -1,7 +1,7 @@
-"""What goes between host and device, told on PyTorch's meta device, which needs no GPU.
+"""Transfers between host and device, counted on PyTorch's meta device, which needs no GPU.
 
-Its tensors have shapes and no numbers: code for a GPU runs there, and reading one fails. On a GPU
-each read, and each copy from the host's ordinary memory, waits for all that was asked of it before.
+Tensors there have shapes but no numbers: code for a GPU runs, and reading a number fails. On a GPU
+each read, and each copy from ordinary memory of the host, waits for all work queued before it.
 """
 
 from collections import Counter
@@ -18,13 +18,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from losswatch.losses import CrossEntropy
-from losswatch.stack import fuse
-from losswatch.train import build
+from losswatch.stack.fit import Blocks
+from losswatch.stack.member import make_member
+from losswatch.stack.module import StackedModule
+from losswatch.train.build import make_losses
+from losswatch.train.presets import loss_nodes
+from losswatch.train.process import quiet
 from losswatch.watch.probe import Probe
 
 META = torch.device("meta")
 READS = {"cpu", "tolist", "item", "numpy", "__int__", "__bool__", "__float__", "__index__"}
-COPIES = {"tensor", "as_tensor", "new_tensor"}  # from what Python holds
+COPIES = {"tensor", "as_tensor", "new_tensor"}  # from Python's numbers
 ENGINE = "torch.autograd._engine_run_backward"
 run_backward = torch.autograd._engine_run_backward
 
@@ -34,7 +38,7 @@ def on_device(x):
 
 
 class Transfers(TorchFunctionMode):
-    """Counts them by `now()`; what is read is -1, or False."""
+    """Counts transfers by `now()`. A number that is read is -1, a truth value False."""
 
     def __init__(self, now=lambda: 0):
         super().__init__()
@@ -49,11 +53,11 @@ class Transfers(TorchFunctionMode):
             kind = args[0].dtype
             read = torch.full(args[0].shape, 0 if kind == torch.bool else -1, dtype=kind)
             return function(read, *args[1:], **kwargs)
-        # While a mode handles a call it is off, and these two call our gradients, which are Python.
+        # A mode is off while it handles a call, and these two call our derivatives in Python.
         watched = name in ("grad", "backward")
         with patch(ENGINE, self.run_backward) if watched else nullcontext():
             out = function(*args, **kwargs)
-        # A 0-dimensional tensor of the host is an argument of the kernel, not a copy.
+        # A scalar tensor of the host is passed as an argument of the kernel and not copied.
         moved = any(isinstance(x, torch.Tensor) and x.ndim and not on_device(x) for x in leaves)
         if any(map(on_device, tree_leaves(out))) and (name in COPIES or moved):
             self.seen[self.now(), "copy"] += 1
@@ -93,7 +97,7 @@ def test_transfers_are_seen():
 
 @pytest.mark.parametrize("net, classes", [("unet", 2), ("convnet", 4)])
 def test_steps_move_nothing_between_host_and_device(make_run, net, classes):
-    """Images, losses, probe, Lightning's loop and the optimiser, of step 2 and later."""
+    """Counts in images, losses, probe, Lightning's loop and optimiser, from step 2 on."""
     names = (*ARTICLE, "cce_stable", "dice_monai", "dice_nnunet", "dice_smp")
     losses = load_losses(*names, weighted=CrossEntropy(weight=[0.5] * classes))
     run = make_run(
@@ -127,18 +131,17 @@ def test_no_loss_moves_anything(path):
 
 
 def test_a_stack_reads_twice_a_block(compose, tmp_path):
-    """Whatever the number of steps in it: what was observed, and whether weights are finite."""
+    """It reads the observations, and whether weights are finite, for any number of steps."""
     one = compose("experiment=smoke", "data.image_size=8", "compile=true")
-    members = [fuse.make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]
-    losses = build.make_losses(build.loss_nodes(one.cfg, one.trained))
-    module = fuse.StackedModule(members, losses, compile=False, cosines=True)
+    members = [make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]
+    losses = make_losses(loss_nodes(one.cfg, one.trained))
+    module = StackedModule(members, losses, compile=False, cosines=True)
     strategy = SingleDeviceStrategy(META, accelerator=MetaAccelerator())
-    build.quieten()
     trainer = pl.Trainer(
         strategy=strategy, max_steps=40, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
-    with Transfers(lambda: trainer.global_step) as transfers:
-        trainer.fit(module, fuse.Blocks(0, 40, 10), range(1))
+    with quiet(), Transfers(lambda: trainer.global_step) as transfers:
+        trainer.fit(module, Blocks(0, 40, 10), range(1))
     blocks = {step: n for (step, what), n in transfers.seen.items() if 0 < step < 40}
     assert blocks == {10: 2, 20: 2, 30: 2}

@@ -1,4 +1,4 @@
-"""Encoded blocks of scalars, read back by TensorBoard itself and by our own reader."""
+"""Encoded blocks of scalars, read back by TensorBoard and by losswatch."""
 
 import math
 import struct
@@ -13,14 +13,14 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-from losswatch.events.encode import _masked_crc, encode, write_scalars
-from losswatch.report.report import read_scalars
+from losswatch.events.encode import encode, masked_crc, write_scalars
+from losswatch.events.series import read_scalars
 
 TAGS = ["loss/dice", "grad_norm/dice", "grad_cosine/a~b", "θ/損失 1", "x" * 300]
 
 
 def records(data):
-    """Each record's event, its checksums verified with TensorBoard's own function."""
+    """The event of each record; its checksums are verified with TensorBoard's function."""
     while data:
         length = data[:8]
         assert struct.unpack("<I", data[8:12])[0] == masked_crc32c(length)
@@ -68,7 +68,7 @@ def test_encode_is_what_protobuf_reads(tags, steps, wall_time, data):
 @given(st.binary(min_size=1, max_size=300))
 @settings(deadline=None)
 def test_checksum_is_tensorboards(data):
-    [crc] = _masked_crc(np.frombuffer(data, np.uint8)[None])
+    [crc] = masked_crc(np.frombuffer(data, np.uint8)[None])
     assert int.from_bytes(bytes(crc), "little") == masked_crc32c(data)
 
 
@@ -88,7 +88,7 @@ def test_read_back_by_tensorboard(tmp_path):
 
 
 def test_interleaved_with_ordinary_writes(tmp_path):
-    """All on one writer, one file, and in the order of the calls."""
+    """Blocks and ordinary events of one writer are in one file, in the order of the calls."""
     values = np.arange(6.0).reshape(3, 2)
     with SummaryWriter(tmp_path) as writer:
         writer.add_scalar("val/accuracy", 0.5, 0)
@@ -110,7 +110,7 @@ def test_interleaved_with_ordinary_writes(tmp_path):
 
 
 def test_on_disk_at_once(tmp_path):
-    """A killed process loses nothing that was written: no close, no flush of ours."""
+    """What was written can be read before the writer is closed, so a kill loses nothing."""
     writer = SummaryWriter(tmp_path)
     try:
         write_scalars(writer, ["loss/a"], np.arange(2), np.ones((2, 1)))

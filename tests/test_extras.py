@@ -14,9 +14,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
-from losswatch.report.report import read_scalars
+from losswatch.events.series import read_scalars
 from losswatch.sweep import launch
-from losswatch.sweep.callback import clear_errors
+from losswatch.sweep.exit import clear_errors
+from losswatch.sweep.jobs import Context
 from losswatch.train import config
 
 # Ray would leave a token in the home folder, and colours in what it repeats.
@@ -197,7 +198,8 @@ def test_an_outer_launcher_that_is_none(capsys, outer, said):
         cfg = hydra.compose("config", ["hydra/launcher=fused"], return_hydra_config=True)
         context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
         with pytest.raises(SystemExit) as stopped, clear_errors():
-            launch._outer(OmegaConf.create({"outer": outer}).outer, [], (context, None, cfg))
+            given = OmegaConf.create({"outer": outer}).outer
+            launch._outer_launcher(given, [], Context(context, None, cfg))
     assert stopped.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("losswatch: ") and said in line

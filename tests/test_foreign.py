@@ -1,4 +1,4 @@
-"""Losses and networks of somebody else: the true numbers, or one line before any work.
+"""Losses and networks of other people: exact numbers, or one line before any work.
 
 The reference is one `torch.autograd.grad` for each loss, in float64, on copies.
 """
@@ -26,15 +26,20 @@ from torch import nn
 from torch.func import vmap
 
 from losswatch.data.random import TRAIN, ThresholdedImages
+from losswatch.events.series import read_scalars
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
-from losswatch.nets.networks import ConvNet
-from losswatch.report.report import read_scalars
-from losswatch.stack import fuse
-from losswatch.stack.step import NotStackable, make_gradient, trained_parameters
-from losswatch.train import build, resume
-from losswatch.train.callbacks import EventLog
+from losswatch.nets import ConvNet
+from losswatch.stack.fit import fit
+from losswatch.stack.member import Member
+from losswatch.stack.parameters import trained_parameters
+from losswatch.stack.refusal import NotStackable
+from losswatch.stack.step import make_gradient
+from losswatch.train.build import make_losses
+from losswatch.train.checkpoints import find
 from losswatch.train.config import ConfigError
+from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
+from losswatch.train.presets import loss_names, loss_nodes
 from losswatch.watch.probe import Probe
 
 # --- Losses --------------------------------------------------------------------------------------
@@ -62,7 +67,7 @@ def hooked():
 
 
 class _Old(torch.autograd.Function):
-    """In the style that torch.func does not take, with numpy inside."""
+    """In the old style, which torch.func does not take, with numpy inside."""
 
     @staticmethod
     def forward(ctx, p, y):
@@ -82,7 +87,7 @@ class OldStyle(nn.Module):
 
 
 class Annealed(nn.Module):
-    """Remembers in a buffer how often it was called."""
+    """Counts its calls in a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +99,7 @@ class Annealed(nn.Module):
 
 
 class Learned(nn.Module):
-    """Has a temperature to learn."""
+    """Learns a temperature."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +117,7 @@ class Noisy(nn.Module):
 
 @functools.cache
 def smp_losses():
-    """smp's losses without the package around them, which needs torchvision."""
+    """smp's losses, imported without the rest of the package, which needs torchvision."""
     spec = importlib.util.find_spec("segmentation_models_pytorch")
     if spec is None:
         pytest.skip("segmentation_models_pytorch is not installed")
@@ -132,10 +137,10 @@ def kornia(name, *args, **options):
     return getattr(pytest.importorskip("kornia.losses"), name)(*args, **options)
 
 
-# Of what looks at values, or makes tensors whose shape depends on them.
+# The reason for losses that look at values, or make tensors whose shape depends on values.
 MAPPED = "^torch.func cannot map them over runs: RuntimeError: vmap: "
 
-# How a loss is made, and why it needs the ordinary step, if it does.
+# How a loss is made, and the reason if it needs the ordinary step.
 LOSSES = {
     "subclass of Dice": (MyDice, None),
     "subclass of CrossEntropy": (MyEntropy, None),
@@ -167,7 +172,7 @@ LOSSES = {
 
 
 class Shared(nn.Module):
-    """One layer at two places."""
+    """Uses one layer twice."""
 
     def __init__(self, *_, **__):
         super().__init__()
@@ -180,7 +185,7 @@ class Shared(nn.Module):
 
 
 class Tied(Shared):
-    """One parameter under two names."""
+    """Has one parameter under two names."""
 
     def __init__(self, *_, **__):
         super().__init__()
@@ -214,7 +219,7 @@ class Dropped(Shared):
         return self.head(self.twice(x))
 
 
-# How a network is made, and why it needs the ordinary step, if it does.
+# How a network is made, and the reason if it needs the ordinary step.
 NETS = {
     "shared layer": (Shared, None),
     "tied weights": (Tied, "the network shares a parameter between layers"),
@@ -228,13 +233,13 @@ NETS = {
 
 
 class Reference(pl.Callback):
-    """At each step, for every loss: copies, a forward pass and one `autograd.grad`."""
+    """At each step, for each loss: copies, a forward pass and one `autograd.grad`."""
 
     def __init__(self):
         self.rows = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        precision = trainer.precision_plugin.forward_context()  # float64, for tensors made anew
+        precision = trainer.precision_plugin.forward_context()  # makes new tensors float64
         with isolate_rng(), torch.enable_grad(), precision:
             self.rows.append(self.row(module, batch))
 
@@ -298,7 +303,7 @@ def test_a_hook_added_later_counts(make_run, observed):
 
 
 class Wide(nn.Module):
-    """Takes the images, which are float32, to the precision of its weights."""
+    """Converts the images, which are float32, to the precision of its weights."""
 
     def __init__(self, net):
         super().__init__()
@@ -309,7 +314,7 @@ class Wide(nn.Module):
 
 
 def stack_or_reason(tmp_path, net, losses, trained):
-    """The reason why a stack of two such runs is refused, None where it is trained."""
+    """The reason why a stack of two such runs is refused; None if it is trained."""
     members = []
     for i in range(2):
         folder = tmp_path / str(i)
@@ -318,12 +323,11 @@ def stack_or_reason(tmp_path, net, losses, trained):
         data = ThresholdedImages([0.5], seed=i, image_size=8, batch_size=3, val_size=3, test_size=3)
         optimizer = torch.optim.SGD(list(trained_parameters(own).values()), lr=0.1)
         log = EventLog(str(folder))
-        members.append(fuse.Member(folder, own, data, trained, optimizer, log, {}))
+        members.append(Member(folder, own, data, trained, optimizer, log, {}))
     options = {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu",
                "enable_progress_bar": False}  # fmt: skip
-    build.quieten()
     try:
-        fuse.fit(members, losses, options, compile=False)
+        fit(members, losses, options, compile=False)
     except NotStackable as error:
         return str(error)
     assert all(member.result() for member in members)
@@ -331,7 +335,7 @@ def stack_or_reason(tmp_path, net, losses, trained):
 
 
 def assert_mapped_step_is_exact(net, losses):
-    """The stacked step in float64 against one `autograd.grad` for each loss."""
+    """The stacked step in float64 equals one `autograd.grad` for each loss."""
     data = ThresholdedImages([0.5], seed=0, image_size=8, batch_size=3)
     names = trained_parameters(net)
     state = net.state_dict()
@@ -408,7 +412,7 @@ class InPlaceTarget(nn.Module):
 
 
 class Forgetful(nn.Module):
-    """Remembers in an attribute, which no checkpoint holds."""
+    """Counts its calls in an attribute, which no checkpoint holds."""
 
     calls = 0
 
@@ -487,7 +491,7 @@ def test_refused_in_one_line(compose, overrides, message):
 
 
 def test_every_launcher_trains_the_same(tmp_path):
-    """What cannot be stacked is trained by the fused launcher as by the basic one, and resumed."""
+    """The fused launcher trains what cannot be stacked as the basic launcher does."""
     losses = {
         "mine": "test_foreign.MyDice",
         "learned": "test_foreign.Learned",
@@ -518,7 +522,7 @@ def test_every_launcher_trains_the_same(tmp_path):
         assert read_result(folder)["metrics"] == read_result(other)["metrics"]
         a, b = read_scalars(folder), read_scalars(other)
         assert a.equals(b[a.columns]), loss
-    # Watched beside another loss, a subclass shows its own value, three times Dice's and one more.
+    # A watched subclass shows the value of its own `forward`, three times Dice's plus one.
     curves = read_scalars(results[0]["learned"]).dropna(subset=["loss/mine"])
     np.testing.assert_allclose(curves["loss/mine"], 3 * curves["loss/dice"] + 1, rtol=1e-5)
     np.testing.assert_allclose(curves["grad_norm/mine"], 3 * curves["grad_norm/dice"], rtol=1e-4)
@@ -536,7 +540,7 @@ NUMBERS = ["optimizer.lr", "++optimizer.weight_decay", "model.bn_momentum", "+lo
 
 
 def compose_or_refuse(compose, key, value):
-    """The value that a run would use; None where a line that names the key refuses it."""
+    """The value that a run would use; None if it is refused in a line that names the key."""
     from hydra.errors import ConfigCompositionException
     from omegaconf import OmegaConf
 
@@ -576,7 +580,7 @@ def test_a_truth_value_is_no_number(compose, key):
 
 
 def test_a_loss_file_with_defaults_and_interpolation(tmp_path):
-    """The same whether trained or watched."""
+    """It gives the same loss, trained or watched."""
     folder = tmp_path / "conf" / "loss"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(
@@ -606,9 +610,9 @@ def test_a_file_with_a_built_in_name_is_refused(tmp_path):
 def test_make_losses_of_the_zoo(compose):
     """Every loss of conf/loss is made as its file says."""
     composed = compose("experiment=smoke")
-    names = build.loss_names()
+    names = loss_names()
     composed.cfg.watch = names
-    losses = build.make_losses(build.loss_nodes(composed.cfg, "dice"))
+    losses = make_losses(loss_nodes(composed.cfg, "dice"))
     assert list(losses.names) == names and not losses.is_foreign("dice")
 
 
@@ -622,7 +626,7 @@ DRAWS = [
 
 
 def test_random_draws_repeat_and_resume(tmp_path):
-    """A network with dropout and a loss that draws, killed after a checkpoint."""
+    """A network with dropout and a loss that draws are killed after a checkpoint and resumed."""
     environment = ENVIRONMENT | {"PYTHONPATH": TESTS}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_train(*DRAWS, f"hydra.run.dir={whole}", cwd=tmp_path, env=environment)
@@ -644,7 +648,7 @@ def test_random_draws_repeat_and_resume(tmp_path):
 
 @pytest.mark.slow
 def test_watching_draws_nothing_from_training(tmp_path):
-    """A run is the same with and without a random loss beside the trained one."""
+    """A run is the same with and without a random loss among the watched ones."""
     (tmp_path / "conf/loss").mkdir(parents=True)
     (tmp_path / "conf/loss/noisy.yaml").write_text("_target_: test_foreign.Noisy\n")
     curves = []
@@ -662,7 +666,7 @@ def test_watching_draws_nothing_from_training(tmp_path):
 
 @pytest.mark.slow
 def test_threads_are_the_configs(tmp_path):
-    """Whatever the environment says: another number would round otherwise."""
+    """The environment does not matter: another number of threads would round otherwise."""
     metrics = []
     for threads in ("1", "2"):
         folder = tmp_path / threads
@@ -688,17 +692,17 @@ def test_what_the_trained_loss_learnt_is_tested(tmp_path):
     )
     trained, tested = (read_result(tmp_path / name)["metrics"] for name in ("run", "test"))
     assert tested == pytest.approx({name: trained[name] for name in tested}, rel=1e-5)
-    kept = resume.find(str(tmp_path / "run"))["state_dict"]["loss.temperature"]
+    kept = find(str(tmp_path / "run"))["state_dict"]["loss.temperature"]
     assert kept != 1.5 and "test/loss/dice" in tested
 
 
 def test_a_stack_leaves_the_checkpoint_of_an_ordinary_run(tmp_path):
-    """With the buffers of foreign losses, too: an ordinary run can go on from it."""
+    """It holds the buffers of foreign losses, too, so an ordinary run can go on from it."""
     losses = load_losses("cce", it=nn.CrossEntropyLoss(torch.tensor([1.0, 3.0])))
     assert stack_or_reason(tmp_path, ConvNet(1, 2), losses, "it") is None
-    module = SegmentationModule(ConvNet(1, 2), losses, "it", torch.optim.SGD, 2)
+    module = SegmentationModule(ConvNet(1, 2), losses, "it", torch.optim.SGD)
     for i in (0, 1):
-        state = resume.find(str(tmp_path / str(i)))["state_dict"]
+        state = find(str(tmp_path / str(i)))["state_dict"]
         assert {n: t.shape for n, t in state.items()} == {
             n: t.shape for n, t in module.state_dict().items()
         }
@@ -708,7 +712,7 @@ def test_a_stack_leaves_the_checkpoint_of_an_ordinary_run(tmp_path):
 
 
 class Boom(nn.Module):
-    """Raises late in training, at its 25th call in a process."""
+    """Raises an error late in training, at its 25th call in a process."""
 
     def __init__(self, error):
         super().__init__()
@@ -722,7 +726,7 @@ class Boom(nn.Module):
 
 
 def test_an_error_in_a_stack_fails_its_runs_alone(tmp_path):
-    """Neither trained one by one nor the end of the sweep, whatever it raises."""
+    """They are not trained one by one, and the sweep goes on, whatever the error is."""
     (tmp_path / "conf/loss").mkdir(parents=True)
     for name, error in {"runtime": "RuntimeError", "value": "ValueError"}.items():
         text = f"_target_: test_foreign.Boom\nerror: {error}\n"

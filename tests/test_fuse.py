@@ -1,6 +1,5 @@
-"""Runs trained as one stack against the same runs trained one by one by train.py's own function."""
+"""Runs trained as one stack equal the same runs trained one by one, as train.py trains them."""
 
-import importlib.util
 import logging
 import re
 from types import SimpleNamespace
@@ -9,24 +8,37 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ARTICLE, ROOT
+from conftest import ARTICLE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
-from losswatch.nets.networks import fast_on_cpu
-from losswatch.report.report import read_scalars
-from losswatch.stack import fuse
-from losswatch.stack.step import NotStackable
-from losswatch.train import build, resume
-from losswatch.train.callbacks import EventLog
+from losswatch.compat import traced
+from losswatch.events.series import read_scalars
+from losswatch.losses import LossSet
+from losswatch.nets.cpu import fast_on_cpu
+from losswatch.stack import fit as stack_fit
+from losswatch.stack import module as stack_module
+from losswatch.stack.fit import block_size, fit
+from losswatch.stack.limits import check_options
+from losswatch.stack.member import make_member
+from losswatch.stack.refusal import NotStackable
+from losswatch.task import train
+from losswatch.train import build
+from losswatch.train.build import make_losses
+from losswatch.train.checkpoints import newest
+from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
+from losswatch.train.presets import loss_nodes
+from losswatch.train.process import quiet
 from losswatch.watch.probe import Probe, tags
 
-# What is small here and not in conf.
+# Smaller than in conf/.
 SMALL = [
     "experiment=smoke", "data.image_size=8", "data.val_size=5", "data.test_size=3",
     "data.eval_batch_size=3", "trainer.accelerator=cpu",
 ]  # fmt: skip
-# One stack: what may differ from run to run does.
+# The runs of one stack, which differ in all that may differ.
 GRID = [
     ["loss=dice", "theta=0.3", "seed=0", "optimizer.lr=3e-3"],
     ["loss=cce", "theta=0.5", "seed=1", "optimizer.lr=1e-2", "data.low=1", "data.high=-1"],
@@ -34,17 +46,8 @@ GRID = [
 ]
 
 
-@pytest.fixture(scope="module")
-def train_alone():
-    """train.py's `train`."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.train
-
-
 @pytest.fixture
-def both(compose, train_alone, tmp_path):
+def both(compose, tmp_path):
     """both(*common) -> the runs of GRID trained as a stack and alone, with their results.
 
     `alone=False` leaves the latter out.
@@ -57,21 +60,20 @@ def both(compose, train_alone, tmp_path):
             one.check()
             folder = tmp_path / name / str(i)
             folder.mkdir(parents=True)
-            members.append(fuse.make_member(one.cfg, one.trained, folder))
+            members.append(make_member(one.cfg, one.trained, folder))
         initial = [{n: t.clone() for n, t in member.net.state_dict().items()} for member in members]
         first = composed[0]
-        losses = build.make_losses(build.loss_nodes(first.cfg, first.trained))
+        losses = make_losses(loss_nodes(first.cfg, first.trained))
         trainer = build.trainer_options(first.cfg)
-        build.quieten()
         random = torch.get_rng_state()
-        fuse.fit(members, losses, trainer, **{"compile": False} | dict(first.cfg.probe) | options)
+        fit(members, losses, trainer, **{"compile": False} | dict(first.cfg.probe) | options)
         assert torch.equal(torch.get_rng_state(), random)
         wanted = []
         for i, one in enumerate(composed if alone else []):
             folder = tmp_path / f"{name} alone" / str(i)
             folder.mkdir(parents=True)
             folders.append(folder)
-            wanted.append(train_alone(one.cfg, one.trained, folder)[1])
+            wanted.append(train(one.cfg, one.trained, folder)[1])
         return SimpleNamespace(
             composed=composed, members=members, initial=initial, folders=folders, wanted=wanted
         )
@@ -80,12 +82,12 @@ def both(compose, train_alone, tmp_path):
 
 
 def checkpoint(folder):
-    file, content = resume.newest(folder)
+    file, content = newest(folder)
     return file.name, content
 
 
 def assert_same_runs(runs, late=1e-3):
-    """Curves to 1e-5 over the first ten steps; all of them, metrics and weights to `late`."""
+    """Curves agree to 1e-5 over ten steps; all curves, metrics and weights agree to `late`."""
     for member, folder, wanted in zip(runs.members, runs.folders, runs.wanted, strict=True):
         assert member.error is None
         got, reference = read_scalars(member.folder), read_scalars(folder)
@@ -98,7 +100,7 @@ def assert_same_runs(runs, late=1e-3):
             got.loc[:9, watched], reference.loc[:9, watched], rtol=1e-5, atol=1e-5
         )
         np.testing.assert_allclose(got[watched], reference[watched], rtol=late, atol=late)
-        # A pixel on the border may fall to the other class.
+        # Rounding may move a pixel at the border to the other class.
         pixels = 2.5 / (3 * 64)
         assert member.metrics.keys() == wanted.keys() == member.result().keys()
         for tag, value in wanted.items():
@@ -133,7 +135,7 @@ def test_equals_runs_trained_alone(both, net, batch_norm, optimizer):
         "probe.cosines=true",
     )  # fmt: skip
     assert_same_runs(runs)
-    # The same weights to begin with, bit for bit, and other images for each.
+    # The initial weights are equal bit for bit, and each run has images of its own.
     for one, initial in zip(runs.composed, runs.initial, strict=True):
         for name, value in build.make_net(one.cfg).state_dict().items():
             assert torch.equal(initial[name], value)
@@ -164,7 +166,7 @@ def test_volumes(both):
     [(12, 12, 1), (13, 5, 1), (7, 100, 1), (10, 5, 3), (14, 4, 3), (9, 4, 0), (1, 1, 1)],
 )
 def test_intervals(both, steps, interval, every):
-    """Blocks that end early, validations beside the end, steps that nobody observes."""
+    """Blocks that end early, validations that do not fall on the end, steps not observed."""
     runs = both(
         f"trainer.max_steps={steps}", f"trainer.val_check_interval={interval}",
         f"probe.every_n_steps={every}", grid=GRID[:2],
@@ -180,15 +182,15 @@ def test_intervals(both, steps, interval, every):
 
 @pytest.mark.parametrize("interval", [1, 7, 499, 500, 501, 1000, 1009, 2000])
 def test_block_size(interval):
-    size = fuse.block_size(interval)
-    assert interval % size == 0 and 1 <= size <= fuse.BLOCK
-    assert all(interval % n for n in range(size + 1, fuse.BLOCK + 1))
+    size = block_size(interval)
+    assert interval % size == 0 and 1 <= size <= stack_fit.BLOCK
+    assert all(interval % n for n in range(size + 1, stack_fit.BLOCK + 1))
 
 
 @pytest.mark.parametrize("block", [1, 5, 10])
 def test_blocks_change_nothing(both, monkeypatch, block):
     runs = both("trainer.max_steps=20", alone=False)
-    monkeypatch.setattr(fuse, "BLOCK", block)
+    monkeypatch.setattr(stack_fit, "BLOCK", block)
     others = both("trainer.max_steps=20", alone=False, name="blocks")
     for a, b in zip(runs.members, others.members, strict=True):
         assert read_scalars(a.folder).equals(read_scalars(b.folder))
@@ -196,8 +198,8 @@ def test_blocks_change_nothing(both, monkeypatch, block):
 
 
 def test_chunks_change_nothing_but_rounding(both, monkeypatch):
-    """Members in several calls, the last one smaller."""
-    monkeypatch.setattr(fuse, "CHUNK", 2)
+    """Members in several chunks, of which the last one is not full."""
+    monkeypatch.setattr(stack_module, "CHUNK", 2)
     assert_same_runs(both())
 
 
@@ -242,16 +244,16 @@ def test_a_process_is_left_as_it_was(both):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "sgd, momentum"])
 def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
-    """A Trainer takes it up and trains as it does from the ordinary run's own checkpoint."""
+    """A Trainer resumes from it and trains as from the checkpoint of the ordinary run."""
     kind, *momentum = optimizer.split(", ")
     own = ["optimizer.momentum=0.9"] if momentum else []
     runs = both(f"optimizer={kind}", "model.batch_norm=true", *own, grid=GRID[:2])
     for i, one in enumerate(runs.composed):
         ended = []
         for which, folder in (("fused", runs.members[i].folder), ("alone", runs.folders[i])):
-            file, _ = resume.newest(folder)
+            file, _ = newest(folder)
             state = torch.load(file, weights_only=True)
-            # Where the run kept its checkpoints; the two differ in that, and it is warned of.
+            # Lightning warns of differences in these.
             state["callbacks"] = {}
             file = tmp_path / f"{which} {i}.ckpt"
             torch.save(state, file)
@@ -259,18 +261,16 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
             net = build.make_net(cfg)
             with torch.no_grad():
                 for p in net.parameters():
-                    p.zero_()  # what counts is in the checkpoint
-            losses = build.make_losses(build.loss_nodes(cfg, one.trained))
-            module = SegmentationModule(
-                net, losses, one.trained, build.make_optimizer(cfg), num_classes=2
-            )
+                    p.zero_()  # the checkpoint must replace these
+            losses = make_losses(loss_nodes(cfg, one.trained))
+            module = SegmentationModule(net, losses, one.trained, build.make_optimizer(cfg))
             rest = tmp_path / "rest" / which / str(i)
             trainer = pl.Trainer(
                 **build.trainer_options(cfg) | {"max_steps": 40}, logger=EventLog(str(rest)),
                 callbacks=[Probe()], max_epochs=2, num_sanity_val_steps=0,
                 enable_checkpointing=False, enable_model_summary=False,
             )  # fmt: skip
-            with fast_on_cpu(net):
+            with quiet(), fast_on_cpu(net):
                 trainer.fit(module, build.make_data(cfg), ckpt_path=file, weights_only=True)
             trainer.logger.close()
             assert trainer.global_step == 40
@@ -286,11 +286,11 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
 # --- One of them fails ---------------------------------------------------------------------------
 
 
-# TensorBoard's picture of images that are infinite.
+# TensorBoard converts images that are infinite.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("bad", ["optimizer.lr=1e30", "optimizer.lr=1e36"])
 def test_a_failing_member_leaves_the_others_alone(both, caplog, bad):
-    """NaN or infinite: named with its tag and step; the others as if another one had been there."""
+    """Its error names tag and step; the others train as beside a member that does not fail."""
     grid = [GRID[0], [*GRID[1][:3], "optimizer.lr=1e-2"], GRID[2]]
     good = both(grid=grid, alone=False)
     spoiled = [own for own in grid[1] if own.split("=")[0] != bad.split("=")[0]]
@@ -331,10 +331,10 @@ def test_a_failing_member_leaves_the_others_alone(both, caplog, bad):
 )  # fmt: skip
 def test_obstacles(compose, option, value):
     options = build.trainer_options(compose().cfg)
-    fuse.check_options(options)
-    fuse.check_options(options | {"precision": 32})
+    check_options(options)
+    check_options(options | {"precision": 32})
     with pytest.raises(NotStackable, match=f"^trainer.{option}={value} needs the ordinary step$"):
-        fuse.check_options(options | {option: value})
+        check_options(options | {option: value})
 
 
 def test_without_a_progress_bar(both):
@@ -358,14 +358,14 @@ def test_seconds_are_shared(both):
         ),
     ],
 )
-def test_compile_falls_back(compose, train_alone, tmp_path, caplog, override, reason):
-    """compile=true where it cannot: one line, and the ordinary run."""
+def test_compile_falls_back(compose, tmp_path, caplog, override, reason):
+    """Where compile=true is not possible, one line says so and the run is trained as ordinary."""
     metrics = []
     for compiled in ("true", "false"):
         one = compose(*SMALL, override, "trainer.max_steps=3", f"compile={compiled}")
         folder = tmp_path / compiled
         folder.mkdir()
-        metrics.append(train_alone(one.cfg, one.trained, folder))
+        metrics.append(train(one.cfg, one.trained, folder))
         assert len(list(folder.glob("events.out.tfevents.*"))) == 1
         assert len(list(folder.glob("checkpoints/*"))) == 1
     assert metrics[0] == metrics[1]
@@ -373,19 +373,53 @@ def test_compile_falls_back(compose, train_alone, tmp_path, caplog, override, re
     assert said == [f"not compiled: {reason}"]
 
 
-@pytest.mark.parametrize("error", [AssertionError("no such operation"), MemoryError("none left")])
-def test_what_the_compiler_refuses(both, monkeypatch, error):
-    """Told from a lack of memory, which is the run's."""
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (AssertionError("no such operation"), "AssertionError: no such operation"),
+        (InductorError(CppCompileError(["g++"], "bad"), None), "InductorError: CppCompileError: "),
+        (InvalidCxxCompiler(), "InvalidCxxCompiler: No working C"),
+        (MemoryError("none left"), None),
+        (InductorError(MemoryError("none left"), None), None),
+        (torch.OutOfMemoryError("none left"), None),
+    ],
+)
+def test_what_the_compiler_refuses(both, monkeypatch, error, text):
+    """A failure of the compiler is a refusal; a lack of memory is an error of the run."""
 
     def broken(*_, **__):
         raise error
 
-    monkeypatch.setattr("losswatch.stack.step.standalone_compile", broken)
-    wanted, text = NotStackable, "the compiler cannot compile them .*AssertionError: no such oper"
-    if isinstance(error, MemoryError):
-        wanted, text = MemoryError, "none left"
-    with pytest.raises(wanted, match=text):
-        both(alone=False, compile=True)
+    monkeypatch.setattr("losswatch.stack.compile.compile_graph", broken)
+    if text:
+        with pytest.raises(NotStackable, match=f"the compiler cannot compile them .*: {text}"):
+            both(alone=False, compile=True)
+    else:
+        with pytest.raises(type(error), match="none left"):
+            both(alone=False, compile=True)
+
+
+class Fussy(nn.Module):
+    """A loss that raises an error when its arguments are mapped over runs."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, logits, target):
+        if traced(logits):
+            raise self.error
+        return logits.square().mean()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, NotImplementedError, KeyError])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_error_of_somebodys_code_is_no_refusal(both, error, compiled, monkeypatch):
+    """The error is raised, even in the first step: the runs are not trained one by one."""
+    losses = LossSet({**dict.fromkeys(["cce", "dice"], Fussy(error("boom")))})
+    monkeypatch.setattr("test_fuse.make_losses", lambda _: losses)
+    with pytest.raises(error, match="boom"):
+        both(alone=False, compile=compiled, grid=GRID[:2])
 
 
 # --- Compiled ------------------------------------------------------------------------------------
@@ -395,5 +429,5 @@ def test_what_the_compiler_refuses(both, monkeypatch, error):
 # Inductor imports a part of PyTorch that PyTorch itself deprecates.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_compiled_stack(both):
-    """Two graphs: the steps that are observed, and those between."""
+    """There are two graphs: one for steps that are observed, and one for those between."""
     assert_same_runs(both("model.batch_norm=true", "probe.every_n_steps=2", compile=True))

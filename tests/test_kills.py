@@ -23,11 +23,11 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, read_result
 from forks import Fork, ForkServer
+from losswatch.report.report import read_runs, read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import session
 from test_resume import assert_same
 
-from losswatch.report.report import read_runs, read_scalars
 from losswatch.train import resume
 
 KILLS = int(os.environ.get("LOSSWATCH_KILLS", 20))

@@ -18,11 +18,15 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from omegaconf import OmegaConf
 
-from losswatch.report.report import read_runs, read_scalars
-from losswatch.stack import fuse
+from losswatch.events.series import read_scalars
+from losswatch.report.runs import read_runs
+from losswatch.stack import module as stack_module
+from losswatch.stack.module import StackedModule
 from losswatch.sweep import launch
-from losswatch.train import config, resume
-from losswatch.train.build import quieten
+from losswatch.sweep.groups import group_jobs, order_groups
+from losswatch.sweep.jobs import Job
+from losswatch.train import config
+from losswatch.train.locks import hold
 
 SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
 
@@ -39,7 +43,7 @@ def jobs(tmp_path):
         found = []
         for i, overrides in enumerate(runs):
             cfg = hydra.compose("config", overrides=[*SMALL, *overrides], return_hydra_config=True)
-            found.append(launch.Job(i, list(overrides), cfg, tmp_path / str(i)))
+            found.append(Job(i, list(overrides), cfg, tmp_path / str(i)))
         return found
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -68,7 +72,7 @@ def indices(found):
     ],
 )
 def test_what_may_differ_stays_together(jobs, values):
-    found, differ = launch.groups(jobs(*([value] for value in values)))
+    found, differ = group_jobs(jobs(*([value] for value in values)))
     assert indices(found) == [list(range(len(values)))]
     assert differ == []
 
@@ -77,7 +81,7 @@ def test_what_may_differ_stays_together(jobs, values):
 def test_numbers_of_sgd_stay_together(jobs, values):
     common = ["optimizer=sgd", "optimizer.momentum=0.5"]
     runs = jobs(*([*common, f"optimizer.{value}"] for value in values.split()))
-    assert indices(launch.groups(runs)[0]) == [[0, 1]]
+    assert indices(group_jobs(runs)[0]) == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_numbers_of_sgd_stay_together(jobs, values):
 )
 def test_what_must_be_equal_splits(jobs, values, name):
     """In the order of their first runs, and it is said why."""
-    found, differ = launch.groups(jobs([values[0]], [values[1]], [values[0], "seed=3"]))
+    found, differ = group_jobs(jobs([values[0]], [values[1]], [values[0], "seed=3"]))
     assert indices(found) == [[0, 2], [1]]
     assert name in differ
     assert {key.split(".")[0] for key in differ} == {name.split(".")[0]}
@@ -119,21 +123,21 @@ def test_a_changed_loss_is_another(jobs):
         ["loss=dice", "+loss.exponent=2"], ["loss=dice", "+loss.exponent=2", "seed=1"],
         ["loss=dice", "+loss.exponent=3"],
     )  # fmt: skip
-    found, differ = launch.groups(runs)
+    found, differ = group_jobs(runs)
     assert indices(found) == [[0, 1], [2, 3], [4]]
     assert differ and all(name.startswith("changed loss") for name in differ)
 
 
 def test_groups_of_one_compiled_step_begin_apart(jobs):
     grid = [[f"model.batch_norm={bn}", f"optimizer={o}"] for bn in (0, 1) for o in ("adam", "sgd")]
-    found, _ = launch.groups(jobs(*grid))
+    found, _ = group_jobs(jobs(*grid))
     assert indices(found) == [[0], [1], [2], [3]]
-    assert indices(launch.in_turn(found)) == [[2], [0], [3], [1]]
+    assert indices(order_groups(found)) == [[2], [0], [3], [1]]
 
 
 def test_members_stay_in_order():
-    assert launch._split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
-    assert launch._split([1, 2], 5) == [[1, 2]]
+    assert launch.split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert launch.split([1, 2], 5) == [[1, 2]]
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -143,7 +147,7 @@ def test_members_stay_in_order():
 def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
     """As a group too large for a GPU; each run is trained once, and leaves one event file."""
     trained = []
-    train = fuse.StackedModule.training_step
+    train = StackedModule.training_step
 
     def small(module, *args):
         if len(module.members) > fits:
@@ -151,24 +155,23 @@ def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
         trained.append(len(module.members))
         train(module, *args)
 
-    monkeypatch.setattr(fuse.StackedModule, "training_step", small)
-    monkeypatch.setattr(fuse, "FINISHED", {})
+    monkeypatch.setattr(StackedModule, "training_step", small)
+    monkeypatch.setattr(launch, "FINISHED", {})
     runs = jobs(*([f"seed={i}"] for i in range(5)))
-    quieten()
     launch._train(runs)
     assert sum(trained) == 5 * 2 and max(trained) <= fits  # two blocks each
-    assert list(fuse.FINISHED) == [run.folder for run in runs]
+    assert list(launch.FINISHED) == [run.folder for run in runs]
     said = [r.getMessage() for r in caplog.records if "do not fit into memory" in r.getMessage()]
     assert said[0] == "5 runs do not fit into memory; trying half as many at once"
     for run in runs:
-        assert fuse.FINISHED[run.folder].result()["test/accuracy"] > 0
+        assert launch.FINISHED[run.folder].result()["test/accuracy"] > 0
         assert list(read_scalars(run.folder)["loss/dice"].dropna().index) == list(range(12))
         assert len(list(run.folder.glob("events.out.tfevents.*"))) == 1
 
 
 def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
     """What goes on begins at the checkpoint, and has what was logged before it."""
-    train, blocks = fuse.StackedModule.training_step, []
+    train, blocks = StackedModule.training_step, []
 
     def fails_once(module, *args):
         blocks.append(len(module.members))
@@ -176,11 +179,10 @@ def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         train(module, *args)
 
-    monkeypatch.setattr(fuse.StackedModule, "training_step", fails_once)
-    monkeypatch.setattr(fuse, "FINISHED", {})
-    monkeypatch.setattr(fuse, "SAVE_SECONDS", 0)  # a checkpoint at the first validation
+    monkeypatch.setattr(StackedModule, "training_step", fails_once)
+    monkeypatch.setattr(launch, "FINISHED", {})
+    monkeypatch.setattr(stack_module, "SAVE_SECONDS", 0)  # a checkpoint at the first validation
     runs = jobs(["seed=0"], ["seed=1"])
-    quieten()
     launch._train(runs)
     assert blocks == [2, 2, 1, 1]
     for run in runs:
@@ -191,8 +193,7 @@ def test_one_run_too_large_fails(jobs, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    quieten()
-    monkeypatch.setattr(fuse.StackedModule, "training_step", full)
+    monkeypatch.setattr(StackedModule, "training_step", full)
     with pytest.raises(torch.OutOfMemoryError):
         launch._train(jobs(["seed=0"]))
 
@@ -201,8 +202,7 @@ def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
     def cut(*args):
         raise KeyboardInterrupt
 
-    quieten()
-    monkeypatch.setattr(fuse.StackedModule, "training_step", cut)
+    monkeypatch.setattr(StackedModule, "training_step", cut)
     with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning turns one into the other
         launch._train(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]))
     runs = read_runs(tmp_path)
@@ -463,7 +463,7 @@ def test_a_stopped_sweep_leaves_no_process(tmp_path, command, by, whom):
     if by == "SIGINT":
         interrupted(status, out, said, len(list(tmp_path.glob("s/*/events*"))))
     for run in tmp_path.glob("s/*/.lock"):
-        resume.hold(run.parent).close()
+        hold(run.parent).close()
     assert "leaked" not in said and "Traceback" not in said
 
 

@@ -1,4 +1,6 @@
-"""The LightningModule: validation sums, metrics, and what resuming does."""
+"""The LightningModule: training, evaluation and its metrics, and resuming."""
+
+import weakref
 
 import numpy as np
 import pytest
@@ -6,9 +8,11 @@ import pytorch_lightning as pl
 import torch
 from conftest import ARTICLE, load_losses
 from torch import nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from losswatch.report.report import read_scalars
-from losswatch.train.module import scores
+from losswatch.events.series import read_scalars
+from losswatch.losses import Dice, LossSet
+from losswatch.train.evaluation import scores, tally
 from losswatch.watch.probe import Probe
 
 
@@ -26,7 +30,7 @@ def by_hand(label, prediction, classes):
 
 @pytest.mark.parametrize("classes, held", [(2, 2), (4, 4), (4, 2), (2, 1)])
 def test_metrics(classes, held):
-    """`held` classes appear at all; the others count as perfect."""
+    """Only `held` classes appear; the others count as perfect."""
     g = torch.Generator().manual_seed(0)
     label = torch.randint(0, held, (5, 6, 7), generator=g)
     prediction = torch.randint(0, held, (5, 6, 7), generator=g)
@@ -43,8 +47,46 @@ def test_metrics(classes, held):
     assert all(torch.equal(stacked[name][0], value) for name, value in seen.items())
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_tally_of_a_batch(classes):
+    """Equals torchmetrics', also for several runs under vmap, as a stack evaluates."""
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 5, classes, 6, 7, generator=g)
+    target = torch.randint(0, classes, (3, 5, 6, 7), generator=g)
+    losses = load_losses(*ARTICLE)
+    stacked = torch.vmap(lambda x, y: tally(x, y, losses))(logits, target)
+    for i in range(3):
+        found = tally(logits[i], target[i], losses)
+        wanted = multiclass_confusion_matrix(logits[i], target[i], classes)
+        assert torch.equal(found.confusion, wanted)
+        assert torch.equal(stacked.confusion[i], wanted)
+        assert found.losses.dtype == torch.float64
+        means = losses(logits[i], target[i]).double()
+        torch.testing.assert_close(found.losses, means * target[i].numel(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(stacked.losses[i], found.losses, rtol=1e-6, atol=0)
+
+
+def test_a_batch_without_images():
+    """The last batch may leave no image to a rank. Nothing is added, though a loss is NaN then."""
+    losses = LossSet({"mean": nn.CrossEntropyLoss(), "dice": Dice()})
+    logits, target = torch.zeros(0, 3, 4, 4), torch.zeros(0, 4, 4, dtype=torch.int64)
+    assert losses(logits, target)[0].isnan()
+    found = tally(logits, target, losses)
+    assert not found.confusion.any() and not found.losses.any()
+
+
+def test_evaluation_leaves_random_numbers_alone():
+    class Noisy(nn.Module):
+        def forward(self, logits, target):
+            return (logits + torch.rand_like(logits)).mean()
+
+    before = torch.get_rng_state()
+    tally(torch.zeros(1, 2, 3), torch.zeros(1, 3, dtype=torch.int64), LossSet({"it": Noisy()}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class Fixed(nn.Module):
-    """Logits without training: the wanted ones of a linear function of the image."""
+    """Logits that need no training: a linear function of the image."""
 
     def __init__(self, classes):
         super().__init__()
@@ -57,7 +99,7 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("stage", ["val", "test"])
 def test_evaluation_is_over_all_images(make_run, classes, stage):
-    """Uneven batches: pixels count alike, not batches."""
+    """Each pixel has the same weight, also in a smaller batch."""
     run = make_run(
         classes=classes, data={"val_size": 7, "test_size": 7, "eval_batch_size": 3}, steps=1
     )
@@ -99,7 +141,7 @@ def test_second_validation_starts_from_zero(make_run):
 @pytest.mark.parametrize("trained", ARTICLE)
 @pytest.mark.parametrize("probe", [False, True])
 def test_training_is_plain_gradient_descent(make_run, trained, probe):
-    """Each step, written out without Lightning."""
+    """The same steps, written out without Lightning, give the same weights."""
     run = make_run(
         trained=trained, steps=5, validate=False, precision="64-true",
         probe=Probe() if probe else None,
@@ -141,14 +183,14 @@ class SaveAt(pl.Callback):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_is_the_same_run(make_run, tmp_path, workers):
-    """Taken up after 3 of 8 steps: the same images and weights, bit for bit."""
+    """Resumed after 3 of 8 steps it has the same images and weights, bit for bit."""
     file = tmp_path / "half.ckpt"
     options = {"batch_norm": True, "steps": 8, "validate": False}
     whole = make_run(callbacks=[SaveAt(3, file)], probe=Probe(), **options).fit()
     rest = make_run(probe=Probe(), folder="rest", data={"num_workers": workers}, **options)
     with torch.no_grad():
         for p in rest.module.parameters():
-            p.zero_()  # what counts is in the checkpoint
+            p.zero_()  # the checkpoint must replace these
     resumed = rest.fit(ckpt_path=file, weights_only=True)
     assert rest.trainer.global_step == 8
     for name, value in whole.state_dict().items():
@@ -159,18 +201,27 @@ def test_a_resumed_run_is_the_same_run(make_run, tmp_path, workers):
 
 
 def test_the_graph_is_not_kept(make_run):
+    """The tensors that watchers got are freed when the next step begins."""
+
     class Look(pl.Callback):
-        kept = []
+        seen, alive = [], []
+
+        def on_fit_start(self, trainer, module):
+            module.watchers.append(self)
+
+        def see(self, logits, target, value):
+            assert logits.grad_fn is not None and value.grad_fn is not None
+            self.seen += [weakref.ref(logits), weakref.ref(value)]
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            self.kept.append(module.logits.grad_fn)
+            self.alive.append(sum(tensor() is not None for tensor in self.seen))
 
-    make_run(callbacks=[Look()], validate=False).fit()
-    assert Look.kept == [None] * 4
+    make_run(callbacks=[Look()], probe=Probe(every_n_steps=2), validate=False).fit()
+    assert len(Look.seen) == 8 and Look.alive == [0] * 4
 
 
 def test_a_process_is_left_as_it_was(make_run):
-    """oneDNN's switch and the default type are back after a run, a failing one too."""
+    """oneDNN's switch and the default type are as before after a run, also after one that fails."""
     before = torch.backends.mkldnn.enabled
 
     class Fail(pl.Callback):

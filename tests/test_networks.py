@@ -1,4 +1,4 @@
-"""The networks: sizes, initialisation, and the compiled convolution against PyTorch's."""
+"""The networks: sizes, initial weights, and convolutions that equal PyTorch's."""
 
 import math
 import os
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 
-from losswatch.nets import networks
-from losswatch.nets.networks import Conv2d, ConvNet, UNet, fast_on_cpu
+from losswatch.nets import ConvNet, UNet, layers
+from losswatch.nets.cpu import fast_on_cpu
+from losswatch.nets.layers import Conv2d
 
 CONVS = (nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
@@ -29,7 +30,7 @@ def size(net):
 def test_convnet_size(dims, taps, classes):
     plain = ConvNet(1, classes, dims=dims)
     assert size(plain) == (taps * 4 + 4) + (taps * 16 + 4) + (4 * classes + classes)
-    # Batch norm brings a scale and a shift, and takes the bias away.
+    # Batch norm has a scale and a shift, and the convolution then has no bias.
     assert size(ConvNet(1, classes, dims=dims, batch_norm=True)) == size(plain) + 2 * (8 - 4)
     deep = ConvNet(3, classes, dims=dims, width=5, depth=3)
     assert size(deep) == taps * 5 * (3 + 5 + 5) + 15 + 6 * classes
@@ -56,7 +57,7 @@ def test_initialisation(make, dims, batch_norm):
     for conv, k in zip(convs, taps, strict=True):
         bound = math.sqrt(6 / (k * (conv.in_channels + conv.out_channels)))
         assert conv.weight.abs().max() <= bound
-        if conv.weight.numel() > 100:  # uniform up to the bound: standard deviation bound / √3
+        if conv.weight.numel() > 100:  # the standard deviation is bound / √3
             assert conv.weight.abs().max() > 0.9 * bound
             assert conv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
         assert conv.bias is None or not conv.bias.any()
@@ -91,9 +92,9 @@ def test_default_momenta_are_those_of_conf():
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("inputs", [1, 4, networks.NARROW + 1])
+@pytest.mark.parametrize("inputs", [1, 4, layers.NARROW + 1])
 def test_compiled_form_is_the_convolution(monkeypatch, kernel, bias, inputs):
-    """Value and gradients of the sum over taps, which compilation alone takes, in float64."""
+    """Value and gradients, in float64, of the form that is used only when compiling."""
     torch.manual_seed(0)
     padding = (kernel[0] // 2, kernel[1] // 2)
     conv = Conv2d(inputs, 3, kernel, padding=padding, bias=bias).double()
@@ -103,7 +104,7 @@ def test_compiled_form_is_the_convolution(monkeypatch, kernel, bias, inputs):
     parameters = [x, *conv.parameters()]
     wanted_gradients = torch.autograd.grad(wanted, parameters, back)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    if inputs <= networks.NARROW:  # this path must not end in the very function it replaces
+    if inputs <= layers.NARROW:  # so that the test fails if PyTorch's own is called
         monkeypatch.setattr(nn.Conv2d, "forward", None)
     y = conv(x)
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
@@ -117,7 +118,7 @@ def test_compiled_form_is_the_convolution(monkeypatch, kernel, bias, inputs):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("inputs, outputs", [(2, 3), (16, 8), (16, 16)])
 def test_channels_last_form_is_the_convolution(monkeypatch, kernel, bias, inputs, outputs):
-    """Value and gradients of the eager form, against PyTorch's convolution in its own layout."""
+    """Value and gradients of the eager form equal PyTorch's convolution in its default layout."""
     torch.manual_seed(0)
     padding = (kernel[0] // 2, kernel[1] // 2)
     conv = Conv2d(inputs, outputs, kernel, padding=padding, bias=bias).double()
@@ -126,7 +127,7 @@ def test_channels_last_form_is_the_convolution(monkeypatch, kernel, bias, inputs
     back = torch.randn_like(wanted)
     parameters = [x, *conv.parameters()]
     wanted_gradients = torch.autograd.grad(wanted, parameters, back)
-    if kernel == (1, 1) or outputs < 16 <= inputs:  # another form than the very one it is held to
+    if kernel == (1, 1) or outputs < 16 <= inputs:  # PyTorch's own must not be called
         monkeypatch.setattr(nn.Conv2d, "forward", None)
     y = conv(x.to(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -142,16 +143,16 @@ def test_channels_last_form_is_the_convolution(monkeypatch, kernel, bias, inputs
     [(2, torch.contiguous_format), (2, torch.channels_last), (3, torch.channels_last_3d)],
 )
 def test_enlarging_is_interpolation(dims, layout):
-    """Value and gradient, the latter a part of a larger one as behind a concatenation."""
+    """Value and gradient; the gradient is a part of a larger tensor, as after a concatenation."""
     x = torch.randn(2, 3, *(4, 6, 2)[:dims], dtype=torch.float64)
     x = x.to(memory_format=layout).requires_grad_()
     wanted = F.interpolate(x, scale_factor=2.0)
-    y = networks._Enlarge.apply(x)
+    y = layers.Enlarge.apply(x)
     assert torch.equal(y, wanted)
     back = torch.randn_like(torch.cat([wanted, wanted], dim=1))[:, :3]
     gradients = [torch.autograd.grad(z, x, back)[0] for z in (y, wanted)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradgradcheck(networks._Enlarge.apply, x)
+    assert torch.autograd.gradgradcheck(layers.Enlarge.apply, x)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -192,7 +193,7 @@ def test_bad_settings(make, knobs, message):
 
 
 def test_unet_uses_every_level():
-    """Each parameter, the skips' included, moves the output."""
+    """Each parameter affects the output, those of the skip connections too."""
     torch.manual_seed(0)
     net = UNet(1, 2, batch_norm=False).double()
     x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
@@ -201,8 +202,8 @@ def test_unet_uses_every_level():
 
 
 def test_unet_narrows_before_it_enlarges():
-    """As the comment in UNet claims, 1x1 convolution and interpolation can change places."""
-    conv = networks._conv(2, 4, 2, 1, bias=True)
+    """A 1x1 convolution and an interpolation can change places, as a comment in UNet claims."""
+    conv = layers.convolution(2, 4, 2, 1, bias=True)
     x = torch.randn(1, 4, 3, 3)
     torch.testing.assert_close(
         F.interpolate(conv(x), scale_factor=2.0), conv(F.interpolate(x, scale_factor=2.0))
@@ -211,10 +212,11 @@ def test_unet_narrows_before_it_enlarges():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
 def test_freed_memory_serves_the_next_step():
-    """Pages that the system gives anew, in a process that has not tuned its allocator."""
+    """Counts pages from the system, in a process with the allocator's default settings."""
     steps = """
 import resource, torch
-from losswatch.nets.networks import ConvNet, fast_on_cpu
+from losswatch.nets import ConvNet
+from losswatch.nets.cpu import fast_on_cpu
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -224,8 +226,8 @@ def faults():
 
 before = faults()
 with fast_on_cpu(ConvNet(1, 2)):
-    faults()  # the first pieces are new
-    print(before, min(faults() for _ in range(5)))  # a system may take idle pages back meanwhile
+    faults()  # the first time all pieces are new
+    print(before, min(faults() for _ in range(5)))  # the system may take idle pages back in between
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     done = subprocess.run(
@@ -250,3 +252,16 @@ def test_onednn_is_off_only_where_it_is_slower(net, native):
     with fast_on_cpu(net()):
         assert torch.backends.mkldnn.enabled == (before and not native)
     assert torch.backends.mkldnn.enabled == before
+
+
+def test_denormals_are_numbers_again_or_still_zero():
+    """The switch is as before, on or off, though PyTorch cannot tell its state."""
+
+    def are_zero():
+        return bool(torch.tensor(1e-40) * 1 == 0)
+
+    for before in (False, True, False):
+        torch.set_flush_denormal(before)
+        with fast_on_cpu(ConvNet(1, 2)):
+            assert are_zero()
+        assert are_zero() == before

@@ -1,4 +1,4 @@
-"""Half precision trains as well as float32, and what is large fits."""
+"""Half precision trains as well as float32, and large images fit into memory."""
 
 import os
 import subprocess
@@ -11,9 +11,10 @@ from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from pytorch_lightning.plugins import MixedPrecision
 
 from losswatch.data.random import ThresholdedImages
+from losswatch.events.series import read_scalars
 from losswatch.losses import CrossEntropy, Dice, LossSet
-from losswatch.nets.networks import ConvNet, UNet, fast_on_cpu
-from losswatch.report.report import read_scalars
+from losswatch.nets import ConvNet, UNet
+from losswatch.nets.cpu import fast_on_cpu
 from losswatch.train.config import ConfigError
 from losswatch.train.module import SegmentationModule
 from losswatch.watch.probe import Probe
@@ -21,18 +22,18 @@ from losswatch.watch.probe import Probe
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16"])
 def test_float16_is_refused_on_a_cpu(compose, precision):
-    """Lightning would train in bfloat16 instead."""
+    """Lightning would train in bfloat16 without a word."""
     with pytest.raises(ConfigError, match=f"precision={precision} needs a GPU; .* bf16-mixed$"):
         compose("trainer.accelerator=cpu", f"trainer.precision={precision}").check()
 
 
 def in_float16() -> list[MixedPrecision]:
-    """What Lightning makes of 16-mixed on a GPU, for a CPU, which computes the same more slowly."""
+    """The plugin that Lightning uses for 16-mixed on a GPU. It also works, slowly, on a CPU."""
     return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
 
 
 class Observed(Probe):
-    """Keeps what it sees instead of writing it."""
+    """Keeps its observations instead of writing them."""
 
     def flush(self, trainer):
         self.seen = self.block[: len(self.steps)].clone()
@@ -41,9 +42,7 @@ class Observed(Probe):
 def fit(net, plugins, *, steps, lr=1e-2, **data):
     """The probe's observations, and the test metrics."""
     losses = {"cce": CrossEntropy(), "dice": Dice(), "dice_square": Dice(exponent=2)}
-    module = SegmentationModule(
-        net, LossSet(losses), "dice", lambda p: torch.optim.Adam(p, lr=lr), num_classes=2
-    )
+    module = SegmentationModule(net, LossSet(losses), "dice", lambda p: torch.optim.Adam(p, lr=lr))
     probe, images = Observed(), ThresholdedImages([0.5], **data)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=1, num_sanity_val_steps=0,
@@ -105,7 +104,7 @@ def test_mixed_precision_reaches_the_same_accuracy(tmp_path, model, precision, a
     "size", [["data.image_size=512"], ["data.image_size=64", "data.dims=3"]], ids=["512²", "64³"]
 )
 def test_large_images_and_volumes_train(tmp_path, size):
-    """The U-Net and all five losses, two images a step: within 2 GiB, and the loss falls."""
+    """The U-Net with five losses and two images a step needs at most 2 GiB, and the loss falls."""
     arguments = [
         *size, "trainer.accelerator=cpu", "trainer.max_steps=8", "data.batch_size=2",
         "data.val_size=2", "data.test_size=2", "data.eval_batch_size=1", "optimizer.lr=0.01",
@@ -116,7 +115,7 @@ def test_large_images_and_volumes_train(tmp_path, size):
             cwd=tmp_path, env=ENVIRONMENT, stdout=said, stderr=said,
         )  # fmt: skip
         _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen would wait for it
+    process.returncode = os.waitstatus_to_exitcode(status)  # otherwise Popen would wait for it
     assert status == 0, (tmp_path / "said").read_text()
     print(f"\npeak {used.ru_maxrss / 2**20:.2f} GiB, {used.ru_utime:.0f} s of one core")
     assert used.ru_maxrss < 2 * 2**20  # KiB

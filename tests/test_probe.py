@@ -1,4 +1,4 @@
-"""The probe against one `torch.autograd.grad` per loss, and its promise to change nothing."""
+"""The probe equals one `torch.autograd.grad` for each loss, and changes nothing in training."""
 
 import copy
 import logging
@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from losswatch.data.random import TRAIN, uniform
+from losswatch.events.series import read_scalars
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
-from losswatch.report.report import read_scalars
 from losswatch.watch.probe import Probe, tags
 
 
 class Reference(pl.Callback):
-    """At each step: a copy of the network, one forward and one backward pass for every loss.
+    """At each step, for each loss: a copy of the network, one forward and one backward pass.
 
-    Stands before the probe. `rows` holds per optimiser step the tags' values; gradients are
-    averaged over accumulated batches.
+    It must stand before the probe. `rows` holds the values of all tags for each optimiser step;
+    gradients are averaged over accumulated batches.
     """
 
     def __init__(self):
@@ -81,7 +81,7 @@ def assert_exact(observed, reference):
 @pytest.mark.parametrize("net", ["convnet", "unet"])
 @pytest.mark.parametrize("trained", ["dice", "cce"])
 def test_equals_one_gradient_per_loss(make_run, observed, net, batch_norm, classes, trained):
-    """All the Dice variants, cross entropy, one of MONAI's and two outside of the shared rows."""
+    """Dice variants, cross entropy, a loss of MONAI's, and two that share no rows with others."""
     names = [*ARTICLE, "dice_jaccard", "dice_log", "dice_monai", "dice_cce"]
     losses = load_losses(*names, monai=monai(), cubic=Dice(exponent=3))
     reference = Reference()
@@ -166,7 +166,7 @@ def test_norms_before_clipping(make_run, observed):
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_accumulated_batches(make_run, observed, batch_norm):
-    """One observation an optimiser step: the norm of the mean gradient."""
+    """There is one observation for each optimiser step: the norm of the mean gradient."""
     reference = Reference()
     run = make_run(
         batch_norm=batch_norm, probe=Probe(cosines=True), callbacks=[reference],
@@ -189,7 +189,7 @@ def test_frozen_parameters_do_not_count(make_run, observed):
 
 
 class Unused(nn.Module):
-    """A network with a parameter that has no part in the output."""
+    """A network with a parameter that does not affect the output."""
 
     def __init__(self):
         super().__init__()
@@ -220,7 +220,7 @@ def test_unused_parameters_count_as_zero(make_run, observed):
     [{}, {"gradient_clip_val": 0.01, "accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}],
 )
 def test_training_is_bit_identical(make_run, net, batch_norm, every, options):
-    """Weights, running statistics and the optimiser's moments after the same steps."""
+    """Weights, running statistics and the optimiser's moments are equal with and without it."""
     states = []
     for probe in (None, Probe(every_n_steps=every, cosines=True)):
         run = make_run(net, batch_norm, probe=probe, steps=8, val_check_interval=4, **options)
@@ -246,7 +246,7 @@ def test_random_numbers_are_left_alone(make_run):
 
 
 def test_accumulated_dice_is_the_mean_of_the_batches(make_run, observed):
-    """Not the Dice of the joined batch, but for cross entropy, a mean of pixels, both are one."""
+    """It is not the Dice of the joined batch. For cross entropy, a mean of pixels, they agree."""
     run = make_run(
         losses=load_losses("dice", "cce"), probe=Probe(), precision="64-true", validate=False,
         steps=1, accumulate_grad_batches=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
@@ -297,7 +297,7 @@ def test_every_n_steps(make_run, every, steps):
 
 @pytest.mark.parametrize("block", [1, 3, 4, 100])
 def test_blocks(make_run, observed, monkeypatch, block):
-    """Written values are the observed ones, wherever a block ends."""
+    """The values written are those observed, wherever a block ends."""
     monkeypatch.setattr(Probe, "BLOCK", block)
     run = make_run(probe=Probe(cosines=True), steps=8, val_check_interval=5)
     run.fit()
@@ -336,7 +336,7 @@ class Spoil(pl.Callback):
 
 
 class Foreign(nn.Module):
-    """A loss that says nothing about NaN logits, unlike ours."""
+    """A loss that does not check for NaN logits, unlike ours."""
 
     def forward(self, logits, target):
         return logits.square().mean()
@@ -344,7 +344,7 @@ class Foreign(nn.Module):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_first_step_that_is_not_finite_ends_the_run(make_run, value):
-    """Named with the tensor where it began; also with a loss that would not notice."""
+    """The error names the first such tensor, also with a loss that does not check its input."""
     run = make_run(
         losses=LossSet({"foreign": Foreign(), "more": Foreign()}), trained="foreign",
         probe=Probe(), callbacks=[Spoil(3, value)], steps=6, validate=False,
@@ -357,7 +357,7 @@ def test_the_first_step_that_is_not_finite_ends_the_run(make_run, value):
 
 
 class Steep(nn.Module):
-    """Finite, with an infinite gradient."""
+    """A finite value with a gradient that is not."""
 
     def forward(self, logits, target):
         return (logits.flatten()[0] - logits.flatten()[0].detach()).abs().pow(0.5)

@@ -13,9 +13,10 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from losswatch.data.random import TRAIN, image_and_label, uniform
-from losswatch.nets.networks import ConvNet
-from losswatch.report.report import read_scalars
-from losswatch.train import build
+from losswatch.events.series import read_scalars
+from losswatch.nets import ConvNet
+from losswatch.train import checks
+from losswatch.train.build import make_net
 from losswatch.train.config import ConfigError
 
 NAMES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
@@ -24,7 +25,7 @@ TWO = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Where one process and two ranks trained the same run, and what the ranks said.
+    """The folders where one process and two ranks trained the same run, and the ranks' output.
 
     Five images a step, four and then one at a validation: the ranks get 3 and 2, 2 and 2, 1 and 0.
     """
@@ -49,7 +50,7 @@ def pair(tmp_path_factory):
 
 
 def test_two_ranks_observe_what_one_process_does(pair):
-    """Values and gradient norms of every loss of conf/loss at each step, and the validation's."""
+    """Values and gradient norms of each loss of conf/loss at each step; validations, too."""
     one, two = (read_scalars(folder) for folder in pair[:2])
     assert len(one.filter(like="grad_norm/").dropna()) == 50
     assert {f"{kind}/{name}" for kind in ("loss", "grad_norm") for name in NAMES} <= {*two.columns}
@@ -59,12 +60,12 @@ def test_two_ranks_observe_what_one_process_does(pair):
 
 
 def test_a_loss_that_knows_nothing_of_ranks(pair, compose):
-    """The mean of the ranks' own values, which is what is trained; in validation that of pixels."""
+    """In training its value is the mean over ranks, in validation the mean over pixels."""
     cfg = compose("experiment=smoke", "model.batch_norm=true").cfg
     u = uniform(torch.tensor(0), TRAIN, torch.tensor(0), (5, 1, 16, 16))
     images, target = image_and_label(u, torch.tensor([0.5]), 0.0, 1.0)
     with torch.no_grad():
-        logits = build.make_net(cfg)(images)
+        logits = make_net(cfg)(images)
         shares = [F.cross_entropy(logits[rank::2], target[rank::2]).item() for rank in (0, 1)]
     scalars = read_scalars(pair[1])
     assert scalars["loss/foreign"][0] == pytest.approx(sum(shares) / 2, rel=1e-6)
@@ -84,7 +85,7 @@ def test_two_ranks_end_with_the_same_weights(pair):
 
 
 def test_two_ranks_leave_one_run(pair):
-    """Said once, in one folder, without a trace of the second process."""
+    """Each line is printed once, and there is one folder, as of one process."""
     one, two, said = pair
     assert [f.name for f in two.parent.iterdir()] == [two.name]
     assert len(list(two.parents[1].iterdir())) == 1
@@ -106,7 +107,7 @@ def test_two_ranks_leave_one_run(pair):
 def refused(compose, *overrides, multirun=False):
     run = compose(*TWO, *overrides)
     with pytest.raises(ConfigError) as raised:
-        build.check(run.cfg, run.trained, multirun)
+        checks.check(run.cfg, run.trained, multirun)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -122,16 +123,16 @@ def test_what_ranks_cannot_do_is_refused(compose):
 
 @pytest.mark.parametrize("devices, tasks", [(1, 2), (2, 1), (2, 2), (1, 1)])
 def test_slurm_starts_a_task_for_each_device(compose, monkeypatch, devices, tasks):
-    """Lightning waits for a task too few, and trains the same run in each that is too many."""
-    monkeypatch.setattr(build, "_check_trainer", build._check_trainer.__wrapped__)  # not cached
+    """Lightning would wait for missing tasks, and would train the same run in surplus ones."""
+    monkeypatch.setattr(checks, "_check_trainer", checks._check_trainer.__wrapped__)  # not cached
     for name in ("PROCID", "LOCALID", "NODEID"):
         monkeypatch.setenv(f"SLURM_{name}", "0")
-    for name in ("NTASKS", "NTASKS_PER_NODE"):  # of the job
+    for name in ("NTASKS", "NTASKS_PER_NODE"):  # those of the job
         monkeypatch.setenv(f"SLURM_{name}", "2")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
     if devices == tasks:
         run = compose(*TWO, f"trainer.devices={devices}", "trainer.strategy=auto")
-        build.check(run.cfg, run.trained)
+        checks.check(run.cfg, run.trained)
     else:
         said = refused(compose, f"trainer.devices={devices}", "trainer.strategy=auto")
         assert said.startswith(f"Slurm tasks that run this command: {tasks}, trainer.devices x ")
@@ -149,7 +150,7 @@ def test_a_sweep_of_several_ranks_a_run_is_refused_before_it_starts(tmp_path):
 
 
 def trained_weights(name, world=1, rank=0, steps=50):
-    """Weights of the plain net after 50 steps with a loss of conf/loss, five images a step."""
+    """Weights of the plain network after 50 steps with a loss of conf/loss, five images a step."""
     torch.manual_seed(0)
     net = ConvNet(1, 2)
     model = DistributedDataParallel(net) if world > 1 else net

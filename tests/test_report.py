@@ -26,18 +26,12 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.encode import write_scalars
-from losswatch.report import study
-from losswatch.report.report import (
-    KNOWN_LOSSES,
-    cell_table,
-    compare_losses,
-    markdown_table,
-    read_runs,
-    read_scalars,
-    show,
-    summary_table,
-    write_summary,
-)
+from losswatch.events.series import read_scalars
+from losswatch.report import figures
+from losswatch.report.compare import compare_losses
+from losswatch.report.runs import KNOWN_LOSSES, read_runs
+from losswatch.report.tables import cell_table, markdown_table, summary_table, write_summary
+from losswatch.text import show
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["cce", "dice_fg", "dice"]
@@ -90,7 +84,7 @@ def main(monkeypatch):
 
 @pytest.fixture
 def no_hang():
-    """Fail after half a minute, whatever is waited for."""
+    """Fail a test that still runs after half a minute."""
 
     def interrupt(*_):
         pytest.fail("still busy after half a minute")
@@ -145,7 +139,7 @@ def test_scalars_equal_tensorboards_own_reading(tmp_path):
 
 
 def test_blocks_of_events_equal_tensorboards_own_reading(tmp_path):
-    """Long rows of alike events are read at once; steps of one to three bytes, breaks between."""
+    """Blocks are read as arrays: steps of one to three bytes, other events between the blocks."""
     rng = np.random.default_rng(0)
     with SummaryWriter(tmp_path) as writer:
         for begin, end in ((0, 300), (300, 310), (16_000, 17_000)):
@@ -180,7 +174,7 @@ def test_a_resumed_run_is_one_curve(tmp_path):
     scalars = read_scalars(tmp_path)
     assert list(scalars.index) == list(range(20))
     assert (scalars["grad_norm/cce"] == [1.0] * 12 + [2.0] * 8).all()
-    assert list(scalars["val/accuracy"].dropna().index) == [0, 10]  # 20 was after the restart
+    assert list(scalars["val/accuracy"].dropna().index) == [0, 10]  # not at 20
 
 
 def test_a_marked_restart_purges_within_a_file(tmp_path):
@@ -192,7 +186,7 @@ def test_a_marked_restart_purges_within_a_file(tmp_path):
 def test_final_metrics_repeated_at_step_0_for_hparams_change_nothing(tmp_path):
     write_events(tmp_path, range(21), filename_suffix=".a")
     before = read_scalars(tmp_path)
-    with SummaryWriter(tmp_path, filename_suffix=".b") as writer:  # the finished run, once more
+    with SummaryWriter(tmp_path, filename_suffix=".b") as writer:  # tested again
         writer.add_scalar("val/dice", 0.9, 0)
     with SummaryWriter(tmp_path, filename_suffix=".c") as writer:
         writer.add_scalar("val/iou", 0.5, 20)
@@ -226,7 +220,7 @@ def test_files_follow_in_the_order_of_their_first_event_not_of_their_names(tmp_p
         # Observed at every tenth step.
         ([(range(0, 40, 10), 0), (range(40, 80, 10), -400)], [0] * 4 + [1] * 4),
         ([(range(0, 40, 10), 0), (range(40, 80, 10), 0), (range(20, 50, 10), 0)], [0, 0, 2, 2, 2]),
-        # A stretch is lost; so is the beginning.
+        # Steps in the middle are lost; in the second case those at the beginning, too.
         ([(range(5), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
         ([(range(50, 55), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
     ],
@@ -234,7 +228,7 @@ def test_files_follow_in_the_order_of_their_first_event_not_of_their_names(tmp_p
 def test_event_files_follow_by_their_steps_where_the_clock_went_back(
     tmp_path, monkeypatch, files, seen
 ):
-    """Of each file its steps and by how many days the clock is off; which file each step shows."""
+    """`files`: steps of each, and days by which the clock is off. `seen`: the file of each step."""
     clock = time.time
     for i, (steps, days) in enumerate(files):
         monkeypatch.setattr(time, "time", lambda i=i, days=days: clock() + 60 * i + 86400 * days)
@@ -277,7 +271,7 @@ def test_a_torn_record_ends_the_file_with_one_warning(tmp_path, caplog, kept):
     with caplog.at_level(logging.WARNING):
         torn = read_scalars(tmp_path)
     assert len(caplog.messages) == 1 and path.name in caplog.messages[0]
-    if kept < 0:  # the last value written is the one that is torn
+    if kept < 0:  # the value that was written last is torn
         whole.loc[19, "grad_norm/dice"] = np.nan
     pd.testing.assert_frame_equal(torn, whole, check_exact=True)
 
@@ -302,7 +296,7 @@ def test_event_files_that_cannot_be_read_are_named_and_left_out(tmp_path, caplog
     (tmp_path / "events.out.tfevents.4.device").symlink_to("/dev/zero")
     event = Event(step=3, wall_time=1.0)
     tensor = event.summary.value.add(tag="loss/dice").tensor
-    tensor.dtype, tensor.tensor_content = DT_FLOAT, b"odd"  # three bytes of the four of a float
+    tensor.dtype, tensor.tensor_content = DT_FLOAT, b"odd"  # three of a float's four bytes
     record = event.SerializeToString()
     length = len(record).to_bytes(8, "little")
     damaged = tmp_path / "events.out.tfevents.5.damaged"
@@ -357,7 +351,7 @@ def test_runs_have_settings_results_and_status(tmp_path, caplog):
     assert runs.loc["loss=dice,seed=2", "theta"] == "[0.3, 0.6]"
     assert runs.loc["bad", "error"] == "loss is NaN" and np.isnan(runs.loc["bad", "accuracy"])
     assert runs.loc["killed", "loss"] == "cce" and runs.loc["killed", "theta"] == 0.95
-    # A key overridden in one run only: the others show the value that they ran with.
+    # If one run alone overrides a key, the others show the value of their configuration.
     assert runs.loc["moved", "data.low"] == -0.5 and done["data.low"] == 0.0
     assert len(caplog.messages) == 1 and "torn" in caplog.messages[0]
 
@@ -395,7 +389,7 @@ def test_strings_from_disk_are_shown_as_text(tmp_path):
     assert "\x1b[2J" not in text and "\x1b]" not in text and "\x07" not in text and "\r" not in text
     row = next(line for line in markdown_table(cell_table(runs)).splitlines() if "red" in line)
     assert row.startswith(r"| \[red\]x\[/red\]\|\<b\>")
-    figure = study.draw({evil: [curves()]}, title="$\\frac$ " + evil)  # no broken formula
+    figure = figures.draw({evil: [curves()]}, title="$\\frac$ " + evil)  # no broken formula
     figure.canvas.draw()
     assert show(evil).count("\N{REPLACEMENT CHARACTER}") == 5
 
@@ -441,7 +435,7 @@ def test_any_result_file_is_survived(tmp_path, caplog, main, content):
     ids=lambda changes: str(changes)[:60],
 )
 def test_a_result_of_other_types_is_named_and_counts_as_unfinished(tmp_path, caplog, changes):
-    """Here, and so in the table, the comparison and the report; the other runs are as without."""
+    """The odd run is shown as unfinished and changes nothing about the other runs."""
     for loss in ("dice", "cce"):
         write_result(tmp_path / loss, loss)
     before = compare_losses(read_runs(tmp_path))
@@ -495,7 +489,7 @@ def test_a_config_file_that_hydra_did_not_write_is_survived(tmp_path, caplog, no
     os.mkfifo(config) if content == "pipe" else config.write_text(content)
     runs = write_summary(tmp_path)
     assert list(runs["status"]) == ["done", "unfinished"]
-    if content == "theta: ${a.${b}":  # text like any other
+    if content == "theta: ${a.${b}":  # ordinary text
         assert not caplog.messages and runs["theta"][1] == "${a.${b}"
     else:
         [message] = caplog.messages
@@ -533,11 +527,11 @@ def test_a_folder_name_that_is_no_text_is_named_and_left_out(tmp_path, main, cap
 
 
 def test_links_are_not_followed(tmp_path, caplog, no_hang):
-    """A link to a run would count it twice, two to a folder above would go on for ever."""
+    """A link to a run would count it twice; two links to a folder above would never end."""
     sweep = tmp_path / "sweep"
     write_result(sweep / "a")
     write_result(sweep / "b", "cce")
-    (sweep / "a/newest").symlink_to(".")  # within a run it is nothing to the report
+    (sweep / "a/newest").symlink_to(".")  # links within a run do not matter
     (sweep / "loop").symlink_to("loop")
     (sweep / "dangling").symlink_to("nowhere")
     links = {"latest": "b", "up": "..", "self": ".", "also": sweep}
@@ -547,7 +541,7 @@ def test_links_are_not_followed(tmp_path, caplog, no_hang):
         caplog.clear()
         assert list(read_runs(folder)["run"]) == [f"{prefix}a", f"{prefix}b"]
         assert set(caplog.messages) == {f"{sweep / name}: left out, a link" for name in links}
-    (tmp_path / "given").symlink_to(sweep)  # the folder asked for may be one
+    (tmp_path / "given").symlink_to(sweep)  # the folder that is asked for may be a link
     assert len(read_runs(tmp_path / "given")) == 2
 
 
@@ -580,7 +574,7 @@ def test_a_sweep_nested_deeper_than_python_recurses(tmp_path, monkeypatch):
             os.mkdir("d")
             os.chdir("d")
         assert list(read_runs(tmp_path)["run"]) == ["a"]
-    finally:  # Python's own rmtree, which pytest uses, would recurse as well
+    finally:  # pytest uses shutil.rmtree, which would recurse, too
         subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
@@ -608,7 +602,7 @@ def test_cells_are_no_formulas_and_numbers_stay_numbers(tmp_path):
 
 
 def test_a_stopped_run_is_not_done(tmp_path, main):
-    """It has metrics, of fewer steps than were asked for."""
+    """A stopped run has metrics, but of fewer steps than were asked for."""
     write_result(tmp_path / "a", "dice", accuracy=0.8)
     write_result(tmp_path / "b", "cce", accuracy=0.7)
     write_result(tmp_path / "c", "dice", accuracy=0.1, status="stopped", error="time is up")
@@ -627,7 +621,7 @@ def test_a_stopped_run_is_not_done(tmp_path, main):
 
 
 def test_pairs_are_matched_on_everything_but_the_loss(tmp_path):
-    # dice − cce is 0.02, 0.04, 0.06 over the matched runs; the unmatched would spoil the mean.
+    # dice − cce is 0.02, 0.04, 0.06 over the matched runs. The unmatched run would change the mean.
     for i, (theta, seed) in enumerate([(0.05, 0), (0.05, 1), (0.5, 0)]):
         write_result(tmp_path / f"c{i}", "cce", theta, seed, accuracy=0.5 + 0.1 * i)
         write_result(tmp_path / f"d{i}", "dice", theta, seed, accuracy=0.52 + 0.12 * i)
@@ -674,7 +668,7 @@ def lines(ax) -> dict:
 
 
 def test_a_figure_has_the_studys_form():
-    figure = study.draw(
+    figure = figures.draw(
         {"cce": [curves(), curves(scale=2.0)], "dice": [curves(300)]}, title="θ = 0.5"
     )
     above, above2, below, below2, right, right2 = figure.axes
@@ -687,14 +681,14 @@ def test_a_figure_has_the_studys_form():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [
         "cce", "dice_fg", "dice", "accuracy", "range of 2 runs",
     ]  # fmt: skip
-    # The mean of the two runs with their range shaded; one run alone has no shade.
-    looks = study.loss_looks(NAMES)
+    # Two runs are shown as their mean with the range shaded, a single run without shading.
+    looks = figures.loss_looks(NAMES)
     cce = lines(above)[looks["cce"]["color"]]
     assert (cce.get_ydata() == 1.5).all() and list(cce.get_xdata()) == list(range(0, 400, 2))
     assert len(above.collections) == 3 and len(above2.collections) == 0
     shade = above.collections[0].get_datalim(above.transData)
     assert (shade.y0, shade.y1) == (1, 2)
-    # The trained loss stands out.
+    # The trained loss is the thicker line.
     assert cce.get_linewidth() > lines(above2)[looks["cce"]["color"]].get_linewidth()
     (accuracy,) = right.get_lines()
     assert list(accuracy.get_xdata()) == list(range(0, 400, 50))
@@ -703,7 +697,7 @@ def test_a_figure_has_the_studys_form():
 def test_fitted_axes_show_everything():
     tall = curves(scale=9.0)
     tall["val/accuracy"] -= 0.9
-    above, below, right = study.draw({"cce": [tall]}, free=True).axes
+    above, below, right = figures.draw({"cce": [tall]}, free=True).axes
     assert above.get_ylim()[0] == 0 and above.get_ylim()[1] > 27
     assert below.get_ylim()[1] > 26
     assert right.get_ylim()[0] < 0.05 and right.get_ylim()[1] == 1.012
@@ -711,32 +705,32 @@ def test_fitted_axes_show_everything():
 
 def test_moving_mean_is_the_studys_and_shorter_for_short_runs():
     values = np.random.default_rng(0).normal(size=10_001)
-    smooth = study.moving_mean(pd.DataFrame({"x": values}), 201)["x"]
+    smooth = figures.moving_mean(pd.DataFrame({"x": values}), 201)["x"]
     assert smooth[5000] == pytest.approx(values[4900:5101].mean())
     assert smooth[0] == pytest.approx(values[:101].mean())
-    short = study.moving_mean(pd.DataFrame({"x": values[:500]}), 201)["x"]
+    short = figures.moving_mean(pd.DataFrame({"x": values[:500]}), 201)["x"]
     assert short[100] == pytest.approx(values[95:106].mean())  # 11 of 500
 
 
 def test_looks_are_the_same_everywhere_and_differ_within_a_figure():
     many = ["cce", "dice", "tversky", *(f"loss_{i}" for i in range(13))]
-    looks = study.loss_looks(many)
+    looks = figures.loss_looks(many)
     assert len({str(look) for look in looks.values()}) == 16
-    assert looks["cce"] == study.loss_looks(["cce"])["cce"]
-    alone = study.loss_looks(["tversky"])["tversky"]
-    assert study.loss_looks(["dice", "tversky", "cce"])["tversky"] == alone
-    assert alone not in study.loss_looks(KNOWN_LOSSES).values()
+    assert looks["cce"] == figures.loss_looks(["cce"])["cce"]
+    alone = figures.loss_looks(["tversky"])["tversky"]
+    assert figures.loss_looks(["dice", "tversky", "cce"])["tversky"] == alone
+    assert alone not in figures.loss_looks(KNOWN_LOSSES).values()
 
 
 def test_curves_of_a_short_unvalidated_or_diverged_run(tmp_path):
     plot = tmp_path / "curves.png"
-    study.plot_curves(curves(3).drop(columns="val/accuracy"), plot, title="a run", trained="dice")
+    figures.plot_curves(curves(3).drop(columns="val/accuracy"), plot, title="a run", trained="dice")
     assert plot.read_bytes().startswith(b"\x89PNG")
     plot.unlink()
     diverged = curves()
     diverged.loc[100:, :] = np.nan
     diverged.loc[90:100, "loss/cce"] = np.inf
-    study.plot_curves(diverged, plot)
+    figures.plot_curves(diverged, plot)
     assert plot.exists()
 
 
@@ -750,12 +744,12 @@ def test_a_figure_per_combination_or_per_seed(tmp_path):
     shutil.rmtree(tmp_path / "loss=dice,theta=0.5,seed=1")
     write_result(tmp_path / "empty", "cce", 0.95)  # failed before its first step
     runs = read_runs(tmp_path)
-    figures = study.plot_sweep(tmp_path, runs)
-    assert [path.name for path in figures.values()] == ["theta=0.05.png", "theta=0.5.png"]
-    assert list(figures)[0] == "θ = 0.05 (95 % foreground)   optimiser = adam   BN = off"
-    assert all(path.parent == tmp_path / "figures" and path.exists() for path in figures.values())
-    figures = study.plot_sweep(tmp_path, runs[runs["theta"] == 0.05], seeds=True)
-    assert [path.name for path in figures.values()] == ["seed=0.png", "seed=1.png"]
+    paths = figures.plot_sweep(tmp_path, runs)
+    assert [path.name for path in paths.values()] == ["theta=0.05.png", "theta=0.5.png"]
+    assert list(paths)[0] == "θ = 0.05 (95 % foreground)   optimiser = adam   BN = off"
+    assert all(path.parent == tmp_path / "figures" and path.exists() for path in paths.values())
+    paths = figures.plot_sweep(tmp_path, runs[runs["theta"] == 0.05], seeds=True)
+    assert [path.name for path in paths.values()] == ["seed=0.png", "seed=1.png"]
 
 
 def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
@@ -766,8 +760,8 @@ def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
     with SummaryWriter(tmp_path / "0.5") as writer:
         for step, value in enumerate([1e308, -1e308], start=3):
             writer.add_scalar("loss/dice", value, step, new_style=True, double_precision=True)
-    figures = study.plot_sweep(tmp_path, read_runs(tmp_path), free=True)
-    assert [path.name for path in figures.values()] == ["theta=0.05.png"]
+    paths = figures.plot_sweep(tmp_path, read_runs(tmp_path), free=True)
+    assert [path.name for path in paths.values()] == ["theta=0.05.png"]
     [message] = caplog.messages
     assert message.startswith(f"{tmp_path / 'figures/theta=0.5.png'}: not drawn")
 
@@ -847,7 +841,7 @@ def test_no_html_from_disk_reaches_the_report(tmp_path, main):
 
 def test_what_may_not_be_read_is_named_and_the_rest_reported(tmp_path):
     def obey_permissions():
-        """Root reads everything, but by two capabilities that it can do without."""
+        """Drop the two capabilities by which root reads everything."""
         for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
@@ -859,7 +853,7 @@ def test_what_may_not_be_read_is_named_and_the_rest_reported(tmp_path):
     for path in secret:
         path.chmod(0)
     done = report(tmp_path, preexec_fn=obey_permissions)
-    secret[0].chmod(0o700)  # to be removed by pytest
+    secret[0].chmod(0o700)  # so that pytest can remove it
     assert done.returncode == 0
     assert [line.split(": ")[0] for line in messages(done)] == [
         str(path) for path in (secret[0], secret[2], secret[1])
@@ -871,7 +865,7 @@ def test_what_may_not_be_read_is_named_and_the_rest_reported(tmp_path):
 def test_long_titles_are_broken():
     curves = pd.DataFrame({"loss/dice": [0.5, 0.4], "grad_norm/dice": [1.0, 0.9]})
     name = ",".join(f"optimizer.lr={i}" for i in range(12))
-    figure = study.draw({"dice": [curves]}, title=name)
+    figure = figures.draw({"dice": [curves]}, title=name)
     lines = figure.get_suptitle().split("\n")
     assert len(lines) > 2 and max(map(len, lines)) <= 60
     assert "".join(lines).replace(", ", ",").replace(" ", "") == name

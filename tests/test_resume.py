@@ -1,8 +1,7 @@
-"""Nothing is lost: real processes killed, checkpoints damaged, sweeps taken up again."""
+"""Nothing is lost when processes are killed, checkpoints are damaged, and sweeps are resumed."""
 
 import errno
 import fcntl
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,15 +24,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.encode import write_scalars
-from losswatch.report.report import read_runs, read_scalars
-from losswatch.stack import fuse
-from losswatch.stack.step import NotStackable
+from losswatch.events.series import read_scalars
+from losswatch.report.runs import read_runs
+from losswatch.stack import module as stack_module
+from losswatch.stack.fit import fit
+from losswatch.stack.member import make_member
+from losswatch.stack.refusal import NotStackable
 from losswatch.sweep import launch
-from losswatch.train import resume
+from losswatch.task import train
+from losswatch.train import checkpoints
 from losswatch.train.build import make_net, trainer_options
-from losswatch.train.callbacks import Images, open_log
+from losswatch.train.callbacks import Images
+from losswatch.train.checkpoints import checkpoint_path, find, finish, load, newest, save
 from losswatch.train.config import ConfigError
-from losswatch.train.result import write_result
+from losswatch.train.content import adopt, load_net
+from losswatch.train.eventlog import open_log
+from losswatch.train.folder import check_folder, check_run, take_up
+from losswatch.train.locks import hold
+from losswatch.train.outcome import finished, write_result
+from losswatch.train.settings import plain
 
 FORK = multiprocessing.get_context("fork")
 RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=20", "seed=5"]
@@ -41,14 +50,14 @@ RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted."""
+    """The folder of a run that was not interrupted."""
     cwd = tmp_path_factory.mktemp("whole")
     run_train(*RUN, "hydra.run.dir=run", cwd=cwd)
     return cwd / "run"
 
 
 def assert_same_training(folder, wanted):
-    """Bit for bit: curves as the report and as TensorBoard read them, weights, moments."""
+    """Equal bit for bit: curves as the report and TensorBoard read them, weights, moments."""
     curves, reference = read_scalars(folder), read_scalars(wanted)
     pd.testing.assert_frame_equal(curves[reference.columns], reference, check_exact=True)
     seen = []
@@ -58,7 +67,7 @@ def assert_same_training(folder, wanted):
         tags = sorted(t for t in events.Tags()["scalars"] if not t.startswith("test/"))
         seen.append({t: [(e.step, e.value) for e in events.Scalars(t) if e.step] for t in tags})
     assert seen[0] == seen[1]
-    (name, state), (other_name, other_state) = resume.newest(folder), resume.newest(wanted)
+    (name, state), (other_name, other_state) = newest(folder), newest(wanted)
     assert name.name == other_name.name
     for key, weight in other_state["state_dict"].items():
         assert torch.equal(state["state_dict"][key], weight), key
@@ -68,34 +77,25 @@ def assert_same_training(folder, wanted):
 
 
 def assert_same(folder, wanted):
-    """Metrics too."""
+    """The metrics are equal, too."""
     assert_same_training(folder, wanted)
     result, other = read_result(folder), read_result(wanted)
     assert result["status"] == other["status"] == "done"
     assert result["metrics"] == other["metrics"]
 
 
-def checkpoints(folder):
+def checkpoint_names(folder):
     return sorted(path.name for path in folder.glob("checkpoints/*"))
 
 
-@pytest.fixture(scope="module")
-def program():
-    """train.py as a module."""
-    spec = importlib.util.spec_from_file_location("program", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def train_here(program, compose, monkeypatch):
-    """train_here(folder, ...): train.py's `train`, of 40 steps with a validation every ten.
+def train_here(compose, monkeypatch):
+    """train_here(folder, ...): trains as train.py does, 40 steps with a validation every ten.
 
-    `stop`: the time is up after so many batches. `die`: an error then.
+    `stop`: the time is up after so many batches. `die`: an error occurs then.
     """
 
-    def train(folder, *overrides, stop=None, die=None):
+    def run(folder, *overrides, stop=None, die=None):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
             if index + 1 == die:
                 raise SystemError("died")
@@ -108,20 +108,20 @@ def train_here(program, compose, monkeypatch):
             "trainer.enable_progress_bar=false", *overrides,
         )  # fmt: skip
         folder.mkdir(exist_ok=True)
-        return program.train(composed.cfg, composed.trained, folder)
+        return train(composed.cfg, composed.trained, folder)
 
-    return train
+    return run
 
 
 @pytest.fixture
 def straight(train_here, tmp_path):
-    """The folder of such a run that nothing interrupted."""
+    """The folder of such a run that was not interrupted."""
     train_here(tmp_path / "straight")
     return tmp_path / "straight"
 
 
 def start(*overrides, cwd, **options):
-    """train.py in the background. Ctrl-C reaches it even if a shell's `&` has shut it off here."""
+    """train.py in the background. Ctrl-C reaches it even if a shell's `&` has disabled it here."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, env=ENVIRONMENT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), stdin=subprocess.DEVNULL,
@@ -149,9 +149,9 @@ def killed(cwd, overrides, by, checkpoints):
 
 @contextmanager
 def held_elsewhere(folder, then):
-    """Another process holds the run, and does `then(file, sender)`; yields what it sends first."""
+    """Another process holds the run and calls `then(file, sender)`; yields what it sends first."""
     receiver, sender = FORK.Pipe()
-    process = FORK.Process(target=lambda: then(resume.hold(folder), sender))
+    process = FORK.Process(target=lambda: then(hold(folder), sender))
     process.start()
     yield process, receiver.recv()
     process.kill()
@@ -159,18 +159,18 @@ def held_elsewhere(folder, then):
 
 
 def test_one_process_trains_a_run(tmp_path):
-    """Another is refused, until the first lets go or dies; the same one is not."""
+    """Another process is refused until the first one lets go or dies; the same process is not."""
 
     def twice(file, sender):
-        again = resume.hold(tmp_path)
+        again = hold(tmp_path)
         sender.send(None)
         time.sleep(60)
         again.close()
 
     with held_elsewhere(tmp_path, twice):
         with pytest.raises(ConfigError, match=f"{tmp_path}: another process is training this run"):
-            resume.hold(tmp_path)
-    resume.hold(tmp_path).close()
+            hold(tmp_path)
+    hold(tmp_path).close()
 
 
 def test_a_killed_run_is_free_though_its_workers_live(tmp_path):
@@ -182,7 +182,7 @@ def test_a_killed_run_is_free_though_its_workers_live(tmp_path):
     with held_elsewhere(tmp_path, fork) as (process, worker):
         process.kill()
         process.join()
-        resume.hold(tmp_path).close()
+        hold(tmp_path).close()
         os.kill(worker, signal.SIGKILL)
 
 
@@ -194,7 +194,7 @@ def test_who_only_looks_refuses_nobody(tmp_path):
         time.sleep(60)
 
     with held_elsewhere(tmp_path, look) as (process, _):
-        resume.hold(tmp_path).close()
+        hold(tmp_path).close()
         assert process.is_alive()
 
 
@@ -204,13 +204,13 @@ def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch, why):
         raise OSError(getattr(errno, why), why)
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    resume.hold(tmp_path).close()
+    hold(tmp_path).close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_sweep_leaves_a_run_that_another_process_took(tmp_path, fused):
-    """Taken after the grid was checked; the others are trained."""
+    """The run is taken after the grid was checked; the other runs are trained."""
     sweep = ["-m", "experiment=smoke", "trainer.max_steps=300", "seed=0,1,2", "hydra.sweep.dir=s"]
     if fused:
         sweep += [
@@ -224,7 +224,7 @@ def test_a_sweep_leaves_a_run_that_another_process_took(tmp_path, fused):
         time.sleep(0.01)
     taken = tmp_path / "s" / first[0].parent.name.replace("seed=0", "seed=1")
     taken.mkdir()
-    with resume.hold(taken):
+    with hold(taken):
         _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert said.count(f"{taken.name}: another process is training this run") == 1
@@ -236,7 +236,7 @@ def test_a_sweep_leaves_a_run_that_another_process_took(tmp_path, fused):
 
 @pytest.mark.slow
 def test_the_same_command_beside_itself(tmp_path):
-    """Refused in one line, alone and in a sweep; the first goes on undisturbed."""
+    """It is refused in one line, alone and in a sweep; the first command goes on."""
     run = ["experiment=smoke", "trainer.max_steps=1000000", "trainer.val_check_interval=100"]
     sweep = ["-m", *run, "hydra.sweep.dir=sweep"]
     process = start(*sweep, cwd=tmp_path)
@@ -263,13 +263,13 @@ def test_the_same_command_beside_itself(tmp_path):
     ],
 )
 def test_killed_and_resumed(whole, tmp_path, by):
-    """Again and again with kill -9: the second time it is a resumed run that is killed."""
+    """It equals an uninterrupted run. With kill -9 a resumed run is killed, too."""
     folder = tmp_path / "run"
     assert killed(tmp_path, [*RUN, f"hydra.run.dir={folder}"], by, 3)
-    before, _ = resume.newest(folder)
+    before, _ = newest(folder)
     if by is signal.SIGKILL:
         assert killed(tmp_path, [*RUN, f"resume={folder}"], by, 2)
-        assert resume.newest(folder)[1]["global_step"] >= 60
+        assert newest(folder)[1]["global_step"] >= 60
     done = run_train(*RUN, f"resume={folder}", cwd=tmp_path)
     assert "resumed from step" in done.stderr
     assert_same(folder, whole)
@@ -279,15 +279,15 @@ def test_killed_and_resumed(whole, tmp_path, by):
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_killed_at_random(tmp_path, compiled):
-    """Twenty kills at moments spread over the whole run, start-up included; ten of a compiled one.
+    """Twenty kills at moments spread over the whole run, its start included; ten if compiled.
 
-    A run that reaches its end must equal the one that nothing interrupted, and the next begins.
+    A run that reaches its end must equal an uninterrupted one; then the next run begins.
     """
     command = ["experiment=smoke", "seed=5", "trainer.enable_progress_bar=false"]
     command += ["trainer.val_check_interval=200", "data.val_size=4"]
     command += [f"trainer.max_steps={60_000 if compiled else 2000}"]
     command += ["compile=true", "probe.every_n_steps=50"] if compiled else []
-    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path, timeout=300)  # fills the caches, too
+    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path, timeout=300)  # also fills the caches
     (tmp_path / "whole").rename(tmp_path / "first")
     begin = time.monotonic()
     run_train(*command, "hydra.run.dir=whole", cwd=tmp_path, timeout=300)
@@ -298,20 +298,20 @@ def test_killed_at_random(tmp_path, compiled):
     while kills < (10 if compiled else 20):
         ends += 1
         folder = tmp_path / f"run{ends}"
-        while not resume.finished(folder):
+        while not finished(folder):
             by = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
             process = start(*command, f"hydra.run.dir={folder}", cwd=tmp_path)
-            before = resume.newest(folder)
+            before = newest(folder)
             try:
                 process.wait(timeout=dice.uniform(0, seconds))
                 assert process.returncode == 0
                 continue
             except subprocess.TimeoutExpired:
                 process.send_signal(by)
-                assert process.wait(timeout=60) or resume.finished(folder)
+                assert process.wait(timeout=60) or finished(folder)
             kills += 1
             resumed += before is not None
-            after, curves = resume.newest(folder), read_scalars(folder)
+            after, curves = newest(folder), read_scalars(folder)
             kept = after[1]["global_step"] if after else 0
             assert kept >= (before[1]["global_step"] if before else 0)
             trained = curves["loss/dice"].dropna().index if "loss/dice" in curves else [-1]
@@ -331,7 +331,7 @@ def torn(file):
 
 
 def flipped(file):
-    """One bit of a weight; PyTorch itself would load it."""
+    """Flip one bit of a weight; PyTorch itself would load the file."""
     content = bytearray(file.read_bytes())
     tensor = torch.load(file, weights_only=True)["state_dict"]["net.0.0.weight"]
     at = content.index(tensor.numpy().tobytes())
@@ -349,15 +349,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog,
     for step in (10, 20, 30):
         weights = {f"net.{n}": t + step for n, t in net.state_dict().items()}
         content = {"state_dict": weights, "global_step": step}
-        resume.save(content, tmp_path / "checkpoints" / f"step={step}.ckpt")
+        save(content, tmp_path / "checkpoints" / f"step={step}.ckpt")
     assert {p.name for p in tmp_path.glob("checkpoints/*")} == {"step=20.ckpt", "step=30.ckpt"}
-    assert resume.newest(tmp_path)[1]["global_step"] == 30
-    assert resume.newest(tmp_path, below=30)[1]["global_step"] == 20
+    assert newest(tmp_path)[1]["global_step"] == 30
+    assert newest(tmp_path, below=30)[1]["global_step"] == 20
     damage(tmp_path / "checkpoints" / "step=30.ckpt")
-    assert resume.newest(tmp_path)[1]["global_step"] == 20
+    assert newest(tmp_path)[1]["global_step"] == 20
     assert "step=30.ckpt cannot be read" in caplog.text and caplog.text.count("\n") == 1
     damage(tmp_path / "checkpoints" / "step=20.ckpt")
-    assert resume.newest(tmp_path) is None
+    assert newest(tmp_path) is None
 
 
 def test_loading_runs_no_code(tmp_path):
@@ -369,112 +369,112 @@ def test_loading_runs_no_code(tmp_path):
     file = tmp_path / "checkpoints" / "step=1.ckpt"
     torch.save({"state_dict": {}, "global_step": 1, "x": Bomb()}, file)
     with pytest.raises(ValueError, match="cannot be read"):
-        resume.load(file)
+        load(file)
     with pytest.raises(ConfigError, match="no readable checkpoint"):
-        resume.find(str(tmp_path))
+        find(str(tmp_path))
     assert not (tmp_path / "exploded").exists()
 
 
 def write(folder, *steps):
-    """Small checkpoints, as a run would write them one after the other."""
+    """Write small checkpoints, as a run would, one after the other."""
     for step in steps:
         content = {"state_dict": {"net.w": torch.full((3,), float(step))}, "global_step": step}
         content["losswatch"] = {"config": {"theta": 0.5}, "events": {}}
-        resume.save(content, resume.checkpoint_path(folder, step))
+        save(content, checkpoint_path(folder, step))
 
 
 def test_damaged_checkpoints_do_not_count_when_old_ones_are_removed(tmp_path, monkeypatch):
-    """However late their steps; each of them is read once."""
+    """However late their steps are. Each of them is read once."""
     write(tmp_path, 700, 800)
     for step in (700, 800):
-        torn(resume.checkpoint_path(tmp_path, step))
-    resume.checkpoint_path(tmp_path, 7000).write_text("a stray file")
+        torn(checkpoint_path(tmp_path, step))
+    checkpoint_path(tmp_path, 7000).write_text("a stray file")
     strays = ["step=700.ckpt", "step=7000.ckpt", "step=800.ckpt"]
-    read, load = [], resume.load
-    monkeypatch.setattr(resume, "load", lambda path: read.append(path.name) or load(path))
+    read = []
+    monkeypatch.setattr(checkpoints, "load", lambda path: read.append(path.name) or load(path))
     write(tmp_path, 10)
-    assert checkpoints(tmp_path) == sorted(["step=10.ckpt", *strays])
+    assert checkpoint_names(tmp_path) == sorted(["step=10.ckpt", *strays])
     write(tmp_path, 20, 30)
-    assert checkpoints(tmp_path) == sorted(["step=20.ckpt", "step=30.ckpt", *strays])
-    resume.finish(tmp_path, 30)
-    assert checkpoints(tmp_path) == sorted(["step=30.ckpt", *strays])
+    assert checkpoint_names(tmp_path) == sorted(["step=20.ckpt", "step=30.ckpt", *strays])
+    finish(tmp_path, 30)
+    assert checkpoint_names(tmp_path) == sorted(["step=30.ckpt", *strays])
     assert sorted(read) == strays
-    assert resume.find(str(tmp_path))["global_step"] == 30
+    assert find(str(tmp_path))["global_step"] == 30
 
 
 def test_checkpoints_of_an_attempt_that_was_given_up_are_removed(tmp_path):
-    """They would be the newest ones, though training went on from before them."""
+    """They would count as the newest, though training went on from an earlier step."""
     write(tmp_path, 300, 400)
     write(tmp_path, 310)
-    assert checkpoints(tmp_path) == ["step=300.ckpt", "step=310.ckpt"]
+    assert checkpoint_names(tmp_path) == ["step=300.ckpt", "step=310.ckpt"]
     (tmp_path / "checkpoints" / ".step=305.ckpt.123").write_text("half of one")
     write(tmp_path, 320)
-    assert checkpoints(tmp_path) == ["step=310.ckpt", "step=320.ckpt"]
+    assert checkpoint_names(tmp_path) == ["step=310.ckpt", "step=320.ckpt"]
 
 
 def test_a_checkpoint_is_on_the_disk_before_older_ones_are_removed(tmp_path, monkeypatch):
-    """The file under another name first, then its name: what a power cut leaves is whole."""
+    """A file is written under another name and then renamed, so a power cut leaves whole files."""
     write(tmp_path, 10, 20)
     done = []
 
     def sync(descriptor):
         done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
-        done.append(checkpoints(tmp_path))
+        done.append(checkpoint_names(tmp_path))
 
     monkeypatch.setattr(os, "fsync", sync)
     write(tmp_path, 30)
     partial = f".step=30.ckpt.{os.getpid()}"
     before = ["step=10.ckpt", "step=20.ckpt"]
     assert done == [partial, [partial, *before], "checkpoints", [*before, "step=30.ckpt"]]
-    assert checkpoints(tmp_path) == ["step=20.ckpt", "step=30.ckpt"]
+    assert checkpoint_names(tmp_path) == ["step=20.ckpt", "step=30.ckpt"]
 
 
 @pytest.mark.parametrize("damage", [torn, empty, None])
 def test_a_checkpoint_takes_the_place_of_one_of_its_name(straight, train_here, tmp_path, damage):
-    """A resumed run writes names that are taken. Beside them nothing would find its weights."""
+    """A resumed run replaces files of the same name; otherwise its weights would not be used."""
     folder = tmp_path / "run"
     with pytest.raises(SystemError):
         train_here(folder, die=25)
     for step in (30, 40):
-        path = resume.checkpoint_path(folder, step)
-        shutil.copy(resume.checkpoint_path(folder, 20), path)
+        path = checkpoint_path(folder, step)
+        shutil.copy(checkpoint_path(folder, 20), path)
         if damage:
             damage(path)
     train_here(folder)
-    assert checkpoints(folder) == ["step=30.ckpt", "step=40.ckpt"]
+    assert checkpoint_names(folder) == ["step=30.ckpt", "step=40.ckpt"]
     assert_same_training(folder, straight)
-    assert resume.find(str(folder))["global_step"] == 40
+    assert find(str(folder))["global_step"] == 40
 
 
 def test_a_stack_that_fails_at_its_end_leaves_no_weights(train_here, tmp_path, monkeypatch):
-    """The run is then trained alone, and its weights replace those of the stack."""
+    """The run is trained alone after that, and its weights replace those of the stack."""
     stacks = []
 
     def fail(module):
-        stacks.append(resume.load(resume.checkpoint_path(tmp_path, 40)))
+        stacks.append(load(checkpoint_path(tmp_path, 40)))
         raise NotStackable("it needs the ordinary step")
 
-    monkeypatch.setattr(fuse, "compiled", lambda function: function)
-    monkeypatch.setattr(fuse.StackedModule, "show_images", fail)
+    monkeypatch.setattr(stack_module, "compiled", lambda function: function)
+    monkeypatch.setattr(stack_module.StackedModule, "show_images", fail)
     train_here(tmp_path, "compile=true")
-    assert checkpoints(tmp_path) == ["step=30.ckpt", "step=40.ckpt"]
-    [stack], alone = stacks, resume.find(str(tmp_path))
+    assert checkpoint_names(tmp_path) == ["step=30.ckpt", "step=40.ckpt"]
+    [stack], alone = stacks, find(str(tmp_path))
     assert stack["global_step"] == alone["global_step"] == 40
     assert stack["losswatch"]["events"].keys() != alone["losswatch"]["events"].keys()
     assert list(read_scalars(tmp_path)["loss/dice"].dropna().index) == list(range(40))
 
 
 def test_runs_at_different_steps_are_no_stack(compose, tmp_path):
-    """Another process may have trained one of them since the stack was put together."""
+    """Another process may have trained one of them after the stack was made."""
     members = []
     for seed in (0, 1):
         composed = compose("experiment=smoke", f"seed={seed}")
         folder = tmp_path / f"{seed}"
         folder.mkdir()
-        members.append(fuse.make_member(composed.cfg, "dice", folder))
+        members.append(make_member(composed.cfg, "dice", folder))
     members[1].start = 10
-    with pytest.raises(RuntimeError, match="at different steps"):
-        fuse.fit(members, None, trainer_options(composed.cfg))
+    with pytest.raises(NotStackable, match="at different steps"):
+        fit(members, None, trainer_options(composed.cfg))
 
 
 @pytest.mark.parametrize(
@@ -495,54 +495,52 @@ def test_runs_at_different_steps_are_no_stack(compose, tmp_path):
     ],
 )
 def test_a_checkpoint_that_holds_something_else(compose, tmp_path, change):
-    """It counts as damaged, for all that reads it."""
+    """It counts as damaged wherever it is read."""
     write(tmp_path, 20)
-    path = resume.checkpoint_path(tmp_path, 30)
-    torch.save(
-        resume.load(resume.checkpoint_path(tmp_path, 20)) | {"global_step": 30} | change, path
-    )
+    path = checkpoint_path(tmp_path, 30)
+    torch.save(load(checkpoint_path(tmp_path, 20)) | {"global_step": 30} | change, path)
     with pytest.raises(ValueError, match="step=30.ckpt cannot be read"):
-        resume.load(path)
-    found = resume.take_up(tmp_path, below=40)
+        load(path)
+    found = take_up(tmp_path, below=40)
     assert found.step == 20 and "step=30.ckpt cannot be read" in found.notice
     with pytest.raises(ConfigError, match="cannot be read"):
-        resume.find(str(path))
+        find(str(path))
 
 
 def test_a_checkpoints_config_may_be_nonsense(compose):
-    """Adopted is what the config of this command has, too; the rest is at most shown."""
+    """Only keys of this command's config are taken over; the rest is at most shown."""
     config = {"model": "nothing", "data": {"image_size": 8, "[": 3, "low": {"x": 1}}, "theta": None}
     content = {"state_dict": {}, "losswatch": {"config": config, "events": {}}}
     composed = compose("model=convnet", "mode=test", "checkpoint=x")
-    resume.adopt(composed.cfg, content, [])
+    adopt(composed.cfg, content, [])
     assert composed.cfg.data.image_size == 8 and composed.cfg.theta == 0.5
     with pytest.raises(ConfigError, match="trained with another"):
-        resume.load_net(make_net(composed.cfg), content)
+        load_net(make_net(composed.cfg), content)
 
 
 @pytest.mark.parametrize("place", ["pipe", "folder", "/dev/zero"])
 def test_what_is_no_file_is_not_read(tmp_path, place):
-    """To open a pipe would wait for ever, and a device never ends."""
+    """Opening a pipe would wait for ever, and a device never ends."""
     path = tmp_path / place
     if place == "pipe":
         os.mkfifo(path)
     if place == "folder":
         (path / "checkpoints").mkdir(parents=True)
-        os.mkfifo(resume.checkpoint_path(path, 10))
+        os.mkfifo(checkpoint_path(path, 10))
         os.mkfifo(path / "result.json")
-        assert resume.finished(path) is None and resume.take_up(path, below=40).step == 0
+        assert finished(path) is None and take_up(path, below=40).step == 0
     with pytest.raises(ConfigError, match="no readable checkpoint|not a regular file"):
-        resume.find(str(path))
+        find(str(path))
 
 
 # --- The same settings ---------------------------------------------------------------------------
 
 
 def test_another_config_is_refused(whole, tmp_path):
-    """With the difference, before anything is touched; what does not matter may differ."""
+    """The message names the difference, and no file is touched. Harmless keys may differ."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    (folder / "result.json").unlink()  # as if interrupted: the checkpoint knows the config
+    (folder / "result.json").unlink()  # as after an interruption; the checkpoint holds the config
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     done = run_train(*RUN, "resume=run", "optimizer.lr=0.1", "theta=0.3", cwd=tmp_path, status=2)
     [line] = done.stderr.splitlines()
@@ -557,7 +555,7 @@ def test_another_config_is_refused(whole, tmp_path):
 def test_a_finished_run_is_left_alone(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*") if p.suffix != ".log"}
-    more = "trainer.enable_progress_bar=false"  # nothing that matters
+    more = "trainer.enable_progress_bar=false"  # a harmless key
     done = run_train(*RUN, "resume=run", more, cwd=tmp_path)
     assert "done before, skipped" in done.stderr
     assert before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*")}.items()
@@ -581,7 +579,7 @@ def swept(tmp_path_factory):
     "launcher", ["basic", "fused", pytest.param("joblib", marks=pytest.mark.slow)]
 )
 def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
-    """One run done, one failed, one half done, one missing: all are done in the end."""
+    """One run is done, one failed, one is half done, one is missing: in the end all are done."""
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sweep = tmp_path / "s"
@@ -618,7 +616,7 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_fused_sweep_is_killed_and_taken_up_again(tmp_path, compiled):
-    """All its processes, once with kill -9 and once with Ctrl-C; its table is complete after."""
+    """Ended by kill -9 and then by Ctrl-C, with all processes; its table is complete at last."""
     steps = 60_000 if compiled else 20_000
     sweep = tmp_path / "s"
     command = [
@@ -628,7 +626,10 @@ def test_a_fused_sweep_is_killed_and_taken_up_again(tmp_path, compiled):
     ]  # fmt: skip
 
     def newest():
-        found = [max(map(resume._step, run.glob("checkpoints/*")), default=0) for run in runs()]
+        found = [
+            max(map(checkpoints.step_in_name, run.glob("checkpoints/*")), default=0)
+            for run in runs()
+        ]
         return min(found) if len(found) == 6 else 0
 
     def runs():
@@ -669,7 +670,7 @@ def test_a_fused_sweep_is_killed_and_taken_up_again(tmp_path, compiled):
 
 
 def test_a_changed_sweep_is_refused(swept, tmp_path):
-    """Names of runs say what the command gives; what a file of conf/ gives may change unseen."""
+    """A run's name tells the command's settings, but not those of conf/, which may have changed."""
     shutil.copytree(swept, tmp_path / "s")
     file = sorted(tmp_path.glob("s/*/result.json"))[2]
     result = json.loads(file.read_text())
@@ -684,7 +685,7 @@ def test_a_changed_sweep_is_refused(swept, tmp_path):
 
 
 def add_foreign(folder):
-    """Another program's event file; returns it and its content."""
+    """Write an event file of another program; return its path and content."""
     with SummaryWriter(folder) as writer:
         writer.add_scalar("theirs", 1.0, 0)
     [file] = folder.glob("events.*")
@@ -692,7 +693,7 @@ def add_foreign(folder):
 
 
 def test_other_programs_event_files_are_left_alone(train_here, straight, tmp_path, caplog):
-    """Not removed by a run that begins, nor cut by one that goes on, though they have grown."""
+    """A new run does not remove them, and a resumed run does not cut them if they have grown."""
     folder = tmp_path / "run"
     folder.mkdir()
     file, content = add_foreign(folder)
@@ -703,14 +704,14 @@ def test_other_programs_event_files_are_left_alone(train_here, straight, tmp_pat
     file.write_bytes(content * 2)
     train_here(folder)
     assert file.read_bytes() == content * 2
-    assert file.name not in resume.newest(folder)[1]["losswatch"]["events"]
+    assert file.name not in newest(folder)[1]["losswatch"]["events"]
     file.unlink()
     assert_same_training(folder, straight)
 
 
 @pytest.mark.slow
 def test_a_sweep_in_a_folder_of_another_program(tmp_path):
-    """What stands there and in its runs' folders stays."""
+    """The files there and in its runs' folders stay."""
     run = tmp_path / "s" / "experiment=smoke,seed=0"
     kept = [add_foreign(folder) for folder in (tmp_path / "s", run)]
     notes = tmp_path / "s" / "checkpoints" / "step=7.ckpt"
@@ -722,15 +723,15 @@ def test_a_sweep_in_a_folder_of_another_program(tmp_path):
 
 
 def test_another_programs_checkpoint_is_not_replaced(compose, tmp_path):
-    path = resume.checkpoint_path(tmp_path, 10)
+    path = checkpoint_path(tmp_path, 10)
     path.parent.mkdir()
     torch.save({"state_dict": {}, "global_step": 10, "hyper_parameters": {}}, path)
     with pytest.raises(ConfigError, match="step=10.ckpt is a checkpoint of another program"):
-        resume.check_folder(tmp_path, compose("experiment=smoke").cfg)
+        check_folder(tmp_path, compose("experiment=smoke").cfg)
 
 
 def test_what_is_no_run_is_not_resumed(swept, tmp_path):
-    """A sweep's folder, an empty one, another program's: refused with what they hold, untouched."""
+    """A sweep's folder, an empty one, another program's: the message names what they hold."""
     empty, theirs, sweep = (tmp_path / name for name in ("empty", "theirs", "sweep"))
     empty.mkdir()
     (theirs / ".hydra").mkdir(parents=True)
@@ -746,7 +747,7 @@ def test_what_is_no_run_is_not_resumed(swept, tmp_path):
         with pytest.raises(
             ConfigError, match=f"resume={folder} is not the folder of a run; {holds}"
         ):
-            resume.check_run(folder)
+            check_run(folder)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     done = run_train("experiment=smoke", "resume=sweep", cwd=tmp_path, status=2)
     [line] = done.stderr.splitlines()
@@ -755,26 +756,23 @@ def test_what_is_no_run_is_not_resumed(swept, tmp_path):
 
 
 def test_a_run_that_was_just_begun_can_be_resumed(tmp_path):
-    """It has only its config yet, or without that only an event file or a result."""
+    """Its folder holds only its config, only an event file, or only a result."""
     for name in (".hydra/config.yaml", "events.out.tfevents.1.a.2.0.losswatch"):
         folder = tmp_path / name[:6]
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("theta: 0.5\nseed: 0\n")
-        resume.check_run(folder)
+        check_run(folder)
     write_result(empty := tmp_path, {"status": "failed", "config": {"theta": 0.5}})
-    resume.check_run(empty)
+    check_run(empty)
 
 
 @pytest.mark.parametrize("damage", ["removed", "emptied", "cut"])
 def test_an_event_file_that_lost_something(train_here, straight, tmp_path, caplog, damage):
-    """Training goes on from a checkpoint that knows no more than is left, or starts anew."""
+    """Training goes on from a checkpoint whose event files are whole, or starts anew."""
     folder = tmp_path / "run"
     with pytest.raises(SystemError):
         train_here(folder, die=35)
-    events = [
-        resume.load(resume.checkpoint_path(folder, step))["losswatch"]["events"]
-        for step in (20, 30)
-    ]
+    events = [load(checkpoint_path(folder, step))["losswatch"]["events"] for step in (20, 30)]
     [file] = folder.glob("events.*")
     if damage == "removed":
         file.unlink()
@@ -791,12 +789,12 @@ def test_an_event_file_that_lost_something(train_here, straight, tmp_path, caplo
 
 @pytest.mark.slow
 def test_a_fused_run_says_that_it_starts_anew(tmp_path):
-    """In its own log, though its group was trained before it began."""
+    """The notice is in its own log, though its group was trained before that was opened."""
     sweep = ["-m", "experiment=smoke", "seed=0", "hydra/launcher=fused", "hydra.sweep.dir=s"]
     folder = tmp_path / "s" / "experiment=smoke,seed=0"
     folder.mkdir(parents=True)
     write(folder, 10)
-    torn(resume.checkpoint_path(folder, 10))
+    torn(checkpoint_path(folder, 10))
     run_train(*sweep, cwd=tmp_path)
     log = (folder / "train.log").read_text()
     assert log.count("cannot be read") == 1 and "training starts anew" in log
@@ -805,7 +803,7 @@ def test_a_fused_run_says_that_it_starts_anew(tmp_path):
 def test_the_clock_went_back(compose, tmp_path, monkeypatch):
     """TensorBoard reads a run's event files in the order of their names, which begin with the time.
 
-    Also where two files are of one second and the number of the later process is smaller.
+    Two files may be of the same second, and the later process may have the smaller number.
     """
     cfg = compose("experiment=smoke").cfg
     events: dict[str, int] = {}
@@ -816,7 +814,7 @@ def test_the_clock_went_back(compose, tmp_path, monkeypatch):
         steps = np.arange(10 * attempt, 10 * attempt + 10)
         write_scalars(log.experiment, ["loss/dice"], steps, steps[:, None])
         log.experiment.add_scalar("val/accuracy", attempt, 10 * attempt)
-        events = log.record({})["events"]
+        events = log.sizes()
         log.close()
     assert len(events) == 4
     read = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
@@ -829,20 +827,20 @@ def test_the_clock_went_back(compose, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop", [23, 30])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_path, stop):
-    """Between two validations and at one; it is validated where it stops, but not on record."""
+    """Stopped between validations or at one. The validation where it stops is not in the curves."""
     folder, limit = tmp_path / "run", "+trainer.max_time=01:00:00:00"
     steps, metrics = train_here(folder, limit, stop=stop)
     assert steps == stop and "val/accuracy" in metrics and "test/accuracy" not in metrics
-    content = resume.newest(folder)[1]
+    content = newest(folder)[1]
     assert content["global_step"] == stop
-    assert not content["callbacks"]  # the timer's: no time would be left to go on
+    assert not content["callbacks"]  # with the timer's state no time would be left
     assert train_here(folder, limit)[0] == 40
     assert_same_training(folder, straight)
 
 
 @pytest.mark.parametrize("end", [{"stop": 25}, {"die": 35}])
 def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
-    """So there is none in the middle of a step, though a validation or the end of the time is."""
+    """A validation or the end of the time may fall within a step: no checkpoint is saved there."""
     accumulate = ["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=10"]
     accumulate += ["trainer.max_steps=12"]
     train_here(tmp_path / "whole", *accumulate)
@@ -856,9 +854,9 @@ def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
 
 @pytest.mark.slow
 def test_no_time_left(tmp_path):
-    """Stopped is neither done nor failed; the same command, given time, does the rest.
+    """A stopped run is neither done nor failed; the same command with more time does the rest.
 
-    A time limit is that of a run, so these are no stack.
+    A time limit is one of each run, so these runs are not stacked.
     """
     sweep = ["-m", "experiment=smoke", "seed=0,1", "hydra.sweep.dir=s"]
     sweep += ["hydra/launcher=fused", "hydra.launcher.workers=1"]
@@ -881,7 +879,7 @@ def test_no_time_left(tmp_path):
 
 @pytest.mark.slow
 def test_the_exit_status_of_a_stopped_run(tmp_path):
-    """That of a sweep with such a run: not all that was asked for is done."""
+    """It is 1, since not all that was asked for is done."""
     command = ["experiment=smoke", "hydra.run.dir=run", "+trainer.max_time=00:00:00:00"]
     for _ in range(2):
         done = run_train(*command, cwd=tmp_path, status=1)
@@ -906,14 +904,14 @@ def test_options_that_would_end_training_early_are_refused(compose, option):
 
 
 def test_a_run_that_ended_while_the_lock_was_waited_for(whole, tmp_path):
-    """It is asked again under the lock, and not trained a second time."""
+    """Its result is read again under the lock, and it is not trained a second time."""
     script = (
-        "import runpy, shutil, sys, losswatch.train.resume as resume\n"
-        "hold = resume.hold\n"
+        "import runpy, shutil, sys, losswatch.train.locks as locks\n"
+        "hold = locks.hold\n"
         "def wait(folder):\n"
         f"    shutil.copytree({str(whole)!r}, folder, dirs_exist_ok=True)\n"
         "    return hold(folder)\n"
-        "resume.hold = wait\n"
+        "locks.hold = wait\n"
         f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -929,18 +927,16 @@ def test_a_run_that_ended_while_the_lock_was_waited_for(whole, tmp_path):
 
 
 def test_a_group_leaves_out_a_run_that_ended_while_the_lock_was_waited_for(tmp_path, monkeypatch):
-    hold = resume.hold
-
     def wait(folder):
         write_result(folder, {"status": "done", "config": {}, "metrics": {"val/accuracy": 0.5}})
         return hold(folder)
 
     job = SimpleNamespace(folder=tmp_path / "run")
-    with launch.ExitStack() as held:
-        assert launch._hold(job, held)
-    monkeypatch.setattr(resume, "hold", wait)
-    with launch.ExitStack() as held:
-        assert not launch._hold(job, held)
+    with ExitStack() as held:
+        assert launch._lock(job, held)
+    monkeypatch.setattr(launch, "hold", wait)
+    with ExitStack() as held:
+        assert not launch._lock(job, held)
 
 
 # --- Damaged results -----------------------------------------------------------------------------
@@ -964,12 +960,12 @@ DAMAGED = {
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_result(compose, tmp_path, content):
-    """The run is not done; where it is taken up, one line says why."""
+    """The run is not done; when it is resumed, one line says why."""
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / "result.json").write_bytes(content)
-    assert resume.finished(tmp_path) is None
-    resume.check_folder(tmp_path, compose("experiment=smoke").cfg)
-    notice = resume.take_up(tmp_path, below=30).notice
+    assert finished(tmp_path) is None
+    check_folder(tmp_path, compose("experiment=smoke").cfg)
+    notice = take_up(tmp_path, below=30).notice
     assert "result.json cannot be read (" in notice and "\n" not in notice and len(notice) < 500
 
 
@@ -995,12 +991,12 @@ def test_a_damaged_result_on_the_command_line(whole, tmp_path):
 
 @pytest.mark.parametrize("text", ["\udcff", "\x1b[31mred\nline", "x" * 10_000])
 def test_a_results_text_is_shown_on_one_line(compose, tmp_path, text):
-    """What cannot be printed is replaced, and what is long is cut."""
-    config = resume.plain(compose("experiment=smoke").cfg) | {"note": text, text: 1}
+    """Characters that do not print are replaced, and long text is cut."""
+    config = plain(compose("experiment=smoke").cfg) | {"note": text, text: 1}
     write_result(tmp_path, {"status": "failed", "error": text, "config": config})
     assert json.loads((tmp_path / "result.json").read_text("utf-8"))["error"] == text
     with pytest.raises(ConfigError) as refused:
-        resume.check_folder(tmp_path, compose("experiment=smoke").cfg)
+        check_folder(tmp_path, compose("experiment=smoke").cfg)
     said = str(refused.value)
     said.encode()
     assert "note was " in said and said.isprintable() and len(said) < 500
@@ -1010,7 +1006,7 @@ def test_a_results_text_is_shown_on_one_line(compose, tmp_path, text):
 
 
 def test_mode_test(whole, tmp_path):
-    """The run's own metrics, from its folder or file; its θ and data unless others are given."""
+    """The run's metrics again, from its folder or file; its θ and data unless others are given."""
     wanted = {k: v for k, v in read_result(whole)["metrics"].items() if k.startswith("test/")}
     [file] = whole.glob("checkpoints/*.ckpt")
     done = run_train(
@@ -1040,29 +1036,29 @@ def test_mode_test(whole, tmp_path):
 )
 def test_a_checkpoint_of_another_shape(whole, compose, overrides, said):
     composed = compose("mode=test", f"checkpoint={whole}", *overrides)
-    content = resume.find(composed.cfg.checkpoint)
+    content = find(composed.cfg.checkpoint)
     given = [override.split("=")[0] for override in overrides]
-    resume.adopt(composed.cfg, content, given)
+    adopt(composed.cfg, content, given)
     with pytest.raises(ConfigError, match=said):
-        resume.load_net(make_net(composed.cfg), content)
+        load_net(make_net(composed.cfg), content)
 
 
 def test_a_checkpoints_config_is_only_numbers(compose):
-    """A `_target_` in it names what would be called: it is not taken over, nor any string."""
+    """A `_target_` would name code to call: neither that nor any other text is taken over."""
     saved = {
         "theta": 0.2, "seed": 3, "data": {"image_size": 8, "low": "${oc.env:HOME}"},
         "model": {"_target_": "os.system", "width": 7}, "loss": {"_target_": "os.system"},
         "watch": ["x"], "trainer": {"max_steps": 1},
     }  # fmt: skip
     composed = compose("model=convnet", "mode=test", "checkpoint=x")
-    before = resume.plain(composed.cfg)
-    resume.adopt(composed.cfg, {"losswatch": {"config": saved}}, ["seed"])
+    before = plain(composed.cfg)
+    adopt(composed.cfg, {"losswatch": {"config": saved}}, ["seed"])
     wanted = before | {"theta": 0.2, "data": before["data"] | {"image_size": 8}}
-    assert resume.plain(composed.cfg) == wanted
+    assert plain(composed.cfg) == wanted
 
 
 def test_no_checkpoint(tmp_path):
-    missing = "nowhere/step=3.ckpt"  # whose "=" Hydra would not read
+    missing = "nowhere/step=3.ckpt"  # Hydra would not read its "="
     done = run_train("mode=test", f"checkpoint={missing}", cwd=tmp_path, status=2)
     assert f"checkpoint={missing}: there is no such file or run folder" in done.stderr
     assert "Traceback" not in done.stderr
@@ -1073,7 +1069,7 @@ def test_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("limit", [pytest.param(3_000, marks=pytest.mark.slow), 20_000])
 def test_a_full_disk(tmp_path, limit):
-    """Stood in for by a limit to the size of files: clear lines, and what is there is readable."""
+    """Imitated by a limit on file sizes: messages are clear, and existing files are readable."""
     done = run_train(
         "experiment=smoke", "hydra.run.dir=run", cwd=tmp_path, status=1,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),

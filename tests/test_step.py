@@ -1,4 +1,4 @@
-"""The written-out step against plain training: nn.Module, torch.optim, one gradient per loss."""
+"""The stacked step equals plain training: nn.Module, torch.optim, one gradient for each loss."""
 
 import copy
 from itertools import combinations
@@ -13,11 +13,16 @@ from torch._dynamo.utils import counters
 from torch.func import vjp, vmap
 
 from losswatch.data.random import TRAIN, ThresholdedImages, _Batches
-from losswatch.nets.networks import ConvNet, UNet, _NarrowConvolution
-from losswatch.stack.step import compiled, make_gradient, optimizer_rule, trained_parameters
+from losswatch.nets import ConvNet, UNet
+from losswatch.nets.layers import NarrowConvolution
+from losswatch.stack.compile import compiled
+from losswatch.stack.optimizers import optimizer_rule
+from losswatch.stack.parameters import trained_parameters
+from losswatch.stack.refusal import NotStackable
+from losswatch.stack.step import make_gradient
 
 STEPS = 5
-# Each member's trained loss, θ, seed, input range and factor on the learning rate.
+# Each member's trained loss, θ, seed, input range and factor of the learning rate.
 MEMBERS = [("dice", 0.3, 0, (0, 1), 1), ("cce", 0.6, 7, (1, -1), 3), ("cube", 0.9, 1, (2, 5), 0.2)]
 NETS = {
     "convnet": lambda: ConvNet(1, 2),
@@ -35,7 +40,7 @@ OPTIMIZERS = {
 
 
 class Cube(nn.Module):
-    """A loss of one's own, outside of the shared rows."""
+    """A foreign loss, which shares no rows with others."""
 
     def forward(self, logits, target):
         right = logits.gather(1, target[:, None])
@@ -43,7 +48,7 @@ class Cube(nn.Module):
 
 
 class Wide(nn.Module):
-    """Takes the images, which are float32, to the precision of its weights."""
+    """Converts the images, which are float32, to the precision of its weights."""
 
     def __init__(self, net, dtype):
         super().__init__()
@@ -54,7 +59,7 @@ class Wide(nn.Module):
 
 
 def make_stack(net="convnet", optimizer="Adam", dtype=torch.float64, late=False, names=ARTICLE):
-    """Members, and their stacked state; `late` ones have a saturated softmax."""
+    """Members and their stacked state; the softmax of `late` ones is saturated."""
     kind, options = OPTIMIZERS[optimizer]
     losses = load_losses(*names, cube=Cube())
     members = []
@@ -114,7 +119,7 @@ def make_stack(net="convnet", optimizer="Adam", dtype=torch.float64, late=False,
 
 
 def advance(function, state, first=0, steps=STEPS):
-    """The state after some steps, and all that was seen [steps, members, tags]."""
+    """The state after some steps, and all observations [steps, members, tags]."""
     parameters, buffers, moments, numbers = state
     seen = []
     for i in range(first, first + steps):
@@ -126,7 +131,7 @@ def advance(function, state, first=0, steps=STEPS):
 
 
 def train_plainly(member, losses):
-    """What one writes without this package: the values, norms and cosines of each step."""
+    """Training as it is written without losswatch; the values, norms and cosines of each step."""
     net = copy.deepcopy(member.net)
     optimizer = type(member.optimizer)(net.parameters(), **member.options)
     batches = _Batches(member.data, TRAIN, 3, 3 * STEPS)
@@ -150,7 +155,7 @@ def train_plainly(member, losses):
     return net, torch.stack(seen)
 
 
-# float64; Adam's correction of its moments is rounded to float32.
+# In float64, except for Adam's correction of its moments, which is rounded to float32.
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_equals_plain_training(net, optimizer):
@@ -186,7 +191,7 @@ def test_equals_plain_training_in_float32(net):
 
 
 def test_a_stack_of_one_is_that_member():
-    """Members have no part in each other."""
+    """Members do not affect each other."""
     stack = make_stack("convnet, BN")
     (flat, buffers, _, _), seen = advance(stack.function(), stack.state)
     for i in range(len(MEMBERS)):
@@ -250,15 +255,15 @@ def test_frozen_parameters_stay():
 )
 def test_other_optimizers_are_refused(kind, options, reason):
     optimizer = kind([nn.Parameter(torch.zeros(1))], lr=0.1, **options)
-    with pytest.raises(NotImplementedError, match=reason):
+    with pytest.raises(NotStackable, match=reason):
         optimizer_rule(optimizer)
 
 
 def test_a_subclass_is_another_optimizer():
     class Mine(torch.optim.SGD):
-        """May well do something else in its step."""
+        """Its step may do something else."""
 
-    with pytest.raises(NotImplementedError, match="Mine is not written out"):
+    with pytest.raises(NotStackable, match="Mine is not written out"):
         optimizer_rule(Mine([nn.Parameter(torch.zeros(1))], lr=0.1))
 
 
@@ -278,12 +283,12 @@ def test_narrow_convolution_gradients(kernel):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, *kernel, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_NarrowConvolution.apply, (x, weight))
+    assert torch.autograd.gradcheck(NarrowConvolution.apply, (x, weight))
 
 
 @pytest.mark.parametrize("shared_input", [False, True])
 def test_narrow_convolution_stacked(shared_input):
-    """Under vmap, with several cotangents of one forward pass, as the step calls it."""
+    """As the step calls it: under vmap, with several cotangents of one forward pass."""
     torch.manual_seed(0)
     x = torch.randn(3, 2, 4, 5, 6, dtype=torch.float64)
     weight = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64)
@@ -298,7 +303,7 @@ def test_narrow_convolution_stacked(shared_input):
             x[0] if shared_input else x, weight, back
         )
 
-    y, (by_x, by_weight) = gradients(_NarrowConvolution.apply)
+    y, (by_x, by_weight) = gradients(NarrowConvolution.apply)
     wanted, (wanted_x, wanted_weight) = gradients(lambda x, w: F.conv2d(x, w, padding=1))
     for got, reference in ((y, wanted), (by_x, wanted_x), (by_weight, wanted_weight)):
         torch.testing.assert_close(got, reference, rtol=1e-12, atol=1e-12)
@@ -310,12 +315,12 @@ def test_narrow_convolution_stacked(shared_input):
 compiling = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 
 
-FEW = {"dtype": torch.float32, "names": ("cce", "dice")}  # each loss is a second of C++
+FEW = {"dtype": torch.float32, "names": ("cce", "dice")}  # compiling takes a second for each loss
 
 
 @pytest.fixture(scope="module")
 def fast():
-    """One compiled step of a stack; it costs some 20 seconds, with BN 30."""
+    """One compiled step of a stack. Compiling takes 20 seconds, and 30 with batch norm."""
     return make_stack("convnet", **FEW).function(ready=compiled)
 
 
@@ -331,7 +336,7 @@ def test_the_next_optimizer_finds_the_compiled_gradient(fast):
 @compiling
 @pytest.mark.parametrize("late", [False, True])
 def test_compiled_equals_eager(fast, late):
-    """Also in the thousands of steps, where the softmax is saturated and Adam's moments are old."""
+    """Also thousands of steps later, with a saturated softmax and old moments of Adam."""
     stack = make_stack("convnet", late=late, **FEW)
     first = 5000 if late else 0
     (flat, buffers, moments, _), seen = advance(stack.function(), stack.state, first)
@@ -348,10 +353,10 @@ def test_compiled_equals_eager(fast, late):
 
 @compiling
 def test_nothing_is_compiled_again(fast, monkeypatch):
-    """Nor in: the step's number and the members' settings are tensors, not constants."""
+    """The step's number and the members' settings are tensors, not constants in the code."""
     stack = make_stack("convnet", **FEW)
     advance(fast, stack.state, steps=1)
-    monkeypatch.delattr("losswatch.stack.step.standalone_compile")
+    monkeypatch.delattr("losswatch.stack.compile.compile_graph")
     numbers = stack.state[3]
     low = numbers["low"] - 1
     numbers = numbers | {"lr": 2 * numbers["lr"], "seed": numbers["seed"] + 5, "low": low}

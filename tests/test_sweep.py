@@ -1,6 +1,7 @@
 """`python train.py -m ...`: the six-run sweep, its table, and the grid checked beforehand."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -17,13 +19,17 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, read_result, run_train
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
-from losswatch.report.report import read_scalars
-from losswatch.sweep import callback as sweep
-from losswatch.train import build
-from losswatch.train.result import write_result
+from losswatch.events.series import read_scalars
+from losswatch.sweep.callback import SweepCallback
+from losswatch.sweep.command import current_sweep
+from losswatch.sweep.exit import Escaped, clear_errors, explain, verdict
+from losswatch.sweep.grid import grid
+from losswatch.train import presets
+from losswatch.train.outcome import write_result
 
 THETAS = [0.05, 0.5, 0.95]
 
@@ -264,11 +270,11 @@ def test_a_broken_file_is_named_with_its_line(mine, compose, typo):
     added = f"hydra.searchpath=['{folder}']"
     for read in (
         lambda: compose("loss=broken", added),
-        lambda: build._compose_loss("broken", (added,), ()),
+        lambda: presets._compose_loss("broken", (added,), ()),
     ):
         with pytest.raises(Exception) as raised:  # noqa: B017
             read()
-        line, status = sweep.verdict(raised.value)
+        line, status = verdict(raised.value)
         assert status == 2 and "\n" not in line
         assert re.fullmatch(re.escape(str(file)) + said, line)
 
@@ -299,6 +305,7 @@ PARENT = """
 import os, signal, time
 import joblib
 from losswatch.sweep.callback import SweepCallback
+from losswatch.sweep.command import current_sweep
 
 def work(number, callback):
     open(f"{number}.{os.getpid()}", "w").close()
@@ -340,6 +347,68 @@ def test_joblibs_processes_end_with_the_one_that_began_them(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+# --- Switches of the process ---------------------------------------------------------------------
+
+
+def switches():
+    names = ("HYDRA_FULL_ERROR", "PYTHONWARNINGS")
+    environment = {name: os.environ.get(name) for name in names}
+    return environment, Sweeper.validate_batch_is_legal, logging.raiseExceptions, current_sweep()
+
+
+@pytest.mark.parametrize("full_error", [None, "0"])
+@pytest.mark.parametrize("filters", [None, "default"])
+@pytest.mark.parametrize("error", [None, SystemExit(2), KeyboardInterrupt(), ValueError("a fault")])
+def test_switches_are_put_back(monkeypatch, full_error, filters, error):
+    """However the command ends."""
+    for name, value in {"HYDRA_FULL_ERROR": full_error, "PYTHONWARNINGS": filters}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    before = switches()
+    with suppress(SystemExit, ValueError), clear_errors() as sweep:
+        during = switches()
+        assert during[0]["HYDRA_FULL_ERROR"] == "1" and during[1] is not before[1]
+        ignored = "ignore:resource_tracker:UserWarning"
+        assert during[0]["PYTHONWARNINGS"] == (f"{filters},{ignored}" if filters else ignored)
+        assert not during[2] and during[3] is sweep is not before[3]
+        if error:
+            raise error
+    assert switches() == before
+
+
+IN_PROCESS = """
+import runpy, sys
+from test_sweep import current_sweep, switches
+
+train, before = sys.argv[1], switches()
+for arguments in (
+    "seed=0,1 hydra.sweep.dir=a", "seed=0,1,0 hydra.sweep.dir=b",
+    "seed=2 hydra.sweep.dir=c hydra/launcher=fused hydra.launcher.workers=1",
+):
+    sys.argv = [train, "-m", "experiment=smoke", "trainer.max_steps=2", *arguments.split()]
+    try:
+        runpy.run_path(train, run_name="__main__")
+    except SystemExit as stopped:
+        print("exit status", stopped.code)
+    assert switches() == before, (switches(), before)
+    assert current_sweep().folder is None and not current_sweep().configs
+"""
+
+
+def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
+    """Three of them in one process: done, refused, and done by the fused launcher."""
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", IN_PROCESS, str(ROOT / "train.py")], cwd=tmp_path, timeout=180,
+        env=BUFFERED | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" done ") == 3 and done.stdout.count("exit status 2") == 1
+    assert done.stderr.count("run 2 of 2: ") == done.stderr.count("run 1 of 1: ") == 1
+
+
 # --- Parts ---------------------------------------------------------------------------------------
 
 
@@ -350,7 +419,7 @@ def test_grid_is_the_basic_sweepers():
             "overrides": {"task": ["theta=0.5,[0.3,0.6]", "loss=dice", "seed=range(0,3)"]},
         }
     }
-    jobs = sweep.grid(OmegaConf.create(node))
+    jobs = grid(OmegaConf.create(node))
     assert len(jobs) == len({tuple(job) for job in jobs}) == 2 * 2 * 3
     assert ["optimizer.lr=0.2", "theta=[0.3,0.6]", "loss=dice", "seed=2"] in jobs
 
@@ -358,9 +427,9 @@ def test_grid_is_the_basic_sweepers():
 def test_explain_is_one_line(compose):
     errors = {}
     for override in ("loss=dise", "data.imagesize=3", "modl=unet", "data.batch_size=x", "theta"):
-        with pytest.raises((ConfigCompositionException, sweep.HydraException)) as raised:
+        with pytest.raises((ConfigCompositionException, HydraException)) as raised:
             compose(override)
-        errors[override] = sweep.explain(raised.value)
+        errors[override] = explain(raised.value)
     assert errors["loss=dise"].startswith("there is no loss=dise; loss is one of cce, ")
     assert errors["data.imagesize=3"].startswith("there is no data.imagesize; data has image_size,")
     assert errors["modl=unet"].startswith("there is no modl; the config has theta, seed, ")
@@ -371,20 +440,27 @@ def test_explain_is_one_line(compose):
 def test_clear_errors(capsys, monkeypatch):
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     error = MissingConfigException("no", missing_cfg_file="loss/x", options=["a", "b"])
-    with pytest.raises(SystemExit) as stopped, sweep.clear_errors():
+    with pytest.raises(SystemExit) as stopped, clear_errors():
         raise error
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "losswatch: there is no loss=x; loss is one of a, b\n"
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(MissingConfigException), sweep.clear_errors():
+    with pytest.raises(MissingConfigException), clear_errors():
         raise error
 
 
 @pytest.fixture
-def under_way(monkeypatch):
-    """under_way(folder): a sweep is, there."""
+def sweep_in(monkeypatch):
+    """sweep_in(folder): `clear_errors` around a command whose sweep is in that folder."""
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    return lambda folder: monkeypatch.setattr(sweep.SweepCallback, "folder", folder)
+
+    @contextmanager
+    def around(folder):
+        with clear_errors() as sweep:
+            sweep.folder = folder
+            yield
+
+    return around
 
 
 def lightning():
@@ -401,38 +477,35 @@ def ctrl_c():
 
 @pytest.mark.parametrize("interrupt", [ctrl_c, lightning])
 @pytest.mark.parametrize("folder", [None, "empty", "missing"])
-def test_interrupted_in_one_line(tmp_path, capsys, under_way, interrupt, folder):
+def test_interrupted_in_one_line(tmp_path, capsys, sweep_in, interrupt, folder):
     """Before the first run too, when there is no table."""
     (tmp_path / "empty").mkdir()
-    under_way(folder and tmp_path / folder)
-    with pytest.raises(SystemExit) as stopped, sweep.clear_errors():
+    with pytest.raises(SystemExit) as stopped, sweep_in(folder and tmp_path / folder):
         interrupt()
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "losswatch: interrupted\n"
 
 
-def test_a_sweep_that_ends_early_shows_its_table(six, capsys, under_way):
+def test_a_sweep_that_ends_early_shows_its_table(six, capsys, sweep_in):
     """And keeps the exit status of what ended it."""
-    under_way(six.folder)
     for error, status in ((OSError("full"), 1), (ValueError("x\ny"), 1), (SystemExit(2), 2)):
-        with pytest.raises(SystemExit) as stopped, sweep.clear_errors():
+        with pytest.raises(SystemExit) as stopped, sweep_in(six.folder):
             raise error
         assert stopped.value.code == status
         out, err = capsys.readouterr()
         assert out.count(" done ") == 6
         assert len(err.splitlines()) == (status == 1) and " ".join(str(error).split()) in err + "2"
-    with sweep.clear_errors():
+    with sweep_in(six.folder):
         pass
     assert capsys.readouterr().out.count(" done ") == 6
 
 
-def test_a_summary_that_cannot_be_written(six, tmp_path, capsys, under_way):
+def test_a_summary_that_cannot_be_written(six, tmp_path, capsys, sweep_in):
     """All runs are done: the table tells it, a line and the exit status tell of the summary."""
     shutil.copytree(six.folder, tmp_path / "s")
     (tmp_path / "s" / "summary.csv").unlink()
     (tmp_path / "s" / "summary.csv").mkdir()
-    under_way(tmp_path / "s")
-    with pytest.raises(SystemExit) as stopped, sweep.clear_errors():
+    with pytest.raises(SystemExit) as stopped, sweep_in(tmp_path / "s"):
         pass
     assert stopped.value.code == 1
     out, err = capsys.readouterr()
@@ -444,8 +517,8 @@ def test_a_summary_that_cannot_be_written(six, tmp_path, capsys, under_way):
 def test_a_fault_of_a_callback_is_no_warning(callback):
     """Hydra would go on, without the checks."""
     callbacks = Callbacks()
-    callbacks.callbacks = [sweep.SweepCallback()]
-    with warnings.catch_warnings(), pytest.raises(sweep.Escaped) as raised:
+    callbacks.callbacks = [SweepCallback()]
+    with warnings.catch_warnings(), pytest.raises(Escaped) as raised:
         getattr(callbacks, callback)(config=None, config_name="")
     assert isinstance(raised.value.args[0], AttributeError)
 
@@ -456,7 +529,7 @@ def test_a_run_that_cannot_write_its_result_ends_no_sweep(tmp_path, caplog):
     node = {"mode": "MULTIRUN", "runtime": {"output_dir": "s/run"}}
     config = OmegaConf.create({"hydra": node})
     config.hydra.mode = hydra.types.RunMode.MULTIRUN
-    sweep.SweepCallback().on_job_end(config, returned)
+    SweepCallback().on_job_end(config, returned)
     assert returned.return_value is None
     [message] = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert message == "s/run: OSError: [Errno 28] No space left on device"

@@ -1,4 +1,4 @@
-"""`python train.py ...`: what a run leaves, that it repeats itself, what it refuses."""
+"""`python train.py ...`: the files of a run, its repetition, and the input that it refuses."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from losswatch.report.report import read_scalars
+from losswatch.events.series import read_scalars
 
 METRICS = ["accuracy", "dice", "iou", "dice/class_0", "dice/class_1", "iou/class_0", "iou/class_1"]
 
@@ -44,7 +44,7 @@ def test_files(smoke):
 
 
 def test_output_is_short(smoke):
-    """Off a terminal: what runs, how it went; no bar, no warning."""
+    """Without a terminal it prints what runs and how that went, and no progress bar or warning."""
     said = smoke.done.stderr + smoke.done.stdout
     assert "Warning" not in said and "warn" not in said
     lines = said.splitlines()
@@ -77,7 +77,7 @@ def test_validation_scalars(events):
 
 
 def test_images(events):
-    """Four rows of input, label and prediction, six times as large, framed in grey."""
+    """Four rows of input, label and prediction, enlarged six times, in grey frames."""
     assert events.Tags()["images"] == ["images/input_label_prediction"]
     shown = events.Images("images/input_label_prediction")
     assert [image.step for image in shown] == [10, 20, 30]
@@ -95,7 +95,7 @@ def test_images(events):
             image, label, prediction = (t[frame:-frame:6, frame:-frame:6] for t in tiles)
             assert image.shape == (16, 16)
             assert set(label.flatten()) == {0, 255} and set(prediction.flatten()) <= {0, 255}
-            # θ = 0.5 on inputs from 0 to 1; they were stretched to their own range, just inside.
+            # θ = 0.5 on inputs from 0 to 1, which the picture stretches from the range they fill.
             assert image[label == 255].min() >= 125 and image[label == 0].max() <= 130
 
 
@@ -111,7 +111,7 @@ def test_hparams(events, smoke):
     infos = data["_hparams_/experiment"].experiment.metric_infos
     metrics = {info.name.tag for info in infos}
     assert metrics == {f"{s}/{m}" for s in ("val", "test") for m in ("accuracy", "dice", "iou")}
-    # Each of them is the last value of a curve, and the curve's is the one in result.json.
+    # Each is the tag of a curve, whose last value is the one in result.json.
     for tag in metrics:
         assert events.Scalars(tag)[-1].value == pytest.approx(
             smoke.result["metrics"][tag], rel=1e-6
@@ -119,7 +119,7 @@ def test_hparams(events, smoke):
 
 
 def test_custom_scalars_layout(events):
-    """Read from the event file: all losses in one chart, all norms in another."""
+    """One chart holds all losses, another one all gradient norms, as read from the event file."""
     [tensor] = events.Tensors("custom_scalars__config__")
     layout = Layout.FromString(tensor.tensor_proto.string_val[0])
     charts = [c for category in layout.category for c in category.chart]
@@ -167,7 +167,7 @@ def test_checkpoint_is_plain_and_of_the_last_step(smoke):
 
 
 def test_repeats_itself_also_with_workers(smoke, tmp_path):
-    """The smoke run again: alone in a sweep with other worker counts and another seed."""
+    """The smoke run again, in a sweep with other numbers of workers and another seed."""
     run_train(
         "-m", "experiment=smoke", "seed=3,4", "probe.cosines=true", "data.num_workers=0,2",
         cwd=tmp_path,
@@ -211,7 +211,7 @@ def net(in_channels, num_classes, dims, width):
 BOOM = """
 class Boom(Mine):
     def forward(self, logits, target):
-        if not torch.is_grad_enabled():  # in validation, which is not tried before training
+        if not torch.is_grad_enabled():  # in validation, which is not tried before
             raise RuntimeError("boom\\nsecond line")
         return super().forward(logits, target)
 """
@@ -219,7 +219,7 @@ class Boom(Mine):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """A sweep over a user's own losses and network, one of MONAI's and one that fails."""
+    """A sweep with a user's losses and network, a loss of MONAI's, and a loss that fails."""
     cwd = tmp_path_factory.mktemp("own losses, networks")
     (cwd / "mine.py").write_text(OWN + BOOM)
     for path, text in {
@@ -336,7 +336,7 @@ def test_interrupted_run_loses_nothing(tmp_path):
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        # Validated once, so it is under way, and the next time is far off.
+        # After the first validation training is under way, and the next validation is far off.
         while not list(tmp_path.rglob("*.ckpt")):
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(timeout=0.1)

@@ -1,9 +1,10 @@
-"""Files that are on the disk as a whole, or not at all."""
+"""Writes files as a whole or not at all, and reads ordinary files only."""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -33,3 +34,18 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def read_file(path: Path, limit: float = float("inf")) -> bytes:
+    """The content of an ordinary file.
+
+    Raises:
+        OSError: the file cannot be read, is larger than `limit` bytes, or is a pipe or a device,
+            from which reading might never end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not an ordinary file")
+    if status.st_size > limit:
+        raise OSError(f"larger than {limit} bytes")
+    return path.read_bytes()

@@ -1,6 +1,6 @@
-"""`hydra/launcher=fused`: the runs of a multirun trained together (losswatch.stack.fuse).
+"""`hydra/launcher=fused`: the runs of a sweep, trained together in groups.
 
-Hydra imports this file whenever it starts, so what takes long to import stays inside `launch`.
+Hydra imports this file whenever it starts. So it imports nothing slow: torch comes in `launch`.
 """
 
 from collections.abc import Sequence
@@ -13,39 +13,43 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from losswatch.sweep.jobs import Context
+
 
 @dataclass
 class FusedConf:
     _target_: str = "hydra_plugins.losswatch_launcher.fused_launcher.FusedLauncher"
-    max_members: int | None = None  # runs a group; null: what keeps all CPU cores, or the GPU, busy
-    workers: int | None = None  # groups at once; null: one a CPU core, one for a GPU
-    # Another launcher, each of whose jobs is a group. By name, with that launcher's defaults:
+    # Runs a group. null: as many as keep all CPU cores, or the GPU, busy.
+    max_members: int | None = None
+    # Groups trained at once. null: one for each CPU core, or one if there is a GPU.
+    workers: int | None = None
+    # Another launcher, each of whose jobs is a group. By its name, with its default settings:
     #   hydra.launcher.outer=ray
-    # or as its config, to set any of it:
+    # or as its config, to change a setting:
     #   +hydra/launcher@hydra.launcher.outer=submitit_slurm hydra.launcher.outer.partition=gpu
-    # `workers` is then how many groups to make; without it and max_members they are of up to 32.
+    # Then `workers` is the number of groups to make. Without it and `max_members`, a group has up
+    # to 32 runs.
     outer: Any = None
-    _recursive_: bool = False  # the launcher makes `outer`, with the groups
+    _recursive_: bool = False  # Hydra must not construct `outer`: the launcher does, for its groups
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="fused", node=FusedConf)
 
 
 class FusedLauncher(Launcher):
-    """Groups the runs that can be stacked; see `losswatch.sweep.launch`."""
+    """Trains the runs that can be stacked in groups (losswatch.sweep.launch)."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = settings  # FusedConf's
+        self.settings = settings  # the fields of FusedConf
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+        self.context = Context(hydra_context, task_function, config)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from losswatch.sweep.launch import launch
 
-        context: Any = (self.hydra_context, self.task_function, self.config)
-        return launch(job_overrides, initial_job_idx, context, **self.settings)
+        return launch(job_overrides, initial_job_idx, self.context, **self.settings)

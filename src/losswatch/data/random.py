@@ -1,14 +1,15 @@
 """Thresholded random images: every batch a pure function of (seed, split, step).
 
-A pixel's value is a hash of its key and position, not the next draw of a generator. So there is
-no state to save: resuming, worker processes, ranks and stacked runs cannot change an image, a GPU
+A pixel's value is a hash of its key and position, not the next number of a generator. So there is
+no state to save. Resuming, worker processes, ranks and stacked runs cannot change an image, a GPU
 makes the same bits as a CPU, and a compiled step can draw its own batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -24,7 +25,7 @@ _MIX2 = 0x94D049BB133111EB - 2**64
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64; `>>` is arithmetic there, hence the masks."""
+    """The last step of splitmix64, on int64. There `>>` repeats the sign bit, hence the masks."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX1
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX2
     return x ^ ((x >> 31) & (2**33 - 1))
@@ -33,7 +34,7 @@ def _mix(x: Tensor) -> Tensor:
 def uniform(seed: Tensor, split: int, step: Tensor, shape: Sequence[int]) -> Tensor:
     """Uniform numbers on [0, 1), float32 of the given shape, multiples of 2^-24.
 
-    `seed` and `step` are int64 scalars (0-dim) on the device that shall draw.
+    `seed` and `step` are int64 scalars (0-dim) on the device where the numbers are computed.
 
     >>> a = uniform(torch.tensor(0), TRAIN, torch.tensor(7), (2, 3))
     >>> torch.equal(a, uniform(torch.tensor(0), TRAIN, torch.tensor(7), (2, 3)))
@@ -50,8 +51,8 @@ def image_and_label(
 ) -> tuple[Tensor, Tensor]:
     """Input `low + (high - low) * u` [N, 1, *space], and its label int64 [N, *space].
 
-    The label counts the thresholds (float32 [C - 1], sorted) that `u` exceeds. It is taken from
-    `u`, so θ is the background's share whatever the input range.
+    The label is the number of thresholds (float32 [C - 1], sorted) that `u` exceeds. It depends on
+    `u` alone, so θ is the background's share whatever the input range is.
 
     >>> u = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 3)
     >>> image_and_label(u, torch.tensor([0.5]), 1.0, 0.0)
@@ -59,6 +60,30 @@ def image_and_label(
     """
     label = (u > thresholds.view(-1, *[1] * (u.ndim - 2))).sum(dim=1)
     return low + (high - low) * u, label
+
+
+def draw(
+    numbers: Mapping[str, Any],
+    split: int,
+    step: Tensor,
+    shape: Sequence[int],
+    share: slice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The images of a split and step [N, 1, *space], and their labels int64 [N, *space].
+
+    All images are drawn here, those of an ordinary run and those of a stack.
+
+    Args:
+        numbers: of the run: `seed` (int64 scalar), `thresholds` (float32 [C - 1]), `low`, `high`.
+        split: TRAIN, VAL or TEST.
+        step: int64 scalar; the step of training, or the number of a batch of a fixed set.
+        shape: [N, 1, *space].
+        share: which of the N images to return; all of them are drawn.
+    """
+    u = uniform(numbers["seed"], split, step, shape)
+    if share is not None:
+        u = u[share]
+    return image_and_label(u, numbers["thresholds"], numbers["low"], numbers["high"])
 
 
 class _Batches(Dataset):
@@ -73,7 +98,7 @@ class _Batches(Dataset):
 
 
 class _Steps(Sampler[int]):
-    """The steps still to be trained; counting goes on where a resumed run stopped."""
+    """The batches still to be trained with; a resumed run begins where it stopped."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.trainer = trainer
@@ -87,7 +112,7 @@ class _Steps(Sampler[int]):
 
 
 class _Loader(DataLoader):
-    """Tells Lightning that it can resume. Its whole state is the trainer's step (`_Steps`)."""
+    """Tells Lightning that it can be resumed; its whole state is the trainer's step (`_Steps`)."""
 
     def state_dict(self) -> dict:
         return {}
@@ -97,16 +122,16 @@ class _Loader(DataLoader):
 
 
 class ThresholdedImages(pl.LightningDataModule):
-    """Images of independent uniform pixels; a pixel's class is where its value falls among θ.
+    """Images of independent uniform pixels; a pixel's class is the number of θ below its value.
 
     Args:
         thresholds: sorted values in (0, 1); C - 1 of them make C classes.
-        seed: chooses the images, with the split and the step.
-        image_size, dims: `dims` (2 or 3) sides of `image_size` pixels.
+        seed: chooses the images, together with the split and the step.
+        image_size, dims: an image has `dims` (2 or 3) sides of `image_size` pixels.
         low, high: input range.
-        batch_size: images a training step, over all devices together.
-        val_size, test_size, eval_batch_size: the fixed sets, and how many images at once.
-        num_workers: 0 draws on the training device, more draws on the CPU in the background.
+        batch_size: images of a training step, over all devices together.
+        val_size, test_size, eval_batch_size: sizes of the fixed sets, and of their batches.
+        num_workers: 0 draws on the training device; more draw on the CPU in the background.
     """
 
     def __init__(
@@ -143,13 +168,16 @@ class ThresholdedImages(pl.LightningDataModule):
 
     def draw(self, split: int, step: int, count: int) -> tuple[Tensor, Tensor]:
         """A batch of `count` images and their labels, or this rank's share of it."""
-        # Filled in on the device: a copy from the host would wait for all that a GPU has to do.
+        # `full` writes the number on the device. A copy from the host would wait until a GPU has
+        # finished all of its work.
         seed, number = (torch.full((), n, device=self.device) for n in (self.seed, step))
-        u = uniform(seed, split, number, (count, 1, *self.space))
-        # Every rank draws the whole batch and keeps its share: the number of devices changes
-        # nothing but who computes what.
-        u = u[self.rank :: self.world_size]
-        return image_and_label(u, self.thresholds, self.low, self.high)
+        numbers = {
+            "seed": seed, "thresholds": self.thresholds, "low": self.low, "high": self.high
+        }  # fmt: skip
+        # Each rank draws the whole batch and keeps its share. So the number of devices decides
+        # who computes what, and changes no image.
+        share = slice(self.rank, None, self.world_size)
+        return draw(numbers, split, number, (count, 1, *self.space), share)
 
     def _loader(self, dataset: Dataset, sampler: Sampler[int] | range) -> DataLoader:
         return _Loader(

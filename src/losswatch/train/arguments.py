@@ -1,7 +1,7 @@
-"""Whether the values of a config fit the arguments that they are meant for, by type.
+"""Whether the values of a config fit the arguments that they are for, by type.
 
-The command line gives text where a user means no: Python takes `off` for true. What a function
-declares of its arguments tells such a value before it is used.
+The command line may give text where a truth value is meant, and Python counts the text `off` as
+true. The annotations and defaults of a function's arguments reveal such a value before it is used.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from losswatch.train.config import ConfigError
 def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
     """Compare values with the annotations of a function's arguments, or of a class's constructor.
 
-    An argument without an annotation takes its default's type, where that is a truth value, a
-    number or text. Names that the function does not know are left to the call itself.
+    An argument without an annotation has the type of its default, if that is a truth value, a
+    number or text. Names that the function does not have are left to the call itself.
+
+    Args:
+        what: the part of the config that holds the values.
+        function: the function or class that will get them.
+        values: by the name of the argument.
 
     Raises:
-        ConfigError: naming the first value that does not fit and what is allowed.
+        ConfigError: naming the first value that does not fit, and what is allowed.
 
     >>> def scale(factor: float, exact: bool | None = None): ...
     >>> check_arguments("model", scale, {"factor": 2, "exact": "off"})
@@ -39,14 +44,15 @@ def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str
 
 
 def _kinds(function: Callable[..., Any]) -> dict[str, Any]:
+    """The type of each argument by its name; Any where it is not known."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # of some functions written in C
         return {}
     try:
-        made = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
-        hints = typing.get_type_hints(made)
-    except Exception:  # an annotation may name what only a type checker imports
+        called = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+        hints = typing.get_type_hints(called)
+    except Exception:  # an annotation may use a name that is imported for type checkers only
         hints = {}
     return {
         name: hints.get(name, _kind_of_default(parameter.default))
@@ -62,11 +68,12 @@ def _kind_of_default(value: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a config may be passed as an argument of this type."""
     if kind is Any:
         return True
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, member) for member in inner)
     if origin is typing.Annotated:
         return _fits(value, inner[0])
     if origin is typing.Literal:
@@ -81,22 +88,23 @@ def _fits(value: Any, kind: Any) -> bool:
     if not inspect.isclass(container):
         return True  # a type variable
     if isinstance(value, dict):
-        return True  # of a nested object, which is checked where it is made
+        return True  # a nested object, which is checked where it is made
     if isinstance(value, list | tuple):
         if not issubclass(container, Iterable) and container is not object:
             return False
         if container is tuple and inner and inner[-1] is not Ellipsis:
             return len(value) == len(inner) and all(map(_fits, value, inner))
-        return not inner or all(_fits(one, inner[0]) for one in value)
+        return not inner or all(_fits(item, inner[0]) for item in value)
     if isinstance(value, str) and issubclass(container, Enum | PathLike):
         return True
     return isinstance(value, container)
 
 
 def _describe(kind: Any) -> str:
+    """The values that `_fits` allows, in words."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        plain = [one for one in inner if not _is_object(one)]
+        plain = [member for member in inner if not _is_object(member)]
         return " or ".join(dict.fromkeys(map(_describe, plain or inner)))
     if origin is typing.Literal:
         return " or ".join(map(str, inner))
@@ -112,5 +120,5 @@ def _describe(kind: Any) -> str:
 
 
 def _is_object(kind: Any) -> bool:
-    """Whether a config cannot write such a value down, but only a `_target_` that makes it."""
+    """Whether a config can only name a value of this type by the `_target_` that makes it."""
     return inspect.isclass(kind) and kind not in (bool, int, float, str, list, tuple, type(None))

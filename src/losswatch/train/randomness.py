@@ -1,6 +1,6 @@
-"""The random state of a process: seeded for a run, and kept in its checkpoints.
+"""The state of the random generators of a process: seeded for a run, and kept in its checkpoints.
 
-To leave it alone, use pytorch_lightning.utilities.seed.isolate_rng.
+For code that must leave the state as it is there is pytorch_lightning.utilities.seed.isolate_rng.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 def seed_everything(seed: int) -> None:
     """Seed PyTorch's, numpy's and Python's generators with a number from 0 to 2^63 - 1."""
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # all that numpy takes
+    np.random.seed(seed % 2**32)  # numpy takes no larger number
     random.seed(seed)
 
 
@@ -33,7 +33,7 @@ def get_state() -> dict[str, Any]:
 
 
 def set_state(state: dict[str, Any]) -> None:
-    """Go back to what `get_state` gave."""
+    """Go back to a state that `get_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -55,6 +55,7 @@ def draws(function: Callable[..., Any], *args: Any) -> bool:
 
 
 def _comparable(state: Any) -> Any:
+    """The same state as nested lists; tensors cannot be compared by ==."""
     if isinstance(state, torch.Tensor):
         return state.tolist()
     if isinstance(state, dict):

@@ -1,7 +1,7 @@
-"""The first step of a run, tried before any work: what cannot work is said in one line.
+"""Tries the first step of a run before any work, so that what cannot work is said in one line.
 
 The trial does what training will do, with the run's own shapes: a forward pass, each loss and its
-derivative, a backward pass and a step of the optimiser. What it works on is thrown away.
+derivative, a backward pass and a step of the optimiser. Its results are thrown away.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from losswatch.train.randomness import draws
 
 
 class Traits(NamedTuple):
-    """What a network and its losses do beside computing; "model", or names of losses."""
+    """What else a network and its losses do. Each list holds "model", or names of losses."""
 
-    random: list[str]  # draw from a global generator
-    stateful: list[str]  # give another value for the same input when called again
+    random: list[str]  # they draw from a global random generator
+    stateful: list[str]  # they give another value for the same input when they are called again
 
 
 def try_step(
@@ -37,7 +37,7 @@ def try_step(
     num_classes: int,
     autocast: AbstractContextManager | None = None,
 ) -> Traits:
-    """Do one training step and observe all losses; `net` and `losses` are changed by it.
+    """Do one training step and call all losses; this changes `net` and `losses`.
 
     Args:
         net: on the device of the batch.
@@ -45,10 +45,10 @@ def try_step(
         make_optimizer: from parameters to an optimiser.
         batch: images [N, 1, *space] and labels [N, *space].
         num_classes: the channels that the logits must have.
-        autocast: what the forward pass and the losses run in.
+        autocast: the context of the forward pass and the losses.
 
     Raises:
-        ConfigError: with one line for the user.
+        ConfigError: the step fails; with one line for the user.
     """
     for name, parameter in net.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
@@ -86,6 +86,7 @@ def try_step(
 
 
 def _call(what: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of `what`, and make one line of any error."""
     try:
         return function(*args)
     except Exception as error:
@@ -94,6 +95,7 @@ def _call(what: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _check_logits(logits: Any, wanted: tuple[int, ...], images: Tensor) -> None:
+    """See that the network returns finite logits of this shape with a gradient."""
     if not isinstance(logits, Tensor):
         raise ConfigError(
             f"model must return one tensor of logits, it returns a {type(logits).__name__}; wrap "
@@ -113,7 +115,7 @@ def _check_logits(logits: Any, wanted: tuple[int, ...], images: Tensor) -> None:
 
 
 def _try_loss(name: str, loss: nn.Module, logits: Tensor, target: Tensor) -> None:
-    """See that a loss has a scalar value with a gradient, and leaves its arguments as they are."""
+    """See that a loss has a scalar value with a gradient and does not change its arguments."""
     leaf = logits.detach().requires_grad_()
     x, y = leaf.clone(), target.clone()
     value = _call(f"loss {name}", loss, x, y)
@@ -136,7 +138,7 @@ def _keeps_state(name: str, loss: nn.Module, logits: Tensor, target: Tensor) -> 
     """Whether a loss remembers earlier calls.
 
     Raises:
-        ConfigError: it does, outside of its buffers and parameters: no checkpoint would hold that.
+        ConfigError: it does so outside of its buffers and parameters, where no checkpoint holds it.
     """
 
     def value() -> Tensor:
@@ -145,7 +147,7 @@ def _keeps_state(name: str, loss: nn.Module, logits: Tensor, target: Tensor) -> 
             return loss(logits.detach(), target).detach()
 
     def equal(a: Tensor, b: Tensor) -> bool:
-        # A GPU may add in another order at each call.
+        # A GPU may add numbers in another order at each call.
         return torch.allclose(a, b, rtol=1e-4 if a.is_cuda else 0, atol=0, equal_nan=True)
 
     kept = {key: tensor.clone() for key, tensor in loss.state_dict().items()}

@@ -1,13 +1,14 @@
 """Figures in the form of the published study: gradient norms above, losses and accuracy below.
 
-Matplotlib's objects are used without pyplot: nothing global, no window, no figure kept alive, so it
-is safe in a training process.
+Matplotlib's objects are used without pyplot: there is no global state, no window, and no figure
+stays in memory, so this is safe within a training process.
 """
+
+from __future__ import annotations
 
 import io
 import logging
 import os
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,16 +24,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from losswatch.report.report import (
-    KNOWN_LOSSES,
-    LABELS,
-    loss_order,
-    printable,
-    read_scalars,
-    replace_file,
-    show,
-    swept,
-)
+from losswatch.events.layout import GRAD_NORM, LOSS, PREFIX
+from losswatch.events.series import read_scalars
+from losswatch.files import replace_file
+from losswatch.report.runs import KNOWN_LOSSES, LABELS, loss_order, swept
+from losswatch.text import file_name, matplotlib_escape, printable, show
 
 log = logging.getLogger(__name__)
 
@@ -40,27 +36,44 @@ log = logging.getLogger(__name__)
 NORM_WINDOW, LOSS_WINDOW = 201, 11
 NORM_LIMITS, LOSS_LIMITS, ACCURACY_LIMITS = (0, 4), (0, 1), (0.9, 1.012)
 
-# Eight hues that stay apart under the common colour blindnesses (Okabe and Ito's, but yellow and
-# black: one is faint as a line, the other is the accuracy), each in three dashes: 24 looks.
+# Eight hues that people with a common colour blindness can tell apart, each in three dashes: 24
+# looks. They are Okabe and Ito's, except yellow (too faint for a line) and black (the accuracy).
 HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#5D3A9B", "#8A8A8A")
 DASHES = ("solid", (0, (4, 1.3)), (0, (1.2, 1.2)))
 LOOKS = [{"color": hue, "linestyle": dash} for dash in DASHES for hue in HUES]
 
-PER_ROW = 3  # columns, as in the study; more would not be readable in a page's width
+PER_ROW = 3  # columns, as in the study; more would not be readable on the width of a page
 
 
 def plot_curves(
     scalars: pd.DataFrame, path: str | Path, *, title: str = "", trained: str | None = None
 ) -> None:
-    """Draw one run, `scalars` as `read_scalars` gives them, with axes fitted to it."""
+    """Draw one run into the file `path`, with axes fitted to it.
+
+    Args:
+        scalars: the run's, from `read_scalars`.
+        trained: the loss that was trained.
+    """
     save(draw({trained or "": [scalars]}, title=title, free=True), path)
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure at once; a link in its place is replaced, not followed."""
+    """Write a figure as a whole or not at all; a link in its place is replaced, not followed."""
     image = io.BytesIO()
     figure.savefig(image, format=Path(path).suffix[1:] or None)
     replace_file(Path(path), image.getvalue())
+
+
+# --- The figures of a sweep ----------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A figure to draw."""
+
+    folders: dict[str, list[str]]  # of the runs, by training loss
+    title: str
+    path: Path
+    free: bool  # axes fitted to the curves
 
 
 def plot_sweep(
@@ -71,13 +84,22 @@ def plot_sweep(
     free: bool = False,
     into: str | Path | None = None,
 ) -> dict[str, Path]:
-    """Draw runs of a sweep, rows of `read_runs`, into its `figures/` or the folder `into`.
+    """Draw the runs of a sweep: a figure for each setting, with a column for each training loss.
 
-    Returns the files by title.
+    A setting is a combination of everything that was swept, except the loss and the seed. A figure
+    shows the mean over the seeds, with their range shaded.
 
-    A column per training loss, a figure per combination of everything else that was swept: the
-    mean over seeds with their range shaded, or a figure per seed with `seeds`. Axes are the
-    study's, so that figures compare, or fitted with `free`.
+    Args:
+        runs: rows of `read_runs(sweep_dir)`.
+        seeds: draw a figure for each seed instead.
+        free: fit the axes to the curves. Otherwise they are the study's, so that figures compare.
+        into: the folder for the figures, by default the sweep's `figures/`.
+
+    Returns:
+        The files by title, without figures for which there are no scalars.
+
+    Raises:
+        OSError: nothing can be written there, or the sweep's `figures` is a link.
     """
     sweep = Path(sweep_dir)
     apart = [c for c in swept(runs) if c != "seed" or seeds]
@@ -99,42 +121,15 @@ def plot_sweep(
         jobs.append(Job(folders, title, path, free))
 
     # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
-    events = (f for run in runs["run"] for f in (sweep / run).glob("events.out.tfevents.*"))
+    events = (f for run in runs["run"] for f in (sweep / run).glob(f"{PREFIX}*"))
     size = sum(f.stat().st_size for f in events if os.path.isfile(f))
     workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**26)
     if workers == 1:
         drawn = list(map(_run_job, jobs))
-    else:  # spawned: a fork of a process with threads, such as a training one, may hang
+    else:  # spawned, since forking a process with threads, such as a training process, may hang
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             drawn = list(pool.map(_run_job, jobs))
     return {job.title: job.path for job, done in zip(jobs, drawn, strict=True) if done}
-
-
-class Job(NamedTuple):
-    """A figure to draw: the run folders of each training loss, and where it goes."""
-
-    folders: dict[str, list[str]]
-    title: str
-    path: Path
-    free: bool
-
-
-def _run_job(job: Job) -> bool:
-    """Read a figure's runs and draw it; False where they hold no scalars yet, or absurd ones."""
-    runs = {loss: [read_scalars(f) for f in folders] for loss, folders in job.folders.items()}
-    runs = {loss: [f for f in frames if len(f)] for loss, frames in runs.items()}
-    runs = {loss: frames for loss, frames in runs.items() if frames}
-    if not runs:
-        return False
-    try:
-        save(draw(runs, title=job.title, free=job.free), job.path)
-    except OSError:  # nothing can be written there, the other figures neither
-        raise
-    except Exception as error:  # Matplotlib's, of steps or values beyond what an axis can show
-        why = printable(f"{type(error).__name__}: {error}")
-        log.warning("%s: not drawn (%s)", printable(job.path), why)
-        return False
-    return True
 
 
 def _describe(setting: str, value: Any) -> str:
@@ -144,54 +139,69 @@ def _describe(setting: str, value: Any) -> str:
     return text
 
 
-def file_name(text: str) -> str:
-    """A file name like `text`; where that loses something, a checksum keeps names apart.
+def _run_job(job: Job) -> bool:
+    """Read a figure's runs and draw it; False if there are no scalars, or none that can be drawn.
 
-    >>> file_name("theta=[0.3, 0.6],batch_norm=on"), file_name("note=../x")
-    ('theta=0.3,0.6,batch_norm=on', 'note=.._x~5c3098ed')
+    Raises:
+        OSError: the figure cannot be written.
     """
-    text = re.sub(r"[\[\] ]", "", text)
-    safe = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:120]
-    return safe if safe == text else f"{safe}~{crc32(text.encode()):08x}"
+    runs = {loss: [read_scalars(f) for f in folders] for loss, folders in job.folders.items()}
+    runs = {loss: [f for f in frames if len(f)] for loss, frames in runs.items()}
+    runs = {loss: frames for loss, frames in runs.items() if frames}
+    if not runs:
+        return False
+    try:
+        save(draw(runs, title=job.title, free=job.free), job.path)
+    except OSError:  # the other figures could not be written, either
+        raise
+    except Exception as error:  # Matplotlib's, for steps or values beyond what an axis can show
+        why = printable(f"{type(error).__name__}: {error}")
+        log.warning("%s: not drawn (%s)", printable(job.path), why)
+        return False
+    return True
+
+
+# --- One figure ----------------------------------------------------------------------------------
 
 
 def draw(
     runs: Mapping[str, Sequence[pd.DataFrame]], *, title: str = "", free: bool = False
 ) -> Figure:
-    """The study's figure: a column per training loss, for which `runs` holds its runs' scalars.
+    """The study's figure, with a column for each training loss.
 
-    Above, the gradient norms (moving mean over 201 observed steps); below, the losses (over 11)
-    and, in black on the right-hand axis, the validation accuracy. Several runs of a loss are shown
-    as their mean, with the range from lowest to highest shaded.
+    Above are the gradient norms (moving mean over 201 observed steps). Below are the losses (over
+    11) and, in black on the right-hand axis, the validation accuracy. Several runs of a loss are
+    shown as their mean, with the range from lowest to highest shaded.
+
+    Args:
+        runs: for each training loss, the scalars of its runs from `read_scalars`.
+        free: fit the axes to the curves instead of taking the study's.
     """
     tags = {tag: None for frames in runs.values() for frame in frames for tag in frame}
     looks = loss_looks(
-        t.removeprefix("loss/").removeprefix("grad_norm/")
-        for t in tags
-        if t.startswith(("loss/", "grad_norm/"))
+        tag.removeprefix(LOSS).removeprefix(GRAD_NORM)
+        for tag in tags
+        if tag.startswith((LOSS, GRAD_NORM))
     )
-    bands = -(-len(runs) // PER_ROW)
+    bands = -(-len(runs) // PER_ROW)  # of two rows each
     across = -(-len(runs) // bands)
     width = max(3.3 * across, 7.0)
     figure = Figure((width, 0.7 + 5.0 * bands), dpi=160, layout="constrained")
     grid = figure.subplots(2 * bands, across, squeeze=False, sharex=True, sharey="row")
-    twins: list[Axes] = []
+    twins: list[Axes] = []  # the accuracies' axes
 
     for ax in grid.flat:
-        ax.grid(axis="y", color="0.9", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=9)
+        plain_axes(ax)
         ax.margins(x=0.02)
     for i, (trained, frames) in enumerate(runs.items()):
         band, column = divmod(i, across)
         above, below = grid[2 * band : 2 * band + 2, column]
         last = column == across - 1 or i == len(runs) - 1
-        _draw_losses(above, frames, "grad_norm/", NORM_WINDOW, looks, trained)
-        _draw_losses(below, frames, "loss/", LOSS_WINDOW, looks, trained)
+        _draw_losses(above, frames, GRAD_NORM, NORM_WINDOW, looks, trained)
+        _draw_losses(below, frames, LOSS, LOSS_WINDOW, looks, trained)
         if trained:
             color = looks.get(trained, {}).get("color", "black")
-            above.set_title(f"trained with {_label(trained)}", fontsize=11, color=color)
+            above.set_title(f"trained with {matplotlib_escape(trained)}", fontsize=11, color=color)
         below.set_xlabel("step", fontsize=10)
         below.tick_params(labelbottom=True)
         if column == 0:
@@ -207,42 +217,23 @@ def draw(
         _draw_accuracy(twin, frames)
         if last:
             twin.set_ylabel("validation accuracy", fontsize=10)
-    for ax in grid[-2:, len(runs) - across * (bands - 1) :].flat:  # the last row's empty places
+    for ax in grid[-2:, len(runs) - across * (bands - 1) :].flat:  # empty places of the last band
         ax.set_visible(False)
 
-    if free:
-        for row in grid:
-            if min(ax.dataLim.y0 for ax in row) >= 0:
-                row[0].set_ylim(bottom=0)
-        lowest = min(min(twin.dataLim.y0 for twin in twins), 0.99)
-        twins[0].set_ylim(lowest - 0.05 * (1 - lowest), ACCURACY_LIMITS[1])
-    else:
-        for above, below in zip(grid[::2, 0], grid[1::2, 0], strict=True):
-            above.set_ylim(NORM_LIMITS)
-            below.set_ylim(LOSS_LIMITS)
-        twins[0].set_ylim(ACCURACY_LIMITS)
-
-    handles: list[Line2D | Patch] = [
-        Line2D([], [], label=_label(name), linewidth=2, **look) for name, look in looks.items()
-    ]
-    handles.append(Line2D([], [], label="accuracy", color="black"))
-    repeats = max(map(len, runs.values()))
-    if repeats > 1:
-        handles.append(Patch(color="0.8", label=f"range of {repeats} runs"))
-    rows = -(-len(handles) // int(width // 1.4))
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=-(-len(handles) // rows),
-        fontsize=9,
-        frameon=False,
-        handlelength=2.2,
-        columnspacing=1.4,
-    )
+    _set_limits(grid, twins, free)
+    _add_legend(figure, looks, repeats=max(map(len, runs.values())))
     # A run's name can be longer than its figure is wide, and has no blanks to break at.
-    broken = textwrap.wrap(title.replace(",", ", "), width=60 if len(runs) == 1 else 120)
-    figure.suptitle("\n".join(map(_label, broken)), fontsize=12)
+    lines = textwrap.wrap(title.replace(",", ", "), width=60 if len(runs) == 1 else 120)
+    figure.suptitle("\n".join(map(matplotlib_escape, lines)), fontsize=12)
     return figure
+
+
+def plain_axes(ax: Axes) -> None:
+    """Give axes the style of all figures: horizontal grid lines, no frame on top and right."""
+    ax.grid(axis="y", color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=9)
 
 
 def _draw_losses(
@@ -253,6 +244,7 @@ def _draw_losses(
     looks: Mapping[str, dict[str, Any]],
     trained: str,
 ) -> None:
+    """Draw all curves whose tags begin with `prefix`, as moving means over `window` steps."""
     smooth = [moving_mean(f[[t for t in f if t.startswith(prefix)]], window) for f in frames]
     mean, low, high = _over_runs(smooth)
     for tag in mean:
@@ -266,7 +258,7 @@ def _draw_losses(
 
 
 def _draw_accuracy(ax: Axes, frames: Sequence[pd.DataFrame]) -> None:
-    """The accuracy over steps, its last value in words: it may lie outside the study's axis."""
+    """Draw the accuracy, and write its last value, which may lie outside the study's axis."""
     curves = [f["val/accuracy"].dropna() for f in frames if "val/accuracy" in f]
     curves = [curve for curve in curves if len(curve)]
     if not curves:
@@ -282,44 +274,53 @@ def _draw_accuracy(ax: Axes, frames: Sequence[pd.DataFrame]) -> None:
     ax.set_title(text, fontsize=8.5, color="0.3")
 
 
-def plot_ranges(panels: Mapping[str, pd.DataFrame], path: str | Path) -> None:
-    """Points with error bars, a panel each: an x per row of its table, a colour per column.
-
-    Cells are (value, low, high); the y axes begin at 0.
-    """
-    figure = Figure((3.0 * len(panels), 3.2), dpi=160, layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (title, table) in zip(axes, panels.items(), strict=True):
-        for i, name in enumerate(table):
-            value, low, high = np.array([tuple(cell) for cell in table[name]], float).T
-            where = np.arange(len(table)) + 0.24 * (i - (len(table.columns) - 1) / 2)
-            bars = np.nan_to_num([value - low, high - value])
-            ax.errorbar(where, value, bars, fmt="o", color=HUES[i], capsize=3, label=_label(name))
-        ax.set_xticks(range(len(table)), [_label(str(row)) for row in table.index], fontsize=9)
-        ax.set_xlim(-0.6, len(table) - 0.4)
-        ax.set_ylim(bottom=0)
-        ax.set_title(_label(title), fontsize=10)
-        ax.tick_params(labelsize=9)
-        ax.grid(axis="y", color="0.9", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("gradient norm, last tenth of steps", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-    save(figure, path)
-
-
 def _over_runs(curves: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Mean, lowest and highest at each step of frames or series that may differ in length."""
+    """Mean, lowest and highest at each step, of frames or series that may differ in length."""
     steps = pd.concat(curves).groupby(level=0)
     return steps.mean(), steps.min(), steps.max()
+
+
+def _set_limits(grid: np.ndarray, twins: Sequence[Axes], free: bool) -> None:
+    """Set the limits of the y axes, which the axes of a row share, and all of `twins`."""
+    if free:
+        for row in grid:
+            if min(ax.dataLim.y0 for ax in row) >= 0:
+                row[0].set_ylim(bottom=0)
+        lowest = min(min(twin.dataLim.y0 for twin in twins), 0.99)
+        twins[0].set_ylim(lowest - 0.05 * (1 - lowest), ACCURACY_LIMITS[1])
+    else:
+        for above, below in zip(grid[::2, 0], grid[1::2, 0], strict=True):
+            above.set_ylim(NORM_LIMITS)
+            below.set_ylim(LOSS_LIMITS)
+        twins[0].set_ylim(ACCURACY_LIMITS)
+
+
+def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], repeats: int) -> None:
+    """A legend below the figure; `repeats` is the largest number of runs of a loss."""
+    handles: list[Line2D | Patch] = [
+        Line2D([], [], label=matplotlib_escape(name), linewidth=2, **look)
+        for name, look in looks.items()
+    ]
+    handles.append(Line2D([], [], label="accuracy", color="black"))
+    if repeats > 1:
+        handles.append(Patch(color="0.8", label=f"range of {repeats} runs"))
+    rows = -(-len(handles) // int(figure.get_figwidth() // 1.4))
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=-(-len(handles) // rows),
+        fontsize=9,
+        frameon=False,
+        handlelength=2.2,
+        columnspacing=1.4,
+    )
 
 
 def moving_mean(curves: pd.DataFrame, window: int) -> pd.DataFrame:
     """The centred moving mean over `window` observed steps, shorter at the ends.
 
-    The window covers at most 2 % of the steps observed, the study's 201 of 10,001, so that a short
-    run keeps its shape.
+    The window covers at most 2 % of the observed steps, as 201 of the study's 10,001 do, so that a
+    short run keeps its shape. Steps without any value do not count.
 
     >>> moving_mean(pd.DataFrame({"loss": [0.0, 4.0, 2.0]}), 201)["loss"].tolist()
     [0.0, 4.0, 2.0]
@@ -330,9 +331,10 @@ def moving_mean(curves: pd.DataFrame, window: int) -> pd.DataFrame:
 
 
 def loss_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A look per loss, the same in every figure: the project's by rank, any other's by its name.
+    """Colour and dashes for each loss, the same in all figures.
 
-    Where two other losses of one figure would look alike, the later takes the next free look.
+    The known losses have fixed looks, another loss has one that follows from its name. If two other
+    losses of a figure would look alike, the later one takes the next free look.
 
     >>> loss_looks(["dice", "cce"])["cce"]
     {'color': '#0072B2', 'linestyle': 'solid'}
@@ -346,8 +348,3 @@ def loss_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
             turns = (others[(place + i) % len(others)] for i in range(len(others)))
             looks[name] = next((look for look in turns if look not in looks.values()), others[0])
     return {name: looks[name] for name in ordered}
-
-
-def _label(text: str) -> str:
-    """Text that matplotlib shows as it stands, dollar signs included."""
-    return printable(text).replace("$", r"\$")

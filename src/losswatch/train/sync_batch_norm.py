@@ -1,4 +1,4 @@
-"""Batch norm over all ranks on CPUs, where PyTorch's runs on GPUs only."""
+"""Batch norm over all ranks on CPUs; PyTorch has it for GPUs only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
+from pytorch_lightning.plugins import TorchSyncBatchNorm
 from torch import Tensor, nn
 
 
@@ -22,15 +22,16 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(g)
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Normalises [N, C, *space] by mean and variance of the batch of all ranks, of any sizes."""
+class _OverRanks:
+    """Normalises [N, C, *space] by mean and variance over the batches of all ranks, of any sizes.
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of spatial axes."""
+    A mixin for PyTorch's batch norm, which it leaves to work in evaluation, and in one process
+    alone. (DistributedDataParallel refuses a subclass of nn.SyncBatchNorm on CPUs.)
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
-            return super().forward(x)
+            return super().forward(x)  # type: ignore[misc]
         wide, axes = x.float() if x.dtype != torch.float64 else x, (0, *range(2, x.ndim))
         shape = (1, -1, *(1,) * (x.ndim - 2))
         pixels = wide.new_full((1,), x.numel() / x.shape[1])
@@ -51,13 +52,33 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y.to(x.dtype)
 
 
+class OverRanks1d(_OverRanks, nn.BatchNorm1d):
+    pass
+
+
+class OverRanks2d(_OverRanks, nn.BatchNorm2d):
+    pass
+
+
+class OverRanks3d(_OverRanks, nn.BatchNorm3d):
+    pass
+
+
+_OVER_RANKS = {
+    nn.BatchNorm1d: OverRanks1d,
+    nn.BatchNorm2d: OverRanks2d,
+    nn.BatchNorm3d: OverRanks3d,
+}
+
+
 class LayerSync(TorchSyncBatchNorm):
-    """Lightning's plugin for trainer.sync_batchnorm=true, which on CPUs takes the class above."""
+    """Lightning's plugin for trainer.sync_batchnorm=true; on CPUs it takes the classes above."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         if next(model.parameters()).device.type != "cpu":
             return super().apply(model)
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.__class__ = SyncBatchNorm
+            for kind, over_ranks in _OVER_RANKS.items():
+                if isinstance(module, kind):
+                    module.__class__ = over_ranks
         return model

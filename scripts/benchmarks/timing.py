@@ -1,0 +1,50 @@
+"""Time and memory of functions that take no arguments."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Job = Callable[[], object]
+
+
+def interleaved(jobs: Mapping[str, Job], rounds: int) -> dict[str, float]:
+    """Median CPU milliseconds of each job over `rounds` rounds.
+
+    The jobs take turns, so that other work on the machine slows all of them alike. The order is
+    shuffled in each round, because a job may find the CPU's caches as the previous job left them.
+    Two more rounds come first, which are not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    order, shuffled = list(jobs.items()), random.Random(0)
+    for i in range(rounds + 2):
+        shuffled.shuffle(order)
+        for name, job in order:
+            start = time.process_time()
+            job()
+            if i >= 2:
+                times[name].append(1e3 * (time.process_time() - start))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def peak_memory(job: Job) -> float:
+    """Highest number of MiB in CPU tensors during the job, less what existed before it."""
+    job()
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU], profile_memory=True) as profiler:
+        job()
+    alive = most = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most / 2**20
+
+
+def repeat(job: Job, times: int) -> None:
+    for _ in range(times):
+        job()

@@ -1,0 +1,357 @@
+"""The private and internal names of other libraries that losswatch uses, all in this one place.
+
+A new version of a library may move or change any of them. tests/test_compat.py has a test for each
+function here, and pyproject.toml bounds the versions to those that passed these tests.
+
+Imports stand inside the functions. PyTorch and Lightning take seconds to import, and the report and
+the start of Hydra import this file without needing either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    import torch
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.config_loader import ConfigLoader
+    from hydra.core.utils import JobReturn
+    from torch import Tensor, nn
+    from torch.utils.tensorboard import SummaryWriter
+
+# --- PyTorch: what is at work around a tensor ----------------------------------------------------
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a compiler, a tracer or a torch.func transform stands between us and the numbers.
+
+    Code then must not look at values, and in-place operations may not be allowed.
+    """
+    import torch
+
+    if torch.compiler.is_compiling():
+        return True
+    # There is no public way to ask for active dispatch modes (FakeTensor, make_fx) or transforms.
+    modes = torch._C._len_torch_dispatch_stack()
+    return modes > 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def grad_levels(x: Tensor) -> int:
+    """How many of the torch.func transforms around us differentiate by x."""
+    import torch
+
+    functorch, levels = torch._C._functorch, 0
+    while functorch.is_functorch_wrapped_tensor(x):
+        levels += functorch.is_gradtrackingtensor(x) and x.requires_grad
+        x = functorch.get_unwrapped(x)
+    return levels
+
+
+def is_functorch_active() -> bool:
+    """Whether a torch.func transform is active."""
+    import torch
+
+    return torch._C._are_functorch_transforms_active()
+
+
+def softmax_backward(gradient: Tensor, p: Tensor) -> Tensor:
+    """p·(gradient - Σ_c p·gradient), the derivative through a softmax over axis 1, in one pass."""
+    import torch
+
+    return torch._softmax_backward_data(gradient, p, 1, p.dtype)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of this very module does something else than its class's `forward`."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in module.__dict__
+
+
+# --- PyTorch: errors -----------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a lack of memory, on a GPU or on the CPU, in a compiler too."""
+    import torch
+
+    inner = getattr(error, "inner_exception", None)  # of Inductor's errors
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        # On the CPU PyTorch raises a plain RuntimeError.
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+        or (isinstance(inner, BaseException) and is_out_of_memory(inner))
+    )
+
+
+def is_refusal(error: RuntimeError) -> bool:
+    """Whether PyTorch refuses an operation, rather than a `raise` statement of other code.
+
+    torch.func has no error of its own. Under `vmap`, operators raise RuntimeErrors with dozens of
+    messages: "vmap: It looks like you're calling .item()", "Batching rule not implemented for",
+    "Cannot access data pointer of Tensor", "stack expects each tensor to be equal size" and so on.
+    What they share is the place where they begin: in an operator, so that the innermost line of
+    Python is a call, or in a Python file of PyTorch.
+    """
+    import dis
+
+    import torch
+
+    traceback = error.__traceback__
+    assert traceback is not None
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    code = traceback.tb_frame.f_code
+    if Path(torch.__file__).parent in Path(code.co_filename).parents:
+        return True
+    return dis.opname[code.co_code[traceback.tb_lasti]] != "RAISE_VARARGS"
+
+
+# --- PyTorch: compiling --------------------------------------------------------------------------
+
+
+def trace(function: Callable[..., Any], example: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The ATen operations that a function of tensors does; is_compiling() is true meanwhile.
+
+    Raises:
+        RuntimeError: the function looks at values; see `is_refusal`.
+    """
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.compiler._compile_session_context():  # as under torch.compile
+        return make_fx(function)(*example)
+
+
+def traced_shape(node: torch.fx.Node) -> torch.Size:
+    """The shape of what a node of `trace` computes."""
+    return node.meta["val"].shape
+
+
+def is_view(node: torch.fx.Node) -> bool:
+    """Whether a node of `trace` is a view, which needs strides that fit."""
+    import torch
+
+    aten = torch.ops.aten
+    return node.target in (aten.view.default, aten._unsafe_view.default)
+
+
+def compile_graph(
+    graph: torch.fx.GraphModule, example: Sequence[Tensor], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor's code for a graph of `trace`, for tensors of the example's shapes.
+
+    torch.compile would go through Dynamo. Dynamo does not take an autograd.Function under
+    torch.func, and at each call it checks the shapes again, for a tenth of the step's time.
+
+    Args:
+        graph, example: the graph, and inputs of it.
+        patches: settings of torch._inductor.config.
+
+    Raises:
+        Exception: the compiler cannot; most often an InductorError, with the cause in its text.
+    """
+    from torch._inductor import standalone_compile
+
+    return standalone_compile(
+        graph,
+        list(example),
+        dynamic_shapes="from_example_inputs",
+        options={"config_patches": patches},
+    )
+
+
+# --- PyTorch: trees of tensors -------------------------------------------------------------------
+
+
+def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The same tree of tuples and dicts with `function` applied to its tensors."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_map(function, tree)
+
+
+def tree_flatten(tree: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of a tree, and its structure."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: Sequence[Tensor], structure: Any) -> Any:
+    """The tree that `tree_flatten` took apart."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_unflatten(leaves, structure)
+
+
+# --- Lightning: the machine ----------------------------------------------------------------------
+
+
+def process_rank() -> int:
+    """The rank of this process among those that train one run; known before any Trainer is."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    return rank_zero_only.rank  # type: ignore[attr-defined]
+
+
+def is_started_by_slurm(trainer: pl.Trainer) -> bool:
+    """Whether Lightning takes its ranks to be the tasks of a Slurm job."""
+    from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+    environment = trainer._accelerator_connector.cluster_environment
+    return isinstance(environment, SLURMEnvironment)
+
+
+def forks_or_spawns(trainer: pl.Trainer) -> bool:
+    """Whether the ranks would be children of this process, by multiprocessing."""
+    from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+# --- Lightning: the training loop ----------------------------------------------------------------
+
+
+def is_accumulating(trainer: pl.Trainer) -> bool:
+    """Whether the optimiser's step waits for further batches (trainer.accumulate_grad_batches)."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def batches_between_validations(trainer: pl.Trainer) -> int:
+    """After how many batches Lightning validates."""
+    return int(trainer.val_check_batch or 1)
+
+
+def count_steps(trainer: pl.Trainer, steps: int) -> None:
+    """Add to trainer.global_step, which else counts the steps of Lightning's optimisers alone."""
+    done = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    done.ready += steps
+    done.completed += steps
+
+
+def show_metric(trainer: pl.Trainer, name: str, value: Tensor) -> None:
+    """Put a metric into trainer.callback_metrics outside of Lightning's loops."""
+    trainer.callback_metrics[name] = value
+
+
+def loop_state(steps: int) -> dict[str, Any]:
+    """What Lightning saves of its fit loop at a validation after `steps` steps of one epoch."""
+    import pytorch_lightning as pl
+
+    trainer = pl.Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
+    loops = trainer.fit_loop.state_dict()
+    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    batches = loops["epoch_loop.batch_progress"]
+    for when in ("total", "current"):
+        optimizer["step"][when] = dict.fromkeys(("ready", "completed"), steps)
+        batches[when] = dict.fromkeys(("ready", "started", "processed", "completed"), steps)
+        loops["epoch_progress"][when] |= {"ready": 1, "started": 1}
+    loops["epoch_loop.state_dict"] = {"_batches_that_stepped": steps - 1}  # counted after it saves
+    return loops
+
+
+def silent_bar() -> Any:
+    """A progress bar of Lightning's that shows nothing."""
+    from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
+
+    return Tqdm(disable=True)
+
+
+# --- Hydra ---------------------------------------------------------------------------------------
+
+# How the ValueError begins that Hydra raises for `loss=null`, where a group needs the name of one
+# of its files. It has no class of its own, and its text does not help a user.
+NOT_A_CHOICE = "Config group override"
+
+
+def split_grid(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each run of a grid, in the order in which Hydra's basic sweeper runs them.
+
+    Used to check all runs before the first one starts. Hydra calls `split_arguments` later, and
+    offers no public way to ask for its result.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    [batch] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return batch
+
+
+@contextmanager
+def skip_validation(is_checked: Callable[[], bool]) -> Iterator[None]:
+    """While this is open, a sweeper does not compose its runs once more if `is_checked()`.
+
+    Hydra's sweepers compose each run only to see whether that is possible, which takes 70 ms a run.
+    The patched method is that of the base class: Hydra loads its plugins from their files, so the
+    class of the sweeper in use is another one than the class that an import gives.
+    """
+    from hydra.plugins.sweeper import Sweeper
+
+    validate = Sweeper.validate_batch_is_legal
+
+    def validate_unless_checked(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
+        if not is_checked():
+            validate(sweeper, batch)
+
+    Sweeper.validate_batch_is_legal = validate_unless_checked  # type: ignore
+    try:
+        yield
+    finally:
+        Sweeper.validate_batch_is_legal = validate  # type: ignore[method-assign]
+
+
+def config_loader() -> ConfigLoader:
+    """What Hydra composes configs with: it also lists the files of a group, and the search path.
+
+    `hydra.compose` alone gives neither the `hydra` section of a sweep's run nor these lists.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+
+    return GlobalHydra.instance().config_loader()
+
+
+def no_callbacks() -> Callbacks:
+    """An empty set of callbacks, for jobs around which none of ours are to be called."""
+    from hydra._internal.callbacks import Callbacks
+
+    return Callbacks()
+
+
+def job_error(job: JobReturn) -> Exception:
+    """The error of a failed job. The public `return_value` would print a line, and raise it."""
+    return job._return_value
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------
+
+
+def event_file(writer: SummaryWriter) -> Any:
+    """TensorBoard's file object behind a `SummaryWriter`: `write(bytes)`, `flush()`, `filename`.
+
+    Used for writing a whole block of encoded events at once, and for setting `filename` (bytes)
+    after the file was renamed. TensorBoard opens the file anew by this name for each write. Its
+    public interface takes one event at a time and cannot rename the file.
+    """
+    assert writer.file_writer is not None
+    return writer.file_writer.event_writer._async_writer._writer._writer
+
+
+def event_file_path(writer: SummaryWriter) -> Path:
+    """The path at which a `SummaryWriter` began its event file; it chooses the file's name itself.
+
+    Used for finding the file in order to rename it.
+    """
+    assert writer.file_writer is not None
+    return Path(writer.file_writer.event_writer._file_name)

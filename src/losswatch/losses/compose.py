@@ -1,0 +1,271 @@
+"""Losses made of losses: weighted sums, and sets that are evaluated together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from losswatch.compat import has_hooks
+from losswatch.losses.cross_entropy import CrossEntropy
+from losswatch.losses.dice import Dice
+from losswatch.losses.inputs import check_shapes, explained
+from losswatch.losses.pixels import by_logits, counted, is_hard, one_hot, wide
+from losswatch.losses.rows import basis, fold, rows
+from losswatch.losses.settings import Frozen, is_number
+from losswatch.losses.sums import Recipe
+from losswatch.losses.table import named, read
+from losswatch.losses.table_loss import (
+    RankSums,
+    TableLoss,
+    evaluate,
+    is_empty,
+    value_and_slope,
+    values_and_jacobian,
+)
+
+
+class Sum(Frozen):
+    """Weighted sum of losses, such as Dice + cross entropy.
+
+    Args:
+        losses: modules (logits, target) -> scalar, at least one.
+        weights: a finite number for each; 1 by default.
+
+    Raises:
+        ValueError: there is no loss, or the weights do not fit.
+
+    >>> logits, target = torch.zeros(1, 2, 3), torch.tensor([[0, 1, 1]])
+    >>> f"{Sum([Dice(), CrossEntropy()], weights=[1, 0.5])(logits, target):.4f}"
+    '0.8609'
+    """
+
+    def __init__(self, losses: Sequence[nn.Module], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.losses = tuple(losses)
+        self.weights = tuple(weights or [1.0] * len(losses))
+        if len(self.weights) != len(losses) or not losses:
+            raise ValueError(
+                f"weights={weights!r}: one per loss is needed, and there are {len(losses)} losses"
+            )
+        for weight in self.weights:
+            if not is_number(weight) or not math.isfinite(weight):
+                raise ValueError(f"weights={weights!r}: allowed are finite numbers")
+        self.together = LossSet({str(i): loss for i, loss in enumerate(losses)})
+        indices = [part.recipe.ignore_index for part in table_parts(self)]
+        self.ignore_index = next((index for index in indices if index is not None), None)
+        self.freeze(Sum.__init__)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        def value(logits: Tensor, target: Tensor) -> Tensor:
+            return self._add(self.together(logits, target).unbind())
+
+        return explained(value, logits, target, self.ignore_index)
+
+    def from_sums(self, sums: RankSums) -> Tensor:
+        """The value, a scalar, where all parts are functions of one table."""
+        return self._add([part.from_sums(sums) for part in self.losses])  # type: ignore[operator]
+
+    def _add(self, values: Sequence[Tensor]) -> Tensor:
+        return sum(w * v for w, v in zip(self.weights, values, strict=True))  # type: ignore
+
+
+class OneHotTarget(nn.Module):
+    """Gives one-hot targets [N, C, *space] to another library's loss that wants them.
+
+    >>> from monai.losses import DiceLoss
+    >>> logits, target = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.int64)
+    >>> f"{OneHotTarget(DiceLoss(softmax=True))(logits, target):.4f}"
+    '0.6667'
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return self.loss(logits, one_hot(target.unsqueeze(1), wide(logits)).to(logits.dtype))
+
+
+class LossSet(nn.Module):
+    """Many losses of the same logits, evaluated together.
+
+    Losses that read one kind of table share it: Dice losses over the batch and cross entropies of
+    one activation and ignore_index, and sums of them. Only `Dice`, `CrossEntropy` and `Sum`
+    themselves share: a subclass, a module with hooks and any other module (logits, target) ->
+    scalar is foreign. A foreign loss is called as it is. So everything here works under
+    `torch.func` and `torch.compile`, as far as the foreign losses do. `forward` does not look for
+    bad labels or logits: see `check_inputs`.
+
+    Raises:
+        ValueError: there are no losses.
+
+    >>> losses = LossSet({"dice": Dice(), "cce": CrossEntropy()})
+    >>> losses(torch.zeros(1, 2, 3), torch.tensor([[0, 1, 1]]))
+    tensor([0.5143, 0.6931])
+    """
+
+    def __init__(self, losses: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        if not losses:
+            raise ValueError("losses: at least one is needed")
+        self.names = tuple(losses)
+        self.losses = tuple(losses.values())  # a tuple, since the plan is made of them
+        for i, loss in enumerate(self.losses):
+            self.add_module(str(i), loss)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Decide which losses share a table, and which are called as they are."""
+        recipes = {loss: shared_recipe(loss) for loss in self.losses}
+        families = Counter(recipe.family for recipe in recipes.values() if recipe)
+        common = families.most_common(1)[0][0] if families else None
+        shared = {loss: r for loss, r in recipes.items() if r and r.family == common}
+        self.sharing = tuple(loss for loss in self.losses if loss in shared)
+        self.foreign = tuple(loss for loss in self.losses if loss not in shared)
+        self.parts = tuple(part for loss in self.sharing for part in table_parts(loss))
+        self.recipes = [shared[loss] for loss in self.sharing]
+        self.recipe = self.recipes[0].union(self.recipes) if shared else Recipe()
+        # Losses that share come first in what follows; the place of each of `names` there.
+        order = sorted(range(len(self.losses)), key=lambda i: self.losses[i] not in shared)
+        self.places = [order.index(i) for i in range(len(order))]
+        self.is_ordered = self.places == sorted(self.places)
+
+    def _see_hooks(self) -> None:
+        """Plan again where a loss that shares has been given a hook since."""
+        if any(has_hooks(part) for loss in self.sharing for part in with_parts(loss)):
+            self._plan()
+
+    def is_foreign(self, name: str) -> bool:
+        """Whether loss `name` is called as it is, and shares nothing."""
+        return any(self.losses[self.names.index(name)] is loss for loss in self.foreign)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Values [K], float32 (float64 for float64 logits), differentiable by the logits."""
+        self._see_hooks()
+        values = []
+        if self.sharing:
+            check_shapes(self.parts, logits, target)
+            values += evaluate(self.sharing, self.recipe, logits, target)
+        values += [wide(loss(logits, target)).view(()) for loss in self.foreign]
+        return torch.stack([values[place] for place in self.places])
+
+    @torch.no_grad()
+    def rows(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        known: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """values [K], rows [M, *logits.shape] and coefficients [K, M], with
+
+            d values[k] / d logits = Σ_m coefficients[k, m] · rows[m]
+
+        exactly, for all k. M is at most K and depends on the settings and shapes alone. So one
+        backward pass through a network per row gives the parameter gradients of all losses. With
+        two classes four rows serve cross entropy and any number of Dice losses of exponents 1 and
+        2. The rows are a transposed view of one contiguous [N, M, C, *space] buffer.
+
+        Args:
+            known: the value and the derivative by the logits of foreign losses that have been
+                called for these logits already. They are not called again.
+        """
+        self._see_hooks()
+        logits = logits.detach()
+        values, slopes, blocks = [], [], []
+        if self.sharing:
+            value, block, slope = self._shared_rows(logits, target)
+            values, slopes, blocks = [value], [slope], [block]
+        names = {id(loss): name for name, loss in zip(self.names, self.losses, strict=True)}
+        for loss in self.foreign:
+            value, row = known.get(names[id(loss)]) or value_and_slope(loss, logits, target)
+            values.append(wide(value).view(1))
+            slopes.append(values[-1].new_ones(1, 1))
+            blocks.append(wide(row).unsqueeze(1))
+        value, block = torch.cat(values), torch.cat(blocks, 1).transpose(0, 1)
+        slope = torch.block_diag(*slopes) if self.foreign else slopes[0]
+        if not self.is_ordered:
+            value, slope = value[self.places], slope[self.places]
+        return value, block, slope
+
+    def _shared_rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values [K], rows [N, M, C, *space], coefficients [K, M] of the losses that share."""
+        check_shapes(self.parts, logits, target)
+        hard, recipe = is_hard(logits, target), self.recipe
+        pixels, moving, labels = read(logits, target, recipe)
+        sums = named(moving, labels, logits, target, recipe)
+        if hard and pixels.y.shape != pixels.p.shape:  # the fast path does without
+            label, valid = counted(target, pixels.p, recipe)
+            pixels = pixels._replace(y=one_hot(label, pixels.p, valid))
+        values, jacobian = values_and_jacobian(self.sharing, self.recipes, sums)
+        if hard and self._is_folded(classes := logits.shape[1]):
+            block = rows(list(basis(recipe, classes)), pixels, recipe)
+            slopes = fold(jacobian, recipe)
+        else:
+            block = torch.stack([by_logits(slope, pixels, recipe) for slope in jacobian], 1)
+            slopes = torch.eye(len(values), dtype=values.dtype, device=values.device)
+        if is_empty(logits):
+            values, slopes = torch.zeros_like(values), torch.zeros_like(slopes)
+        return values, block.view(*block.shape[:2], *logits.shape[1:]), slopes
+
+    def _is_folded(self, classes: int) -> bool:
+        """Whether the rows are gradients of sums, since these are fewer than the losses."""
+        plain = self.recipe.activation == "softmax" and self.recipe.intersection == "product"
+        return plain and len(basis(self.recipe, classes)) <= len(self.sharing)
+
+    def pivot(self, name: str, num_classes: int) -> int | None:
+        """Index of a row on which loss `name` always has a coefficient well away from 0.
+
+        None where the data can make it vanish: an absent class that counts as zero, a denominator
+        at its floor, a link whose slope can be 0, no weight on fn. Holds for class indices.
+        """
+        labels, place = list(basis(self.recipe, num_classes)), self.places[self.names.index(name)]
+        if not self._is_folded(num_classes):
+            return place
+        if place >= len(self.sharing):
+            return len(labels) + place - len(self.sharing)
+        steady = []
+        for weight, part in weighted_parts(self.sharing[place]):
+            if weight and isinstance(part, CrossEntropy) and not self.recipe.by_class:
+                steady.append(labels.index((("log", part.clip or 0.0), None)))
+            elif weight and isinstance(part, Dice) and part.is_steady:
+                steady.append(labels.index((("yp", 1.0), 1)))  # class 1 counts in every Dice
+        return max(steady, default=None)  # a cross entropy's row before one of a Dice
+
+
+def weighted_parts(loss: nn.Module, weight: float = 1.0) -> list[tuple[float, nn.Module]]:
+    """The losses that a loss is a sum of, with their weights."""
+    if type(loss) is not Sum:
+        return [(weight, loss)]
+    pairs = zip(loss.weights, loss.losses, strict=True)
+    return [part for w, inner in pairs for part in weighted_parts(inner, weight * w)]
+
+
+def table_parts(loss: nn.Module) -> list[TableLoss]:
+    """The losses on a table that a loss is, or is a sum of."""
+    return [part for _, part in weighted_parts(loss) if isinstance(part, TableLoss)]
+
+
+def with_parts(loss: nn.Module) -> list[nn.Module]:
+    """A loss and, of a sum, all that it is made of."""
+    inner = loss.losses if type(loss) is Sum else ()
+    return [loss, *(module for part in inner for module in with_parts(part))]
+
+
+def shared_recipe(loss: nn.Module) -> Recipe | None:
+    """The recipe of a loss that may share a table with others; None for one that may not.
+
+    A subclass may compute anything, so only the classes themselves share.
+    """
+    if type(loss) not in (Dice, CrossEntropy, Sum) or has_hooks(loss):
+        return None
+    if isinstance(loss, TableLoss):
+        return loss.recipe if loss.recipe.over == "batch" else None
+    assert isinstance(loss, Sum)
+    recipes = [recipe for part in loss.losses if (recipe := shared_recipe(part))]
+    alike = len(recipes) == len(loss.losses) and len({r.family for r in recipes}) == 1
+    return recipes[0].union(recipes) if alike else None

@@ -1,0 +1,224 @@
+"""The Dice family: one class, a knob for each way in which Dice losses differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from losswatch.losses.settings import choice, flag, index, number, numbers
+from losswatch.losses.settings import per_class as listed
+from losswatch.losses.sums import Recipe
+from losswatch.losses.table_loss import (
+    TINY,
+    RankSums,
+    TableLoss,
+    per_class,
+    sum_over_ranks,
+    world_size,
+)
+
+# -log(d) and (1 - d)**power, or their slopes, are infinite at 0: the argument stops at NEAR.
+NEAR = 1e-12
+
+
+class Dice(TableLoss):
+    """1 - Dice, with a knob for each way in which Dice losses differ. The defaults are the study's.
+
+    Per class, and per group of pixels that are summed together,
+
+        tp = Σ y·p,  fp = Σ p^exponent - tp,  fn = Σ y^exponent - tp,
+        d = (2·tp + smooth_nr) / (2·tp + 2·alpha·fp + 2·beta·fn + smooth_dr)
+
+    and the loss is the mean of link(d) over the kept classes, then over the groups.
+
+    Args:
+        activation: makes p of the logits: "softmax", "sigmoid", or "none" for probabilities.
+        include_background: keep class 0.
+        exponent: of the denominator's terms, above 0; 1 is Dice, 2 is Milletari's.
+        alpha, beta: Tversky's weights of fp and fn; 0.5, 0.5 is Dice, 1, 1 is Jaccard.
+        smooth_nr, smooth_dr: added to numerator and denominator; a number or one per class.
+        floor: the denominator is at least this.
+        over: what one sum runs over: "row" (the last spatial axis), "sample", "batch" (of this
+            rank), "global" (the batches of all ranks).
+        joint: one d for all kept classes together (micro average).
+        link: "1-d", "-d", "-log" or "power", which is (1 - d)**power.
+        power: of link "power" (focal Tversky).
+        weight: one factor per class on link(d).
+        weight_normalised: divide by the total weight of the kept classes, not by their number.
+        reduction: "mean", or "sum" over classes and groups.
+        absent: how classes without a target pixel in a group count: as the formula gives
+            ("smooth"), as 0 ("zero"), or not at all in the mean ("skip").
+        intersection: tp is the sum of the "product" y·p or of the "minimum" min(y, p). The minimum
+            gives loss 0 at p = y for soft labels too. Both are equal for hard labels.
+        ignore_index: pixels of this label count nowhere (class indices only).
+
+    At the edges: a group whose pixels are all ignored, or that has no class to average, has loss 0.
+    Where all sums and smoothings are 0, d is 0.
+
+    Raises:
+        ValueError: settings, shapes or labels do not fit; in eager mode on a CPU also NaN logits.
+
+    Sources: Milletari et al. 2016 (exponent 2), Salehi et al. 2017 (alpha, beta), Abraham and Khan
+    2018 (link "power"); conf/loss has the settings that equal other libraries' losses.
+
+    >>> logits, target = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]]), torch.tensor([[0, 1]])
+    >>> f"{Dice()(logits, target):.4f} {Dice(alpha=1, beta=1)(logits, target):.4f}"  # Dice, Jaccard
+    '0.1192 0.2130'
+    """
+
+    one_channel = "Dice(activation='sigmoid')"
+
+    def __init__(
+        self,
+        activation: str = "softmax",
+        include_background: bool = True,
+        exponent: float = 1,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        smooth_nr: float | Sequence[float] = 1e-7,
+        smooth_dr: float | Sequence[float] = 1e-7,
+        floor: float = 0,
+        over: str = "global",
+        joint: bool = False,
+        link: str = "1-d",
+        power: float = 1,
+        weight: Sequence[float] | None = None,
+        weight_normalised: bool = False,
+        reduction: str = "mean",
+        absent: str = "smooth",
+        intersection: str = "product",
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = choice("activation", activation, "softmax", "sigmoid", "none")
+        self.include_background = flag("include_background", include_background)
+        self.exponent = number("exponent", exponent)
+        self.alpha, self.beta = number("alpha", alpha), number("beta", beta)
+        self.smooth_nr = numbers("smooth_nr", smooth_nr)
+        self.smooth_dr = numbers("smooth_dr", smooth_dr)
+        self.floor = number("floor", floor)
+        self.over = choice("over", over, "row", "sample", "batch", "global")
+        self.joint = flag("joint", joint)
+        self.link = choice("link", link, *LINKS)
+        self.power = number("power", power)
+        self.weight = None if weight is None else listed("weight", weight)
+        self.weight_normalised = flag("weight_normalised", weight_normalised)
+        self.reduction = choice("reduction", reduction, "mean", "sum")
+        self.absent = choice("absent", absent, "smooth", "zero", "skip")
+        self.intersection = choice("intersection", intersection, "product", "minimum")
+        self.ignore_index = index("ignore_index", ignore_index)
+        if self.exponent == 0:
+            raise ValueError("exponent=0: allowed is a number above 0")
+        if self.weight and not sum(self._kept(self.weight)):
+            raise ValueError(f"weight={weight!r}: at least one kept class needs a weight above 0")
+        settings = {name: getattr(self, name) for name in ("smooth_nr", "smooth_dr", "weight")}
+        self.lists = {name: value for name, value in settings.items() if isinstance(value, tuple)}
+        for name in self.lists:
+            if joint:
+                raise ValueError(
+                    f"{name}: one per class, but joint=True makes one d of all classes"
+                )
+        if len({len(values) for values in self.lists.values()}) > 1:
+            lengths = ", ".join(f"{name} for {len(v)} classes" for name, v in self.lists.items())
+            raise ValueError(f"per-class lists of different lengths: {lengths}")
+        self.half_nr = scaled(self.smooth_nr, 0.5)
+        self.half_dr = scaled(self.smooth_dr, 0.5, least=TINY)  # d is 0 where all sums are
+        self.recipe = Recipe(
+            self.activation,
+            "batch" if over == "global" else over,
+            self.intersection,
+            self.ignore_index,
+            exponents=(self.exponent,),
+        )
+        self.freeze(Dice.__init__)
+
+    def _kept(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        """The numbers of the classes that count."""
+        return values if self.include_background else values[1:]
+
+    def check_channels(self, shape: tuple[int, ...]) -> None:
+        if self.over == "row" and len(shape) < 3:
+            raise ValueError(f"logits: {shape} have no rows, over='row' needs [N, C, *space]")
+        super().check_channels(shape)
+        if shape[1] == 1 and not self.include_background:
+            raise ValueError(
+                f"logits: {shape} have one channel, and include_background=False would leave none"
+            )
+
+    def from_sums(self, sums: RankSums) -> Tensor:
+        table = sums.joint if self.over == "global" else sums.local
+        tp, p, y = table.tp, table.p(self.exponent), table.y(self.exponent)  # [*groups, C]
+        if self.joint:
+            start = 0 if self.include_background else 1
+            tp, p, y = (s[..., start:].sum(-1, keepdim=True) for s in (tp, p, y))
+        # Both halved: tp + alpha·(p - tp) + beta·(y - tp) + smooth_dr / 2, with few operations.
+        half_nr, half_dr = per_class(self.half_nr, y), per_class(self.half_dr, y)
+        den = torch.add(self.beta * y + half_dr, p, alpha=self.alpha)
+        if rest := 1 - self.alpha - self.beta:
+            den = torch.add(den, tp, alpha=rest)
+        d = (tp + half_nr) / (den.clamp_min(self.floor / 2) if self.floor else den)
+        loss = LINKS[self.link](d, self.power)
+        if not self.include_background and not self.joint:
+            loss, y = loss[..., 1:], y[..., 1:]
+        value = self._mean(loss, y)
+        if self.ignore_index is not None:
+            value = torch.where(table.y().sum(-1) > 0, value, 0.0)
+        return self._over_groups(value) if value.ndim else value
+
+    def _mean(self, loss: Tensor, y: Tensor) -> Tensor:
+        """The mean, or the sum, over the classes that count; [*groups, classes] to [*groups]."""
+        weight = per_class(self._kept(self.weight), y) if self.weight else 1.0
+        if self.absent == "skip":
+            weight = weight * (y > 0).to(y.dtype)
+            return (weight * loss).sum(-1) / weight.sum(-1).clamp_min(TINY)
+        if self.absent == "zero":
+            loss = torch.where(y > 0, loss, 0.0)
+        loss = weight * loss if self.weight else loss
+        if self.reduction == "sum":
+            return loss.sum(-1)
+        if self.weight and self.weight_normalised:
+            return loss.sum(-1) / sum(self._kept(self.weight))
+        return loss.mean(-1)
+
+    def _over_groups(self, value: Tensor) -> Tensor:
+        """The mean, or the sum, over the groups of all ranks; [*groups] to a scalar."""
+        total, count = value.sum(), value.new_tensor(value.numel())
+        if world_size() > 1:
+            total, count = sum_over_ranks(torch.stack([total, count])).unbind()
+        return total / count if self.reduction == "mean" else total
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the derivative by each tp stays away from 0.
+
+        It is w·(2 - (2 - 2·beta)·d) / den or further from 0. So d must stay at most 1: fp and fn
+        must not be negative or, up to exponent 2, of equal weight. And beta must be well above 0.
+        """
+        fixed = self.absent == "smooth" and self.link in ("1-d", "-d")
+        fixed &= self.ignore_index is None
+        weighty = not self.floor and not (self.weight and min(self.weight) == 0)
+        top, bottom = (
+            x if isinstance(x, tuple) else (x,) for x in (self.smooth_nr, self.smooth_dr)
+        )
+        below = max(top) <= min(bottom) or all(map(float.__le__, top, bottom))
+        below &= self.exponent <= (2 if self.alpha == self.beta else 1)
+        return fixed and weighty and below and self.beta >= 0.05
+
+
+def scaled(
+    value: float | tuple[float, ...], factor: float, least: float = 0
+) -> float | tuple[float, ...]:
+    """factor·value, at least `least`; of a number, or of one per class."""
+    if isinstance(value, tuple):
+        return tuple(max(least, factor * v) for v in value)
+    return max(least, factor * value)
+
+
+LINKS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "1-d": lambda d, power: 1 - d,
+    "-d": lambda d, power: -d,
+    "-log": lambda d, power: -d.clamp_min(NEAR).log(),
+    "power": lambda d, power: (1 - d).clamp_min(NEAR) ** power,
+}

@@ -1,0 +1,87 @@
+"""The table of sums as one differentiable function of the logits."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losswatch.compat import grad_levels, is_functorch_active
+from losswatch.losses import fast
+from losswatch.losses.pixels import Pixels, by_logits, counted, is_hard, measure, read_pixels
+from losswatch.losses.sums import Recipe, Sums
+
+ONCE = "second derivatives: the gradient of a loss cannot be differentiated again"
+
+
+def table(logits: Tensor, target: Tensor, recipe: Recipe) -> Sums:
+    """The sums, differentiable once by the logits; float32, or float64 for float64 logits."""
+    if not torch.compiler.is_compiling() and grad_levels(logits) > 1:
+        raise NotImplementedError(ONCE)
+    moving, labels, *_ = _Table.apply(logits, target, recipe)
+    return named(moving, labels, logits, target, recipe)
+
+
+def named(moving: Tensor, labels: Tensor, logits: Tensor, target: Tensor, recipe: Recipe) -> Sums:
+    """Rows of a table, each [*groups, S, C], by name."""
+    exponents = recipe.label_exponents(is_hard(logits, target))
+    return Sums(
+        dict(zip(recipe.keys(), moving.unbind(-2), strict=True)),
+        dict(zip(exponents, labels.unbind(-2), strict=True)),
+        logits.numel() / logits.shape[1],
+    )
+
+
+def read(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor, Tensor]:
+    """The pixels, the moving sums, and those of the labels, in the fastest form."""
+    if fast.is_fast(logits, target, recipe):
+        pixels = fast.read_pixels(logits, target, recipe)
+        return pixels, *fast.measure(pixels, target, recipe)
+    pixels = read_pixels(logits, target, recipe)
+    return pixels, *measure(pixels, recipe, is_hard(logits, target))
+
+
+class _Table(torch.autograd.Function):
+    """`table`. What its backward reads is among its outputs, as torch.func wants it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
+        pixels, moving, labels = read(logits, target, recipe)
+        p, none = pixels.p, pixels.p.new_empty(0)
+        # An output must not be an input, as soft labels are.
+        y = pixels.y if is_hard(logits, target) else none
+        return moving, labels, p, y, none if pixels.p_of_label is None else pixels.p_of_label
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        logits, target, ctx.recipe = inputs
+        _, labels, *kept = output
+        ctx.dtype, ctx.shape, ctx.hard = logits.dtype, logits.shape, is_hard(logits, target)
+        ctx.save_for_backward(target, *kept)
+        ctx.mark_non_differentiable(labels, *kept)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+        if g is None:
+            return None, None, None
+        # In a backward pass gradients are enabled by create_graph=True, and by torch.func always.
+        if torch.is_grad_enabled() and not is_functorch_active():
+            raise NotImplementedError(ONCE)
+        (target, p, y, p_of_label), recipe = ctx.saved_tensors, ctx.recipe
+        valid = counted(target, p, recipe)[1] if ctx.hard else None
+        y = y if ctx.hard else target.to(p.dtype).view(p.shape)
+        if p_of_label.numel():
+            pixels = Pixels(p, y, valid, p_of_label=p_of_label)
+            gradient = fast.by_logits(g, pixels, target, recipe)
+        else:
+            gradient = by_logits(g, Pixels(p, y, valid), recipe)
+        return gradient.view(ctx.shape).to(ctx.dtype), None, None
+
+
+# `apply` would look the signature up at every call.
+_Table.forward.__signature__ = inspect.signature(_Table.forward)  # type: ignore[attr-defined]

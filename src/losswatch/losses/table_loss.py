@@ -1,0 +1,191 @@
+"""Losses that are functions of one table of sums: their values, and their derivatives by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from losswatch.compat import traced
+from losswatch.losses.inputs import check_shapes, explained
+from losswatch.losses.settings import Frozen
+from losswatch.losses.sums import Recipe, Sums
+from losswatch.losses.table import table
+
+# A divisor is at least TINY: 0 / 0 is 0 then, with finite gradients, and not NaN.
+TINY = 1e-20
+
+
+class RankSums(NamedTuple):
+    """The sums over the batch of this rank, and over the batches of all ranks."""
+
+    local: Sums
+    joint: Sums
+
+
+class TableLoss(Frozen):
+    """A loss of sums over pixels. `recipe` says of which, `from_sums` how."""
+
+    recipe: Recipe
+    one_channel: ClassVar[str]  # the loss to take for logits of one channel, which softmax is not
+    lists: dict[str, tuple[float, ...]]  # the settings with a number for each class
+
+    def from_sums(self, sums: RankSums) -> Tensor:
+        """The value, a scalar."""
+        raise NotImplementedError
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        def value(logits: Tensor, target: Tensor) -> Tensor:
+            check_shapes([self], logits, target)
+            return evaluate([self], self.recipe, logits, target)[0]
+
+        return explained(value, logits, target, self.recipe.ignore_index)
+
+    def check_channels(self, shape: tuple[int, ...]) -> None:
+        """See that logits of this shape [N, C, *space] have the channels that the loss needs.
+
+        Raises:
+            ValueError: they have not.
+        """
+        for name, values in self.lists.items():
+            if len(values) != shape[1]:
+                raise ValueError(
+                    f"{name} for {len(values)} classes, but logits {shape} have {shape[1]}"
+                )
+        if shape[1] == 1 and self.recipe.activation == "softmax":
+            raise ValueError(
+                f"logits: {shape} have one channel, whose softmax is 1 everywhere; the loss for it "
+                f"is {self.one_channel}, with a target of that shape"
+            )
+
+
+def evaluate(
+    losses: Sequence[nn.Module], recipe: Recipe, logits: Tensor, target: Tensor
+) -> list[Tensor]:
+    """The values of losses on one table; `recipe` serves all of them."""
+    sums = table(logits, target, recipe)
+    if is_empty(logits):
+        return [0 * logits.sum()] * len(losses)
+    [joint] = over_ranks([sums]) if recipe.over == "batch" else [sums]
+    return [loss.from_sums(RankSums(sums, joint)) for loss in losses]  # type: ignore[operator]
+
+
+def values_and_jacobian(
+    losses: Sequence[nn.Module], recipes: Sequence[Recipe], sums: Sums
+) -> tuple[Tensor, Tensor]:
+    """The values [K] of losses, and their derivatives [K, S, C] by the moving sums of a table.
+
+    Each loss gets copies of the sums that its recipe names. So one backward pass through the losses
+    gives all derivatives.
+    """
+
+    def values(copies: Sequence[Tensor]) -> list[Tensor]:
+        given = iter(copies)
+        local = [sums._replace(moving={key: next(given) for key in r.keys()}) for r in recipes]
+        both = map(RankSums, local, over_ranks(local))
+        return [loss.from_sums(s) for loss, s in zip(losses, both, strict=True)]  # type: ignore
+
+    found, slopes = gradient(values, [sums.moving[key] for r in recipes for key in r.keys()])
+    by_loss, none = iter(slopes), torch.zeros_like(found[0]).expand(slopes[0].shape)
+    rows = []
+    for recipe in recipes:
+        given = {key: next(by_loss) for key in recipe.keys()}
+        rows += [given.get(key, none) for key in sums.moving]
+    return torch.stack(found), torch.stack(rows).view(len(losses), -1, *none.shape)
+
+
+def gradient(
+    function: Callable[[Sequence[Tensor]], list[Tensor]], inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """The scalars that a function returns, and the derivatives of their sum by its inputs."""
+    if traced(inputs[0]):
+
+        def total(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            values = function(inputs)
+            return torch.stack(values).sum(), values
+
+        slopes, values = torch.func.grad(total, has_aux=True)(inputs)
+        return values, slopes
+    with torch.enable_grad():  # torch.func would not take every autograd.Function
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        values = function(leaves)
+        slopes = torch.autograd.grad(values, leaves)
+    return [value.detach() for value in values], slopes
+
+
+def value_and_slope(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The value of any loss, and its derivative by the logits, of their shape."""
+    [value], [slope] = gradient(lambda inputs: [loss(inputs[0], target)], [logits])
+    return value, slope
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    """The number of ranks that train together; 1 without `torch.distributed`."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _OverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * dist.get_world_size()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum over all ranks.
+
+    Its gradient is scaled by the number of ranks: `DistributedDataParallel` averages gradients over
+    ranks, and so gets the gradient of the joined batch.
+    """
+    return _OverRanks.apply(x)
+
+
+def over_ranks(tables: Sequence[Sums]) -> Sequence[Sums]:
+    """The sums over the batches of all ranks, in one all-reduce."""
+    if world_size() == 1:
+        return tables
+    parts = [x for sums in tables for x in (*sums.moving.values(), *sums.labels.values())]
+    parts += [parts[0].new_tensor([float(sums.pixels)]) for sums in tables]
+    flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
+    pieces = flat.split([part.numel() for part in parts])
+    joint = iter([f.view(part.shape) for f, part in zip(pieces, parts, strict=True)])
+    named = [
+        ({key: next(joint) for key in sums.moving}, {e: next(joint) for e in sums.labels})
+        for sums in tables
+    ]
+    return [Sums(*names, next(joint)) for names in named]
+
+
+def is_empty(logits: Tensor) -> bool:
+    """Whether no rank has a pixel; then every loss is 0."""
+    return logits.numel() == 0 and world_size() == 1
+
+
+# -- numbers for each class ------------------------------------------------------------------------
+
+
+def per_class(numbers: float | tuple[float, ...], like: Tensor) -> float | Tensor:
+    """A setting as a number, or as a tensor [C] of the type and on the device of `like`."""
+    if not isinstance(numbers, tuple):
+        return numbers
+    if traced(like):  # a tensor that is made of data would be a part of the graph
+        return torch.stack([like.new_full((), number) for number in numbers])
+    return _on_device(numbers, like.dtype, like.device)
+
+
+@cache  # a copy to a GPU at every call would make the host wait
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # tensors of inference mode cannot be used for training
+        return torch.tensor(numbers, dtype=dtype, device=device)

@@ -1,0 +1,172 @@
+"""The runs of a sweep as a frame: a row for each run, with its settings and how it went."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from losswatch.events.layout import PREFIX
+from losswatch.report.records import METRICS, get, parse_overrides, read_record
+from losswatch.text import printable, reason
+
+log = logging.getLogger(__name__)
+
+# The columns of settings that each sweep has, and where a run's record holds them.
+SETTINGS = {
+    "loss": "choices.loss",
+    "theta": "config.theta",
+    "optimizer": "choices.optimizer",
+    "lr": "config.optimizer.lr",
+    "model": "choices.model",
+    "batch_norm": "config.model.batch_norm",
+    "seed": "config.seed",
+}
+OUTCOMES = [*METRICS, "seconds", "status", "error"]
+
+# How columns are called where people read them.
+LABELS = {
+    "theta": "θ",
+    "optimizer": "optimiser",
+    "batch_norm": "BN",
+    "accuracy": "accuracy",
+    "dice": "Dice",
+    "iou": "IoU",
+}
+# Losses in the order, and so the colours, in which tables and figures show them: the study's first.
+KNOWN_LOSSES = ["cce", "dice_fg", "dice", "dice_fg_square", "dice_square"]
+
+
+def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
+    """A row for each run of a sweep: its settings, then its validation metrics, time and status.
+
+    Runs may lie deeper, so that a folder of sweeps is read as one sweep. Settings are run (the
+    run's folder within `sweep_dir`), loss, theta, optimizer, lr, model, batch_norm, seed and each
+    other key whose override differs between the runs. A list of thetas is given as text. Control
+    characters in text are replaced.
+
+    A run's status is what it wrote itself, or "unfinished" (see `read_record`). Left out with a
+    warning are folders that cannot be listed, names that are not UTF-8, and links to folders: they
+    would count runs twice or lead in circles.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or holds no runs.
+    """
+    sweep = Path(sweep_dir)
+    if not sweep.is_dir():
+        raise FileNotFoundError(f"no such folder: {sweep}")
+    folders = list(_find_runs(sweep))
+    if not folders:
+        raise FileNotFoundError(f"holds no runs: {sweep}")
+    records = [read_record(folder) for folder in folders]
+    overrides = [parse_overrides(record.get("overrides") or []) for record in records]
+    others = _other_settings(overrides)
+    return pd.DataFrame([
+        {"run": folder.relative_to(sweep).as_posix()} | _row(record, others, values)
+        for folder, record, values in zip(folders, records, overrides, strict=True)
+    ])  # fmt: skip
+
+
+def _other_settings(overrides: list[dict[str, str]]) -> list[str]:
+    """The overridden keys, beside SETTINGS, that differ between runs."""
+    known = {*SETTINGS, "optimizer.lr", "model.batch_norm", "run", *OUTCOMES}
+    return [
+        key
+        for key in dict.fromkeys(key for values in overrides for key in values)
+        if key not in known and len({values.get(key) for values in overrides}) > 1
+    ]
+
+
+def _row(record: dict[str, Any], others: list[str], overrides: dict[str, str]) -> dict[str, Any]:
+    """The cells of a run's row, from its record; `others` are further settings."""
+    row: dict[str, Any] = {name: _plain(get(record, place)) for name, place in SETTINGS.items()}
+    for key in others:  # the resolved value, if there is one, says more than the override's text
+        value = get(record, f"config.{key}")
+        if value is None or isinstance(value, dict):
+            value = get(record, f"choices.{key}") or overrides.get(key)
+        row[key] = _plain(value)
+    # A run of mode=test has no validation.
+    stage = "test" if get(record, "config.mode") == "test" else "val"
+    row |= {name: _number(get(record, f"metrics.{stage}/{name}")) for name in METRICS}
+    row["seconds"] = _number(get(record, "seconds"))
+    return row | {name: _plain(get(record, name)) for name in ("status", "error")}
+
+
+def _plain(value: Any) -> bool | int | float | str | None:
+    return value if isinstance(value, bool | int | float | None) else printable(value)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else np.nan
+
+
+def _find_runs(sweep: Path) -> Iterator[Path]:
+    """The folders of runs below `sweep`, in natural order; a run's own folders are not searched."""
+    waiting = [sweep]  # not recursive: folders may be nested deeper than Python recurses
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: _natural(entry.name))
+            is_run = folder != sweep and _holds_run(entry.name for entry in entries)
+            below = [] if is_run else [Path(entry) for entry in entries if _is_folder(entry)]
+        except OSError as error:
+            log.warning("%s: left out, cannot be listed (%s)", printable(folder), reason(error))
+            continue
+        waiting += reversed(below)
+        if is_run:
+            yield folder
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder to be read; warns of links to folders and of names not UTF-8."""
+    if entry.is_symlink():
+        if os.path.isdir(entry):
+            log.warning("%s: left out, a link", printable(entry.path))
+        return False
+    if not entry.is_dir():
+        return False
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError:
+        log.warning("%s: left out, its name is not UTF-8", printable(entry.path))
+        return False
+    return True
+
+
+def _holds_run(names: Iterable[str]) -> bool:
+    """Whether a folder with files of these names is a run's."""
+    return any(name in ("result.json", ".hydra") or name.startswith(PREFIX) for name in names)
+
+
+def _natural(name: str) -> list[tuple[float, str]]:
+    """A sort key that puts 2 before 10.
+
+    >>> sorted(["seed=10", "seed=2", "a"], key=_natural)
+    ['a', 'seed=2', 'seed=10']
+    """
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [(float(p), "") if i % 2 else (-1.0, p) for i, p in enumerate(parts)]
+
+
+def swept(runs: pd.DataFrame) -> list[str]:
+    """The settings, except the loss, that differ between runs."""
+    settings = [c for c in runs if c not in ("run", "loss", *OUTCOMES)]
+    return [c for c in settings if runs[c].nunique(dropna=False) > 1]
+
+
+def loss_order(names: Iterable[str]) -> list[str]:
+    """The losses in the order in which they are shown: known ones first, others by name.
+
+    >>> loss_order(["tversky", "dice", "boundary", "cce"])
+    ['cce', 'dice', 'boundary', 'tversky']
+    """
+    unknown = len(KNOWN_LOSSES)
+    rank = {name: i for i, name in enumerate(KNOWN_LOSSES)}
+    return sorted(names, key=lambda name: (rank.get(name, unknown), name))

@@ -1,0 +1,128 @@
+"""Tables of runs: as CSV, on a terminal (rich), and in Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from losswatch.files import replace_file
+from losswatch.report.records import METRICS
+from losswatch.report.runs import LABELS, read_runs, swept
+from losswatch.text import csv_escape, markdown_escape, printable, show
+
+STATUS_STYLES = {
+    "done": "green",
+    "failed": "bold red",
+    "stopped": "yellow",
+    "unfinished": "yellow",
+}
+
+
+# --- Cells of text -------------------------------------------------------------------------------
+
+
+def run_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row of text for each run: what was swept, and how the run went."""
+    columns = ["loss", "theta", "optimizer", "batch_norm"]
+    columns += [c for c in swept(runs) if c not in columns]
+    columns += [*METRICS, "seconds", "status"]
+    columns += ["error"] if runs["error"].notna().any() else []
+    digits = {**dict.fromkeys(METRICS, 4), "seconds": 1}
+    return pd.DataFrame(
+        {LABELS.get(c, c): [show(v, digits.get(c)) for v in runs[c]] for c in columns}
+    )
+
+
+def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row of text for each setting: its runs, each metric's mean and range over those done.
+
+    Runs that differ in nothing but the seed are of one setting.
+    """
+    columns = ["loss", *(c for c in swept(runs) if c != "seed")]
+    rows = []
+    for values, cell in runs.groupby([runs[c].map(show) for c in columns], sort=False):
+        row = {LABELS.get(c, c): value for c, value in zip(columns, values, strict=True)}
+        done = cell[cell["status"] == "done"]
+        row["runs"] = f"{len(cell)}" if len(done) == len(cell) else f"{len(done)} of {len(cell)}"
+        for metric in METRICS:
+            known = done[metric].dropna()
+            text = f"{known.mean():.4f}" if len(known) else "–"
+            text += f" ({known.min():.4f} to {known.max():.4f})" if len(known) > 1 else ""
+            row[LABELS[metric]] = text
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
+    """The frame of `compare_losses` as text."""
+    rows = []
+    for pair in comparison.to_dict("records"):
+        row = {
+            "losses": f"{show(pair['loss'])} − {show(pair['other'])}",
+            "pairs": str(pair["pairs"]),
+        }
+        for metric in ("accuracy", "dice"):
+            mean, low, high = (pair[metric + end] for end in ("", "_low", "_high"))
+            text = "–" if np.isnan(mean) else f"{mean:+.4f}"
+            text += "" if np.isnan(low) else f" ({low:+.4f} to {high:+.4f})"
+            row[f"{LABELS[metric]} (95 % interval)"] = text
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# --- Forms ---------------------------------------------------------------------------------------
+
+
+def write_summary(sweep_dir: str | Path) -> pd.DataFrame:
+    """Write `summary.csv` into a sweep's folder, with the rows of `read_runs`; return the rows."""
+    runs = read_runs(sweep_dir)
+    replace_file(Path(sweep_dir) / "summary.csv", csv_text(runs))
+    return runs
+
+
+def csv_text(cells: pd.DataFrame, **options: Any) -> str:
+    """A frame as CSV, with options of `pandas.DataFrame.to_csv`; text cannot act as a formula."""
+    cells = cells.copy()
+    for name in cells.select_dtypes(exclude=["number", "bool"]):
+        values = [csv_escape(v) if isinstance(v, str) else v for v in cells[name]]
+        cells[name] = pd.Series(values, cells.index, dtype=object)
+    header = [csv_escape(str(name)) for name in cells]
+    return cells.to_csv(index=False, header=header, **options)
+
+
+def summary_table(runs: pd.DataFrame) -> Table:
+    """The table that is printed at the end of a sweep, a row for each run."""
+    return rich_table(run_table(runs))
+
+
+def rich_table(cells: pd.DataFrame) -> Table:
+    """Cells of text as a table for a terminal. Columns of numbers are set right."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in cells:
+        numbers = cells[name].str.fullmatch(r"[-–+.\d]+( \(.*\))?").all()
+        table.add_column(
+            Text(printable(name)), justify="right" if numbers else "left", overflow="fold"
+        )
+    for row in cells.itertuples(index=False):
+        # Text, since rich takes a str for markup.
+        table.add_row(*(Text(c, STATUS_STYLES.get(c, "")) for c in row))
+    return table
+
+
+def markdown_table(cells: pd.DataFrame) -> str:
+    """Cells of text as a table in Markdown."""
+    lines = [list(cells), ["---"] * len(cells.columns), *cells.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(map(markdown_escape, line)) + " |" for line in lines)
+
+
+def markdown_image(title: str, path: Path, folder: Path) -> str:
+    """The image at `path` under its title, in Markdown, for a document in `folder`."""
+    link = quote(path.relative_to(folder).as_posix(), safe="/=,")
+    return f"### {markdown_escape(title)}\n\n![{markdown_escape(title)}]({link})"

@@ -1,0 +1,85 @@
+"""Compiles a pure function of tensors: traces it, rewrites a few operations, calls Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losswatch.compat import (
+    compile_graph,
+    is_out_of_memory,
+    is_view,
+    trace,
+    traced_shape,
+    tree_flatten,
+    tree_unflatten,
+)
+from losswatch.stack.refusal import NotStackable
+from losswatch.text import one_line
+
+REGISTER = 16  # float32 numbers in a register of a CPU with AVX-512
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled at its first call for tensors of the shapes that it gets there.
+
+    The first call raises
+
+        NotStackable: the compiler cannot compile it.
+        RuntimeError: it cannot be traced (`compat.is_refusal`).
+    """
+    ready: Callable[..., Any] | None = None
+    returned: Any = None
+
+    def call(*inputs: Any) -> Any:
+        nonlocal ready, returned
+        leaves, given = tree_flatten(inputs)
+        if ready is None:
+
+            def flat(*leaves: Tensor) -> Sequence[Tensor]:
+                nonlocal returned
+                outputs, returned = tree_flatten(function(*tree_unflatten(leaves, given)))
+                return outputs
+
+            ready = _compile(flat, leaves)
+        return tree_unflatten(ready(*leaves), returned)
+
+    return call
+
+
+def _compile(function: Callable[..., Any], example: Sequence[Tensor]) -> Callable[..., Any]:
+    graph = trace(function, example)
+    is_on_cpu = example[0].is_cpu
+    _rewrite(graph, is_on_cpu)
+    # A sum over a kernel's positions and channels reads many numbers. By default Inductor would cut
+    # it into parts, and write and read their results: on a CPU this takes a fifth more time.
+    patches = {"realize_acc_reads_threshold": 100} if is_on_cpu else {}
+    try:
+        return compile_graph(graph, example, patches)
+    except Exception as error:  # only the compiler's code runs here
+        if is_out_of_memory(error):
+            raise
+        why = one_line(error).split(". ")[0][:200]
+        raise NotStackable(f"the compiler cannot compile them over runs: {why}") from error
+
+
+def _rewrite(graph: torch.fx.GraphModule, is_on_cpu: bool) -> None:
+    """Replace operations that Inductor cannot compile, or that are slow."""
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        # Inductor may lay a tensor out anew, and then a view of it needs a copy.
+        if is_view(node):
+            node.target = aten.reshape.default
+        # MKL multiplies matrices in half the time if the side whose length is a multiple of a
+        # register comes last: A B = (B' A')'.
+        if is_on_cpu and node.target is aten.bmm.default:
+            a, b = node.args
+            if traced_shape(a)[1] % REGISTER == 0 < traced_shape(b)[2] % REGISTER:
+                with graph.graph.inserting_before(node):
+                    a, b = (graph.graph.call_function(aten.mT.default, (x,)) for x in (a, b))
+                    swapped = graph.graph.call_function(aten.bmm.default, (b, a))
+                node.target, node.args = aten.mT.default, (swapped,)
+    graph.recompile()

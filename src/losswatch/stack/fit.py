@@ -1,0 +1,124 @@
+"""Trains, validates and tests a stack of runs. One run compiled is a stack of one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+
+from losswatch import compat
+from losswatch.data.random import TEST, VAL
+from losswatch.losses import LossSet
+from losswatch.stack.limits import check_options
+from losswatch.stack.member import Member, make_member
+from losswatch.stack.module import StackedModule
+from losswatch.stack.refusal import NotStackable
+from losswatch.train.build import make_losses, trainer_options
+from losswatch.train.callbacks import Progress
+from losswatch.train.folder import announce
+from losswatch.train.presets import loss_nodes
+from losswatch.train.process import run_process
+
+BLOCK = 500  # steps between two writes, at most
+
+
+class Blocks:
+    """The steps from `first` up to `last`, without it, in blocks: (first, last) of each."""
+
+    def __init__(self, first: int, last: int, block: int) -> None:
+        self.first, self.last, self.block = first, last, block
+
+    def __len__(self) -> int:
+        return -(-(self.last - self.first) // self.block)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for i in range(self.first, self.last, self.block):
+            yield i, min(i + self.block, self.last)
+
+
+def block_size(val_check_interval: int) -> int:
+    """Steps of a block: the largest divisor of the validation interval that is at most BLOCK.
+
+    >>> block_size(250), block_size(2000), block_size(7)
+    (250, 500, 7)
+    """
+    return max(n for n in range(1, BLOCK + 1) if val_check_interval % n == 0)
+
+
+def train_compiled(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, float]]:
+    """Train one run by a compiled step; return the number of steps done, and its metrics.
+
+    Raises:
+        NotStackable: it needs the ordinary step.
+    """
+    options = trainer_options(cfg)
+    check_options(options)
+    member = make_member(cfg, trained, folder)
+    announce(member.notice, member.start)
+    losses = make_losses(loss_nodes(cfg, trained))
+    fit([member], losses, options, threads=cfg.threads, **cfg.probe)
+    return options["max_steps"], member.result()
+
+
+def fit(
+    members: Sequence[Member],
+    losses: LossSet,
+    trainer_options: Mapping[str, Any],
+    threads: int | None = None,
+    **options: Any,
+) -> None:
+    """Train, validate and test the members; the results are in them.
+
+    Args:
+        members, losses, options: of `StackedModule`.
+        trainer_options: of pytorch_lightning.Trainer; steps are those of each run.
+        threads: CPU threads; None leaves their number as it is.
+
+    Raises:
+        NotStackable: they cannot be trained as a stack.
+    """
+    with _closed_on_failure(members), run_process(members[0].net, threads):
+        if len({member.start for member in members}) > 1:
+            raise NotStackable("the runs are at different steps")
+        begin = time.perf_counter()
+        module = StackedModule(members, losses, **options)
+        steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
+        block = block_size(interval)
+        trainer = pl.Trainer(
+            **{**trainer_options, "val_check_interval": interval // block},
+            logger=False,
+            callbacks=[Progress(None)] if trainer_options["enable_progress_bar"] else [],
+            max_epochs=1,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        first = members[0].start
+        compat.count_steps(trainer, first)
+        trainer.fit(module, Blocks(first, steps, block), range(1))  # type: ignore[arg-type]
+        if trainer.global_step < steps:
+            raise RuntimeError(f"training ended at step {trainer.global_step} of {steps}")
+        if steps % interval:
+            module.report("val", VAL, members[0].data.val_size)  # of the final weights, too
+        module.save()
+        module.show_images()
+        module.report("test", TEST, members[0].data.test_size)
+        for member in members:
+            member.logger.close()
+            member.seconds = (time.perf_counter() - begin) / len(members)
+
+
+@contextmanager
+def _closed_on_failure(members: Sequence[Member]) -> Iterator[None]:
+    """Close the event files after an error. The next attempt cuts them to the last checkpoint."""
+    try:
+        yield
+    except BaseException:
+        for member in members:
+            member.logger.close()
+        raise

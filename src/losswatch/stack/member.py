@@ -1,0 +1,87 @@
+"""One run of a stack, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from losswatch.data.random import ThresholdedImages
+from losswatch.stack.parameters import trained_parameters
+from losswatch.train.build import make_data, make_net, make_optimizer
+from losswatch.train.content import load_net, load_optimizer
+from losswatch.train.eventlog import EventLog, open_log
+from losswatch.train.folder import take_up
+from losswatch.train.settings import plain
+
+
+@dataclass
+class Member:
+    """One run of a stack."""
+
+    folder: Path
+    net: nn.Module  # holds the initial weights, and the trained ones at the end
+    data: ThresholdedImages
+    trained: str  # the name of the trained loss
+    optimizer: torch.optim.Optimizer  # of `net`; it holds the settings and moments, and never steps
+    logger: EventLog
+    config: dict[str, Any]  # kept in its checkpoints
+    start: int = 0  # steps done by an earlier attempt, whose state net and optimizer hold
+    notice: str | None = None  # what of that attempt is damaged or missing
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None  # why it counts as failed
+    seconds: float = 0.0  # its share of the stack's time
+
+    def result(self) -> dict[str, float]:
+        """The final metrics.
+
+        Raises:
+            FloatingPointError: something became NaN or infinite; says what and when.
+        """
+        if self.error:
+            raise FloatingPointError(self.error)
+        return self.metrics
+
+
+@dataclass
+class Failure:
+    """A run that could not be trained in its stack."""
+
+    error: Exception
+    notice: str | None = None
+    seconds: float = 0.0
+
+    def result(self) -> dict[str, float]:
+        """Raise the run's error."""
+        raise self.error
+
+
+# Runs that the fused launcher has trained, or that have failed, by folder. Each waits here until
+# losswatch.task takes it and writes its result.
+FINISHED: dict[Path, Member | Failure] = {}
+
+
+def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
+    """A run, in the state of its newest checkpoint if its folder holds one."""
+    net = make_net(cfg)
+    optimizer = make_optimizer(cfg)(list(trained_parameters(net).values()))
+    start = take_up(folder, below=cfg.trainer.max_steps)
+    if start.path:
+        load_net(net, start.content)
+        load_optimizer(optimizer, start.content)
+    logger = open_log(cfg, trained, folder, start.events)
+    return Member(
+        folder=folder,
+        net=net,
+        data=make_data(cfg),
+        trained=trained,
+        optimizer=optimizer,
+        logger=logger,
+        config=plain(cfg),
+        start=start.step,
+        notice=start.notice,
+    )

@@ -1,0 +1,327 @@
+"""Runs trained as one: their parameters are stacked, and one step serves all of them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from losswatch import compat
+from losswatch.data.random import VAL, draw
+from losswatch.events.encode import write_scalars
+from losswatch.events.layout import GRAD_NORM, LOSS
+from losswatch.losses import LossSet
+from losswatch.nets.cpu import onednn
+from losswatch.stack.compile import compiled
+from losswatch.stack.limits import check_traits
+from losswatch.stack.member import Member
+from losswatch.stack.optimizers import Rule, optimizer_rule
+from losswatch.stack.parameters import State, joined, splitter, trained_parameters
+from losswatch.stack.refusal import NotStackable
+from losswatch.stack.step import make_gradient
+from losswatch.text import one_line
+from losswatch.train.callbacks import Images
+from losswatch.train.checkpoints import checkpoint_path, save
+from losswatch.train.content import add_record, as_of_lightning
+from losswatch.train.evaluation import Tally, metrics, tally
+from losswatch.train.eventlog import log_images
+from losswatch.watch.probe import tags
+
+log = logging.getLogger(__name__)
+
+SAVE_SECONDS = 10  # between checkpoints, at least; with a hundred members each takes a while
+# Members whose step is one call, at most. With more of them a call costs less for each, but their
+# numbers do not stay in the cache.
+CHUNK = 9
+
+
+class Chunk(NamedTuple):
+    """The state of R members whose step is one call."""
+
+    parameters: Tensor  # [R, P], the trained ones
+    buffers: State  # name -> [R, ...], what of the network is not trained
+    moments: tuple[Tensor, ...]  # [R, P] each, of the optimiser
+    numbers: State  # name -> [R, ...], see `step.make_gradient`
+    rates: State  # name -> [R], the optimiser's settings
+
+
+class StackedModule(pl.LightningModule):
+    """Trains many runs at once; all but `Member` is common to them.
+
+    A batch of its training is a block of steps, done without returning to Lightning in between.
+
+    Args:
+        members: runs of one architecture, image shape, kind of optimiser and number of classes, all
+            at the same step.
+        losses: the losses watched.
+        every_n_steps, cosines: as of `Probe`; 0 observes nothing.
+        compile: whether to compile the step; otherwise torch.vmap runs it eagerly.
+
+    Raises:
+        NotStackable: the network, the losses or the optimiser need the ordinary step.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        losses: LossSet,
+        *,
+        every_n_steps: int = 1,
+        cosines: bool = False,
+        compile: bool = True,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.members, self.losses = list(members), losses
+        self.every_n_steps = every_n_steps
+        check_traits(members, losses)
+        self.net = copy.deepcopy(members[0].net)
+        self.tags = tags(losses.names, cosines)
+        data = members[0].data
+        self.shape = (data.batch_size, 1, *data.space)
+
+        rules = [optimizer_rule(member.optimizer) for member in members]
+        self.moment_names = rules[0].moments
+        self.initial = _stack(members, rules, losses.names)
+        ready: Callable[..., Any] = compiled if compile else lambda function: function
+        self.update = ready(vmap(rules[0].update, in_dims=(0, 0, 0, None, 0)))
+        self.gradient = {
+            observed: ready(
+                vmap(
+                    make_gradient(self.net, losses, self.shape, observed=observed, cosines=cosines),
+                    in_dims=(0, 0, 0, None),
+                )
+            )
+            for observed in (True, False)
+        }
+        self.saved = time.monotonic()
+
+    def configure_optimizers(self) -> None:
+        """None: `update` is the optimiser."""
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.losses.to(self.device)
+        self.net.to(self.device)
+        count = len(self.members)
+        pieces = -(-count // CHUNK) if self.device.type == "cpu" else 1
+        self.chunk_size = -(-count // pieces)
+        # The step is compiled for one shape, which all chunks have: the last one repeats a member.
+        index = torch.arange(pieces * self.chunk_size).clamp_max(count - 1)
+        self.chunks: list[Chunk] = [
+            compat.tree_map(lambda t, part=part: t[part].to(self.device), self.initial)  # type: ignore[misc]
+            for part in index.split(self.chunk_size)
+        ]
+        self._try()
+
+    def _try(self) -> None:
+        """Do all that training does once, on one chunk: torch.func maps it, the compiler runs.
+
+        The ordinary step of these runs has been tried before, so an operation that PyTorch refuses
+        here is one that it cannot map over runs.
+
+        Raises:
+            NotStackable: there is such an operation, or the compiler cannot compile the step.
+        """
+        chunk = self.chunks[0]
+        step = torch.zeros((), dtype=torch.int64, device=self.device)
+        try:
+            for observed in {self._is_observed(0), self._is_observed(1)}:
+                self.gradient[observed](chunk.parameters, chunk.buffers, chunk.numbers, step)
+            self.evaluate(VAL, 1)
+        except RuntimeError as error:
+            if compat.is_out_of_memory(error) or not compat.is_refusal(error):
+                raise
+            why = one_line(error).split(". ")[0][:200]
+            raise NotStackable(f"torch.func cannot map them over runs: {why}") from error
+
+    def _is_observed(self, step: int) -> bool:
+        return bool(self.every_n_steps) and step % self.every_n_steps == 0
+
+    def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
+        first, last = batch
+        numbers = range(first, last)
+        steps = torch.arange(first, last, device=self.device).unbind()
+        observed = np.array([number for number in numbers if self._is_observed(number)])
+        for i, chunk in enumerate(self.chunks):
+            parameters, buffers, moments, *_ = chunk
+            seen = []
+            for number, step in zip(numbers, steps, strict=True):
+                is_observed = self._is_observed(number)
+                gradient, buffers, values = self.gradient[is_observed](
+                    parameters, buffers, chunk.numbers, step
+                )
+                parameters, moments = self.update(parameters, gradient, moments, step, chunk.rates)
+                if is_observed:
+                    seen.append(values)
+            self.chunks[i] = chunk._replace(parameters=parameters, buffers=buffers, moments=moments)
+            if seen:
+                self._write(i, observed, torch.stack(seen, dim=1).cpu().numpy())
+            # The only check of steps that are not observed.
+            finite = parameters.isfinite().all(dim=1).tolist()
+            for member, is_finite in zip(self._members_of(i), finite, strict=False):
+                if not is_finite:
+                    self._fail(member, "a weight is not finite", last - 1)
+        compat.count_steps(self.trainer, last - first)
+
+    def _members_of(self, chunk: int) -> list[Member]:
+        """The members of a chunk by its number, without the repeated one at the end."""
+        return self.members[chunk * self.chunk_size : (chunk + 1) * self.chunk_size]
+
+    def _write(self, chunk: int, steps: np.ndarray, values: np.ndarray) -> None:
+        """Write what was observed, values [R, steps, tags], and look whether it is finite."""
+        for member, block in zip(self._members_of(chunk), values, strict=False):
+            names = [f"{LOSS}{member.trained}", f"{GRAD_NORM}{member.trained}"]
+            own = block[:, [self.tags.index(name) for name in names]]
+            for row, column in np.argwhere(~np.isfinite(own))[:1]:
+                self._fail(member, f"{names[column]} is {own[row, column]}", steps[row])
+            write_scalars(member.logger.experiment, self.tags, steps, block)
+
+    def _fail(self, member: Member, what: str, step: int) -> None:
+        """Mark a member as failed, for the first reason; the others go on."""
+        if member.error is None:
+            member.error = f"trained with {member.trained}, step {step}: {what}"
+            log.warning("%s: %s", member.folder.name, member.error)
+
+    def save(self) -> None:
+        """Give each member its weights and its optimiser's state, and write its checkpoint.
+
+        A member that has failed keeps its last good checkpoint.
+        """
+        step = self.trainer.global_step
+        loops = compat.loop_state(step)
+        for i, chunk in enumerate(self.chunks):
+            for k, member in enumerate(self._members_of(i)):
+                if member.error:
+                    continue
+                self._unstack(chunk, k, member, step)
+                content = as_of_lightning(
+                    member.net, self.losses, member.trained, member.optimizer, step, loops
+                )
+                add_record(content, member.config, member.logger.sizes())
+                save(content, checkpoint_path(member.folder, step))
+        self.saved = time.monotonic()
+
+    def _unstack(self, chunk: Chunk, k: int, member: Member, step: int) -> None:
+        """Copy the state number k of a chunk into the member's network and optimiser."""
+        split = splitter(self.net)
+        buffers = {name: buffer[k] for name, buffer in chunk.buffers.items()}
+        member.net.load_state_dict(buffers | split(chunk.parameters[k]))
+        is_sgd = self.moment_names == ["momentum_buffer"]
+        if is_sgd and not member.optimizer.param_groups[0]["momentum"]:
+            return  # torch.optim.SGD then keeps nothing
+        moments = [split(moment[k].clone()) for moment in chunk.moments]
+        for name, p in trained_parameters(member.net).items():
+            kept = {n: m[name] for n, m in zip(self.moment_names, moments, strict=True)}
+            if not is_sgd:
+                kept["step"] = torch.tensor(float(step))
+            member.optimizer.state[p] = kept
+
+    # -- evaluation --------------------------------------------------------------------------------
+
+    def evaluate(self, split: int, size: int) -> list[dict[str, float]]:
+        """Metrics and losses of each member on `size` fixed images of its own."""
+        batch = self.members[0].data.eval_batch_size
+        names = self.losses.names
+        results: list[dict[str, float]] = []
+        self.net.eval()
+        for chunk in self.chunks:
+            total = None
+            for i in range(-(-size // batch)):
+                found = self._evaluate_batch(chunk, split, i, min(batch, size - i * batch))
+                total = total.plus(found) if total else found
+            assert total is not None
+            table = {name: value.tolist() for name, value in metrics(total, names).items()}
+            results += [{n: v[k] for n, v in table.items()} for k in range(len(chunk.parameters))]
+        self.net.train()
+        return results[: len(self.members)]
+
+    def _evaluate_batch(self, chunk: Chunk, split: int, number: int, count: int) -> Tally:
+        """The sums over a batch of `count` images of each member."""
+        split_parameters = splitter(self.net)
+        step = torch.full((), number, device=self.device)
+
+        def evaluate(parameters: Tensor, buffers: State, numbers: State) -> Tally:
+            image, label = draw(numbers, split, step, (count, *self.shape[1:]))
+            state = split_parameters(parameters) | buffers
+            return tally(functional_call(self.net, state, (image,)), label, self.losses)
+
+        with onednn(True):  # together the members are a wide network
+            return vmap(evaluate)(chunk.parameters, chunk.buffers, chunk.numbers)
+
+    def show_images(self) -> None:
+        """Log what callbacks.Images does, once: stacks are for runs by the hundred."""
+        count = min(Images.COUNT, self.members[0].data.val_size)
+        split, first = splitter(self.net), torch.tensor(0, device=self.device)
+        self.net.eval()
+        for i, chunk in enumerate(self.chunks):
+            for k, member in enumerate(self._members_of(i)):
+                of_member = compat.tree_map(lambda t, k=k: t[k], chunk)  # type: ignore[misc]
+                image, label = draw(of_member.numbers, VAL, first, (count, *self.shape[1:]))
+                state = split(of_member.parameters) | of_member.buffers
+                logits = functional_call(self.net, state, (image,))
+                log_images(member.logger, image, label, logits, self.trainer.global_step)
+        self.net.train()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.report("val", VAL, self.members[0].data.val_size)
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+
+    def report(self, stage: str, split: int, size: int) -> None:
+        """Evaluate all members and write their metrics, with the tags of this stage."""
+        step = np.array([self.trainer.global_step])
+        for member, found in zip(self.members, self.evaluate(split, size), strict=True):
+            scalars = {f"{stage}/{name}": value for name, value in found.items()}
+            member.metrics |= scalars
+            values = np.array([list(scalars.values())])
+            write_scalars(member.logger.experiment, list(scalars), step, values)
+        accuracies = [member.metrics[f"{stage}/accuracy"] for member in self.members]
+        # For the progress bar.
+        compat.show_metric(self.trainer, f"{stage}/accuracy", torch.tensor(accuracies).mean())
+
+
+def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[str]) -> Chunk:
+    """The initial state of all members; `losses` are the names of the losses watched."""
+    names = trained_parameters(members[0].net)
+    states = [member.net.state_dict() for member in members]
+    datas = [member.data for member in members]
+
+    def column(values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32)
+
+    return Chunk(
+        parameters=torch.stack([joined(state, names) for state in states]),
+        buffers={
+            name: torch.stack([state[name] for state in states])
+            for name in states[0]
+            if name not in names
+        },
+        moments=tuple(
+            torch.stack([_moment(member, name) for member in members]) for name in rules[0].moments
+        ),
+        numbers={
+            "seed": torch.tensor([data.seed for data in datas]),
+            "thresholds": torch.stack([data.thresholds for data in datas]),
+            "low": column([data.low for data in datas]),
+            "high": column([data.high for data in datas]),
+            "trained": column([[float(n == m.trained) for n in losses] for m in members]),
+        },
+        rates={key: column([r.numbers[key] for r in rules]) for key in rules[0].numbers},
+    )
+
+
+def _moment(member: Member, name: str) -> Tensor:
+    """[P], what the optimiser keeps of each parameter; 0 before its first step."""
+    state = member.optimizer.state
+    kept = [(state.get(p, {}).get(name), p) for p in trained_parameters(member.net).values()]
+    return torch.cat([torch.zeros_like(p).flatten() if m is None else m.flatten() for m, p in kept])

@@ -1,0 +1,88 @@
+"""One command: the sweep that it runs, and the switches that it sets in its process.
+
+Hydra constructs callbacks and launchers from the config. It passes them no object of ours, and
+gives none of them back. So `clear_errors` (around the command), `SweepCallback` and the fused
+launcher can share a `Sweep` only through this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from losswatch import compat
+
+
+@dataclass
+class Sweep:
+    """The sweep of the command under way, as far as it is known."""
+
+    folder: Path | None = None  # set when the runs may start; the table of it ends the command
+    is_checked: bool = False  # whether each run has been composed and checked
+    lacks_runs: bool = False  # whether the table will lack a run, of which no file can be written
+    # The composed config of each run, by its overrides, until the fused launcher takes it: to
+    # compose one takes 70 ms. Other launchers compose their own, some of them elsewhere.
+    configs: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
+
+
+_current = Sweep()  # empty outside of a command, so also in a process that a launcher starts
+
+
+def current_sweep() -> Sweep:
+    return _current
+
+
+@contextmanager
+def command() -> Iterator[Sweep]:
+    """Around one command: a new `Sweep`, and the switches of this process, put back at the end."""
+    global _current
+    earlier = _current
+    with ExitStack() as switches:
+        # Hydra raises errors to us, instead of printing them and exiting.
+        switches.enter_context(_environment("HYDRA_FULL_ERROR", "1"))
+        # joblib's processes leave semaphores behind when they are killed. Python's resource
+        # tracker, a process of its own, removes them; its warning would follow the table.
+        filters = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
+        switches.enter_context(_environment("PYTHONWARNINGS", ",".join(filter(None, filters))))
+        switches.enter_context(quiet_logging())
+        switches.enter_context(compat.skip_validation(lambda: current_sweep().is_checked))
+        _current = Sweep()
+        try:
+            yield _current
+        finally:
+            _current = earlier
+
+
+@contextmanager
+def quiet_logging() -> Iterator[None]:
+    """While this is open, a log that cannot be written prints no traceback.
+
+    On a full disk a run fails and its error is shown. Python would print 40 lines more for each
+    line of the log.
+    """
+    earlier = logging.raiseExceptions
+    logging.raiseExceptions = False
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = earlier
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """While this is open, an environment variable has this value; child processes inherit it."""
+    earlier = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if earlier is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = earlier

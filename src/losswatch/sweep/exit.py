@@ -1,0 +1,189 @@
+"""How the command ends: one line about an error, the table of a sweep, the exit status.
+
+The exit status is 0 if all runs are done; 1 if a run is not, or if a file or the table cannot be
+written; 2 for bad input; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn, TextIO
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
+from yaml import YAMLError
+
+from losswatch import compat
+from losswatch.sweep.command import Sweep, command, current_sweep
+from losswatch.sweep.table import show_table
+from losswatch.text import one_line
+from losswatch.train import yaml_errors
+
+EXTRAS = ("joblib", "submitit", "ray", "optuna")  # of pyproject.toml
+
+
+# --- Standard streams ----------------------------------------------------------------------------
+
+
+def open_streams() -> None:
+    """Make the standard streams usable, however the command was started (`2>&-`, ASCII terminal).
+
+    A stream that is closed is opened on the null device. Otherwise the next file opened would get
+    its descriptor, and everything that libraries and child processes print would go to that file.
+    Output replaces characters that the terminal cannot show.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(null, True)
+            setattr(sys, name, open(null, "r" if name == "stdin" else "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
+def say(message: str) -> None:
+    """Print a line to the user. An error in printing is ignored: it is no reason to end a run."""
+    with suppress(OSError):
+        print(message, file=sys.stderr)
+    _flush(sys.stderr)
+
+
+def stop(message: str) -> NoReturn:
+    """End the command for bad input, with one line and exit status 2.
+
+    SystemExit, because Hydra prints a line of its own for an Exception.
+    """
+    say(f"losswatch: {message}")
+    raise SystemExit(2)
+
+
+def _flush(stream: TextIO) -> OSError | None:
+    """Flush a stream; return the error if that fails, and send the stream to the null device.
+
+    Otherwise the buffered text would fail again at each later flush: when joblib starts a process,
+    and at the end of this one, which would then exit with status 120.
+    """
+    try:
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
+
+
+# --- Around the command --------------------------------------------------------------------------
+
+
+class Escaped(BaseException):
+    """Carries an error of a callback past Hydra, which makes a warning of any Exception there."""
+
+
+@contextmanager
+def escaping() -> Iterator[None]:
+    """Around a callback whose errors must end the command."""
+    try:
+        yield
+    except Exception as error:
+        raise Escaped(error) from error
+
+
+@contextmanager
+def clear_errors() -> Iterator[Sweep]:
+    """Around Hydra's main: an error becomes one line and an exit status; a sweep gets its table.
+
+    This cannot be done in a callback, because Hydra makes warnings of the errors of callbacks. If
+    HYDRA_FULL_ERROR is set, errors keep their traceback.
+
+    Raises:
+        SystemExit: with the exit status, if that is not 0.
+    """
+    is_verbose = "HYDRA_FULL_ERROR" in os.environ
+    line, status = "", 0
+    with command() as sweep:
+        try:
+            yield sweep
+        except BaseException as raised:
+            error = raised.args[0] if isinstance(raised, Escaped) else raised
+            known = verdict(error)
+            if known is None or (is_verbose and isinstance(error, Exception)):
+                raise
+            line, status = known
+        if sweep.folder is not None:
+            try:
+                all_done = show_table(sweep.folder)
+            except (Exception, KeyboardInterrupt) as error:
+                if is_verbose:
+                    raise
+                # What ended the sweep comes first: it is often the cause of this error, too.
+                line = line or f"the sweep's summary cannot be written: {one_line(error)}"
+                all_done = False
+            status = status or int(sweep.lacks_runs or not all_done)
+        if failure := _flush(sys.stdout):
+            line, status = line or f"the output cannot be written: {failure}", status or 1
+        if line:
+            say(f"losswatch: {line}")
+        _flush(sys.stderr)
+        if status:
+            raise SystemExit(status)
+
+
+def verdict(error: BaseException) -> tuple[str, int] | None:
+    """The line about an error, and the exit status; None if the error is a bug of losswatch."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, SystemExit):
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
+            return "interrupted", 130
+        # Of `stop`, which has printed its line, or of somebody's `sys.exit("a line")`.
+        code = error.code
+        return ("", code or 0) if isinstance(code, int | None) else (str(code), 1)
+    cause: BaseException | None = error
+    while isinstance(cause, InterpolationResolutionError):  # of the name of a folder
+        cause = cause.__cause__ or cause.__context__
+    # A full disk, or a folder without permission. MissingConfigException is an OSError, too.
+    if isinstance(cause, OSError) and not isinstance(cause, HydraException):
+        return f"a file cannot be read or written: {cause}", 1
+    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError | UnicodeDecodeError):
+        return explain(error), 2
+    if isinstance(error, ValueError) and str(error).startswith(compat.NOT_A_CHOICE):
+        return "a group, such as loss or model, takes the name of one of its files, as text", 2
+    if current_sweep().folder is not None and isinstance(error, Exception):
+        # An error of a launcher or a sweeper: those of the runs are in their results. Cut, because
+        # submitit's error holds the whole log of a job.
+        return f"the sweep ended early: {one_line(error)[:300]}", 1
+    return None
+
+
+def explain(error: Exception) -> str:
+    """One line from Hydra's or OmegaConf's error about an override or a file: what is allowed."""
+    if isinstance(error, YAMLError | UnicodeDecodeError):
+        return yaml_errors.describe(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        known = ", ".join(error.options or [])
+        extra = choice.partition("_")[0]  # submitit_slurm comes with submitit
+        hint = f'; pip install -e ".[{extra}]" adds {choice}' if extra in EXTRAS else ""
+        return f"there is no {group}={choice}; {group} is one of {known}{hint}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        parent, _, _ = cause.full_key.rpartition(".")
+        keys = cause.parent_node.keys() if OmegaConf.is_dict(cause.parent_node) else []
+        known = ", ".join(str(key) for key in keys if key != "hydra")
+        return f"there is no {cause.full_key}; {parent or 'the config'} has {known or 'no keys'}"
+    texts = [str(error)] if cause is error else [str(error), str(cause).split("\n")[0]]
+    noise = ("https://", "full_key:", "object_type=", "reference_type=")
+    lines = [yaml_errors.file_of(error) or ""]
+    for line in "\n".join(texts).splitlines():
+        if not any(word in line for word in noise):
+            lines.append(line)
+    return ": ".join(line.strip().rstrip(".:") for line in lines if line.strip())

@@ -1,0 +1,35 @@
+"""The table at the end of a sweep."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+
+def show_table(folder: Path) -> bool:
+    """Write summary.csv and print the table of a sweep's runs; return whether all are done.
+
+    Raises:
+        OSError: the summary cannot be written, or the table cannot be printed. The other is.
+    """
+    # Imported late: it takes a second, and train.py imports this file at its start.
+    from losswatch.report.runs import read_runs
+    from losswatch.report.tables import summary_table, write_summary
+
+    failure = None
+    try:
+        runs = write_summary(folder)
+    except OSError as error:
+        runs, failure = read_runs(folder), error
+    # Where the output is no terminal, rich would fold the table at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as printed:  # on a closed pipe rich would exit by itself
+        console.print(summary_table(runs))
+        console.print(f"[bold]Summary[/]  {folder / 'summary.csv'}", highlight=False)
+        console.print(f"[bold]Browse[/]   tensorboard --logdir {folder}", highlight=False)
+    print(printed.get(), end="", flush=True)
+    if failure:
+        raise failure
+    return bool((runs.status == "done").all())

@@ -1,0 +1,222 @@
+"""What train.py does with one config: check it, train or test the run, and write how that went.
+
+Everything of losswatch comes together here, so nothing but train.py imports this file.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from losswatch import compat
+from losswatch.events.series import read_scalars
+from losswatch.stack.fit import train_compiled
+from losswatch.stack.member import FINISHED
+from losswatch.stack.refusal import NotStackable
+from losswatch.sweep.exit import stop
+from losswatch.text import one_line
+from losswatch.train import checkpoints, locks, run
+from losswatch.train.build import make_net
+from losswatch.train.checks import check
+from losswatch.train.config import ConfigError
+from losswatch.train.content import adopt, load_net
+from losswatch.train.folder import announce, check_folder
+from losswatch.train.outcome import finished, write_result
+from losswatch.train.process import only_errors, quiet
+from losswatch.train.settings import plain
+
+log = logging.getLogger(__name__)
+
+
+def run_task(cfg: DictConfig) -> float | None:
+    """Check a run, and train or test it unless it is done.
+
+    Returns:
+        the accuracy, for sweepers; None if the run failed in a sweep, or was stopped.
+
+    Raises:
+        SystemExit: the config cannot work; or a single run failed or was stopped.
+        KeyboardInterrupt: after Ctrl-C.
+    """
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    trained = job.runtime.choices.get("loss") or ""  # `check` says what is wrong with none
+    is_single = job.mode == RunMode.RUN
+    with quiet():
+        try:
+            _check(cfg, trained, folder)
+        except ConfigError as error:
+            stop(str(error))
+        if earlier := finished(folder):
+            return _skip(earlier, folder)
+        # Lightning starts this program again for each further device. Those processes train, too,
+        # and leave everything else to the first one.
+        is_first = compat.process_rank() == 0
+        try:
+            with locks.hold(folder) if is_first else nullcontext():
+                # Before it let go, another process may have finished the run, or begun one here.
+                check_folder(folder, cfg)
+                if earlier := finished(folder):
+                    return _skip(earlier, folder)
+                return _attempt(cfg, trained, folder, is_first)
+        except ConfigError as error:
+            if is_single:
+                stop(str(error))
+            log.error("%s", error)  # true since the sweep began: its other runs go on
+            return None
+
+
+def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
+    """See that the run can work; with a checkpoint, take its settings over first.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    job = HydraConfig.get()
+    content = None
+    if cfg.checkpoint is not None:
+        given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
+        content = checkpoints.find(cfg.checkpoint)
+        adopt(cfg, content, given)
+    check(cfg, trained, multirun=job.mode == RunMode.MULTIRUN)
+    if content is not None:
+        load_net(make_net(cfg), content)
+    check_folder(folder, cfg)
+
+
+def _skip(result: dict[str, Any], folder: Path) -> float:
+    """Say that the run is done; return its accuracy."""
+    log.info("done before, skipped: %s", folder)
+    accuracy = result["metrics"].get("val/accuracy")
+    return float("nan") if accuracy is None else accuracy
+
+
+# --- One attempt ---------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """What an attempt has reached."""
+
+    steps: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> float | None:
+    """Train or test the run, and write how it went."""
+    begin = time.perf_counter()
+    try:
+        with only_errors(not is_first):
+            reached = _work(cfg, trained, folder)
+    except BaseException as error:
+        _fail(error, cfg, folder, time.perf_counter() - begin, is_first)
+        return None
+    stage = "val" if cfg.mode == "train" else "test"
+    accuracy = reached.metrics.get(f"{stage}/accuracy", float("nan"))
+    if not is_first:
+        return accuracy
+    if cfg.mode == "train":
+        _draw_curves(folder, trained)
+        if reached.steps < cfg.trainer.max_steps:
+            _stop_early(reached, cfg, folder)
+            return None
+    # In this order: a run that is done has its picture, and a run that is not has the checkpoints
+    # to go on from.
+    _write(cfg, folder, "done", reached)
+    if cfg.mode == "train":
+        checkpoints.finish(folder, reached.steps)
+    log.info("%s accuracy %.4f in %.1f s: %s", stage, accuracy, reached.seconds, folder)
+    return accuracy
+
+
+def _work(cfg: DictConfig, trained: str, folder: Path) -> Trained:
+    """Train or test. A run that the fused launcher has trained only hands over its result."""
+    if stacked := FINISHED.pop(folder, None):
+        announce(stacked.notice, step=0)
+        return Trained(cfg.trainer.max_steps, stacked.result(), stacked.seconds)
+    begin = time.perf_counter()
+    work = train if cfg.mode == "train" else run.test
+    steps, metrics = work(cfg, trained, folder)
+    return Trained(steps, metrics, time.perf_counter() - begin)
+
+
+def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, float]]:
+    """Train one run: by a compiled step if `cfg.compile` asks for it, and it can be compiled.
+
+    Args and returns as of `train.run.train`.
+    """
+    if cfg.compile:
+        try:
+            return train_compiled(cfg, trained, folder)
+        except NotStackable as error:
+            log.warning("not compiled: %s", error)
+    return run.train(cfg, trained, folder)
+
+
+# --- How it went ---------------------------------------------------------------------------------
+
+
+def _write(
+    cfg: DictConfig,
+    folder: Path,
+    status: str,
+    reached: Trained | None = None,
+    error: str | None = None,
+    seconds: float = 0.0,
+) -> None:
+    """Write result.json; `seconds` are those of an attempt that has reached nothing."""
+    job = HydraConfig.get()
+    groups = ("loss", "model", "optimizer")
+    result = {
+        "run": folder.name,
+        "status": status,
+        "error": error,
+        "overrides": list(job.overrides.task),
+        "choices": {group: job.runtime.choices.get(group) for group in groups},
+        "config": plain(cfg),
+        "steps": reached.steps if reached else None,
+        "seconds": reached.seconds if reached else seconds,
+    }
+    write_result(folder, result | {"metrics": reached.metrics} if reached else result)
+
+
+def _fail(
+    error: BaseException, cfg: DictConfig, folder: Path, seconds: float, is_first: bool
+) -> None:
+    """Record an error, and raise what ends the command: the error of a single run, or Ctrl-C."""
+    job = HydraConfig.get()
+    # On Ctrl-C Lightning shuts down in order, and then exits.
+    is_interrupt = isinstance(error, KeyboardInterrupt | SystemExit)
+    text = "interrupted" if is_interrupt else one_line(error)
+    if is_first:
+        _write(cfg, folder, "failed", error=text, seconds=seconds)
+    if is_interrupt:
+        raise KeyboardInterrupt from error
+    log.error("failed: %s (traceback in %s)", text, folder / f"{job.job.name}.log")
+    log.debug("".join(traceback.format_exception(error)))
+    if job.mode == RunMode.RUN:
+        raise SystemExit(1) from error
+
+
+def _stop_early(reached: Trained, cfg: DictConfig, folder: Path) -> None:
+    """Record that the time was up before the last step, which ends a single run."""
+    what = f"after {reached.steps} of {cfg.trainer.max_steps} steps"
+    _write(cfg, folder, "stopped", reached, error=what)
+    log.warning("stopped %s, to be resumed: %s", what, folder)
+    if HydraConfig.get().mode == RunMode.RUN:
+        raise SystemExit(1)
+
+
+def _draw_curves(folder: Path, trained: str) -> None:
+    # Imported late: Matplotlib takes a second, and a run that is done before draws nothing.
+    from losswatch.report.figures import plot_curves
+
+    plot_curves(read_scalars(folder), folder / "curves.png", title=folder.name, trained=trained)

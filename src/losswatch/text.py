@@ -1,0 +1,111 @@
+"""Text made safe to show: on a terminal, in tables, in Markdown, in figures and as a file name.
+
+Names and contents of a run's files come from the disk, so anybody may have written them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+
+def printable(value: object) -> str:
+    r"""The value as text, with a replacement character for each character that does not print.
+
+    >>> printable("a\x1b[31m\nb")
+    'a�[31m�b'
+    """
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def reason(error: Exception) -> str:
+    """The error's message as one line of at most 200 characters.
+
+    An error of the operating system gives its reason without the path: callers name the path.
+
+    >>> reason(ValueError("two\\nlines")), reason(KeyError()), reason(FileNotFoundError(2, "gone"))
+    ('two lines', 'KeyError', 'gone')
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(" ".join((text or type(error).__name__).split())[:200])
+
+
+def shortened(value: object) -> str:
+    """The value as printable text of at most 80 characters.
+
+    >>> shortened("a" * 100)[70:]
+    'aaaaaaa...'
+    """
+    text = printable(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def one_line(error: BaseException) -> str:
+    r"""The type and the text of an error.
+
+    >>> one_line(ValueError("too\nlong"))
+    'ValueError: too long'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def show(value: Any, digits: int | None = None) -> str:
+    r"""A value as people read it, on one line and without control characters.
+
+    Args:
+        value: a number, a truth value, text, or None or NaN for a missing value.
+        digits: decimals of a float; without it, as many as the float needs, up to six digits.
+
+    >>> show(0.05), show(0.12345, 2), show(True), show(float("nan")), show("a\x1b[31m\nb")
+    ('0.05', '0.12', 'on', '–', 'a�[31m�b')
+    """
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, bool | np.bool_):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}" if digits is None else f"{value:.{digits}f}"
+    return printable(value)
+
+
+def csv_escape(text: str) -> str:
+    """Text that a spreadsheet shows as it stands, instead of computing it as a formula.
+
+    >>> [csv_escape(text) for text in ("dice", "-1e-3", "=1+1", " @SUM(A1)", "-x")]
+    ['dice', '-1e-3', "'=1+1", "' @SUM(A1)", "'-x"]
+    """
+    text = printable(text)
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text, re.IGNORECASE | re.ASCII)
+    return f"'{text}" if re.match(r"\s*[=+@＝＋－＠-]", text) and not number else text
+
+
+def markdown_escape(text: str) -> str:
+    r"""Text that Markdown shows as it stands.
+
+    >>> markdown_escape("a|b <img> `x` [95 %]")
+    'a\\|b \\<img\\> \\`x\\` \\[95 %\\]'
+    """
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", printable(text))
+
+
+def matplotlib_escape(text: str) -> str:
+    r"""Text that Matplotlib shows as it stands: a dollar sign would begin a formula.
+
+    >>> matplotlib_escape("$x$")
+    '\\$x\\$'
+    """
+    return printable(text).replace("$", r"\$")
+
+
+def file_name(text: str) -> str:
+    """A file name like `text`; where characters are replaced, a checksum keeps names apart.
+
+    >>> file_name("theta=[0.3, 0.6],batch_norm=on"), file_name("note=../x")
+    ('theta=0.3,0.6,batch_norm=on', 'note=.._x~5c3098ed')
+    """
+    text = re.sub(r"[\[\] ]", "", text)
+    safe = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:120]
+    return safe if safe == text else f"{safe}~{crc32(text.encode()):08x}"

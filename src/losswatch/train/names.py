@@ -1,0 +1,81 @@
+"""The names of run folders and sweep folders, and how to write such a name on a command line.
+
+Imports nothing slow: Hydra resolves these names before the first run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+# Bytes of a run's name. Most file systems allow 255 bytes for a name.
+_LONGEST = 150
+# An override that can stand in a folder's name as it is. Commas are allowed inside brackets only,
+# so that overrides joined by commas can be read in one way only.
+_PLAIN = re.compile(r"(?:[\w.=+~@-]|\[[\w.,=+~@-]*\])+")
+
+
+def run_name(overrides: Sequence[str]) -> str:
+    """The name of a run's folder: its overrides, sorted.
+
+    Different sets of overrides get different names. A name with other characters than those of
+    `_PLAIN`, or a long one, is shortened and ends with a hash of the overrides.
+
+    >>> run_name(["loss=dice", "theta=0.05"])
+    'loss=dice,theta=0.05'
+    >>> run_name([])
+    'default'
+    >>> run_name(["note=a b"])
+    'note=a_b-c692bc42'
+    """
+    ordered = sorted(overrides)
+    name = ",".join(ordered) or "default"
+    if all(map(_PLAIN.fullmatch, ordered)) and len(name.encode()) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(repr(ordered).encode()).hexdigest()[:8]
+    safe = re.sub(r"[^\w.,=+~@\[\]-]", "_", name)
+    return safe.encode()[: _LONGEST - 9].decode(errors="ignore") + "-" + digest
+
+
+@functools.cache
+def sweep_name() -> str:
+    """The name of this command's folder in outputs/: the time, and a number if that is taken.
+
+    This function creates the folder, so two commands that start in the same second get two
+    folders. Cached: one command has one folder.
+
+    Raises:
+        OSError: the folder cannot be created.
+    """
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name, attempt = stamp, 1
+    while True:
+        try:
+            Path("outputs", name).mkdir(parents=True)
+            return name
+        except FileExistsError:
+            attempt += 1
+            name = f"{stamp}-{attempt}"
+
+
+def run_folder(resume: str | None, overrides: Sequence[str]) -> str:
+    """The folder of a single run: the one that it resumes, or a new one."""
+    return resume or str(Path("outputs", sweep_name(), run_name(overrides)))
+
+
+def quoted(argument: str) -> str:
+    """A command-line argument, its value quoted if it is a path.
+
+    Hydra would split the name of a run's folder at its "=" and ",".
+
+    >>> quoted("resume=outputs/a/loss=dice,theta=0.5"), quoted("theta=0.5")
+    ("resume='outputs/a/loss=dice,theta=0.5'", 'theta=0.5')
+    """
+    key, _, value = argument.partition("=")
+    if key not in ("resume", "checkpoint") or value in ("", "null") or value[0] in "\"'":
+        return argument
+    return f"{key}='{value}'"
