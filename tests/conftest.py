@@ -104,9 +104,7 @@ def make_run(tmp_path):
             **{"image_size": 8, "batch_size": 3, "val_size": 3, "test_size": 3} | (data or {}),
         )
         options = {"max_steps": steps, "max_epochs": 1, "accelerator": "cpu"} | trainer
-        options["log_every_n_steps"] = (
-            1  # Lightning warns if it is longer than the run
-        )
+        options["log_every_n_steps"] = 1  # Lightning warns if it is longer than the run
         fitter = pl.Trainer(
             logger=EventLog(str(tmp_path / folder)),
             callbacks=[*([probe] if probe else []), *callbacks],

@@ -733,7 +733,8 @@ def test_an_error_in_a_stack_fails_its_runs_alone(tmp_path):
         (tmp_path / f"conf/loss/{name}.yaml").write_text(text)
     done = run_train(
         "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "hydra/launcher=fused",
-        "loss=cce", "watch=[cce,dice],[cce,runtime],[cce,value]", "seed=0,1",
+        "hydra.launcher.workers=1", "loss=cce", "watch=[cce,dice],[cce,runtime],[cce,value]",
+        "seed=0,1",
         cwd=tmp_path, status=1, env=ENVIRONMENT | {"PYTHONPATH": TESTS},
     )  # fmt: skip
     assert "one by one" not in done.stderr and "Traceback" not in done.stderr

@@ -23,12 +23,14 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, read_result
 from forks import Fork, ForkServer
-from losswatch.report.report import read_runs, read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import session
 from test_resume import assert_same
 
-from losswatch.train import resume
+from losswatch.events.series import read_scalars
+from losswatch.report.runs import read_runs
+from losswatch.train.checkpoints import newest
+from losswatch.train.outcome import finished
 
 KILLS = int(os.environ.get("LOSSWATCH_KILLS", 20))
 STEPS, EVERY = 240, 40  # of each run, and between its validations and so its checkpoints
@@ -105,7 +107,7 @@ FUSED = [*SWEEP, "hydra/launcher=fused", "hydra.launcher.workers=2"]
 ONE_STACK = [*SWEEP, "hydra/launcher=fused", "hydra.launcher.workers=1"]
 
 
-def finished(fork: Fork, cwd: Path) -> Path:
+def complete(fork: Fork, cwd: Path) -> Path:
     """The folder of a sweep whose process has ended: with a complete table, if not killed."""
     done = fork.result()
     assert fork.returncode == 0, done.stderr
@@ -138,7 +140,7 @@ def whole(server, tmp_path_factory):
                 fork = server.start(str(ROOT / "train.py"), *command, cwd=cwd)
                 fork.wait(timeout=600)
                 seconds = time.monotonic() - begin
-            made[key] = finished(fork, cwd), seconds
+            made[key] = complete(fork, cwd), seconds
         return made[key]
 
     return make
@@ -182,10 +184,11 @@ class Report:
     def print(self, name: str, seconds: float) -> None:
         print(f"\n{name}: {self.kills.total()} kills, {self.resumed} of sweeps taken up again")
         print(f"{self.ends} ends, all as uninterrupted; a whole sweep took {seconds:.1f} s")
-        print(f"{'killed':44} times  steps lost: mean  max (of {RUNS} x {STEPS})")
+        print("Lost: steps on record past the last checkpoint, of all runs together")
+        print(f"{'killed':44} times  lost: mean  max")
         for kill, times in self.kills.items():
             lost = self.lost[kill]
-            print(f"{kill:44} {times:5}  {np.mean(lost):16.1f} {max(lost):4}")
+            print(f"{kill:44} {times:5}  {np.mean(lost):10.1f} {max(lost):4}")
 
 
 def progress(run: Path) -> tuple[int, int]:
@@ -193,10 +196,10 @@ def progress(run: Path) -> tuple[int, int]:
     curves = read_scalars(run)
     trained = curves["loss/dice"].dropna().index if "loss/dice" in curves else []
     recorded = int(max(trained, default=-1)) + 1
-    if resume.finished(run):
+    if finished(run):
         return STEPS, recorded
-    newest = resume.newest(run)
-    return newest[1]["global_step"] if newest else 0, recorded
+    found = newest(run)
+    return found[1]["global_step"] if found else 0, recorded
 
 
 def kill_again_and_again(server, cwds, whole, command, kills):
@@ -225,7 +228,7 @@ def kill_again_and_again(server, cwds, whole, command, kills):
             report.add(kill, sum(max(0, recorded - steps) for steps, recorded in now.values()))
         # Some way does not come about in what is left of a sweep, but does in a new one.
         assert attempts or not (kill and kill.at), f"no sweep comes to {kill}"
-        assert_same_sweep(finished(fork, cwd), reference)
+        assert_same_sweep(complete(fork, cwd), reference)
     report.print(" ".join(command[len(SWEEP) :]), seconds)
 
 
@@ -262,7 +265,7 @@ def assert_near(sweep, reference):
         curves, wanted = read_scalars(run), read_scalars(other)
         assert set(curves.columns) == set(wanted.columns)
         pd.testing.assert_frame_equal(curves[wanted.columns], wanted, rtol=1e-3, atol=1e-3)
-        (name, state), (other_name, other_state) = resume.newest(run), resume.newest(other)
+        (name, state), (other_name, other_state) = newest(run), newest(other)
         assert name.name == other_name.name == f"step={STEPS}.ckpt"
         for key, weight in other_state["state_dict"].items():
             torch.testing.assert_close(state["state_dict"][key], weight, rtol=1e-2, atol=1e-3)
