@@ -74,35 +74,31 @@ def launch(
     else:  # a group takes one CPU core, so there are at least as many groups as cores
         size = -(-len(todo) // at_once)
     parts = [part for group in order_groups(groups) for part in split(group, max_members or size)]
-    if outer is not None:
-        launcher = _outer_launcher(outer, parts, context)
-        place = f"jobs of {type(launcher).__name__}"
-        if not (max_members or workers):
-            place += " (hydra.launcher.max_members sets how large)"
-    else:
+
+    launcher = None if outer is None else _outer_launcher(outer, parts, context)
+    if launcher is None:
         place = f"{min(at_once, len(parts))} at once"
+    else:
+        advice = "" if max_members or workers else " (hydra.launcher.max_members sets how large)"
+        place = f"jobs of {type(launcher).__name__}{advice}"
     reason = f" (they differ in {', '.join(differ)})" if differ else ""
     earlier = f", {len(done)} done before" if done else ""
     say(
         f"fused: {_count(len(todo), 'run')} in {_count(len(parts), 'group')} of up to "
         f"{max(map(len, parts), default=0)}, {place}{reason}{earlier}"
     )
-    if not parts:
-        returns = []
-    elif outer is not None:
-        # In the sweep's own folder, and without a config there: of a group only its runs remain.
-        folder = ["hydra.sweep.subdir=.", "hydra.output_subdir=null"]
-        finished = launcher.launch([folder] * len(parts), initial_job_idx=0)
-        returns = [r for part in finished for r in part.return_value]
-    else:
-        returns = _run_here(parts, context, at_once)
+
+    returns: list[Returned] = []
+    if parts and launcher is None:
+        returns += _run_here(parts, context, at_once)
+    elif parts and launcher is not None:
+        returns += _run_by(launcher, len(parts))
     returns += run_group(done, context)  # train.py skips each of them
-    ordered = [returned for _, returned in sorted(returns, key=lambda pair: pair[0])]
-    for returned in ordered:
+    for _, returned in returns:
         if returned.status is JobStatus.FAILED:  # the sweeper would end the sweep (see `_finish`)
             current_sweep().lacks_runs = True
             returned.status = JobStatus.COMPLETED
-    return ordered
+    return [returned for _, returned in sorted(returns, key=lambda pair: pair[0])]
 
 
 def split(jobs: list[Job], size: int) -> list[list[Job]]:
@@ -177,6 +173,17 @@ def _outer_launcher(outer: Any, parts: Sequence[Sequence[Job]], context: Context
         task_function=OuterTask(runs, context),
         config=config,
     )
+
+
+def _run_by(launcher: Launcher, count: int) -> list[Returned]:
+    """By another launcher: each group is one of its jobs.
+
+    Their folder is that of the sweep, and they write no config there: of a group only the folders
+    of its runs remain.
+    """
+    overrides = ["hydra.sweep.subdir=.", "hydra.output_subdir=null"]
+    finished = launcher.launch([overrides] * count, initial_job_idx=0)
+    return [returned for part in finished for returned in part.return_value]
 
 
 # --- One group -----------------------------------------------------------------------------------
