@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 Returned = tuple[int, JobReturn]  # a run's number, and what its job returned
 
 OUTER_MEMBERS = 32  # runs a group for another launcher, whose machines are not known here
+KILLED = "the process that trained it was killed, for want of memory or by a crash in native code"
 
 
 def launch(
@@ -114,15 +116,47 @@ def _count(number: int, noun: str) -> str:
 
 
 def _run_here(parts: Sequence[Sequence[Job]], context: Context, at_once: int) -> list[Returned]:
-    """On this machine: several groups at once, each in a process of its own."""
+    """On this machine: several groups at once, each in a process of its own.
+
+    A process that is killed, for want of memory or by a crash in native code, takes the others with
+    it, since joblib stops them. It trained one of the first `at_once` groups that did not return.
+    Each of these goes on alone, so that only the runs of the killer fail; then come the others.
+    """
     if at_once == 1 or len(parts) == 1:
         return [returned for part in parts for returned in run_group(part, context)]
+    returns: list[Returned] = []
+    waiting = list(parts)
+    while waiting:
+        with suppress(BrokenProcessPool):
+            for returned in _in_processes(waiting, context, at_once):
+                returns += returned
+        returned_runs = {index for index, _ in returns}
+        waiting = [part for part in waiting if part[0].index not in returned_runs]
+        for part in waiting[:at_once]:
+            try:
+                for returned in _in_processes([part], context, at_once):
+                    returns += returned
+            except BrokenProcessPool:
+                killed = fuse.Failure(RuntimeError(KILLED))
+                fuse.FINISHED |= {job.folder: killed for job in part}
+                returns += [(job.index, _finish(job, context)) for job in part]
+        waiting = waiting[at_once:]
+    return returns
+
+
+def _in_processes(
+    parts: Sequence[Sequence[Job]], context: Context, at_once: int
+) -> Iterator[list[Returned]]:
+    """What `run_group` returns for each group, as soon as it is there.
+
+    Raises:
+        BrokenProcessPool: one of the processes was killed.
+    """
     singletons = Singleton.get_state()
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        finished = joblib.Parallel(n_jobs=at_once)(
+        yield from joblib.Parallel(n_jobs=at_once, return_as="generator_unordered")(
             joblib.delayed(run_group)(part, context, singletons) for part in parts
         )
-    return [returned for part in finished for returned in part]
 
 
 @dataclass
