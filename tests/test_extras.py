@@ -1,4 +1,4 @@
-"""Hydra's own launchers and its optuna sweeper, for real on this machine."""
+"""Hydra's other launchers and its optuna sweeper, run on this machine."""
 
 import importlib.util
 import os
@@ -20,12 +20,12 @@ from losswatch.sweep.exit import clear_errors
 from losswatch.sweep.jobs import Context
 from losswatch.train import config
 
-# Ray would leave a token in the home folder, and colours in what it repeats.
+# Otherwise Ray leaves a token in the home folder, and colours in the output that it repeats.
 ENVIRONMENT = ENVIRONMENT | {"RAY_AUTH_MODE": "disabled", "RAY_COLOR_PREFIX": "0"}
 
 
 def plugin(name, choice, slow=True):
-    """A test's parameter, which is skipped where the plugin is missing."""
+    """A test's parameter, skipped where the plugin is not installed."""
     there = importlib.util.find_spec(f"hydra_plugins.{name}") is not None
     marks = [pytest.mark.skipif(not there, reason=f"{name} is not installed")]
     if choice == "submitit_slurm":  # where tmp_path is on one machine only, give --basetemp
@@ -35,7 +35,7 @@ def plugin(name, choice, slow=True):
 
 
 def table(printed):
-    """The printed table's rows but for the seconds."""
+    """The rows of the printed table, without the seconds."""
     lines = printed[: printed.index("Summary")].splitlines()
     rule = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"
     head, *rows = [line.split() for line in lines if line.strip(f" {rule}")]
@@ -93,13 +93,13 @@ GRID = ["loss=dice,cce", "theta=0.05,0.5,0.95"]
 
 
 def outcome(cwd):
-    """A sweep's folder, and its summary but for the seconds."""
+    """A sweep's folder, and its summary without the seconds."""
     [folder] = (cwd / "outputs").iterdir()
     return folder, pd.read_csv(folder / "summary.csv").drop(columns="seconds")
 
 
 def files(folder):
-    """All files of a sweep, event files without the host's and time's part of their names."""
+    """All files of a sweep; names of event files without the time and the host."""
     names = {str(p.relative_to(folder)).split(".tfevents")[0] for p in folder.rglob("*")}
     return {name for name in names if not name.startswith(".submitit")}
 
@@ -121,7 +121,7 @@ def grouped(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("outer", LAUNCHERS)
 def test_groups_through_another_launcher(grouped, tmp_path, outer):
-    """Three jobs for six runs; the table, summary, files and curves of the fused launcher alone."""
+    """Three jobs for six runs give the same files and numbers as the fused launcher alone."""
     done = run_train(
         *GROUPED, *GRID, f"hydra.launcher.outer={outer}", cwd=tmp_path, env=ENVIRONMENT, timeout=600
     )
@@ -157,7 +157,7 @@ def test_a_failing_run_within_a_group_of_another_launcher(tmp_path, outer):
 
 
 def test_groups_one_after_another(six, tmp_path):
-    """The outer launcher's config as such, here that of Hydra's own; the basic sweep's values."""
+    """The outer launcher given by its config; the values are those of the basic launcher."""
     outer = "+hydra/launcher@hydra.launcher.outer=basic"
     done = run_train(*GROUPED, *GRID, outer, cwd=tmp_path)
     said = fused_line(done.stderr)
@@ -171,7 +171,7 @@ def test_groups_one_after_another(six, tmp_path):
 
 @pytest.mark.slow
 def test_groups_taken_up_again(grouped, tmp_path):
-    """Only what is missing is sent on."""
+    """Only the missing runs are given to the outer launcher."""
     args = [*GROUPED, "hydra.launcher.outer=basic", "hydra.sweep.dir=outputs/again"]
     run_train(*args, "loss=dice,cce", "theta=0.05", cwd=tmp_path)
     done = run_train(*args, *GRID, "hydra.launcher.max_members=null", cwd=tmp_path)
@@ -213,7 +213,7 @@ SHORT = ["trainer.max_steps=20", "trainer.val_check_interval=20", "data.image_si
 
 @pytest.mark.parametrize("experiment", [plugin("hydra_optuna_sweeper", "optuna", slow=False)])
 def test_search(tmp_path, experiment):
-    """The example: six trials, the best of them written down, all of them in the table."""
+    """Six trials of the example: all are in the table, and the best is written to a file."""
     done = run_train(
         "-m", f"experiment={experiment}", "hydra.sweeper.n_trials=6", *SHORT, cwd=tmp_path
     )
@@ -236,7 +236,7 @@ def test_search(tmp_path, experiment):
 @pytest.mark.slow
 @pytest.mark.parametrize("sweeper", [plugin("hydra_optuna_sweeper", "optuna")])
 def test_a_search_goes_on_after_a_failed_trial(failing, tmp_path, sweeper):
-    """It has no score; where none has one, the table comes all the same, and a line."""
+    """A failed trial has no score. If no trial has one, there is the table and a line."""
     search = ["-m", *failing.arguments, f"hydra/sweeper={sweeper}", "hydra.sweeper.n_jobs=1"]
     done = run_train(
         *search, "hydra.sweeper.n_trials=5", "loss=choice(boom,dice)", "seed=range(0,100)",

@@ -109,7 +109,7 @@ def test_numbers_of_sgd_stay_together(jobs, values):
     ],
 )
 def test_what_must_be_equal_splits(jobs, values, name):
-    """In the order of their first runs, and it is said why."""
+    """Groups are in the order of their first runs, and the key in which they differ is named."""
     found, differ = group_jobs(jobs([values[0]], [values[1]], [values[0], "seed=3"]))
     assert indices(found) == [[0, 2], [1]]
     assert name in differ
@@ -117,7 +117,7 @@ def test_what_must_be_equal_splits(jobs, values, name):
 
 
 def test_a_changed_loss_is_another(jobs):
-    """Its name is taken by the one of its file, which the other runs watch."""
+    """Its name means the loss of its file, which the other runs watch."""
     runs = jobs(
         ["loss=dice"], ["loss=dice_square"],
         ["loss=dice", "+loss.exponent=2"], ["loss=dice", "+loss.exponent=2", "seed=1"],
@@ -145,7 +145,7 @@ def test_members_stay_in_order():
 
 @pytest.mark.parametrize("fits", [4, 2, 1])
 def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
-    """As a group too large for a GPU; each run is trained once, and leaves one event file."""
+    """Like a group too large for a GPU. Each run is trained once, and leaves one event file."""
     trained = []
     train = StackedModule.training_step
 
@@ -170,7 +170,7 @@ def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
 
 
 def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
-    """What goes on begins at the checkpoint, and has what was logged before it."""
+    """Its halves start at the checkpoint, and have what was logged before it."""
     train, blocks = StackedModule.training_step, []
 
     def fails_once(module, *args):
@@ -220,7 +220,7 @@ def sweep(cwd, *args, status=0):
 
 
 def tree(folder):
-    """All files of a sweep, event files without the host's and time's part of their names."""
+    """All files of a sweep; names of event files without the time and the host."""
     names = (str(p.relative_to(folder)) for p in folder.rglob("*"))
     return sorted(re.sub(r"(events\.out\.tfevents)\..*", r"\1", name) for name in names)
 
@@ -286,7 +286,7 @@ def test_what_is_said(two):
 
 
 def complete(swept, count):
-    """All runs are done, and each left what it should, once."""
+    """All runs are done, and each has its files, once."""
     assert len(swept.runs) == count
     for folder in swept.runs.values():
         assert read_result(folder)["status"] == "done"
@@ -297,7 +297,7 @@ def complete(swept, count):
 
 
 def test_what_cannot_be_stacked_is_trained_one_by_one(tmp_path):
-    """An optimiser that is not written out, and clipping, beside runs that can."""
+    """An optimiser that stacks do not know, and gradient clipping, beside runs without them."""
     extra = tmp_path / "conf" / "optimizer"
     extra.mkdir(parents=True)
     OmegaConf.save({"_target_": "torch.optim.Adagrad", "lr": 0.01}, extra / "adagrad.yaml")
@@ -316,7 +316,7 @@ def test_what_cannot_be_stacked_is_trained_one_by_one(tmp_path):
 
 
 def test_a_failing_member(tmp_path):
-    """It is marked, the others are done, in groups no larger than asked; the status says so."""
+    """It is marked as failed and the others are done; groups are no larger than asked."""
     swept = sweep(
         tmp_path, "hydra/launcher=fused", "hydra.launcher.workers=1",
         "hydra.launcher.max_members=2", "optimizer.lr=1e-3,1e30,1e-2", status=1,
@@ -338,7 +338,7 @@ def test_a_failing_member(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["-m", "hydra/launcher=fused", "seed=0,1,2"]])
 def test_compiled(tmp_path, launcher):
-    """compile=true gives the numbers of compile=false; no warning on the way."""
+    """compile=true gives the numbers of compile=false, without a warning."""
     runs = []
     for compiled in ("true", "false"):
         cwd = tmp_path / compiled
@@ -390,7 +390,7 @@ JOBLIB = pytest.mark.skipif(
 
 
 def session(leader):
-    """The processes of a session that have not ended, as Linux tells them."""
+    """The processes of a session that have not ended, from Linux's /proc."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -403,7 +403,7 @@ def session(leader):
 
 
 def stopped(cwd, command, by, whom, when, env=None):
-    """Start a command, stop it or all its processes when `when()`; what came of it.
+    """Start a command, and signal it or all its processes when `when()`; return its output.
 
     None of its processes may be left 10 seconds later.
     """
@@ -432,7 +432,7 @@ def stopped(cwd, command, by, whom, when, env=None):
 
 
 def interrupted(status, out, said, rows):
-    """The table of what is finished, and one line."""
+    """The command printed the table of what is finished, and one line."""
     assert status == 130
     others = [line for line in said.splitlines() if not re.match("run[ :]|fused: |\\[.*INFO", line)]
     assert others == ["losswatch: interrupted"]
@@ -454,7 +454,7 @@ def interrupted(status, out, said, rows):
     ],
 )
 def test_a_stopped_sweep_leaves_no_process(tmp_path, command, by, whom):
-    """Killed or interrupted; its runs can be taken at once then."""
+    """Whether killed or interrupted; its runs are not locked any more."""
 
     def under_way():
         return len(list(tmp_path.glob("s/*/checkpoints/*.ckpt"))) >= 2
@@ -471,7 +471,7 @@ def test_a_stopped_sweep_leaves_no_process(tmp_path, command, by, whom):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processes")
 @pytest.mark.parametrize("command", [[*FUSED, "hydra.launcher.workers=1"], FUSED, LONG])
 def test_interrupted_while_it_compiles(tmp_path, command):
-    """Nothing is in the compiler's cache."""
+    """The compiler's cache is empty, so compiling takes a while."""
 
     def compiling():
         return list(tmp_path.glob("cache/**/*.cpp"))

@@ -100,12 +100,12 @@ def test_grid_is_checked_before_the_first_run(tmp_path, arguments, message):
 # --- What cannot be written ----------------------------------------------------------------------
 
 TINY = ["-m", "experiment=smoke", "trainer.max_steps=2", "hydra.sweep.dir=s"]
-# Unbuffered, output is not tried again at the end of the process, where it fails otherwise.
+# Without PYTHONUNBUFFERED: buffered output is written again at the end of a process, which fails.
 BUFFERED = {k: v for k, v in ENVIRONMENT.items() if k not in ("PYTHONUNBUFFERED", "PYTHONWARNINGS")}
 
 
 def full(*streams):
-    """Puts a full disk in the place of streams of a new process."""
+    """A function that makes streams of a new process write to a full disk."""
 
     def redirect():
         for stream in streams:
@@ -119,7 +119,7 @@ def closed(*streams):
 
 
 def statuses(sweep_dir):
-    """By learning rate."""
+    """The status of each run, by its learning rate."""
     results = [read_result(file.parent) for file in sweep_dir.glob("*/result.json")]
     return {result["config"]["optimizer"]["lr"]: result["status"] for result in results}
 
@@ -149,9 +149,9 @@ def case(name, preexec_fn, encoding, printed, last, slow=True):
 def test_a_failed_run_is_told_by_the_exit_status(
     tmp_path, launcher, preexec_fn, encoding, printed, last
 ):
-    """Wherever the output goes; and the runs are trained, and summed up.
+    """Whatever becomes of the output. The runs are trained, and summary.csv is written.
 
-    Their logs are on a full disk, which must not be told by each line of them.
+    The logs of the runs are on a full disk: that must not print an error for each of their lines.
     """
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
@@ -169,7 +169,7 @@ def test_a_failed_run_is_told_by_the_exit_status(
 
 
 def mounted(folder, size, *options):
-    """A small disk; skips where that is not allowed."""
+    """Mount a small disk; skip the test where that is not allowed."""
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "none", folder]
     if subprocess.run(command, capture_output=True).returncode:
@@ -180,7 +180,7 @@ def mounted(folder, size, *options):
 @pytest.mark.parametrize("launcher", ["basic", "fused", "joblib"])
 @pytest.mark.parametrize("size", ["300k", "3m"])
 def test_the_disk_fills_during_a_sweep(tmp_path, launcher, size):
-    """A line for a run at most, one at the end, and the table; with more room it is finished."""
+    """At most one line a run, one at the end, and the table. With more room it is finished."""
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     disk = tmp_path / "disk"
@@ -209,7 +209,7 @@ def test_the_disk_fills_during_a_sweep(tmp_path, launcher, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 def test_a_disk_that_is_read_only(tmp_path, before):
-    """A line, from the start and when a sweep is taken up again, and exit status 1."""
+    """One line and exit status 1, for a new sweep and for one that is resumed."""
     disk = tmp_path / "disk"
     mounted(disk, "9m")
     try:
@@ -264,7 +264,7 @@ def mine(tmp_path):
 
 @pytest.mark.parametrize("typo", BROKEN)
 def test_a_broken_file_is_named_with_its_line(mine, compose, typo):
-    """As the loss trained with, and as one watched."""
+    """As the trained loss, and as a watched loss."""
     content, said = BROKEN[typo]
     folder, file = mine(content)
     added = f"hydra.searchpath=['{folder}']"
@@ -325,7 +325,7 @@ def alive(pid):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a process's state")
 def test_joblibs_processes_end_with_the_one_that_began_them(tmp_path):
-    """Even if it is killed, and they are at work."""
+    """Even if that one is killed while they work."""
     (tmp_path / "parent.py").write_text(PARENT)
     with subprocess.Popen(
         [sys.executable, "parent.py"], cwd=tmp_path, start_new_session=True,
@@ -398,7 +398,7 @@ for arguments in (
 
 
 def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
-    """Three of them in one process: done, refused, and done by the fused launcher."""
+    """Three sweeps in one process: one is done, one refused, one done by the fused launcher."""
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", IN_PROCESS, str(ROOT / "train.py")], cwd=tmp_path, timeout=180,
@@ -487,7 +487,7 @@ def test_interrupted_in_one_line(tmp_path, capsys, sweep_in, interrupt, folder):
 
 
 def test_a_sweep_that_ends_early_shows_its_table(six, capsys, sweep_in):
-    """And keeps the exit status of what ended it."""
+    """The exit status is that of the error that ended it."""
     for error, status in ((OSError("full"), 1), (ValueError("x\ny"), 1), (SystemExit(2), 2)):
         with pytest.raises(SystemExit) as stopped, sweep_in(six.folder):
             raise error
@@ -501,7 +501,7 @@ def test_a_sweep_that_ends_early_shows_its_table(six, capsys, sweep_in):
 
 
 def test_a_summary_that_cannot_be_written(six, tmp_path, capsys, sweep_in):
-    """All runs are done: the table tells it, a line and the exit status tell of the summary."""
+    """The table shows that all runs are done; a line and the exit status are about the summary."""
     shutil.copytree(six.folder, tmp_path / "s")
     (tmp_path / "s" / "summary.csv").unlink()
     (tmp_path / "s" / "summary.csv").mkdir()
@@ -515,7 +515,7 @@ def test_a_summary_that_cannot_be_written(six, tmp_path, capsys, sweep_in):
 
 @pytest.mark.parametrize("callback", ["on_run_start", "on_multirun_start"])
 def test_a_fault_of_a_callback_is_no_warning(callback):
-    """Hydra would go on, without the checks."""
+    """Otherwise Hydra would go on without the checks."""
     callbacks = Callbacks()
     callbacks.callbacks = [SweepCallback()]
     with warnings.catch_warnings(), pytest.raises(Escaped) as raised:

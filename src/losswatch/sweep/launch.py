@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 Returned = tuple[int, JobReturn]  # a run's number, and what its job returned
 
 OUTER_MEMBERS = 32  # runs a group for another launcher, whose machines are not known here
+KILLED = "the process that trained it was killed, for want of memory or by a crash in native code"
 
 
 def launch(
@@ -80,35 +82,31 @@ def launch(
     else:  # a group takes one CPU core, so there are at least as many groups as cores
         size = -(-len(todo) // at_once)
     parts = [part for group in order_groups(groups) for part in split(group, max_members or size)]
-    if outer is not None:
-        launcher = _outer_launcher(outer, parts, context)
-        place = f"jobs of {type(launcher).__name__}"
-        if not (max_members or workers):
-            place += " (hydra.launcher.max_members sets how large)"
-    else:
+
+    launcher = None if outer is None else _outer_launcher(outer, parts, context)
+    if launcher is None:
         place = f"{min(at_once, len(parts))} at once"
+    else:
+        advice = "" if max_members or workers else " (hydra.launcher.max_members sets how large)"
+        place = f"jobs of {type(launcher).__name__}{advice}"
     reason = f" (they differ in {', '.join(differ)})" if differ else ""
     earlier = f", {len(done)} done before" if done else ""
     say(
         f"fused: {_count(len(todo), 'run')} in {_count(len(parts), 'group')} of up to "
         f"{max(map(len, parts), default=0)}, {place}{reason}{earlier}"
     )
-    if not parts:
-        returns = []
-    elif outer is not None:
-        # In the sweep's own folder, and without a config there: of a group only its runs remain.
-        folder = ["hydra.sweep.subdir=.", "hydra.output_subdir=null"]
-        jobs_done = launcher.launch([folder] * len(parts), initial_job_idx=0)
-        returns = [r for part in jobs_done for r in part.return_value]
-    else:
-        returns = _run_here(parts, context, at_once)
+
+    returns: list[Returned] = []
+    if parts and launcher is None:
+        returns += _run_here(parts, context, at_once)
+    elif parts and launcher is not None:
+        returns += _run_by(launcher, len(parts))
     returns += run_group(done, context)  # train.py skips each of them
-    ordered = [returned for _, returned in sorted(returns, key=lambda pair: pair[0])]
-    for returned in ordered:
+    for _, returned in returns:
         if returned.status is JobStatus.FAILED:  # the sweeper would end the sweep (see `_finish`)
             current_sweep().lacks_runs = True
             returned.status = JobStatus.COMPLETED
-    return ordered
+    return [returned for _, returned in sorted(returns, key=lambda pair: pair[0])]
 
 
 def split(jobs: list[Job], size: int) -> list[list[Job]]:
@@ -124,15 +122,47 @@ def _count(number: int, noun: str) -> str:
 
 
 def _run_here(parts: Sequence[Sequence[Job]], context: Context, at_once: int) -> list[Returned]:
-    """On this machine: several groups at once, each in a process of its own."""
+    """On this machine: several groups at once, each in a process of its own.
+
+    A process that is killed, for want of memory or by a crash in native code, takes the others with
+    it, since joblib stops them. It trained one of the first `at_once` groups that did not return.
+    Each of these goes on alone, so that only the runs of the killer fail; then come the others.
+    """
     if at_once == 1 or len(parts) == 1:
         return [returned for part in parts for returned in run_group(part, context)]
+    returns: list[Returned] = []
+    waiting = list(parts)
+    while waiting:
+        with suppress(BrokenProcessPool):
+            for returned in _in_processes(waiting, context, at_once):
+                returns += returned
+        returned_runs = {index for index, _ in returns}
+        waiting = [part for part in waiting if part[0].index not in returned_runs]
+        for part in waiting[:at_once]:
+            try:
+                for returned in _in_processes([part], context, at_once):
+                    returns += returned
+            except BrokenProcessPool:
+                killed = Failure(RuntimeError(KILLED))
+                FINISHED.update({job.folder: killed for job in part})
+                returns += [(job.index, _finish(job, context)) for job in part]
+        waiting = waiting[at_once:]
+    return returns
+
+
+def _in_processes(
+    parts: Sequence[Sequence[Job]], context: Context, at_once: int
+) -> Iterator[list[Returned]]:
+    """What `run_group` returns for each group, as soon as it is there.
+
+    Raises:
+        BrokenProcessPool: one of the processes was killed.
+    """
     singletons = Singleton.get_state()
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        returns = joblib.Parallel(n_jobs=at_once)(
+        yield from joblib.Parallel(n_jobs=at_once, return_as="generator_unordered")(
             joblib.delayed(run_group)(part, context, singletons) for part in parts
         )
-    return [returned for part in returns for returned in part]
 
 
 @dataclass
@@ -183,6 +213,17 @@ def _outer_launcher(outer: Any, parts: Sequence[Sequence[Job]], context: Context
         task_function=OuterTask(runs, context),
         config=config,
     )
+
+
+def _run_by(launcher: Launcher, count: int) -> list[Returned]:
+    """By another launcher: each group is one of its jobs.
+
+    Their folder is that of the sweep, and they write no config there: of a group only the folders
+    of its runs remain.
+    """
+    overrides = ["hydra.sweep.subdir=.", "hydra.output_subdir=null"]
+    finished = launcher.launch([overrides] * count, initial_job_idx=0)
+    return [returned for part in finished for returned in part.return_value]
 
 
 # --- One group -----------------------------------------------------------------------------------
