@@ -75,10 +75,13 @@ def run_task(cfg: DictConfig) -> float | None:
 
 
 def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
-    """See that the run can work; with a checkpoint, take its settings over first.
+    """See that a single run can work, and that `folder` holds no other one.
+
+    With a checkpoint its settings are taken over first. A run of a sweep is checked in `_work`,
+    since an error there is an error of the run and does not end the sweep.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot, or it does.
     """
     job = HydraConfig.get()
     content = None
@@ -86,7 +89,8 @@ def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
         given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
         content = checkpoints.find(cfg.checkpoint)
         adopt(cfg, content, given)
-    check(cfg, trained, multirun=job.mode == RunMode.MULTIRUN)
+    if job.mode == RunMode.RUN:
+        check(cfg, trained)
     if content is not None:
         load_net(make_net(cfg), content)
     check_folder(folder, cfg)
@@ -116,6 +120,8 @@ def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> flo
     try:
         with only_errors(not is_first):
             reached = _work(cfg, trained, folder)
+            if is_first and cfg.mode == "train":
+                _draw_curves(folder, trained)
     except BaseException as error:
         _fail(error, cfg, folder, time.perf_counter() - begin, is_first)
         return None
@@ -123,11 +129,9 @@ def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> flo
     accuracy = reached.metrics.get(f"{stage}/accuracy", float("nan"))
     if not is_first:
         return accuracy
-    if cfg.mode == "train":
-        _draw_curves(folder, trained)
-        if reached.steps < cfg.trainer.max_steps:
-            _stop_early(reached, cfg, folder)
-            return None
+    if cfg.mode == "train" and reached.steps < cfg.trainer.max_steps:
+        _stop_early(reached, cfg, folder)
+        return None
     # In this order: a run that is done has its picture, and a run that is not has the checkpoints
     # to go on from.
     _write(cfg, folder, "done", reached)
@@ -143,6 +147,8 @@ def _work(cfg: DictConfig, trained: str, folder: Path) -> Trained:
         announce(stacked.notice, step=0)
         return Trained(cfg.trainer.max_steps, stacked.result(), stacked.seconds)
     begin = time.perf_counter()
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        check(cfg, trained, multirun=True)
     work = train if cfg.mode == "train" else run.test
     steps, metrics = work(cfg, trained, folder)
     return Trained(steps, metrics, time.perf_counter() - begin)
