@@ -184,7 +184,7 @@ class Dice(TableLoss):
 
     def _over_groups(self, value: Tensor) -> Tensor:
         """The mean, or the sum, over the groups of all ranks; [*groups] to a scalar."""
-        total, count = value.sum(), value.new_tensor(value.numel())
+        total, count = value.sum(), value.new_full((), value.numel())
         if world_size() > 1:
             total, count = sum_over_ranks(torch.stack([total, count])).unbind()
         return total / count if self.reduction == "mean" else total

@@ -1,9 +1,9 @@
 """The table of sums and its derivative once more, as fast as a CPU allows.
 
-For class indices, a softmax and eager mode on a CPU. `measure` and `by_logits` of pixels.py are the
-plain forms; tests/test_losses.py holds these functions to them. In large images allocating a tensor
-costs more than filling it, so tensors are few and are written in place. Labels of two classes are
-spelt out as one-hot. Those of more classes index and scatter instead.
+For class indices, a softmax and eager mode on a CPU. The functions of the same names in pixels.py
+are the plain form, and tests/test_losses_fast.py holds these to them. In large images allocating a
+tensor costs more than filling it, so tensors are few and are written in place. Labels of two
+classes are spelt out as one-hot. Those of more classes index and scatter instead.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def measure(pixels: Pixels, target: Tensor, recipe: Recipe) -> tuple[Tensor, Ten
 
     one = torch.ones_like(p_of_label) if valid is None else valid
     labels = [total(y) if y.numel() else by_label(one)] * len(recipe.label_exponents(hard=True))
-    groups = {"row": tuple(p.shape[:-1][::2]), "sample": (len(p),)}.get(recipe.over, ())
+    groups = {"row": (len(p), *p.shape[2:-1]), "sample": (len(p),)}.get(recipe.over, ())
     moving = [entry(*key) for key in recipe.keys()]
     return stack_sums(moving, groups, p), stack_sums(labels, groups, p)
 
@@ -152,15 +152,14 @@ def _of_many(slopes: Mapping[Key, Any], pixels: Pixels, label: Tensor) -> Tensor
     assert p_of_label is not None
     field: Tensor | None = None  # the derivative by p
     for (kind, e), slope in slopes.items():
-        if kind == "p":
-            slope = as_tensor(slope, p)
-            power = p.clamp_min(1e-30) ** (e - 1) if e not in (1, 2) else p if e == 2 else None
-            if field is None:
-                field = slope.expand_as(p).contiguous() if power is None else e * slope * power
-            else:
-                field = (
-                    field.add_(slope) if power is None else field.addcmul_(power, slope, value=e)
-                )
+        if kind != "p":
+            continue
+        slope = as_tensor(slope, p)
+        if e == 1:
+            field = slope.expand_as(p).contiguous() if field is None else field.add_(slope)
+        else:
+            power = p if e == 2 else p.clamp_min(1e-30) ** (e - 1)
+            field = e * slope * power if field is None else field.addcmul_(power, slope, value=e)
     if (slope := slopes.get(("yp", 1.0))) is not None:
         if isinstance(slope[0], Tensor):
             at_label = as_tensor(slope, p).expand_as(p).gather(1, label)

@@ -113,7 +113,7 @@ def gradient(
     with torch.enable_grad():  # torch.func would not take every autograd.Function
         leaves = [x.detach().requires_grad_() for x in inputs]
         values = function(leaves)
-        slopes = torch.autograd.grad(values, leaves)
+        slopes = torch.autograd.grad(values, leaves, materialize_grads=True)
     return [value.detach() for value in values], slopes
 
 
@@ -157,7 +157,7 @@ def over_ranks(tables: Sequence[Sums]) -> Sequence[Sums]:
     if world_size() == 1:
         return tables
     parts = [x for sums in tables for x in (*sums.moving.values(), *sums.labels.values())]
-    parts += [parts[0].new_tensor([float(sums.pixels)]) for sums in tables]
+    parts += [parts[0].new_full((), float(sums.pixels)) for sums in tables]
     flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
     joint = iter([f.view(part.shape) for f, part in zip(pieces, parts, strict=True)])

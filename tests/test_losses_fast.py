@@ -1,0 +1,73 @@
+"""The fast form of the table of sums against the plain one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from losswatch.losses import fast, pixels
+from losswatch.losses.sums import Recipe
+
+
+def recipes(over):
+    clips = st.lists(st.sampled_from([0.0, 1e-7, 0.2]), unique=True, max_size=2)
+    exponents = st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0]), unique=True, min_size=1, max_size=3)
+    return st.builds(
+        Recipe,
+        activation=st.just("softmax"),
+        over=st.just(over),
+        intersection=st.just("product"),
+        ignore_index=st.sampled_from([None, 255, 1]),
+        exponents=exponents.map(tuple),
+        clips=clips.map(tuple) if over == "batch" else st.just(()),
+        by_class=st.just(False),
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("over", ["batch", "sample", "row"])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_fast_and_plain_forms_agree(classes, over, data):
+    recipe, seed = data.draw(recipes(over)), data.draw(st.integers(0, 99))
+    space = data.draw(st.sampled_from([(5,), (3, 4), (2, 3, 4)]))
+    g = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(3, classes, *space, generator=g, dtype=torch.float64)
+    target = torch.randint(0, classes, (3, *space), generator=g)
+    if recipe.ignore_index is not None:
+        target[0, :1] = recipe.ignore_index
+    assert fast.is_fast(logits, target, recipe)
+
+    quick, plain = (form.read_pixels(logits, target, recipe) for form in (fast, pixels))
+    torch.testing.assert_close(quick.p, plain.p, rtol=0, atol=1e-14)
+    found = fast.measure(quick, target, recipe)
+    wanted = pixels.measure(plain, recipe, hard=True)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    slopes = torch.randn(wanted[0].shape, generator=g, dtype=torch.float64)
+    first = len(recipe.keys()) - len(recipe.clips)
+    if recipe.clips:  # of a total all classes have the same slope
+        slopes[first:] = slopes[first:, :1]
+    if data.draw(st.booleans()):
+        slopes[..., 0, :] = 0
+    torch.testing.assert_close(
+        fast.by_logits(slopes, quick, target, recipe),
+        pixels.by_logits(slopes, plain, recipe),
+        rtol=1e-11, atol=1e-12,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "logits, target, recipe",
+    [
+        (torch.zeros(2, 2, 3), torch.zeros(2, 2, 3), Recipe()),  # soft labels
+        (torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), Recipe()),  # no space
+        (torch.zeros(0, 2, 3), torch.zeros(0, 3, dtype=torch.int64), Recipe()),
+        (torch.zeros(2, 2, 3), torch.zeros(2, 3, dtype=torch.int64), Recipe("sigmoid")),
+        (torch.zeros(2, 2, 3), torch.zeros(2, 3, dtype=torch.int64), Recipe(by_class=True)),
+        (torch.zeros(2, 2, 3, device="meta"), torch.zeros(2, 3, device="meta"), Recipe()),
+    ],
+)
+def test_where_the_plain_form_is_taken(logits, target, recipe):
+    assert not fast.is_fast(logits, target, recipe)
