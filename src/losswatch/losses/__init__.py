@@ -1,9 +1,14 @@
 """Segmentation losses: one Dice family, cross entropy, and sets of them evaluated together.
 
     settings.py       checks a loss's settings and fixes them
-    sums.py           from logits and target to a table of sums; the one derivative by pixels
-    inputs.py         one line for logits and targets that do not fit
-    table_loss.py     what losses of such a table have in common
+    inputs.py         one line for logits and targets that no loss can take
+    sums.py           the sums over pixels that losses read, by name
+    pixels.py         from pixels to sums, and the one derivative by pixels, in plain form
+    fast.py           the same as fast as a CPU allows
+    table.py          the sums as one differentiable function of the logits
+    ranks.py          the sums over the batches of all ranks
+    rows.py           the few rows that span the gradients of all losses of a table
+    table_loss.py     what losses of sums have in common
     dice.py, cross_entropy.py    the losses, as they stand in their formulas
     compose.py        weighted sums, and sets that share a table
     saturation.py     whether a Dice has stopped teaching

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from losswatch.compat import has_hooks
 from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
-from losswatch.losses.inputs import check_shapes, explained
+from losswatch.losses.inputs import explained
 from losswatch.losses.pixels import by_logits, counted, is_hard, one_hot, wide
 from losswatch.losses.rows import basis, fold, rows
 from losswatch.losses.settings import Frozen, is_number
@@ -22,6 +22,7 @@ from losswatch.losses.table import named, read
 from losswatch.losses.table_loss import (
     RankSums,
     TableLoss,
+    check_shapes,
     evaluate,
     is_empty,
     value_and_slope,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from losswatch.losses.ranks import sum_over_ranks, world_size
 from losswatch.losses.settings import choice, flag, index, number, numbers
 from losswatch.losses.settings import per_class as listed
 from losswatch.losses.sums import Recipe
@@ -15,8 +16,6 @@ from losswatch.losses.table_loss import (
     RankSums,
     TableLoss,
     per_class,
-    sum_over_ranks,
-    world_size,
 )
 
 # -log(d) and (1 - d)**power, or their slopes, are infinite at 0: the argument stops at NEAR.

@@ -1,17 +1,13 @@
-"""Checks of logits and targets: what does not fit a loss is said in one line."""
+"""Checks of the values of logits and targets: what no loss can take is said in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from losswatch.compat import traced
-
-if TYPE_CHECKING:
-    from losswatch.losses.table_loss import TableLoss
 
 # The integer types for which PyTorch finds the smallest and the largest value.
 _ORDERED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -66,32 +62,3 @@ def explained(
     if value.isnan():
         check_inputs(logits, target, ignore_index)
     return value
-
-
-def check_shapes(losses: Sequence[TableLoss], logits: Tensor, target: Tensor) -> None:
-    """See that logits and target have shapes and types that these losses can take.
-
-    Raises:
-        ValueError: they have not.
-    """
-    given, shape = tuple(target.shape), tuple(logits.shape)
-    if logits.ndim < 2 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits: {logits.dtype} {shape}, allowed is floating point [N, C, *space]"
-        )
-    for loss in losses:
-        loss.check_channels(shape)
-    if target.is_complex():
-        raise ValueError(f"target: {target.dtype} {given}, allowed are integers or real labels")
-    if given == shape:
-        if any(loss.recipe.ignore_index is not None for loss in losses):
-            raise ValueError(
-                f"target: {given} is one-hot or soft, ignore_index needs class indices"
-            )
-        if target.requires_grad:
-            raise ValueError("target: it requires a gradient, which no loss here gives; detach it")
-    elif given != (shape[0], *shape[2:]) or shape[1] == 1:
-        indices = "" if shape[1] == 1 else f"class indices {(shape[0], *shape[2:])} or "
-        raise ValueError(f"target: shape {given}, allowed are {indices}labels {shape}")
-    elif target.is_floating_point():
-        raise ValueError(f"target: {target.dtype} {given}, class indices must be integers")

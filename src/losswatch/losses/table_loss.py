@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from losswatch.compat import traced
-from losswatch.losses.inputs import check_shapes, explained
+from losswatch.losses.inputs import explained
+from losswatch.losses.ranks import over_ranks, world_size
 from losswatch.losses.settings import Frozen
 from losswatch.losses.sums import Recipe, Sums
 from losswatch.losses.table import table
@@ -61,6 +61,35 @@ class TableLoss(Frozen):
                 f"logits: {shape} have one channel, whose softmax is 1 everywhere; the loss for it "
                 f"is {self.one_channel}, with a target of that shape"
             )
+
+
+def check_shapes(losses: Sequence[TableLoss], logits: Tensor, target: Tensor) -> None:
+    """See that logits and target have shapes and types that these losses can take.
+
+    Raises:
+        ValueError: they have not.
+    """
+    given, shape = tuple(target.shape), tuple(logits.shape)
+    if logits.ndim < 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits: {logits.dtype} {shape}, allowed is floating point [N, C, *space]"
+        )
+    for loss in losses:
+        loss.check_channels(shape)
+    if target.is_complex():
+        raise ValueError(f"target: {target.dtype} {given}, allowed are integers or real labels")
+    if given == shape:
+        if any(loss.recipe.ignore_index is not None for loss in losses):
+            raise ValueError(
+                f"target: {given} is one-hot or soft, ignore_index needs class indices"
+            )
+        if target.requires_grad:
+            raise ValueError("target: it requires a gradient, which no loss here gives; detach it")
+    elif given != (shape[0], *shape[2:]) or shape[1] == 1:
+        indices = "" if shape[1] == 1 else f"class indices {(shape[0], *shape[2:])} or "
+        raise ValueError(f"target: shape {given}, allowed are {indices}labels {shape}")
+    elif target.is_floating_point():
+        raise ValueError(f"target: {target.dtype} {given}, class indices must be integers")
 
 
 def evaluate(
@@ -121,51 +150,6 @@ def value_and_slope(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[Te
     """The value of any loss, and its derivative by the logits, of their shape."""
     [value], [slope] = gradient(lambda inputs: [loss(inputs[0], target)], [logits])
     return value, slope
-
-
-# -- ranks -----------------------------------------------------------------------------------------
-
-
-def world_size() -> int:
-    """The number of ranks that train together; 1 without `torch.distributed`."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-class _OverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * dist.get_world_size()
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum over all ranks.
-
-    Its gradient is scaled by the number of ranks: `DistributedDataParallel` averages gradients over
-    ranks, and so gets the gradient of the joined batch.
-    """
-    return _OverRanks.apply(x)
-
-
-def over_ranks(tables: Sequence[Sums]) -> Sequence[Sums]:
-    """The sums over the batches of all ranks, in one all-reduce."""
-    if world_size() == 1:
-        return tables
-    parts = [x for sums in tables for x in (*sums.moving.values(), *sums.labels.values())]
-    parts += [parts[0].new_full((), float(sums.pixels)) for sums in tables]
-    flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
-    pieces = flat.split([part.numel() for part in parts])
-    joint = iter([f.view(part.shape) for f, part in zip(pieces, parts, strict=True)])
-    named = [
-        ({key: next(joint) for key in sums.moving}, {e: next(joint) for e in sums.labels})
-        for sums in tables
-    ]
-    return [Sums(*names, next(joint)) for names in named]
 
 
 def is_empty(logits: Tensor) -> bool:
