@@ -88,10 +88,8 @@ def measure(pixels: Pixels, recipe: Recipe, hard: bool) -> tuple[Tensor, Tensor]
         """[N, C, *space] to [*groups, C]."""
         if recipe.over == "row":
             return x.sum(-1).movedim(1, -1)
-        # Rows first: a compiler's own order loses two digits more.
-        x, axes = x.sum(-1), [*range(2, x.ndim - 1)]
-        axes = axes if recipe.over == "sample" else [0, *axes]
-        return x.sum(axes) if axes else x
+        axes = [*range(2, x.ndim)]
+        return x.sum(axes if recipe.over == "sample" else [0, *axes])
 
     def entry(kind: str, number: float) -> Tensor:
         if kind == "yp":
@@ -103,6 +101,7 @@ def measure(pixels: Pixels, recipe: Recipe, hard: bool) -> tuple[Tensor, Tensor]
         if kind == "all":
             return total(log if valid is None else log * valid)
         log = torch.where(y > 0, y * log, 0.0)
+        # Rows first: a compiler's own order loses two digits more.
         return total(log) if recipe.by_class else shared_out(log.sum(1).sum(-1).sum(), p)
 
     groups = {"row": (len(p), *p.shape[2:-1]), "sample": (len(p),)}.get(recipe.over, ())
