@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import hydra
+import joblib
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -446,6 +447,28 @@ def test_not_a_choice(multirun, override):
     with pytest.raises(ValueError) as raised:
         hydra.compose("config", [override])
     assert str(raised.value).startswith(compat.NOT_A_CHOICE)
+
+
+# --- joblib --------------------------------------------------------------------------------------
+
+
+def set_up():
+    os.environ["SET_UP"] = "yes"
+
+
+def is_set_up(_):
+    return os.environ.get("SET_UP")
+
+
+def test_initialize_workers():
+    before = joblib.parallel.BACKENDS["loky"]
+    compat.initialize_workers(set_up)
+    try:
+        found = joblib.Parallel(n_jobs=2, backend="loky")(map(joblib.delayed(is_set_up), "ab"))
+    finally:
+        joblib.register_parallel_backend("loky", before)
+        joblib.externals.loky.get_reusable_executor().shutdown()
+    assert found == ["yes", "yes"] and not is_set_up(None)
 
 
 # --- TensorBoard ---------------------------------------------------------------------------------

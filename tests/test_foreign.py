@@ -452,6 +452,12 @@ class Named(Shared):
         return {"out": super().forward(x)}
 
 
+def scheduled(parameters, lr, **_):
+    """What `configure_optimizers` may return in Lightning: no optimiser here."""
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
 REFUSED = [
     ("loss._target_=test_foreign.Detached", "loss dice: its value has no gradient by the logits"),
     ("loss._target_=test_foreign.Constant", "loss dice: its value has no gradient by the logits"),
@@ -475,6 +481,7 @@ REFUSED = [
     ("trainer.gradient_clip_val=nan", "trainer.gradient_clip_val must be .* at least 0, got nan"),
     ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be .* at least 0, got -1"),
     ("optimizer._target_=torch.nn.Linear", "optimizer"),
+    ("optimizer._target_=test_foreign.scheduled", "make a torch.optim.Optimizer, .* a tuple$"),
 ]
 
 

@@ -261,7 +261,7 @@ def test_other_optimizers_are_refused(kind, options, reason):
 
 def test_a_subclass_is_another_optimizer():
     class Mine(torch.optim.SGD):
-        """Its step may do something else."""
+        """Its step may do something else, such as moving a scheduler."""
 
     with pytest.raises(NotStackable, match="Mine is not written out"):
         optimizer_rule(Mine([nn.Parameter(torch.zeros(1))], lr=0.1))

@@ -334,6 +334,24 @@ def job_error(job: JobReturn) -> Exception:
     return job._return_value
 
 
+# --- joblib --------------------------------------------------------------------------------------
+
+
+def initialize_workers(function: Callable[[], None]) -> None:
+    """Let each process that joblib's default backend starts from here on call a function first.
+
+    `Parallel` takes no initializer from a launcher that passes none, so the backend of that name is
+    replaced. The public `register_parallel_backend` needs the class, whose place is internal.
+    """
+    import functools
+
+    import joblib
+    from joblib.parallel import LokyBackend
+
+    backend = functools.partial(LokyBackend, initializer=function)
+    joblib.register_parallel_backend("loky", backend)
+
+
 # --- TensorBoard ---------------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ class SweepCallback(Callback):
         # For ${hydra:...} in folders' names. A copy, because `set_config` makes it read-only.
         HydraConfig.instance().set_config(copy.deepcopy(config))
         if not config.hydra.launcher._target_.endswith("BasicLauncher"):
-            end_workers_with_parent()
+            compat.initialize_workers(end_with_parent)
         # A sweeper that searches chooses its runs as it goes; train.py checks each of them.
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):
             if config.resume is not None:
@@ -107,7 +107,6 @@ class SweepCallback(Callback):
 def _in_other_process(total: int | None) -> SweepCallback:
     """Construct the callback in a process that a launcher started, and set up that process."""
     logging.raiseExceptions = False  # as `quiet_logging`; for as long as the process lives
-    end_with_parent()
     return SweepCallback(total)
 
 
@@ -127,15 +126,3 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def end_workers_with_parent() -> None:
-    """Let each process that joblib starts from here on call `end_with_parent` at its start.
-
-    `_in_other_process` comes with a job. Until its first job a process would outlive its parent.
-    """
-    import joblib  # imported late: it takes a while, and most sweeps start no processes
-    from joblib.parallel import LokyBackend
-
-    backend = functools.partial(LokyBackend, initializer=end_with_parent)
-    joblib.register_parallel_backend("loky", backend)

@@ -80,7 +80,9 @@ def try_step(
         _call(f"loss {trained}", value.backward)
     optimizer = _call("optimizer", make_optimizer, [*parameters, *loss.parameters()])
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(f"optimizer must make a torch.optim.Optimizer, it makes {optimizer!r}")
+        raise ConfigError(
+            f"optimizer must make a torch.optim.Optimizer, it makes a {type(optimizer).__name__}"
+        )
     _call("optimizer", optimizer.step)
     return Traits(random, stateful)
 
