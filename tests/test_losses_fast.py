@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losswatch.losses import fast, pixels
+from losswatch.losses import CrossEntropy, Dice, LossSet, fast, pixels
 from losswatch.losses.sums import Recipe
 
 
@@ -71,3 +71,75 @@ def test_fast_and_plain_forms_agree(classes, over, data):
 )
 def test_where_the_plain_form_is_taken(logits, target, recipe):
     assert not fast.is_fast(logits, target, recipe)
+
+
+# -- Losses of one form, evaluated as one ----------------------------------------------------------
+
+SETTINGS = [
+    {},
+    {"exponent": 2.0},
+    {"exponent": 0.5, "alpha": 0.2, "beta": 0.9, "smooth_nr": 1.0, "smooth_dr": 0.0},
+    {"alpha": 1.0, "beta": 1.0, "smooth_dr": [0.1, 1.0, 2.0]},
+    {"beta": 0.7, "smooth_dr": [0.1, 1.0, 2.0]},
+]
+FORMS = [
+    {},
+    {"include_background": False, "link": "-log"},
+    {"link": "power", "power": 0.75, "absent": "zero"},
+    {"absent": "skip", "weight": [1.0, 0.0, 3.0]},
+    {"weight": [1.0, 0.0, 3.0], "weight_normalised": True, "reduction": "sum"},
+    {"joint": True, "floor": 3.0},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("ignore_index", [None, 1])
+def test_losses_of_one_form_are_evaluated_as_one(form, soft, ignore_index):
+    if soft and ignore_index is not None:
+        return
+    settings = [
+        s for s in SETTINGS if not (form.get("joint") and isinstance(s.get("smooth_dr"), list))
+    ]
+    losses = [Dice(**form, **s, ignore_index=ignore_index) for s in settings]
+    losses += [CrossEntropy(clip=c, ignore_index=ignore_index) for c in (None, 1e-7, 0.2)]
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64)
+    target = torch.randint(0, 3, (2, 4, 5), generator=g)
+    if soft:
+        target = torch.rand(logits.shape, generator=g, dtype=torch.float64)
+    together = LossSet({str(i): loss for i, loss in enumerate(losses)})
+    assert len(together.groups) < len(losses)
+
+    logits.requires_grad_()
+    values = together(logits, target)
+    found, rows, coefficients = together.rows(logits, target)
+    for k, loss in enumerate(losses):
+        value = loss(logits, target)
+        [slope] = torch.autograd.grad(value, logits)
+        torch.testing.assert_close(values[k], value)
+        torch.testing.assert_close(found[k], value.detach())
+        torch.testing.assert_close(
+            torch.autograd.grad(values[k], logits, retain_graph=True)[0], slope
+        )
+        torch.testing.assert_close(torch.tensordot(coefficients[k], rows, dims=1), slope)
+
+
+def test_a_loss_of_two_names_is_evaluated_once():
+    class Mine(torch.nn.Module):
+        calls = 0
+
+        def forward(self, logits, target):
+            Mine.calls += 1
+            return (logits.softmax(1)[:, 1] - target).square().mean()
+
+    dice, mine = Dice(), Mine()
+    losses = LossSet({"a": mine, "b": dice, "c": mine, "d": dice})
+    logits, target = torch.randn(1, 2, 3), torch.tensor([[0, 1, 1]])
+    wanted = torch.stack([mine(logits, target), dice(logits, target)] * 2)
+    Mine.calls = 0
+    values, rows, coefficients = losses.rows(logits, target)
+    torch.testing.assert_close(values, wanted)
+    torch.testing.assert_close(losses(logits, target), wanted)
+    assert Mine.calls == 2 and len(rows) == 2
+    torch.testing.assert_close(coefficients[:2], coefficients[2:])

@@ -9,6 +9,7 @@
     ranks.py          the sums over the batches of all ranks
     rows.py           the few rows that span the gradients of all losses of a table
     table_loss.py     what losses of sums have in common
+    groups.py         many losses of one table evaluated together
     dice.py, cross_entropy.py    the losses, as they stand in their formulas
     compose.py        weighted sums, and sets that share a table
     saturation.py     whether a Dice has stopped teaching

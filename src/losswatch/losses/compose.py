@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from losswatch.compat import has_hooks
+from losswatch.compat import has_hooks, traced
 from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
+from losswatch.losses.groups import Group, form, make_group, values, values_and_jacobian
 from losswatch.losses.inputs import explained
 from losswatch.losses.pixels import by_logits, counted, is_hard, one_hot, wide
+from losswatch.losses.ranks import RankSums
 from losswatch.losses.rows import basis, fold, rows
 from losswatch.losses.settings import Frozen, is_number
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table import named, read
-from losswatch.losses.table_loss import (
-    RankSums,
-    TableLoss,
-    check_shapes,
-    evaluate,
-    is_empty,
-    value_and_slope,
-    values_and_jacobian,
-)
+from losswatch.losses.table import named, read, table
+from losswatch.losses.table_loss import TableLoss, check_shapes, is_empty, value_and_slope
 
 
 class Sum(Frozen):
@@ -126,15 +120,21 @@ class LossSet(nn.Module):
         families = Counter(recipe.family for recipe in recipes.values() if recipe)
         common = families.most_common(1)[0][0] if families else None
         shared = {loss: r for loss, r in recipes.items() if r and r.family == common}
-        self.sharing = tuple(loss for loss in self.losses if loss in shared)
-        self.foreign = tuple(loss for loss in self.losses if loss not in shared)
+        # In what follows losses that share come first, and those of one form side by side.
+        alike: dict[Hashable, list[nn.Module]] = {}
+        for loss in shared:
+            alike.setdefault(form(loss), []).append(loss)
+        self.sharing = tuple(loss for losses in alike.values() for loss in losses)
+        keys = {loss: recipe.keys() for loss, recipe in shared.items()}
+        self.groups = [make_group(losses, keys) for losses in alike.values()]
+        self.singles = [make_group([loss], keys) for loss in self.sharing]
+        self.foreign = tuple(dict.fromkeys(loss for loss in self.losses if loss not in shared))
         self.parts = tuple(part for loss in self.sharing for part in table_parts(loss))
-        self.recipes = [shared[loss] for loss in self.sharing]
-        self.recipe = self.recipes[0].union(self.recipes) if shared else Recipe()
-        # Losses that share come first in what follows; the place of each of `names` there.
-        order = sorted(range(len(self.losses)), key=lambda i: self.losses[i] not in shared)
-        self.places = [order.index(i) for i in range(len(order))]
-        self.is_ordered = self.places == sorted(self.places)
+        used = list(shared.values()) or [Recipe()]
+        self.recipe = used[0].union(used)
+        ordered = (*self.sharing, *self.foreign)
+        self.places = [ordered.index(loss) for loss in self.losses]
+        self.is_ordered = self.places == list(range(len(ordered)))
 
     def _see_hooks(self) -> None:
         """Plan again where a loss that shares has been given a hook since."""
@@ -148,12 +148,15 @@ class LossSet(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Values [K], float32 (float64 for float64 logits), differentiable by the logits."""
         self._see_hooks()
-        values = []
+        found = []
         if self.sharing:
             check_shapes(self.parts, logits, target)
-            values += evaluate(self.sharing, self.recipe, logits, target)
-        values += [wide(loss(logits, target)).view(()) for loss in self.foreign]
-        return torch.stack([values[place] for place in self.places])
+            sums = table(logits, target, self.recipe)
+            groups = self._groups(logits)
+            value = values(groups, [x for group in groups for x in group.moving(sums)], sums)
+            found.append(torch.zeros_like(value) * logits.sum() if is_empty(logits) else value)
+        found += [wide(loss(logits, target)).view(1) for loss in self.foreign]
+        return self._as_named(torch.cat(found))
 
     @torch.no_grad()
     def rows(
@@ -177,23 +180,26 @@ class LossSet(nn.Module):
         """
         self._see_hooks()
         logits = logits.detach()
-        values, slopes, blocks = [], [], []
+        found, slopes, blocks = [], [], []
         if self.sharing:
             value, block, slope = self._shared_rows(logits, target)
-            values, slopes, blocks = [value], [slope], [block]
+            found, slopes, blocks = [value], [slope], [block]
         names = {id(loss): name for name, loss in zip(self.names, self.losses, strict=True)}
         for loss in self.foreign:
             value, row = known.get(names[id(loss)]) or value_and_slope(loss, logits, target)
-            values.append(wide(value).view(1))
-            slopes.append(values[-1].new_ones(1, 1))
+            found.append(wide(value).view(1))
+            slopes.append(found[-1].new_ones(1, 1))
             blocks.append(wide(row).unsqueeze(1))
-        value, block = torch.cat(values), torch.cat(blocks, 1).transpose(0, 1)
+        value, block = torch.cat(found), torch.cat(blocks, 1).transpose(0, 1)
         slope = torch.block_diag(*slopes) if self.foreign else slopes[0]
-        if not self.is_ordered:  # not by an index, which would be a constant of a compiled graph
-            value, slope = (
-                torch.stack([x.unbind()[place] for place in self.places]) for x in (value, slope)
-            )
-        return value, block, slope
+        return self._as_named(value), block, self._as_named(slope)
+
+    def _as_named(self, x: Tensor) -> Tensor:
+        """Numbers of each loss, [K, ...], in the order of `names`."""
+        if self.is_ordered:
+            return x
+        parts = x.unbind()  # an index would be a constant of a compiled graph
+        return torch.stack([parts[place] for place in self.places])
 
     def _shared_rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values [K], rows [N, M, C, *space], coefficients [K, M] of the losses that share."""
@@ -204,16 +210,20 @@ class LossSet(nn.Module):
         if hard and pixels.y.shape != pixels.p.shape:  # the fast path does without
             label, valid = counted(target, pixels.p, recipe)
             pixels = pixels._replace(y=one_hot(label, pixels.p, valid))
-        values, jacobian = values_and_jacobian(self.sharing, self.recipes, sums)
+        value, jacobian = values_and_jacobian(self._groups(logits), sums)
         if hard and self._is_folded(classes := logits.shape[1]):
             block = rows(list(basis(recipe, classes)), pixels, recipe)
             slopes = fold(jacobian, recipe)
         else:
             block = torch.stack([by_logits(slope, pixels, recipe) for slope in jacobian], 1)
-            slopes = torch.eye(len(values), dtype=values.dtype, device=values.device)
+            slopes = torch.eye(len(value), dtype=value.dtype, device=value.device)
         if is_empty(logits):
-            values, slopes = torch.zeros_like(values), torch.zeros_like(slopes)
-        return values, block.view(*block.shape[:2], *logits.shape[1:]), slopes
+            value, slopes = torch.zeros_like(value), torch.zeros_like(slopes)
+        return value, block.view(*block.shape[:2], *logits.shape[1:]), slopes
+
+    def _groups(self, logits: Tensor) -> list[Group]:
+        """The groups in which losses are evaluated. A compiler joins small operations itself."""
+        return self.singles if traced(logits) else self.groups
 
     def _is_folded(self, classes: int) -> bool:
         """Whether the rows are gradients of sums, since these are fewer than the losses."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from losswatch.losses.ranks import RankSums
 from losswatch.losses.settings import flag, index, is_number, number
 from losswatch.losses.settings import per_class as listed
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table_loss import TINY, RankSums, TableLoss, per_class
+from losswatch.losses.table_loss import TINY, TableLoss, per_class
 
 
 class CrossEntropy(TableLoss):
@@ -36,6 +37,7 @@ class CrossEntropy(TableLoss):
     """
 
     one_channel = "torch.nn.BCEWithLogitsLoss()"
+    free = frozenset({"clip"})
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class CrossEntropy(TableLoss):
         table, smoothing = sums.joint, self.label_smoothing
         likelihood = table.log(self.clip or 0.0)  # [C], Σ y·log p
         if smoothing:
-            even = table.log_of_all(self.clip or 0.0) / likelihood.shape[0]
+            even = table.log_of_all(self.clip or 0.0) / likelihood.shape[-1]
             likelihood = (1 - smoothing) * likelihood + smoothing * even
         count = table.pixels
         if self.weight:
@@ -76,4 +78,4 @@ class CrossEntropy(TableLoss):
         elif self.ignore_index is not None and not self.count_ignored:
             count = table.y().sum()
         # Where no pixel counts, the likelihood is 0, and so is the loss.
-        return -likelihood.sum() / (count.clamp_min(TINY) if isinstance(count, Tensor) else count)
+        return -likelihood.sum(-1) / (count.clamp_min(TINY) if isinstance(count, Tensor) else count)

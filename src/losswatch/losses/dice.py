@@ -7,16 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from losswatch.losses.ranks import sum_over_ranks, world_size
+from losswatch.losses.ranks import RankSums, sum_over_ranks, world_size
 from losswatch.losses.settings import choice, flag, index, number, numbers
 from losswatch.losses.settings import per_class as listed
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table_loss import (
-    TINY,
-    RankSums,
-    TableLoss,
-    per_class,
-)
+from losswatch.losses.table_loss import TINY, TableLoss, per_class
 
 # -log(d) and (1 - d)**power, or their slopes, are infinite at 0: the argument stops at NEAR.
 NEAR = 1e-12
@@ -68,6 +63,7 @@ class Dice(TableLoss):
     """
 
     one_channel = "Dice(activation='sigmoid')"
+    free = frozenset({"exponent", "alpha", "beta", "smooth_nr", "smooth_dr"})
 
     def __init__(
         self,
@@ -122,8 +118,12 @@ class Dice(TableLoss):
         if len({len(values) for values in self.lists.values()}) > 1:
             lengths = ", ".join(f"{name} for {len(v)} classes" for name, v in self.lists.items())
             raise ValueError(f"per-class lists of different lengths: {lengths}")
-        self.half_nr = scaled(self.smooth_nr, 0.5)
-        self.half_dr = scaled(self.smooth_dr, 0.5, least=TINY)  # d is 0 where all sums are
+        # With numerator and denominator halved, of
+        #     d = (tp + half_nr) / (alpha·Σ p^e + beta·Σ y^e + rest·tp + half_dr).
+        rest = 1 - self.alpha - self.beta
+        half_nr = scaled(self.smooth_nr, 0.5)
+        half_dr = scaled(self.smooth_dr, 0.5, least=TINY)  # d is 0 where all sums are
+        self.numbers = self.alpha, self.beta, rest, half_nr, half_dr
         self.recipe = Recipe(
             self.activation,
             "batch" if over == "global" else over,
@@ -152,11 +152,10 @@ class Dice(TableLoss):
         if self.joint:
             start = 0 if self.include_background else 1
             tp, p, y = (s[..., start:].sum(-1, keepdim=True) for s in (tp, p, y))
-        # Both halved: tp + alpha·(p - tp) + beta·(y - tp) + smooth_dr / 2, with few operations.
-        half_nr, half_dr = per_class(self.half_nr, y), per_class(self.half_dr, y)
-        den = torch.add(self.beta * y + half_dr, p, alpha=self.alpha)
-        if rest := 1 - self.alpha - self.beta:
-            den = torch.add(den, tp, alpha=rest)
+        alpha, beta, rest, half_nr, half_dr = (per_class(x, y) for x in self.numbers)
+        den = alpha * p + (beta * y + half_dr)
+        if self.numbers[2]:
+            den = den + rest * tp
         d = (tp + half_nr) / (den.clamp_min(self.floor / 2) if self.floor else den)
         loss = LINKS[self.link](d, self.power)
         if not self.include_background and not self.joint:
@@ -164,7 +163,7 @@ class Dice(TableLoss):
         value = self._mean(loss, y)
         if self.ignore_index is not None:
             value = torch.where(table.y().sum(-1) > 0, value, 0.0)
-        return self._over_groups(value) if value.ndim else value
+        return value if self.recipe.over == "batch" else self._over_groups(value)
 
     def _mean(self, loss: Tensor, y: Tensor) -> Tensor:
         """The mean, or the sum, over the classes that count; [*groups, classes] to [*groups]."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from losswatch.losses.sums import Sums
+
+
+class RankSums(NamedTuple):
+    """The sums over the batch of this rank, and over the batches of all ranks."""
+
+    local: Sums
+    joint: Sums
 
 
 def world_size() -> int:

@@ -1,38 +1,41 @@
-"""Losses that are functions of one table of sums: their values, and their derivatives by it."""
+"""What losses of one table of sums have in common, and the derivative of any loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from losswatch.compat import traced
 from losswatch.losses.inputs import explained
-from losswatch.losses.ranks import over_ranks, world_size
+from losswatch.losses.ranks import RankSums, over_ranks, world_size
 from losswatch.losses.settings import Frozen
-from losswatch.losses.sums import Recipe, Sums
+from losswatch.losses.sums import Recipe
 from losswatch.losses.table import table
 
 # A divisor is at least TINY: 0 / 0 is 0 then, with finite gradients, and not NaN.
 TINY = 1e-20
 
-
-class RankSums(NamedTuple):
-    """The sums over the batch of this rank, and over the batches of all ranks."""
-
-    local: Sums
-    joint: Sums
+# A number, one of each class, or one of each of K losses: ((0.5,), (1.0,)).
+Numbers = float | tuple[float, ...] | tuple[tuple[float], ...]
 
 
 class TableLoss(Frozen):
-    """A loss of sums over pixels. `recipe` says of which, `from_sums` how."""
+    """A loss of sums over pixels. `recipe` says of which, `from_sums` how.
+
+    Losses that differ in their `free` settings alone have one formula. Their `from_sums` reads
+    these settings from the names of the sums and from `numbers`, so that it serves K of them at
+    once (groups.py): each sum is then [K, C], each number K of them, and the values are [K].
+    """
 
     recipe: Recipe
     one_channel: ClassVar[str]  # the loss to take for logits of one channel, which softmax is not
     lists: dict[str, tuple[float, ...]]  # the settings with a number for each class
+    free: ClassVar[frozenset[str]] = frozenset()
+    numbers: tuple[Numbers, ...] = ()
 
     def from_sums(self, sums: RankSums) -> Tensor:
         """The value, a scalar."""
@@ -41,7 +44,11 @@ class TableLoss(Frozen):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         def value(logits: Tensor, target: Tensor) -> Tensor:
             check_shapes([self], logits, target)
-            return evaluate([self], self.recipe, logits, target)[0]
+            sums = table(logits, target, self.recipe)
+            if is_empty(logits):
+                return 0 * logits.sum()
+            [joint] = over_ranks([sums]) if self.recipe.over == "batch" else [sums]
+            return self.from_sums(RankSums(sums, joint))
 
         return explained(value, logits, target, self.recipe.ignore_index)
 
@@ -92,63 +99,28 @@ def check_shapes(losses: Sequence[TableLoss], logits: Tensor, target: Tensor) ->
         raise ValueError(f"target: {target.dtype} {given}, class indices must be integers")
 
 
-def evaluate(
-    losses: Sequence[nn.Module], recipe: Recipe, logits: Tensor, target: Tensor
-) -> list[Tensor]:
-    """The values of losses on one table; `recipe` serves all of them."""
-    sums = table(logits, target, recipe)
-    if is_empty(logits):
-        return [0 * logits.sum()] * len(losses)
-    [joint] = over_ranks([sums]) if recipe.over == "batch" else [sums]
-    return [loss.from_sums(RankSums(sums, joint)) for loss in losses]  # type: ignore[operator]
-
-
-def values_and_jacobian(
-    losses: Sequence[nn.Module], recipes: Sequence[Recipe], sums: Sums
-) -> tuple[Tensor, Tensor]:
-    """The values [K] of losses, and their derivatives [K, S, C] by the moving sums of a table.
-
-    Each loss gets copies of the sums that its recipe names. So one backward pass through the losses
-    gives all derivatives.
-    """
-
-    def values(copies: Sequence[Tensor]) -> list[Tensor]:
-        given = iter(copies)
-        local = [sums._replace(moving={key: next(given) for key in r.keys()}) for r in recipes]
-        both = map(RankSums, local, over_ranks(local))
-        return [loss.from_sums(s) for loss, s in zip(losses, both, strict=True)]  # type: ignore
-
-    found, slopes = gradient(values, [sums.moving[key] for r in recipes for key in r.keys()])
-    by_loss, none = iter(slopes), torch.zeros_like(found[0]).expand(slopes[0].shape)
-    rows = []
-    for recipe in recipes:
-        given = {key: next(by_loss) for key in recipe.keys()}
-        rows += [given.get(key, none) for key in sums.moving]
-    return torch.stack(found), torch.stack(rows).view(len(losses), -1, *none.shape)
-
-
 def gradient(
-    function: Callable[[Sequence[Tensor]], list[Tensor]], inputs: Sequence[Tensor]
-) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """The scalars that a function returns, and the derivatives of their sum by its inputs."""
+    function: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The values that a function returns, and the derivatives of their sum by its inputs."""
     if traced(inputs[0]):
 
-        def total(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        def total(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             values = function(inputs)
-            return torch.stack(values).sum(), values
+            return values.sum(), values
 
         slopes, values = torch.func.grad(total, has_aux=True)(inputs)
         return values, slopes
     with torch.enable_grad():  # torch.func would not take every autograd.Function
         leaves = [x.detach().requires_grad_() for x in inputs]
         values = function(leaves)
-        slopes = torch.autograd.grad(values, leaves, materialize_grads=True)
-    return [value.detach() for value in values], slopes
+        slopes = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)
+    return values.detach(), slopes
 
 
 def value_and_slope(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The value of any loss, and its derivative by the logits, of their shape."""
-    [value], [slope] = gradient(lambda inputs: [loss(inputs[0], target)], [logits])
+    value, [slope] = gradient(lambda inputs: loss(inputs[0], target), [logits])
     return value, slope
 
 
@@ -160,16 +132,20 @@ def is_empty(logits: Tensor) -> bool:
 # -- numbers for each class ------------------------------------------------------------------------
 
 
-def per_class(numbers: float | tuple[float, ...], like: Tensor) -> float | Tensor:
-    """A setting as a number, or as a tensor [C] of the type and on the device of `like`."""
+def per_class(numbers: Numbers, like: Tensor) -> float | Tensor:
+    """A setting as a number, or as a tensor of the type and on the device of `like`.
+
+    The tensor is [C] for a number of each class, [K, 1] for one of each of K losses. The latter
+    come in eager mode alone (`LossSet`).
+    """
     if not isinstance(numbers, tuple):
         return numbers
     if traced(like):  # a tensor that is made of data would be a part of the graph
-        return torch.stack([like.new_full((), number) for number in numbers])
+        return torch.stack([like.new_full((), number) for number in numbers])  # type: ignore[arg-type]
     return _on_device(numbers, like.dtype, like.device)
 
 
 @cache  # a copy to a GPU at every call would make the host wait
-def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _on_device(numbers: Numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # tensors of inference mode cannot be used for training
         return torch.tensor(numbers, dtype=dtype, device=device)
