@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from losswatch.losses.ranks import RankSums, sum_over_ranks, world_size
 from losswatch.losses.settings import choice, flag, index, number, numbers
 from losswatch.losses.settings import per_class as listed
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table_loss import TINY, TableLoss, per_class
+from losswatch.losses.table_loss import TINY, TableLoss, merged, per_class
 
 # -log(d) and (1 - d)**power, or their slopes, are infinite at 0: the argument stops at NEAR.
 NEAR = 1e-12
@@ -25,7 +27,8 @@ class Dice(TableLoss):
         tp = Σ y·p,  fp = Σ p^exponent - tp,  fn = Σ y^exponent - tp,
         d = (2·tp + smooth_nr) / (2·tp + 2·alpha·fp + 2·beta·fn + smooth_dr)
 
-    and the loss is the mean of link(d) over the kept classes, then over the groups.
+    and the loss is Σ_c share_c·link(d_c), by default the mean over the kept classes, and then the
+    mean over the groups.
 
     Args:
         activation: makes p of the logits: "softmax", "sigmoid", or "none" for probabilities.
@@ -63,7 +66,6 @@ class Dice(TableLoss):
     """
 
     one_channel = "Dice(activation='sigmoid')"
-    free = frozenset({"exponent", "alpha", "beta", "smooth_nr", "smooth_dr"})
 
     def __init__(
         self,
@@ -124,6 +126,9 @@ class Dice(TableLoss):
         half_nr = scaled(self.smooth_nr, 0.5)
         half_dr = scaled(self.smooth_dr, 0.5, least=TINY)  # d is 0 where all sums are
         self.numbers = self.alpha, self.beta, rest, half_nr, half_dr
+        self.free = frozenset({"exponent", "alpha", "beta", "smooth_nr", "smooth_dr"})
+        if not joint:
+            self.free |= {"include_background"}
         self.recipe = Recipe(
             self.activation,
             "batch" if over == "global" else over,
@@ -157,28 +162,27 @@ class Dice(TableLoss):
         if self.numbers[2]:
             den = den + rest * tp
         d = (tp + half_nr) / (den.clamp_min(self.floor / 2) if self.floor else den)
-        loss = LINKS[self.link](d, self.power)
-        if not self.include_background and not self.joint:
-            loss, y = loss[..., 1:], y[..., 1:]
-        value = self._mean(loss, y)
+        loss = LINKS[self.link](d, self.power)  # [*groups, C]
+        classes = loss.shape[-1]
+        share: Any = per_class(merged([m.shares(classes) for m in self.members or (self,)]), loss)
+        if self.absent != "smooth":
+            share = share * (y > 0)
+        value = (share * loss).sum(-1)
+        if self.absent == "skip":
+            value = value / share.sum(-1).clamp_min(TINY)
         if self.ignore_index is not None:
             value = torch.where(table.y().sum(-1) > 0, value, 0.0)
         return value if self.recipe.over == "batch" else self._over_groups(value)
 
-    def _mean(self, loss: Tensor, y: Tensor) -> Tensor:
-        """The mean, or the sum, over the classes that count; [*groups, classes] to [*groups]."""
-        weight = per_class(self._kept(self.weight), y) if self.weight else 1.0
-        if self.absent == "skip":
-            weight = weight * (y > 0).to(y.dtype)
-            return (weight * loss).sum(-1) / weight.sum(-1).clamp_min(TINY)
-        if self.absent == "zero":
-            loss = torch.where(y > 0, loss, 0.0)
-        loss = weight * loss if self.weight else loss
-        if self.reduction == "sum":
-            return loss.sum(-1)
-        if self.weight and self.weight_normalised:
-            return loss.sum(-1) / sum(self._kept(self.weight))
-        return loss.mean(-1)
+    @cache  # noqa: B019 - a handful of losses in a process
+    def shares(self, classes: int) -> tuple[float, ...]:
+        """How much each class counts."""
+        kept = [1.0] * classes
+        if not self.include_background and not self.joint:
+            kept[0] = 0.0
+        counts = [k * w for k, w in zip(kept, self.weight or kept, strict=True)]
+        total = sum(counts) if self.weight_normalised else sum(kept)
+        return tuple(counts if self.reduction == "sum" else (c / total for c in counts))
 
     def _over_groups(self, value: Tensor) -> Tensor:
         """The mean, or the sum, over the groups of all ranks; [*groups] to a scalar."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from losswatch.losses.ranks import RankSums, over_ranks
 from losswatch.losses.sums import Key, Sums
-from losswatch.losses.table_loss import TableLoss, gradient
+from losswatch.losses.table_loss import TableLoss, gradient, merged
 
 
 class Group(NamedTuple):
@@ -53,9 +53,8 @@ def make_group(losses: Sequence[nn.Module], keys: Mapping[nn.Module, tuple[Key, 
     if len(losses) > 1:
         columns = zip(*(loss.numbers for loss in losses), strict=True)
         formula = copy.copy(formula)
-        formula.numbers = tuple(
-            c[0] if len(set(c)) == 1 else tuple((number,) for number in c) for c in columns
-        )
+        formula.numbers = tuple(merged(column) for column in columns)
+        formula.members = tuple(losses)
     return Group(formula, tuple(keys[loss] for loss in losses))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, reduce
-from itertools import groupby
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -81,16 +79,20 @@ def rows(labels: Sequence[Label], pixels: Pixels, recipe: Recipe) -> Tensor:
                 ups.append(q1 * p[:, 0] if c else -q0 * p[:, 1])
         return antisymmetric(ups)
     units = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
-    moves = units.view(*units.shape, *(1,) * (p.ndim - 2)) - p.unsqueeze(1)  # [N, c, C, *space]
-    blocks = []
-    for key, group in groupby(labels, key=itemgetter(0)):
-        chosen = [c for _, c in group if c is not None]
-        if not chosen:
-            blocks.append(through_activation(steep[key], p, recipe).unsqueeze(1))
-        else:
-            part = slice(chosen[0], chosen[-1] + 1)
-            blocks.append(steep[key][:, part].unsqueeze(2) * moves[:, part])
-    return torch.cat(blocks, 1)
+    moves = [unit.view(-1, *(1,) * (p.ndim - 2)) - p for unit in units]  # ∂p_c/∂logits / p_c
+
+    def row(key: Key, c: int | None, out: Tensor | None = None) -> Tensor:
+        if c is not None:
+            return torch.mul(steep[key][:, c : c + 1], moves[c], out=out)
+        total = through_activation(steep[key], p, recipe)
+        return total if out is None else out.copy_(total)
+
+    if traced(p):
+        return torch.stack([row(*label) for label in labels], 1)
+    block = p.new_empty(len(p), len(labels), *p.shape[1:])
+    for label, out in zip(labels, block.unbind(1), strict=True):
+        row(*label, out)
+    return block
 
 
 def antisymmetric(ups: Sequence[Tensor]) -> Tensor:

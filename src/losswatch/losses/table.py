@@ -10,7 +10,8 @@ from torch import Tensor
 
 from losswatch.compat import grad_levels, is_functorch_active
 from losswatch.losses import fast
-from losswatch.losses.pixels import Pixels, by_logits, counted, is_hard, measure, read_pixels
+from losswatch.losses import pixels as plain
+from losswatch.losses.pixels import Pixels, counted, is_hard
 from losswatch.losses.sums import Recipe, Sums
 
 ONCE = "second derivatives: the gradient of a loss cannot be differentiated again"
@@ -39,8 +40,15 @@ def read(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor
     if fast.is_fast(logits, target, recipe):
         pixels = fast.read_pixels(logits, target, recipe)
         return pixels, *fast.measure(pixels, target, recipe)
-    pixels = read_pixels(logits, target, recipe)
-    return pixels, *measure(pixels, recipe, is_hard(logits, target))
+    pixels = plain.read_pixels(logits, target, recipe)
+    return pixels, *plain.measure(pixels, recipe, is_hard(logits, target))
+
+
+def by_logits(slopes: Tensor, pixels: Pixels, target: Tensor, recipe: Recipe) -> Tensor:
+    """The derivative by the logits, from those by the sums, in the form that `read` took."""
+    if pixels.p_of_label is not None:
+        return fast.by_logits(slopes, pixels, target, recipe)
+    return plain.by_logits(slopes, pixels, recipe)
 
 
 class _Table(torch.autograd.Function):
@@ -75,11 +83,8 @@ class _Table(torch.autograd.Function):
         (target, p, y, p_of_label), recipe = ctx.saved_tensors, ctx.recipe
         valid = counted(target, p, recipe)[1] if ctx.hard else None
         y = y if ctx.hard else target.to(p.dtype).view(p.shape)
-        if p_of_label.numel():
-            pixels = Pixels(p, y, valid, p_of_label=p_of_label)
-            gradient = fast.by_logits(g, pixels, target, recipe)
-        else:
-            gradient = by_logits(g, Pixels(p, y, valid), recipe)
+        pixels = Pixels(p, y, valid, p_of_label=p_of_label if p_of_label.numel() else None)
+        gradient = by_logits(g, pixels, target, recipe)
         return gradient.view(ctx.shape).to(ctx.dtype), None, None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,24 @@ from losswatch.losses.table import table
 # A divisor is at least TINY: 0 / 0 is 0 then, with finite gradients, and not NaN.
 TINY = 1e-20
 
-# A number, one of each class, or one of each of K losses: ((0.5,), (1.0,)).
-Numbers = float | tuple[float, ...] | tuple[tuple[float], ...]
+# A number, or one for each class; or K of these, for K losses.
+Numbers = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
 class TableLoss(Frozen):
     """A loss of sums over pixels. `recipe` says of which, `from_sums` how.
 
     Losses that differ in their `free` settings alone have one formula. Their `from_sums` reads
-    these settings from the names of the sums and from `numbers`, so that it serves K of them at
-    once (groups.py): each sum is then [K, C], each number K of them, and the values are [K].
+    these settings from the names of the sums, from `numbers` and of `members`, so that it serves K
+    of them at once (groups.py): each sum is then [K, C] and the values are [K].
     """
 
     recipe: Recipe
     one_channel: ClassVar[str]  # the loss to take for logits of one channel, which softmax is not
     lists: dict[str, tuple[float, ...]]  # the settings with a number for each class
-    free: ClassVar[frozenset[str]] = frozenset()
+    free: frozenset[str] = frozenset()
     numbers: tuple[Numbers, ...] = ()
+    members: tuple[Any, ...] = ()  # the losses that this one stands for
 
     def from_sums(self, sums: RankSums) -> Tensor:
         """The value, a scalar."""
@@ -132,16 +133,26 @@ def is_empty(logits: Tensor) -> bool:
 # -- numbers for each class ------------------------------------------------------------------------
 
 
+def merged(numbers: Sequence[Numbers]) -> Numbers:
+    """The numbers of K losses as one setting.
+
+    >>> merged([0.5, 0.5]), merged([0.5, 1.0])
+    (0.5, ((0.5,), (1.0,)))
+    """
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return tuple(x if isinstance(x, tuple) else (x,) for x in numbers)  # type: ignore
+
+
 def per_class(numbers: Numbers, like: Tensor) -> float | Tensor:
     """A setting as a number, or as a tensor of the type and on the device of `like`.
 
-    The tensor is [C] for a number of each class, [K, 1] for one of each of K losses. The latter
-    come in eager mode alone (`LossSet`).
+    The tensor is [C], or [K, C] or [K, 1] for K losses. The latter come in eager mode alone.
     """
     if not isinstance(numbers, tuple):
         return numbers
     if traced(like):  # a tensor that is made of data would be a part of the graph
-        return torch.stack([like.new_full((), number) for number in numbers])  # type: ignore[arg-type]
+        return torch.stack([like.new_full((), number) for number in numbers])  # type: ignore
     return _on_device(numbers, like.dtype, like.device)
 
 
