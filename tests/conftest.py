@@ -22,16 +22,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from forks import ForkServer
-from hydra.utils import instantiate
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 
 from losswatch.data.random import ThresholdedImages
 from losswatch.losses import LossSet
 from losswatch.nets import ConvNet, UNet
+from losswatch.presets import load_loss
 from losswatch.train import config
 from losswatch.train.checks import check
 from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
+from losswatch.watch import record
+from losswatch.watch.lightning import Watch
 
 ROOT = Path(__file__).parents[1]
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
@@ -72,8 +74,7 @@ def compose():
 
 def load_losses(*names, **own):
     """Losses of conf/loss by name, and further ones by keyword, as a LossSet."""
-    files = {name: OmegaConf.load(ROOT / "conf" / "loss" / f"{name}.yaml") for name in names}
-    return LossSet({name: instantiate(node) for name, node in files.items()} | own)
+    return LossSet({name: load_loss(name) for name in names} | own)
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def make_run(tmp_path):
         options["log_every_n_steps"] = 1  # Lightning warns if it is longer than the run
         fitter = pl.Trainer(
             logger=EventLog(str(tmp_path / folder)),
-            callbacks=[*([probe] if probe else []), *callbacks],
+            callbacks=[*([probe(module.losses)] if probe else []), *callbacks],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -131,18 +132,22 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def observed(monkeypatch):
-    """All observations of the probe, unrounded: a list of vectors in the order of `probe.tags`."""
-    import losswatch.watch.probe
-
+    """All observations, unrounded: a list of vectors in the order of `watched_tags`."""
     seen = []
-    observe = losswatch.watch.probe.observe
+    as_row = record.as_row
 
-    def record(*args, **kwargs):
-        seen.append(observe(*args, **kwargs))
+    def remember(*args):
+        seen.append(as_row(*args))
         return seen[-1]
 
-    monkeypatch.setattr(losswatch.watch.probe, "observe", record)
+    monkeypatch.setattr(record, "as_row", remember)
     return seen
+
+
+def probe(every_n_steps=1, cosines=False):
+    """Of `make_run`: how the run is watched, as train.py watches it."""
+    options = {"every_n_steps": every_n_steps, "cosines": cosines, "strict": True}
+    return lambda losses: Watch(losses, "loss", **options)
 
 
 # --- train.py in a process of its own ------------------------------------------------------------

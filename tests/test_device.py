@@ -4,6 +4,7 @@ Tensors there have shapes but no numbers: code for a GPU runs, and reading a num
 each read, and each copy from ordinary memory of the host, waits for all work queued before it.
 """
 
+import math
 from collections import Counter
 from contextlib import nullcontext
 from unittest.mock import patch
@@ -11,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ARTICLE, ROOT, load_losses
+from conftest import ARTICLE, ROOT, load_losses, probe
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.overrides import TorchFunctionMode
@@ -24,7 +25,7 @@ from losswatch.stack.module import StackedModule
 from losswatch.train.build import make_losses
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import quiet
-from losswatch.watch.probe import Probe
+from losswatch.watch.record import Record
 
 META = torch.device("meta")
 READS = {"cpu", "tolist", "item", "numpy", "__int__", "__bool__", "__float__", "__index__"}
@@ -96,12 +97,13 @@ def test_transfers_are_seen():
 
 
 @pytest.mark.parametrize("net, classes", [("unet", 2), ("convnet", 4)])
-def test_steps_move_nothing_between_host_and_device(make_run, net, classes):
+def test_steps_move_nothing_between_host_and_device(make_run, monkeypatch, net, classes):
     """Counts in images, losses, probe, Lightning's loop and optimiser, from step 2 on."""
+    monkeypatch.setattr(Record, "SECONDS", math.inf)  # until a block is full
     names = (*ARTICLE, "cce_stable", "dice_monai", "dice_nnunet", "dice_smp")
     losses = load_losses(*names, weighted=CrossEntropy(weight=[0.5] * classes))
     run = make_run(
-        net, batch_norm=True, classes=classes, losses=losses, probe=Probe(cosines=True), steps=6,
+        net, batch_norm=True, classes=classes, losses=losses, probe=probe(cosines=True), steps=6,
         validate=False, strategy=SingleDeviceStrategy(META, accelerator=MetaAccelerator()),
         accelerator="auto",
     )  # fmt: skip

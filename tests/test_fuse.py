@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ARTICLE
+from conftest import ARTICLE, probe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from losswatch.compat import traced
 from losswatch.events.series import read_scalars
+from losswatch.events.tags import watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import fast_on_cpu
 from losswatch.stack import fit as stack_fit
@@ -31,7 +32,6 @@ from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import quiet
-from losswatch.watch.probe import Probe, tags
 
 # Smaller than in conf/.
 SMALL = [
@@ -267,7 +267,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
             rest = tmp_path / "rest" / which / str(i)
             trainer = pl.Trainer(
                 **build.trainer_options(cfg) | {"max_steps": 40}, logger=EventLog(str(rest)),
-                callbacks=[Probe()], max_epochs=2, num_sanity_val_steps=0,
+                callbacks=[probe()(losses)], max_epochs=2, num_sanity_val_steps=0,
                 enable_checkpointing=False, enable_model_summary=False,
             )  # fmt: skip
             with quiet(), fast_on_cpu(net):
@@ -298,7 +298,7 @@ def test_a_failing_member_leaves_the_others_alone(both, caplog, bad):
         runs = both(grid=[grid[0], [*spoiled, bad], grid[2]], alone=False, name="spoiled")
     failed = runs.members[1]
     frame = read_scalars(failed.folder)
-    watched = frame[tags(ARTICLE, cosines=False)].dropna(how="all")
+    watched = frame[watched_tags(ARTICLE, cosines=False)].dropna(how="all")
     said = r"^trained with cce, step (\d+): ((?:loss|grad_norm)/cce) is (\S+)$"
     with pytest.raises(FloatingPointError, match=said) as e:
         failed.result()

@@ -125,6 +125,14 @@ def test_losses_of_one_form_are_evaluated_as_one(form, soft, ignore_index):
         torch.testing.assert_close(torch.tensordot(coefficients[k], rows, dims=1), slope)
 
 
+def test_cross_entropies_of_other_clips_are_evaluated_as_one():
+    losses = LossSet({str(c): CrossEntropy(clip=c) for c in (None, 1e-7, 0.2)})
+    logits, target = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    wanted = torch.stack([loss(logits, target) for loss in losses.losses])
+    torch.testing.assert_close(losses(logits, target), wanted)
+    torch.testing.assert_close(losses.rows(logits, target)[0], wanted)
+
+
 def test_a_loss_of_two_names_is_evaluated_once():
     class Mine(torch.nn.Module):
         calls = 0

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ARTICLE, load_losses
+from conftest import ARTICLE, load_losses, probe
 from torch import nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from losswatch.events.series import read_scalars
 from losswatch.losses import Dice, LossSet
 from losswatch.train.evaluation import scores, tally
-from losswatch.watch.probe import Probe
 
 
 def by_hand(label, prediction, classes):
@@ -139,12 +138,12 @@ def test_second_validation_starts_from_zero(make_run):
 
 
 @pytest.mark.parametrize("trained", ARTICLE)
-@pytest.mark.parametrize("probe", [False, True])
-def test_training_is_plain_gradient_descent(make_run, trained, probe):
+@pytest.mark.parametrize("watched", [False, True])
+def test_training_is_plain_gradient_descent(make_run, trained, watched):
     """The same steps, written out without Lightning, give the same weights."""
     run = make_run(
         trained=trained, steps=5, validate=False, precision="64-true",
-        probe=Probe() if probe else None,
+        probe=probe() if watched else None,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
     )  # fmt: skip
     torch.manual_seed(0)
@@ -186,8 +185,8 @@ def test_a_resumed_run_is_the_same_run(make_run, tmp_path, workers):
     """Resumed after 3 of 8 steps it has the same images and weights, bit for bit."""
     file = tmp_path / "half.ckpt"
     options = {"batch_norm": True, "steps": 8, "validate": False}
-    whole = make_run(callbacks=[SaveAt(3, file)], probe=Probe(), **options).fit()
-    rest = make_run(probe=Probe(), folder="rest", data={"num_workers": workers}, **options)
+    whole = make_run(callbacks=[SaveAt(3, file)], probe=probe(), **options).fit()
+    rest = make_run(probe=probe(), folder="rest", data={"num_workers": workers}, **options)
     with torch.no_grad():
         for p in rest.module.parameters():
             p.zero_()  # the checkpoint must replace these
@@ -201,22 +200,25 @@ def test_a_resumed_run_is_the_same_run(make_run, tmp_path, workers):
 
 
 def test_the_graph_is_not_kept(make_run):
-    """The tensors that watchers got are freed when the next step begins."""
+    """The tensors that the criterion gets are freed when the next step begins."""
 
     class Look(pl.Callback):
         seen, alive = [], []
 
         def on_fit_start(self, trainer, module):
-            module.watchers.append(self)
+            module.loss.register_forward_hook(self.see)
 
-        def see(self, logits, target, value):
+        def see(self, loss, args, value):
+            logits, _ = args
+            if not torch.is_grad_enabled():
+                return
             assert logits.grad_fn is not None and value.grad_fn is not None
             self.seen += [weakref.ref(logits), weakref.ref(value)]
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             self.alive.append(sum(tensor() is not None for tensor in self.seen))
 
-    make_run(callbacks=[Look()], probe=Probe(every_n_steps=2), validate=False).fit()
+    make_run(callbacks=[Look()], probe=probe(every_n_steps=2), validate=False).fit()
     assert len(Look.seen) == 8 and Look.alive == [0] * 4
 
 

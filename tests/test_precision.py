@@ -17,7 +17,7 @@ from losswatch.nets import ConvNet, UNet
 from losswatch.nets.cpu import fast_on_cpu
 from losswatch.train.config import ConfigError
 from losswatch.train.module import SegmentationModule
-from losswatch.watch.probe import Probe
+from losswatch.watch.lightning import Watch
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16"])
@@ -32,28 +32,34 @@ def in_float16() -> list[MixedPrecision]:
     return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
 
 
-class Observed(Probe):
+class Observed(Watch):
     """Keeps its observations instead of writing them."""
 
+    def on_fit_start(self, trainer, module):
+        super().on_fit_start(trainer, module)
+        self.seen = torch.empty(0)
+
     def flush(self, trainer):
-        self.seen = self.block[: len(self.steps)].clone()
+        if self.record.steps:
+            self.seen = torch.cat([self.seen, torch.tensor(self.record.take()[1])])
 
 
 def fit(net, plugins, *, steps, lr=1e-2, **data):
     """The probe's observations, and the test metrics."""
     losses = {"cce": CrossEntropy(), "dice": Dice(), "dice_square": Dice(exponent=2)}
     module = SegmentationModule(net, LossSet(losses), "dice", lambda p: torch.optim.Adam(p, lr=lr))
-    probe, images = Observed(), ThresholdedImages([0.5], **data)
+    watch = Observed(module.losses, "loss", every_n_steps=1, strict=True)
+    images = ThresholdedImages([0.5], **data)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=1, num_sanity_val_steps=0,
         limit_val_batches=0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[probe], plugins=plugins,
+        callbacks=[watch], plugins=plugins,
     )  # fmt: skip
     with fast_on_cpu(net):
         trainer.fit(module, images)
         trainer.test(module, images, verbose=False)
-    return probe.seen, trainer.callback_metrics
+    return watch.seen, trainer.callback_metrics
 
 
 @pytest.mark.parametrize("size", [32, 512])  # sums over 2 x 512 x 512 pixels overflow float16

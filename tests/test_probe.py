@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ARTICLE, load_losses
+from conftest import ARTICLE, load_losses, probe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from losswatch.data.random import TRAIN, uniform
 from losswatch.events.series import read_scalars
+from losswatch.events.tags import watched_tags
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
-from losswatch.watch.probe import Probe, tags
+from losswatch.watch.lightning import Watch
+from losswatch.watch.record import Record
 
 
 class Reference(pl.Callback):
@@ -87,7 +89,7 @@ def test_equals_one_gradient_per_loss(make_run, observed, net, batch_norm, class
     reference = Reference()
     run = make_run(
         net, batch_norm, classes, losses, trained,
-        probe=Probe(cosines=True), callbacks=[reference], precision="64-true", validate=False,
+        probe=probe(cosines=True), callbacks=[reference], precision="64-true", validate=False,
     )  # fmt: skip
     run.fit()
     assert len(observed) == 4
@@ -98,7 +100,7 @@ def test_equals_one_gradient_per_loss(make_run, observed, net, batch_norm, class
 def test_a_single_watched_loss(make_run, observed, watched):
     losses = load_losses(*watched)
     run = make_run(
-        losses=losses, trained=watched[0], probe=Probe(), precision="64-true", validate=False
+        losses=losses, trained=watched[0], probe=probe(), precision="64-true", validate=False
     )
     reference = Reference()
     reference_run = make_run(
@@ -146,7 +148,7 @@ def test_random_losses(make_run, observed, modules, classes, data):
     reference = Reference()
     run = make_run(
         losses=losses, classes=classes, trained=data.draw(st.sampled_from(losses.names)),
-        probe=Probe(cosines=True), callbacks=[reference], steps=2, precision="64-true",
+        probe=probe(cosines=True), callbacks=[reference], steps=2, precision="64-true",
         validate=False, data={"image_size": 4},
     )  # fmt: skip
     run.fit()
@@ -156,7 +158,7 @@ def test_random_losses(make_run, observed, modules, classes, data):
 def test_norms_before_clipping(make_run, observed):
     reference = Reference()
     run = make_run(
-        probe=Probe(cosines=True), callbacks=[reference], precision="64-true", validate=False,
+        probe=probe(cosines=True), callbacks=[reference], precision="64-true", validate=False,
         gradient_clip_val=1e-3,
     )  # fmt: skip
     run.fit()
@@ -169,7 +171,7 @@ def test_accumulated_batches(make_run, observed, batch_norm):
     """There is one observation for each optimiser step: the norm of the mean gradient."""
     reference = Reference()
     run = make_run(
-        batch_norm=batch_norm, probe=Probe(cosines=True), callbacks=[reference],
+        batch_norm=batch_norm, probe=probe(cosines=True), callbacks=[reference],
         precision="64-true", validate=False, accumulate_grad_batches=3,
     )  # fmt: skip
     run.fit()
@@ -180,7 +182,7 @@ def test_accumulated_batches(make_run, observed, batch_norm):
 def test_frozen_parameters_do_not_count(make_run, observed):
     reference = Reference()
     run = make_run(
-        "unet", True, probe=Probe(cosines=True), callbacks=[reference], precision="64-true",
+        "unet", True, probe=probe(cosines=True), callbacks=[reference], precision="64-true",
         validate=False,
     )  # fmt: skip
     run.module.net.down.requires_grad_(False)
@@ -202,7 +204,7 @@ class Unused(nn.Module):
 def test_unused_parameters_count_as_zero(make_run, observed):
     reference = Reference()
     run = make_run(
-        probe=Probe(cosines=True), callbacks=[reference], precision="64-true", validate=False
+        probe=probe(cosines=True), callbacks=[reference], precision="64-true", validate=False
     )
     run.module.net = Unused()
     run.fit()
@@ -222,8 +224,8 @@ def test_unused_parameters_count_as_zero(make_run, observed):
 def test_training_is_bit_identical(make_run, net, batch_norm, every, options):
     """Weights, running statistics and the optimiser's moments are equal with and without it."""
     states = []
-    for probe in (None, Probe(every_n_steps=every, cosines=True)):
-        run = make_run(net, batch_norm, probe=probe, steps=8, val_check_interval=4, **options)
+    for watched in (None, probe(every_n_steps=every, cosines=True)):
+        run = make_run(net, batch_norm, probe=watched, steps=8, val_check_interval=4, **options)
         states.append(run.fit().state_dict() | {
             f"{i}.{name}": moment
             for i, state in run.trainer.optimizers[0].state_dict()["state"].items()
@@ -239,8 +241,8 @@ def test_training_is_bit_identical(make_run, net, batch_norm, every, options):
 
 def test_random_numbers_are_left_alone(make_run):
     drawn = []
-    for probe in (None, Probe()):
-        make_run(probe=probe, validate=False).fit()
+    for watched in (None, probe()):
+        make_run(probe=watched, validate=False).fit()
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
 
@@ -248,7 +250,7 @@ def test_random_numbers_are_left_alone(make_run):
 def test_accumulated_dice_is_the_mean_of_the_batches(make_run, observed):
     """It is not the Dice of the joined batch. For cross entropy, a mean of pixels, they agree."""
     run = make_run(
-        losses=load_losses("dice", "cce"), probe=Probe(), precision="64-true", validate=False,
+        losses=load_losses("dice", "cce"), probe=probe(), precision="64-true", validate=False,
         steps=1, accumulate_grad_batches=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
     )  # fmt: skip
     net = copy.deepcopy(run.module.net).double()
@@ -288,20 +290,20 @@ def test_accumulated_dice_is_the_mean_of_the_batches(make_run, observed):
 
 @pytest.mark.parametrize("every, steps", [(1, range(9)), (2, range(0, 9, 2)), (4, [0, 4, 8])])
 def test_every_n_steps(make_run, every, steps):
-    run = make_run(probe=Probe(every_n_steps=every), steps=9, validate=False)
+    run = make_run(probe=probe(every_n_steps=every), steps=9, validate=False)
     run.fit()
     frame = read_scalars(run.folder)
-    for tag in tags(ARTICLE, cosines=False):
+    for tag in watched_tags(ARTICLE, cosines=False):
         assert list(frame[tag].dropna().index) == list(steps)
 
 
 @pytest.mark.parametrize("block", [1, 3, 4, 100])
 def test_blocks(make_run, observed, monkeypatch, block):
     """The values written are those observed, wherever a block ends."""
-    monkeypatch.setattr(Probe, "BLOCK", block)
-    run = make_run(probe=Probe(cosines=True), steps=8, val_check_interval=5)
+    monkeypatch.setattr(Record, "BLOCK", block)
+    run = make_run(probe=probe(cosines=True), steps=8, val_check_interval=5)
     run.fit()
-    frame = read_scalars(run.folder)[tags(ARTICLE, cosines=True)].dropna()
+    frame = read_scalars(run.folder)[watched_tags(ARTICLE, cosines=True)].dropna()
     assert list(frame.index) == list(range(8))
     np.testing.assert_array_equal(frame.to_numpy(), torch.stack(observed).double().numpy())
 
@@ -316,7 +318,7 @@ class FailAt(pl.Callback):
 
 
 def test_flushed_on_exception(make_run):
-    run = make_run(probe=Probe(), callbacks=[FailAt(6, RuntimeError("boom"))], steps=20)
+    run = make_run(probe=probe(), callbacks=[FailAt(6, RuntimeError("boom"))], steps=20)
     with pytest.raises(RuntimeError, match="boom"):
         run.fit()
     run.trainer.logger.close()
@@ -347,7 +349,7 @@ def test_the_first_step_that_is_not_finite_ends_the_run(make_run, value):
     """The error names the first such tensor, also with a loss that does not check its input."""
     run = make_run(
         losses=LossSet({"foreign": Foreign(), "more": Foreign()}), trained="foreign",
-        probe=Probe(), callbacks=[Spoil(3, value)], steps=6, validate=False,
+        probe=probe(), callbacks=[Spoil(3, value)], steps=6, validate=False,
     )  # fmt: skip
     weight = next(name for name, _ in run.module.net.named_parameters())
     said = f"with foreign, step 3: {weight} is {value}$"
@@ -376,7 +378,7 @@ def test_infinity_is_named(make_run, caplog):
             return super().forward(logits, target) * torch.finfo(torch.float32).max
 
     losses = LossSet({"foreign": Foreign(), "over": Overflow()})
-    run = make_run(losses=losses, trained="foreign", probe=Probe(), steps=2, validate=False,
+    run = make_run(losses=losses, trained="foreign", probe=probe(), steps=2, validate=False,
                    callbacks=[Spoil(0, 1e6)])  # fmt: skip
     with caplog.at_level(logging.WARNING, logger="losswatch"):
         run.fit()
@@ -384,14 +386,14 @@ def test_infinity_is_named(make_run, caplog):
 
 
 def test_latest_is_for_the_progress_bar(make_run, observed):
-    probe = Probe()
     shown = []
 
     class Ask(pl.Callback):
-        def on_train_batch_end(self, *_):
-            shown.append(probe.latest())
+        def on_train_batch_end(self, trainer, *_):
+            [watch] = [c for c in trainer.callbacks if isinstance(c, Watch)]
+            shown.append(watch.latest())
 
-    make_run(probe=probe, callbacks=[Ask()], validate=False).fit()
+    make_run(probe=probe(), callbacks=[Ask()], validate=False).fit()
     for asked, seen in zip(shown, observed, strict=True):
         assert asked == pytest.approx({
             f"loss/{name}": value for name, value in zip(ARTICLE, seen.tolist(), strict=False)
@@ -403,7 +405,7 @@ def test_half_precision_is_close(make_run, observed, precision):
     reference = []
     for chosen in ("32-true", precision):
         observed.clear()
-        run = make_run(probe=Probe(), steps=3, validate=False, precision=chosen)
+        run = make_run(probe=probe(), steps=3, validate=False, precision=chosen)
         run.fit()
         reference.append(torch.stack(observed).float())
     torch.testing.assert_close(*reference, rtol=0.1, atol=0.02)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from losswatch.watch.probe import Probe
 from pytorch_lightning.plugins import Precision
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +25,6 @@ from losswatch.stack.compile import compiled
 from losswatch.stack.optimizers import optimizer_rule
 from losswatch.stack.step import make_gradient
 from losswatch.train.module import SegmentationModule
-from losswatch.watch.probe import Probe
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "article's net, 2×32×32": (lambda: ConvNet(1, 2), (2, 1, 32, 32)),

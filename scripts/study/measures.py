@@ -7,8 +7,8 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from losswatch.events.layout import GRAD_NORM
 from losswatch.events.series import read_scalars
+from losswatch.events.tags import GRAD_NORM
 from losswatch.report.figures import LOSS_WINDOW, NORM_WINDOW, moving_mean
 from losswatch.report.runs import loss_order, read_runs
 from study.intervals import Interval, mean_interval, ratio_interval

@@ -66,14 +66,23 @@ def softmax_backward(gradient: Tensor, p: Tensor) -> Tensor:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of this very module does something else than its class's `forward`."""
+    """Whether a call of this very module does something else than its class's `forward`.
+
+    Hooks with an attribute `only_looks`, as that of `Watch`, do not count.
+    """
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return any(hooks) or "forward" in module.__dict__
+    acting = any(not hasattr(hook, "only_looks") for kind in hooks for hook in kind.values())
+    return acting or "forward" in module.__dict__
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether a hook may change the gradient of a parameter, or act on it."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 # --- PyTorch: errors -----------------------------------------------------------------------------
@@ -90,6 +99,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "DefaultCPUAllocator: can't allocate memory" in str(error)
         or (isinstance(inner, BaseException) and is_out_of_memory(inner))
     )
+
+
+def why_not_differentiated(error: RuntimeError) -> str | None:
+    """What to do about a graph that cannot be differentiated before its backward pass.
+
+    PyTorch raises plain RuntimeErrors. None: the error is another one.
+    """
+    reasons = {
+        "second time": "the graph is gone: observe before backward()",
+        "use_reentrant": "activation checkpointing must be that of use_reentrant=False",
+        "donated buffer": "the network was compiled for one backward pass: set "
+        "torch._functorch.config.donated_buffer = False before its first step",
+    }
+    return next((why for part, why in reasons.items() if part in str(error)), None)
 
 
 def is_refusal(error: RuntimeError) -> bool:
@@ -170,6 +193,30 @@ def compile_graph(
 
 
 # --- PyTorch: trees of tensors -------------------------------------------------------------------
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` makes a module, or a part of it."""
+    import torch
+
+    kind = torch._dynamo.OptimizedModule
+    return any(isinstance(m, kind) or m._compiled_call_impl is not None for m in module.modules())
+
+
+class KeptBuffers:
+    """From now until `remove`, networks are compiled so that several backward passes are possible.
+
+    Otherwise the first backward pass of a compiled network may overwrite what it reads.
+    """
+
+    def __init__(self) -> None:
+        from torch._functorch import config
+
+        self.config, self.before = config, config.donated_buffer
+        config.donated_buffer = False
+
+    def remove(self) -> None:
+        self.config.donated_buffer = self.before
 
 
 def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

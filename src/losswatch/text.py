@@ -9,8 +9,6 @@ import re
 from typing import Any
 from zlib import crc32
 
-import numpy as np
-
 
 def printable(value: object) -> str:
     r"""The value as text, with a replacement character for each character that does not print.
@@ -62,6 +60,8 @@ def show(value: Any, digits: int | None = None) -> str:
     >>> show(0.05), show(0.12345, 2), show(True), show(float("nan")), show("a\x1b[31m\nb")
     ('0.05', '0.12', 'on', '–', 'a�[31m�b')
     """
+    import numpy as np  # imported late: `losswatch` itself needs nothing but PyTorch
+
     if value is None or value != value:
         return "–"
     if isinstance(value, bool | np.bool_):

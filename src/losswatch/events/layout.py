@@ -1,4 +1,4 @@
-"""The layout of an event file and the names in it: what its writer and its reader both rely on.
+"""The layout of an event file: what its writer and its reader both rely on.
 
 An event file is a sequence of TFRecords. All numbers are little-endian. A record consists of
 
@@ -29,10 +29,6 @@ import numpy as np
 # Names of files: TensorBoard begins them all with PREFIX, runs of losswatch end theirs with SUFFIX.
 PREFIX = "events.out.tfevents."
 SUFFIX = ".losswatch"
-
-# Tags of what is observed while training, each followed by a loss's name, or by two as in "a~b".
-LOSS, GRAD_NORM, GRAD_COSINE = "loss/", "grad_norm/", "grad_cosine/"
-WATCHED = (LOSS, GRAD_NORM, GRAD_COSINE)
 
 # Records.
 LENGTH = struct.Struct("<Q")

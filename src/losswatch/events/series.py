@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from losswatch.events.decode import Block, read_blocks
-from losswatch.events.layout import PREFIX, WATCHED
+from losswatch.events.layout import PREFIX
+from losswatch.events.tags import WATCHED
 
 Columns = dict[str, dict[int, float]]  # a value by tag and step
 

@@ -186,7 +186,12 @@ class LossSet(nn.Module):
             found, slopes, blocks = [value], [slope], [block]
         names = {id(loss): name for name, loss in zip(self.names, self.losses, strict=True)}
         for loss in self.foreign:
-            value, row = known.get(names[id(loss)]) or value_and_slope(loss, logits, target)
+            name = names[id(loss)]
+            value, row = known.get(name) or value_and_slope(loss, logits, target)
+            if value.numel() != 1:
+                raise ValueError(
+                    f"loss {name} must return a scalar, it returns {tuple(value.shape)}"
+                )
             found.append(wide(value).view(1))
             slopes.append(found[-1].new_ones(1, 1))
             blocks.append(wide(row).unsqueeze(1))

@@ -33,9 +33,10 @@ class Group(NamedTuple):
     def table(self, moving: Iterator[Tensor], sums: Sums) -> Sums:
         """The table that `formula` reads: the sums of all losses under the first one's names."""
         columns, labels = list(zip(*self.keys, strict=True)), dict(sums.labels)
-        for column in columns:
-            if len(set(column)) > 1:  # Σ p^e and Σ y^e with other exponents e
-                labels[column[0][1]] = torch.stack([sums.y(e) for _, e in column])
+        for (kind, exponent), *others in columns:
+            exponents = [exponent, *(e for _, e in others)]
+            if kind == "p" and len(set(exponents)) > 1:
+                labels[exponent] = torch.stack([sums.y(e) for e in exponents])
         return Sums({column[0]: next(moving) for column in columns}, labels, sums.pixels)
 
 

@@ -84,7 +84,8 @@ class _Table(torch.autograd.Function):
         valid = counted(target, p, recipe)[1] if ctx.hard else None
         y = y if ctx.hard else target.to(p.dtype).view(p.shape)
         pixels = Pixels(p, y, valid, p_of_label=p_of_label if p_of_label.numel() else None)
-        gradient = by_logits(g, pixels, target, recipe)
+        with torch.no_grad():
+            gradient = by_logits(g, pixels, target, recipe)
         return gradient.view(ctx.shape).to(ctx.dtype), None, None
 
 

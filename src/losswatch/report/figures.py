@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from losswatch.events.layout import GRAD_NORM, LOSS, PREFIX
+from losswatch.events.layout import PREFIX
 from losswatch.events.series import read_scalars
+from losswatch.events.tags import GRAD_NORM, LOSS
 from losswatch.files import replace_file
 from losswatch.report.runs import KNOWN_LOSSES, LABELS, loss_order, swept
 from losswatch.text import file_name, matplotlib_escape, printable, show

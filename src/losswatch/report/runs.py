@@ -99,6 +99,8 @@ def _row(record: dict[str, Any], others: list[str], overrides: dict[str, str]) -
 
 
 def _plain(value: Any) -> bool | int | float | str | None:
+    if isinstance(value, int) and abs(value) >= 2**63:  # pandas 2 holds no such integer
+        return printable(value)
     return value if isinstance(value, bool | int | float | None) else printable(value)
 
 

@@ -17,7 +17,7 @@ from torch.func import functional_call, vmap
 from losswatch import compat
 from losswatch.data.random import VAL, draw
 from losswatch.events.encode import write_scalars
-from losswatch.events.layout import GRAD_NORM, LOSS
+from losswatch.events.tags import GRAD_NORM, LOSS, watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import onednn
 from losswatch.stack.compile import compiled
@@ -33,7 +33,6 @@ from losswatch.train.checkpoints import checkpoint_path, save
 from losswatch.train.content import add_record, as_of_lightning
 from losswatch.train.evaluation import Tally, metrics, tally
 from losswatch.train.eventlog import log_images
-from losswatch.watch.probe import tags
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class StackedModule(pl.LightningModule):
         members: runs of one architecture, image shape, kind of optimiser and number of classes, all
             at the same step.
         losses: the losses watched.
-        every_n_steps, cosines: as of `Probe`; 0 observes nothing.
+        every_n_steps, cosines: as of `Watch`; 0 observes nothing.
         compile: whether to compile the step; otherwise torch.vmap runs it eagerly.
 
     Raises:
@@ -84,7 +83,7 @@ class StackedModule(pl.LightningModule):
         self.every_n_steps = every_n_steps
         check_traits(members, losses)
         self.net = copy.deepcopy(members[0].net)
-        self.tags = tags(losses.names, cosines)
+        self.tags = watched_tags(losses.names, cosines)
         data = members[0].data
         self.shape = (data.batch_size, 1, *data.space)
 

@@ -1,9 +1,9 @@
 """The gradient of one training step as a pure function, to be stacked over runs and compiled.
 
-It uses the network, the losses and the observation of an ordinary run (train.module, watch.probe).
-Three things differ. The images are drawn inside the step. The backward passes of all rows are one
-batched vector-Jacobian product. And the optimiser's rule is another pure function (optimizers.py).
-So torch.vmap can map all of it over stacked runs, and it can be compiled.
+It uses the network, the losses and the observation of an ordinary run (train.module,
+watch.lightning). Three things differ. The images are drawn inside the step. The backward passes of
+all rows are one batched vector-Jacobian product. And the optimiser's rule is another pure function
+(optimizers.py). So torch.vmap can map all of it over stacked runs, and it can be compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.func import functional_call, vjp, vmap
 from losswatch.data.random import TRAIN, draw
 from losswatch.losses import LossSet
 from losswatch.stack.parameters import State, splitter
-from losswatch.watch.probe import observe
+from losswatch.watch.record import as_row
 
 
 def make_gradient(
@@ -34,7 +34,7 @@ def make_gradient(
     Args:
         net, losses: of the run.
         shape: [N, 1, *space] of its images.
-        observed: whether the function returns what `probe.observe` sees, with or without cosines.
+        observed: whether the function returns an observation, as a row with or without cosines.
 
     The function takes
 
@@ -60,7 +60,9 @@ def make_gradient(
 
         if observed:
             gradients = coefficients @ vmap(pull)(rows)[0]
-            seen = observe(values, gradients, cosines)
+            norms = torch.linalg.vector_norm(gradients, dim=1)
+            unit = gradients / norms[:, None]
+            seen = as_row(values, norms, unit @ unit.T if cosines else None)
             # Not a product with `trained`: another loss may be infinite, and 0 times that is NaN.
             own = torch.where(numbers["trained"][:, None] > 0, gradients, 0).sum(0)
             return own, buffers, seen

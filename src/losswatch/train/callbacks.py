@@ -12,24 +12,24 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from losswatch import compat
-from losswatch.events.layout import LOSS
+from losswatch.events.tags import LOSS
 from losswatch.train import randomness
 from losswatch.train.checkpoints import checkpoint_path
 from losswatch.train.content import add_record
 from losswatch.train.eventlog import EventLog, log_images
-from losswatch.watch.probe import Probe
+from losswatch.watch.lightning import Watch
 
 
 class Progress(TQDMProgressBar):
     """Lightning's progress bar with the watched losses and the last validation's accuracy.
 
-    It asks the probe when it redraws itself, so it costs nothing in between. It is silent where the
+    It asks `watch` when it redraws itself, so it costs nothing in between. It is silent where the
     output is no terminal, and during the short validations.
     """
 
-    def __init__(self, probe: Probe | None) -> None:
+    def __init__(self, watch: Watch | None) -> None:
         super().__init__(refresh_rate=20, leave=False)
-        self.probe = probe
+        self.watch = watch
         if not sys.stderr.isatty():
             self.disable()
 
@@ -40,7 +40,7 @@ class Progress(TQDMProgressBar):
         return compat.silent_bar()
 
     def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-        shown = self.probe.latest() if self.probe else {}
+        shown = self.watch.latest() if self.watch else {}
         shown = {name.removeprefix(LOSS): value for name, value in shown.items()}
         if "val/accuracy" in trainer.callback_metrics:
             shown["accuracy"] = float(trainer.callback_metrics["val/accuracy"])

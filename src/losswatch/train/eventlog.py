@@ -11,11 +11,12 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.tensorboard.summary import custom_scalars, hparams
+from torch.utils.tensorboard.summary import hparams
 
 from losswatch.compat import process_rank
+from losswatch.events.charts import add_charts
 from losswatch.events.encode import put_last
-from losswatch.events.layout import GRAD_COSINE, GRAD_NORM, LOSS, SUFFIX
+from losswatch.events.layout import SUFFIX
 from losswatch.train.curves import event_sizes, rewind
 
 
@@ -54,22 +55,9 @@ def open_log(cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int]
     if process_rank() == 0:
         rewind(folder, events)
         put_last(logger.experiment)
-    add_charts(logger, cosines=cfg.probe.cosines)
+        add_charts(logger.experiment, cosines=cfg.probe.cosines)
     add_hparams(logger, cfg, loss)
     return logger
-
-
-@rank_zero_only  # the other ranks have no file to write to
-def add_charts(logger: EventLog, cosines: bool) -> None:
-    """The custom-scalars layout: all losses in one chart, all gradient norms in another."""
-    charts = {
-        "values of all losses": ["Multiline", [f"^{LOSS}"]],
-        "gradient norms of all losses": ["Multiline", [f"^{GRAD_NORM}"]],
-        "validation": ["Multiline", ["^val/(accuracy|dice|iou)$"]],
-    }
-    if cosines:
-        charts["cosines of the losses' gradients"] = ["Multiline", [f"^{GRAD_COSINE}"]]
-    logger.experiment.file_writer.add_summary(custom_scalars({"losswatch": charts}))
 
 
 @rank_zero_only

@@ -21,7 +21,7 @@ class Trained(Protocol):
 
 
 class FiniteCheck:
-    """Checks a run's logits, loss and gradients; a `watch.watcher.Watcher` of the module.
+    """Checks a run's logits, loss and gradients.
 
     On a CPU it raises FloatingPointError in the very step. On a GPU a look at a number would wait
     for all work of the GPU, so the first bad step is kept in a tensor there, until `look`.
@@ -41,7 +41,8 @@ class FiniteCheck:
             self.outputs = [("the logits", logits)]
             self._stop(module, module.trainer.global_step)
 
-    def see(self, logits: Tensor, target: Tensor, value: Tensor) -> None:
+    def see(self, logits: Tensor, value: Tensor) -> None:
+        """Keep the outputs of a step until `forget`."""
         self.outputs = [("the logits", logits), (f"the loss {self.trained}", value)]
 
     def check_step(self, module: Trained, parameters: Iterable[Tensor]) -> None:

@@ -14,7 +14,6 @@ from losswatch.events.encode import write_scalars
 from losswatch.losses import LossSet
 from losswatch.train.evaluation import Tally, metrics, tally
 from losswatch.train.finite import FiniteCheck
-from losswatch.watch.watcher import Watcher
 
 
 class SegmentationModule(pl.LightningModule):
@@ -27,9 +26,6 @@ class SegmentationModule(pl.LightningModule):
         losses: the losses watched, the trained one among them.
         trained: its name.
         optimizer: makes an optimiser from the parameters.
-
-    Attributes:
-        watchers: each training step hands its outputs to these (`watch.watcher.Watcher`).
     """
 
     def __init__(
@@ -46,7 +42,6 @@ class SegmentationModule(pl.LightningModule):
             loss.requires_grad_(loss is self.loss)
         self.make_optimizer = optimizer
         self.finite = FiniteCheck(trained)
-        self.watchers: list[Watcher] = [self.finite]
         self.tally: Tally | None = None  # of the evaluation under way
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -62,8 +57,7 @@ class SegmentationModule(pl.LightningModule):
         logits = self.net(images)
         self.finite.check_logits(self, logits)
         value = self.loss(logits, target)
-        for watcher in self.watchers:
-            watcher.see(logits, target, value)
+        self.finite.see(logits, value)
         return value
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -25,7 +25,7 @@ from losswatch.train.presets import loss_nodes
 from losswatch.train.process import run_process
 from losswatch.train.settings import plain
 from losswatch.train.sync_batch_norm import LayerSync
-from losswatch.watch.probe import Probe
+from losswatch.watch.lightning import Watch
 
 
 def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, float]]:
@@ -46,7 +46,7 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, f
         module = _make_module(cfg, trained, net)
         checkpoints = Checkpoints(folder, plain(cfg), start.random)
         logger = open_log(cfg, trained, folder, start.events)
-        trainer = _make_trainer(cfg, logger, checkpoints)
+        trainer = _make_trainer(cfg, module, logger, checkpoints)
         data = make_data(cfg)
         trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
         steps, options = trainer.global_step, trainer_options(cfg)
@@ -90,14 +90,18 @@ def _make_module(cfg: DictConfig, trained: str, net: Any) -> SegmentationModule:
     return SegmentationModule(net, losses, trained, make_optimizer(cfg))
 
 
-def _make_trainer(cfg: DictConfig, logger: EventLog, checkpoints: Checkpoints) -> pl.Trainer:
+def _make_trainer(
+    cfg: DictConfig, module: SegmentationModule, logger: EventLog, checkpoints: Checkpoints
+) -> pl.Trainer:
     options = trainer_options(cfg)
     callbacks: list[pl.Callback] = [checkpoints, Images()]
-    probe = Probe(**cfg.probe) if cfg.probe.every_n_steps else None
-    if probe:
-        callbacks.insert(0, probe)
+    watch = (
+        Watch(module.losses, "loss", **cfg.probe, strict=True) if cfg.probe.every_n_steps else None
+    )
+    if watch:
+        callbacks.insert(0, watch)
     if options["enable_progress_bar"]:
-        callbacks.append(Progress(probe))
+        callbacks.append(Progress(watch))
     plugins: list[Any] = [AtomicCheckpoints()]
     if options["sync_batchnorm"]:
         plugins.append(LayerSync())

@@ -1,0 +1,27 @@
+"""The names of scalars that training writes.
+
+Imports nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+# What is observed while training, each followed by a loss's name, or by two as in "a~b".
+LOSS, GRAD_NORM, GRAD_COSINE = "loss/", "grad_norm/", "grad_cosine/"
+WATCHED = (LOSS, GRAD_NORM, GRAD_COSINE)
+
+
+def watched_tags(names: Sequence[str], cosines: bool) -> list[str]:
+    """The scalars of one step: values, norms, and the cosines of all pairs.
+
+    >>> watched_tags(["cce", "dice"], cosines=True)
+    ['loss/cce', 'loss/dice', 'grad_norm/cce', 'grad_norm/dice', 'grad_cosine/cce~dice']
+    """
+    pairs = combinations(names, 2) if cosines else ()
+    return [
+        *(f"{LOSS}{name}" for name in names),
+        *(f"{GRAD_NORM}{name}" for name in names),
+        *(f"{GRAD_COSINE}{a}~{b}" for a, b in pairs),
+    ]

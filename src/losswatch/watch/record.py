@@ -1,0 +1,112 @@
+"""The numbers of many observations, kept on the device until they are written in a block."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from losswatch.events.tags import GRAD_COSINE, LOSS, watched_tags
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
+
+
+def as_row(values: Tensor, norms: Tensor, cosines: Tensor | None) -> Tensor:
+    """Values [K], norms [K] and the pairs of cosines [K, K], if there are any, as one vector."""
+    parts = [values, norms]
+    if cosines is not None:
+        a, b = torch.triu_indices(len(norms), len(norms), offset=1, device=norms.device)
+        parts.append(cosines[a, b])
+    return torch.cat(parts)
+
+
+class Record:
+    """Observations of a training.
+
+    Args:
+        every_n_steps: which steps are due, at least 1.
+        cosines: whether cosines are kept.
+
+    Raises:
+        ValueError: every_n_steps is not allowed.
+    """
+
+    BLOCK = 500  # observations between two writes, at most
+    SECONDS = 5.0  # between two writes of blocks that are not full, at least
+
+    def __init__(self, every_n_steps: int, cosines: bool) -> None:
+        n = every_n_steps
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"every_n_steps={n!r}: allowed is a whole number of at least 1")
+        self.every_n_steps, self.cosines = n, cosines
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Begin a training, at the number of steps that are done."""
+        self.step, self.is_due = step - 1, False
+        self.tags: list[str] = []
+        self.steps: list[int] = []
+        self.block = self.newest = torch.empty(0)
+        self.written = time.monotonic()
+        self.warned: set[str] = set()
+        self.has_charts = False
+
+    def move_to(self, step: int) -> None:
+        """Begin a step, or go on with it. Due are the multiples of `every_n_steps`."""
+        if step != self.step:
+            # Some loops count in steps of more than one.
+            self.is_due = step // self.every_n_steps > self.step // self.every_n_steps
+            self.step = step
+
+    def open(self, names: Sequence[str], device: torch.device) -> None:
+        """Take the names of what is observed, at the first observation."""
+        self.tags = watched_tags(names, self.cosines)
+        self.block = torch.empty(self.BLOCK, len(self.tags), device=device)
+
+    def add(self, values: Tensor, norms: Tensor, cosines: Tensor) -> bool:
+        """Keep the numbers of this step; whether it is time to write.
+
+        Args:
+            values, norms, cosines: as of `Seen`.
+        """
+        self.newest = as_row(values, norms, cosines if self.cosines else None)
+        self.block[len(self.steps)] = self.newest
+        self.steps.append(self.step)
+        self.is_due = False
+        return len(self.steps) == self.BLOCK or time.monotonic() - self.written > self.SECONDS
+
+    def latest(self) -> dict[str, float]:
+        """The values of the last observation."""
+        names = [tag for tag in self.tags if tag.startswith(LOSS)]
+        return dict(zip(names, self.newest.tolist(), strict=False))
+
+    def take(self) -> tuple[np.ndarray, np.ndarray]:
+        """The steps [B] and numbers [B, tags] kept so far, which are kept no longer."""
+        import numpy as np  # imported late: `from losswatch import Watch` needs nothing but PyTorch
+
+        steps, self.steps, self.written = np.array(self.steps, int), [], time.monotonic()
+        values = self.block[: len(steps)].cpu().numpy()
+        for tag, column in zip(self.tags, values.T, strict=True):
+            bad = [(s, v) for s, v in zip(steps, column, strict=True) if not abs(v) < 1e38]
+            if bad and tag not in self.warned and not tag.startswith(GRAD_COSINE):
+                self.warned.add(tag)
+                log.warning("%s is %s at step %d", tag, bad[0][1], bad[0][0])
+        return steps, values
+
+    def write(self, writer: SummaryWriter, steps: np.ndarray, values: np.ndarray) -> None:
+        """Write a block to TensorBoard, and once the layout of its charts."""
+        from losswatch.events.charts import add_charts
+        from losswatch.events.encode import write_scalars
+
+        if not self.has_charts:
+            self.has_charts = True
+            add_charts(writer, self.cosines)
+        write_scalars(writer, self.tags, steps, values)
