@@ -356,7 +356,13 @@ def test_joblibs_processes_end_with_the_one_that_began_them(tmp_path):
 def switches():
     names = ("HYDRA_FULL_ERROR", "PYTHONWARNINGS")
     environment = {name: os.environ.get(name) for name in names}
-    return environment, Sweeper.validate_batch_is_legal, logging.raiseExceptions, current_sweep()
+    return (
+        environment,
+        Sweeper.validate_batch_is_legal,
+        logging.raiseExceptions,
+        current_sweep(),
+        sys.unraisablehook,
+    )
 
 
 @pytest.mark.parametrize("full_error", [None, "0"])

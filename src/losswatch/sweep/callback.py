@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from losswatch import compat
-from losswatch.sweep.command import current_sweep
+from losswatch.sweep.command import current_sweep, silence_logging
 from losswatch.sweep.exit import escaping, say, stop
 from losswatch.sweep.grid import check_grid, grid
 from losswatch.text import one_line
@@ -106,7 +106,7 @@ class SweepCallback(Callback):
 
 def _in_other_process(total: int | None) -> SweepCallback:
     """Construct the callback in a process that a launcher started, and set up that process."""
-    logging.raiseExceptions = False  # as `quiet_logging`; for as long as the process lives
+    silence_logging()
     return SweepCallback(total)
 
 

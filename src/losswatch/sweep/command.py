@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -61,17 +62,29 @@ def command() -> Iterator[Sweep]:
 
 @contextmanager
 def quiet_logging() -> Iterator[None]:
-    """While this is open, a log that cannot be written prints no traceback.
-
-    On a full disk a run fails and its error is shown. Python would print 40 lines more for each
-    line of the log.
-    """
-    earlier = logging.raiseExceptions
-    logging.raiseExceptions = False
+    """While this is open, a log that cannot be written prints no traceback (`silence_logging`)."""
+    earlier = logging.raiseExceptions, sys.unraisablehook
+    silence_logging()
     try:
         yield
     finally:
-        logging.raiseExceptions = earlier
+        logging.raiseExceptions, sys.unraisablehook = earlier
+
+
+def silence_logging() -> None:
+    """From now on a log that cannot be written prints no traceback.
+
+    On a full disk a run fails and its error is shown. Python would print 40 lines more for each
+    line of the log, and since version 3.13 some for each log file that it closes.
+    """
+    logging.raiseExceptions = False
+    show = sys.unraisablehook
+
+    def hook(error: sys.UnraisableHookArgs) -> None:
+        if not isinstance(error.exc_value, OSError):
+            show(error)
+
+    sys.unraisablehook = hook
 
 
 @contextmanager
