@@ -11,29 +11,7 @@ A run leaves TensorBoard events, checkpoints/, curves.png, its config (.hydra/),
 result.json in outputs/<sweep>/<run>/.
 """
 
-import sys
-
-import hydra
-from omegaconf import DictConfig
-
-from losswatch.sweep.exit import clear_errors, open_streams
-from losswatch.train import config
-from losswatch.train.names import quoted
-
-config.register()
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float | None:
-    """Train or test one run; the accuracy returned is for sweepers."""
-    # Imported late: PyTorch takes seconds, and --help or a misspelt key needs none of it.
-    from losswatch.task import run_task
-
-    return run_task(cfg)
-
+from losswatch.command import main
 
 if __name__ == "__main__":
-    open_streams()
-    sys.argv = [quoted(argument) for argument in sys.argv]
-    with clear_errors():
-        main()
+    main()

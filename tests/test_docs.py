@@ -13,8 +13,8 @@ from conftest import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import losses as loss_script  # scripts/losses.py
 from losswatch.losses import CrossEntropy, Dice
+from losswatch.report import losses
 from losswatch.train.names import quoted
 
 FOLDERS = ("conf", "outputs/article", "scripts", "src", "tests")
@@ -196,10 +196,10 @@ def test_every_setting_has_its_comment():
 
 
 def test_the_table_of_losses_is_what_the_script_prints():
-    rows = loss_script.rows()
+    rows = losses.rows()
     assert {row.name for row in rows} == {path.stem for path in (ROOT / "conf/loss").glob("*.yaml")}
     assert all(row.formula and row.advice for row in rows)
-    assert loss_script.markdown(rows) in read("conf/loss/README.md")
+    assert losses.markdown(rows) in read("conf/loss/README.md")
 
 
 @pytest.mark.parametrize("cls", [Dice, CrossEntropy])

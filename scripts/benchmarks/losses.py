@@ -11,9 +11,10 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.peers import peers
-from benchmarks.presets import article, preset, variants
+from benchmarks.presets import article, variants
 from benchmarks.timing import Job, interleaved, peak_memory
 from losswatch.losses import LossSet
+from losswatch.presets import load_loss
 
 SIZES = ((2, 2, 256, 256), (2, 4, 512, 512))  # of the logits, [N, C, H, W]
 
@@ -33,10 +34,10 @@ def measure(rounds: int) -> None:
         ours: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "losswatch five losses + 1 gradient": lambda x, t: watched["five"](x, t)[1],
             "losswatch Dice": losses["dice"],
-            "losswatch Dice per sample": preset("dice_monai"),
+            "losswatch Dice per sample": load_loss("dice_monai"),
             "losswatch CE": losses["cce"],
-            "losswatch CE stable": preset("cce_stable"),
-            "losswatch Dice + CE": preset("dice_cce"),
+            "losswatch CE stable": load_loss("cce_stable"),
+            "losswatch Dice + CE": load_loss("dice_cce"),
         }
         jobs = {n: with_gradient(f, logits, target) for n, f in (ours | peers()).items()}
         for name, together in watched.items():

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import nn
 
-from benchmarks import ROOT
-from losswatch.losses import Dice
+from losswatch import Dice, load_loss
 
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
 
 
-def preset(name: str) -> nn.Module:
-    """The loss of conf/loss/<name>.yaml."""
-    return instantiate(OmegaConf.load(ROOT / f"conf/loss/{name}.yaml"))
-
-
 def article() -> dict[str, nn.Module]:
     """The five losses of the article, by name."""
-    return {name: preset(name) for name in ARTICLE}
+    return {name: load_loss(name) for name in ARTICLE}
 
 
 def variants(count: int) -> list[nn.Module]:

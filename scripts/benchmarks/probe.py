@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from losswatch.watch.probe import Probe
+from losswatch.watch.lightning import Watch
 from pytorch_lightning.plugins import Precision
 from rich.console import Console
 from rich.table import Table
@@ -104,21 +104,22 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
     def probed(every: int, count: int) -> Job:
         """The ordinary step with the probe, as Lightning calls it, without Lightning around it."""
         module, adam = parts(count)
-        probe = Probe(every_n_steps=every)
+        watch = Watch(module.losses, "loss", every_n_steps=every, strict=True)
         strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
         trainer: Any = SimpleNamespace(
             global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true",
             fit_loop=SimpleNamespace(_should_accumulate=lambda: False), strategy=strategy,
-            logger=None, is_global_zero=True, precision_plugin=Precision(),
+            loggers=[], is_global_zero=True, precision_plugin=Precision(), lightning_module=module,
         )  # fmt: skip
-        probe.on_fit_start(trainer, module)
+        watch.on_fit_start(trainer, module)
 
         def step() -> None:
+            watch.on_train_batch_start(trainer)
             loss = module.training_step(batch(), 0)
             adam.zero_grad()
-            probe.on_before_backward(trainer, module, loss)
+            watch.on_before_backward(trainer, module, loss)
             loss.backward()
-            probe.on_after_backward(trainer, module)
+            watch.on_after_backward(trainer, module)
             adam.step()
             trainer.global_step += 1
 

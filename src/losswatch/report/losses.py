@@ -1,8 +1,5 @@
 """Every loss in conf/loss: its formula, when to use it, its settings, its value on one example.
 
-    python scripts/losses.py               a table in the terminal
-    python scripts/losses.py --markdown    the table in conf/loss/README.md
-
 The first comment line of a file is the formula and its source, the further ones the advice.
 
 The example: two 4×4 images with 6 foreground pixels of 32. The network is sure of 4 of these and
@@ -13,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 from itertools import takewhile
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-CONFIGS = Path(__file__).parent.parent / "conf" / "loss"
+from losswatch.presets import CONF, load_loss
 
 
 class Row(NamedTuple):
@@ -64,12 +60,12 @@ def rows() -> list[Row]:
     """The losses of conf/loss by name."""
     logits, target = example()
     table = []
-    for path in sorted(CONFIGS.glob("*.yaml")):
+    for path in sorted((CONF / "loss").glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
         formula, *advice = (line[2:] for line in takewhile(lambda line: line[:1] == "#", lines))
         config = OmegaConf.load(path)
         assert isinstance(config, DictConfig)
-        value = instantiate(config)(logits, target).item()
+        value = load_loss(path.stem)(logits, target).item()
         table.append(Row(path.stem, formula, " ".join(advice), settings(config), f"{value:.4f}"))
     return table
 
@@ -84,18 +80,15 @@ def markdown(table: list[Row]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def show(arguments: list[str]) -> None:
+    """What `losswatch losses` prints; with --markdown, the table of conf/loss/README.md."""
+    parser = argparse.ArgumentParser("losswatch losses", description="all losses of conf/loss")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    if parser.parse_args().markdown:
+    if parser.parse_args(arguments).markdown:
         print(markdown(rows()), end="")
         return
     table = Table(HEAD.name, HEAD.formula, HEAD.settings, title="loss=…")
     table.add_column(HEAD.value, justify="right")
     for row in rows():
-        table.add_row(row.name, row.formula, row.settings, row.value)
+        table.add_row(*map(escape, (row.name, row.formula, row.settings, row.value)))
     Console().print(table)
-
-
-if __name__ == "__main__":
-    main()

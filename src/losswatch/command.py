@@ -1,0 +1,43 @@
+"""The command `losswatch`, which is `python train.py` from any folder.
+
+losswatch loss=cce theta=0.05       train as train.py does, which lists more
+losswatch losses                    print the table of losses
+"""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from losswatch.presets import CONF
+from losswatch.sweep.exit import clear_errors, open_streams
+from losswatch.train import config
+from losswatch.train.names import quoted
+
+config.register()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def train(cfg: DictConfig) -> float | None:
+    """Train or test one run; the accuracy returned is for sweepers."""
+    # Imported late: PyTorch takes seconds, and --help or a misspelt key needs none of it.
+    from losswatch.task import run_task
+
+    return run_task(cfg)
+
+
+def main() -> None:
+    """Do what the arguments of this process ask for.
+
+    Raises:
+        SystemExit: with the exit status, if that is not 0.
+    """
+    open_streams()
+    if sys.argv[1:2] == ["losses"]:
+        from losswatch.report.losses import show
+
+        show(sys.argv[2:])
+        return
+    sys.argv = [quoted(argument) for argument in sys.argv]
+    with clear_errors():
+        train()

@@ -1,0 +1,503 @@
+"""`Watch` in the training of LightningModules that know nothing of it."""
+
+import copy
+import logging
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_observer import LOSSES, Checkpointed, Drawing, Focal, expected, small
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from losswatch import CrossEntropy, Dice, Watch, load_loss
+from losswatch.events.tags import watched_tags
+
+
+class Plain(pl.LightningModule):
+    """A module as people write it, with a criterion and a term of regularisation."""
+
+    def __init__(self, net, criterion=None, decay=0.0, lr=0.01):
+        super().__init__()
+        self.net, self.loss_fn = net, criterion or nn.CrossEntropyLoss()
+        self.decay, self.lr = decay, lr
+        self.optimizer = torch.optim.Adam
+
+    def loss(self, batch):
+        images, target = batch
+        return self.loss_fn(self.net(images), target)
+
+    def training_step(self, batch, batch_idx):
+        value = self.loss(batch)
+        if self.decay:
+            value = value + self.decay * sum(p.square().sum() for p in self.net.parameters())
+        return value
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.loss(batch))
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), lr=self.lr)
+
+
+class Functional(Plain):
+    """Its loss is a function, so it tells the watch."""
+
+    def loss(self, batch):
+        images, target = batch
+        logits = self.net(images)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Watch):
+                callback.see(logits, target)
+        return F.cross_entropy(logits, target)
+
+
+class Manual(Plain):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+class Wanted(pl.Callback):
+    """One gradient for each loss, at each batch; it must stand before the watch."""
+
+    def __init__(self, names=LOSSES):
+        self.losses, self.batches = [load_loss(name) for name in names], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        net = copy.deepcopy(module.net)
+        with torch.random.fork_rng():
+            found = expected(self.losses, net(batch[0]), batch[1], net.parameters())
+        self.batches.append(found)
+
+    def frame(self):
+        rows = []
+        for values, norms, cosines in self.batches:
+            a, b = np.triu_indices(len(values), 1)
+            rows.append(torch.cat([values, norms, cosines[a, b]]).numpy())
+        return np.stack(rows)
+
+
+def data(batches=6, dtype=torch.float64, classes=2):
+    g = torch.Generator().manual_seed(1)
+    images = torch.randn(2 * batches, 3, 8, 8, generator=g, dtype=dtype)
+    target = torch.randint(0, classes, (2 * batches, 8, 8), generator=g)
+    return DataLoader(TensorDataset(images, target), batch_size=2)
+
+
+def fit(module, *callbacks, batches=6, dtype=torch.float64, logger=False, epochs=1, **options):
+    torch.manual_seed(3)
+    options = {"enable_progress_bar": False, "enable_model_summary": False} | options
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=logger, callbacks=list(callbacks),
+        enable_checkpointing=False, log_every_n_steps=1, **options,
+    )  # fmt: skip
+    trainer.fit(module, data(batches, dtype), data(1, dtype))
+    return trainer
+
+
+class Seen(Watch):
+    """Keeps what it would write."""
+
+    def on_fit_start(self, trainer, module):
+        super().on_fit_start(trainer, module)
+        self.rows, self.at = [], []
+
+    def _keep(self, trainer, spans):
+        super()._keep(trainer, spans)
+        self.rows.append(self.record.newest.numpy())
+        self.at.append(self.record.step)
+
+    def table(self):
+        return np.stack(self.rows)
+
+
+def seen(losses=LOSSES, criterion="loss_fn", every_n_steps=1, strict=True, **options):
+    return Seen(losses, criterion, every_n_steps=every_n_steps, strict=strict, **options)
+
+
+# --- Exact ---------------------------------------------------------------------------------------
+
+TRAINED = {
+    "plain": lambda: Plain(small()),
+    "of losswatch": lambda: Plain(small(), load_loss("dice")),
+    "regularised": lambda: Plain(small(), load_loss("dice"), decay=0.1),
+    "functional": lambda: Functional(small()),
+    "manual": lambda: Manual(small()),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_exact(kind, clip):
+    if kind == "manual" and clip:
+        return  # Lightning does not clip there
+    module, wanted = TRAINED[kind](), Wanted()
+    watch = seen(criterion=None if kind == "functional" else "loss_fn", cosines=True)
+    fit(module, wanted, watch, gradient_clip_val=clip)
+    assert watch.at == list(range(6))
+    np.testing.assert_allclose(watch.table(), wanted.frame(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reused", [True, False])
+def test_the_trained_gradient_is_reused_only_where_it_is_that_of_the_loss(monkeypatch, reused):
+    """Then one backward pass less is needed; a regulariser forbids it."""
+    passes = []
+    grad = torch.autograd.grad
+
+    def count(*args, **options):
+        passes.append(args)
+        return grad(*args, **options)
+
+    loss = load_loss("dice")
+    watch = seen({**{name: load_loss(name) for name in ("cce", "dice_fg", "dice_square")},
+                  "dice": loss, "dice_fg_square": load_loss("dice_fg_square")})  # fmt: skip
+    module = Plain(small(), loss, decay=0.0 if reused else 0.1)
+    monkeypatch.setattr("losswatch.watch.span.torch.autograd.grad", count)
+    fit(module, watch, batches=1)
+    rows = [args for args in passes if args[0].ndim == 4]
+    assert len(rows) == (3 if reused else 4)
+    # The hook of the watch on the criterion keeps it from sharing nothing.
+    [losses] = watch.observer.views.sets.values()
+    assert not losses.foreign
+
+
+def test_accumulated_batches():
+    module, wanted, watch = Plain(small()), Wanted(), seen()
+    fit(module, wanted, watch, accumulate_grad_batches=2)
+    values = np.stack([v.numpy() for v, *_ in wanted.batches])
+    assert watch.at == [0, 1, 2]
+    k = len(LOSSES)
+    np.testing.assert_allclose(watch.table()[:, :k], values.reshape(3, 2, k).mean(1), rtol=1e-9)
+
+    # The norm is that of the mean gradient, which the optimiser gets.
+    class Grads(pl.Callback):
+        found = []
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            grads = [p.grad.flatten() for p in module.net.parameters()]
+            self.found.append(float(torch.cat(grads).norm()))
+
+    watch = seen(["cce_stable"])
+    fit(Plain(small()), watch, Grads(), accumulate_grad_batches=2)
+    np.testing.assert_allclose(watch.table()[:, 1], Grads.found, rtol=1e-9)
+
+
+def test_several_calls_are_heads():
+    class Deep(Plain):
+        def loss(self, batch):
+            images, target = batch
+            logits = self.net(images)
+            half = F.avg_pool2d(logits, 2)
+            return self.loss_fn(logits, target) + self.loss_fn(half, target[:, ::2, ::2])
+
+    watch = seen(["cce_stable", "dice"], heads="all")
+    fit(Deep(small()), watch, batches=2)
+    assert watch.record.tags == watched_tags(
+        ["cce_stable.0", "dice.0", "cce_stable.1", "dice.1"], cosines=False
+    )
+    assert watch.table().shape == (2, 8)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision(precision):
+    from pytorch_lightning.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
+    found = []
+    for plugins in ([], [MixedPrecision(precision, "cpu", scaler)]):
+        watch = seen()
+        fit(Plain(small().float()), watch, dtype=torch.float32, plugins=plugins, batches=3)
+        found.append(watch.table())
+    np.testing.assert_allclose(*found, rtol=0.1, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("how", ["function", "method"])
+def test_compiled_network(how):
+    net = small().float()
+    plain, watch = seen(), seen()
+    fit(Plain(copy.deepcopy(net)), plain, dtype=torch.float32, batches=2)
+    torch._dynamo.reset()
+    before = torch._functorch.config.donated_buffer
+    if how == "method":
+        net.compile()
+    fit(Plain(torch.compile(net) if how == "function" else net), watch, dtype=torch.float32,
+        batches=2)  # fmt: skip
+    np.testing.assert_allclose(watch.table(), plain.table(), rtol=1e-4, atol=1e-5)
+    assert torch._functorch.config.donated_buffer == before
+
+
+def test_checkpointed_network():
+    watch, wanted = seen(cosines=True), Wanted()
+
+    class Dry(Checkpointed):
+        def __init__(self):
+            super().__init__()
+            self.middle[2] = nn.Identity()
+
+    fit(Plain(Dry().double()), wanted, watch)
+    np.testing.assert_allclose(watch.table(), wanted.frame(), rtol=1e-9, atol=1e-9)
+
+
+# --- Two ranks -----------------------------------------------------------------------------------
+
+
+class Halves(Plain):
+    """Each of two ranks trains on an image of each batch."""
+
+    def loss(self, batch):
+        r, n = self.trainer.global_rank, self.trainer.world_size
+        images, target = (x[r::n] for x in batch)
+        return self.loss_fn(self.net(images), target)
+
+
+THREE = ["cce", "dice", "dice_square"]
+
+
+def train_ranks(folder, devices):
+    """Train on one rank or two, on the same batches; what is seen goes to metrics.csv."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
+    logger = CSVLogger(folder, name="", version="")
+    watch = Watch(THREE, "loss_fn", every_n_steps=2, strict=True, cosines=True)
+    options = {"strategy": "ddp_spawn", "devices": 2} if devices == 2 else {}
+    fit(Halves(net), watch, logger=logger, use_distributed_sampler=False, **options)
+
+
+def test_two_ranks_are_as_one(tmp_path):
+    """The norms are those of the averaged gradient. Lightning sends the watch to the ranks."""
+    main = tmp_path / "main.py"
+    main.write_text(
+        "import sys\nfrom test_watch import train_ranks\n"
+        "if __name__ == '__main__':\n    train_ranks(sys.argv[1], int(sys.argv[2]))\n"
+    )
+    frames = []
+    for devices in ("1", "2"):
+        folder = tmp_path / devices
+        subprocess.run(
+            [sys.executable, "-W", "ignore", main, folder, devices], check=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120,
+        )  # fmt: skip
+        frame = pd.read_csv(folder / "metrics.csv").set_index("step")
+        frames.append(frame[watched_tags(THREE, cosines=True)].dropna())
+    assert list(frames[0].index) == list(frames[1].index) == [0, 2, 4]
+    np.testing.assert_allclose(frames[1], frames[0], rtol=1e-6)
+
+
+# --- Loggers -------------------------------------------------------------------------------------
+
+
+def read_tensorboard(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def test_all_loggers_get_the_numbers(tmp_path):
+    loggers = [
+        TensorBoardLogger(tmp_path / "tb", name="", version=""),
+        CSVLogger(tmp_path / "csv", name="", version=""),
+    ]
+    watch = seen(cosines=True, every_n_steps=2)
+    fit(Plain(small()), watch, logger=loggers, epochs=2)
+    tags = watched_tags(LOSSES, cosines=True)
+    curves = read_tensorboard(tmp_path / "tb")
+    frame = pd.read_csv(tmp_path / "csv/metrics.csv").set_index("step")
+    for i, tag in enumerate(tags):
+        steps, values = zip(*curves[tag], strict=True)
+        assert steps == tuple(watch.at) == (0, 2, 4, 6, 8, 10)
+        np.testing.assert_allclose(values, watch.table()[:, i], rtol=1e-6)
+        np.testing.assert_allclose(frame[tag].dropna(), watch.table()[:, i], rtol=1e-6)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert "custom_scalars__config__" in events.PluginTagToContent("custom_scalars")
+
+
+@pytest.mark.filterwarnings("ignore")  # their own
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_loggers_of_services(tmp_path, monkeypatch, name):
+    """Without a server: W&B offline, MLflow in files."""
+    pytest.importorskip(name)
+    from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    if name == "wandb":
+        logger = WandbLogger(save_dir=tmp_path, offline=True)
+    else:
+        logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}")
+    given = []
+    log_metrics = type(logger).log_metrics
+
+    def remember(self, metrics, step=None):
+        given.append((step, metrics))
+        return log_metrics(self, metrics, step)
+
+    monkeypatch.setattr(type(logger), "log_metrics", remember)
+    watch = seen(every_n_steps=3)
+    fit(Plain(small()), watch, logger=logger)
+    rows = {step: metrics for step, metrics in given if "grad_norm/cce" in metrics}
+    assert list(rows) == [0, 3]
+    np.testing.assert_allclose([*rows[3].values()], watch.table()[1], rtol=1e-6)
+    if name == "mlflow":
+        [file] = tmp_path.glob("**/metrics/grad_norm/cce")
+        assert [line.split()[2] for line in file.read_text().splitlines()] == ["0", "3"]
+    else:
+        logger.experiment.finish()
+
+
+# --- Nothing changes -----------------------------------------------------------------------------
+
+
+class Dropping(Plain):
+    """Draws random numbers in its network."""
+
+    def __init__(self, **options):
+        net = small()
+        net.insert(2, nn.Dropout(0.3))
+        super().__init__(net, **options)
+
+
+KINDS = {
+    "plain": (Dropping, {}),
+    "of losswatch": (lambda: Dropping(criterion=load_loss("dice")), {}),
+    "manual": (lambda: Manual(small()), {}),
+    "accumulated": (Dropping, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+    "checkpointed": (lambda: Plain(Checkpointed().double()), {}),
+    "bfloat16": (Dropping, {"precision": "bf16-mixed"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("every", [1, 4])
+def test_training_is_equal_to_the_bit(kind, every):
+    make, options = KINDS[kind]
+    states = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        module = make()
+        watch = [seen([*LOSSES, Drawing()], every_n_steps=every)] if watched else []
+        trainer = fit(module, *watch, **options)
+        moments = trainer.optimizers[0].state_dict()["state"].values()
+        state = [*module.state_dict().values(), *(v for m in moments for v in m.values())]
+        states.append([*state, torch.rand(3)])
+    for a, b in zip(*states, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loss_that_trains_and_draws_is_called_once():
+    drawing = Drawing().double()
+    watch = seen({"mine": drawing, "dice": load_loss("dice")})
+    fit(Plain(small(), drawing), watch, batches=3)
+    assert drawing.calls == 3 + 1 + 1  # one more in each validation: the sanity check, and the end
+
+
+# --- What is said --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "criterion, line",
+    [
+        (Dice, r"loss_fn \(Dice\) gets; its value 0\.\d+ equals that of dice(, .*)?$"),
+        (
+            lambda: nn.CrossEntropyLoss(),
+            r"loss_fn \(CrossEntropyLoss\) gets; .* equals that of cce(, .*)?$",
+        ),
+        (Focal, r"loss_fn \(Focal\) gets; its value 0\.\d+ equals that of none of them$"),
+    ],
+)
+def test_the_first_observation_says_what_is_watched(caplog, criterion, line):
+    with caplog.at_level(logging.INFO):
+        fit(Plain(small(), criterion()), seen())
+    said = [m for m in caplog.messages if m.startswith("losswatch: ")]
+    assert len(said) == 1 and re.match("losswatch: watching 5 losses of what " + line, said[0])
+
+
+class Sick(nn.Module):
+    def forward(self, logits, target):
+        raise RuntimeError("sick\nat heart")
+
+
+FAILING = {
+    "missing": (dict(criterion="lossfn"), r"criterion='lossfn' is no submodule; modules that could "
+                                          r"be meant are loss_fn \(CrossEntropyLoss\)$"),
+    "a function": (dict(criterion="loss"), "it is a function: call watch.see"),
+    "an error": (dict(losses=["dice", Sick()]), "sick at heart$"),
+    "classes": (dict(losses=["dice_multilabel"], classes=3), "for 2 classes, but logits"),
+    "labels": (dict(target=5), "target: holds class 5, allowed are 0 to 1$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_an_error_ends_the_watching_not_the_training(caplog, case):
+    options, message = dict(FAILING[case][0]), FAILING[case][1]
+    net, target = small(options.pop("classes", 2)), options.pop("target", None)
+
+    class Ignoring(Plain):
+        def loss(self, batch):
+            images, label = batch
+            if target is None:
+                return self.loss_fn(self.net(images), label)
+            label = label.clone()
+            label[0, 0, 0] = target
+            return self.loss_fn(self.net(images), label)
+
+    module = Ignoring(net, nn.CrossEntropyLoss(ignore_index=5))
+    trainer = fit(module, seen(**options, strict=False))
+    assert trainer.global_step == 6
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    [line] = [text for text in said if "losswatch" in text]
+    assert line.startswith("losswatch: nothing is watched from here on: ") and "\n" not in line
+    assert re.search(message, line)
+    with pytest.raises((ValueError, RuntimeError)):
+        fit(Ignoring(small(3 if case == "classes" else 2), nn.CrossEntropyLoss(ignore_index=5)),
+            seen(**options, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "2"])
+def test_every_n_steps_is_checked(n):
+    with pytest.raises(ValueError, match="every_n_steps=.*: allowed is a whole number"):
+        Watch(["cce"], "loss_fn", every_n_steps=n)
+
+
+def test_it_is_a_callback_that_can_be_copied():
+    watch = Watch(["cce", CrossEntropy(clip=None)], "loss_fn")
+    assert isinstance(watch, pl.Callback) and isinstance(watch, Watch)
+    for other in (pickle.loads(pickle.dumps(watch)), copy.deepcopy(watch)):
+        assert isinstance(other, Watch) and isinstance(other, pl.Callback)
+        assert other.observer.views.names == ("cce", "CrossEntropy")
+
+
+def test_resumed_training_observes_the_same_steps():
+    """Multiples of `every_n_steps`, wherever a training begins."""
+    from losswatch.watch.record import Record
+
+    record = Record(every_n_steps=50, cosines=False)
+    record.begin(730)
+    due = []
+    for step in range(730, 860, 3):  # a loop that counts three optimisers
+        record.move_to(step)
+        if record.is_due:
+            due.append(step)
+            record.is_due = False
+    assert due == [751, 802, 850]
+    record.begin(750)
+    record.move_to(750)
+    assert record.is_due
