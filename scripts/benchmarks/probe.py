@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from losswatch.watch.lightning import Watch
 from pytorch_lightning.plugins import Precision
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +24,7 @@ from losswatch.stack.compile import compiled
 from losswatch.stack.optimizers import optimizer_rule
 from losswatch.stack.step import make_gradient
 from losswatch.train.module import SegmentationModule
+from losswatch.watch.lightning import Watch
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "article's net, 2×32×32": (lambda: ConvNet(1, 2), (2, 1, 32, 32)),

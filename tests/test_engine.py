@@ -1,0 +1,157 @@
+"""`WatchHandler` in engines of MONAI and Ignite."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_observer import LOSSES, Drawing, Focal, expected, small
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from losswatch import WatchHandler, load_loss
+from losswatch.events.tags import watched_tags
+
+ignite = pytest.importorskip("ignite.engine")
+
+
+def batches(count=4):
+    g = torch.Generator().manual_seed(0)
+    return [
+        {
+            "image": torch.randn(2, 3, 8, 8, generator=g, dtype=torch.float64),
+            "label": torch.randint(0, 2, (2, 1, 8, 8), generator=g),  # with a channel, as MONAI's
+        }
+        for _ in range(count)
+    ]
+
+
+def monai_trainer(net, loss):
+    """A trainer as MONAI's tutorials build it."""
+    from monai.engines import SupervisedTrainer
+
+    return SupervisedTrainer(
+        device=torch.device("cpu"), max_epochs=2, train_data_loader=batches(), network=net,
+        optimizer=torch.optim.Adam(net.parameters(), lr=0.01), loss_function=loss,
+    )  # fmt: skip
+
+
+class Look:
+    """Notes what is seen, and what one gradient for each loss gives, before each backward pass."""
+
+    def __init__(self, handler, losses):
+        self.handler, self.losses = handler, losses
+        self.seen, self.wanted = [], []
+
+    def __call__(self, engine):
+        output, label = engine.state.output["pred"], engine.state.output["label"].squeeze(1)
+        self.wanted.append(expected(self.losses, output, label, engine.network.parameters()))
+        if self.handler.seen is not None:
+            self.seen.append((engine.state.iteration - 1, self.handler.seen))
+            self.handler.seen = None
+
+
+def dice_ce():
+    from monai.losses import DiceCELoss
+
+    return DiceCELoss(softmax=True, to_onehot_y=True)
+
+
+def test_monais_trainer(tmp_path):
+    from monai.engines.utils import IterationEvents
+
+    trainer = monai_trainer(small(), dice_ce())
+    with SummaryWriter(tmp_path) as writer:
+        handler = WatchHandler(
+            [*LOSSES, "dice_ce_monai"], every_n_steps=3, cosines=True, strict=True, writer=writer
+        )
+        handler.attach(trainer)
+        look = Look(handler, [*map(load_loss, LOSSES), load_loss("dice_ce_monai")])
+        trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, look)
+        trainer.run()
+    assert [step for step, _ in look.seen] == [0, 3, 6]
+    for step, seen in look.seen:
+        for found, right in zip(seen[1:], look.wanted[step], strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for i, tag in enumerate(watched_tags(seen.names, cosines=True)[:6]):
+        curve = events.Scalars(tag)
+        assert [event.step for event in curve] == [0, 3, 6]
+        np.testing.assert_allclose([e.value for e in curve], [s.values[i] for _, s in look.seen])
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_training_is_equal_to_the_bit(every):
+    torch.manual_seed(0)
+    nets = [small()]
+    nets[0].insert(2, nn.Dropout(0.2))
+    nets.append(copy.deepcopy(nets[0]))
+    drawn = []
+    for net, watched in zip(nets, (False, True), strict=True):
+        torch.manual_seed(1)
+        trainer = monai_trainer(net, dice_ce())
+        if watched:
+            losses = {name: load_loss(name) for name in LOSSES}
+            WatchHandler(losses, every_n_steps=every, strict=True).attach(trainer)
+        trainer.run()
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    for a, b in zip(*(net.state_dict().values() for net in nets), strict=True):
+        assert torch.equal(a, b)
+
+
+def ignite_engine(net):
+    """An engine of Ignite with an update function of one's own."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def update(engine, batch):
+        optimizer.zero_grad()
+        label = batch["label"].squeeze(1)
+        output = net(batch["image"])
+        loss = F.cross_entropy(output, label)
+        engine.state.output = {"pred": output, "label": label}
+        engine.fire_event("loss_completed")
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return ignite.Engine(update)
+
+
+def test_an_engine_of_ignite():
+    net = small()
+    engine = ignite_engine(net)
+    handler = WatchHandler([*LOSSES, Focal()], every_n_steps=1, strict=True, network=net)
+    with pytest.raises(ValueError, match="no event for a computed loss: .*register_events"):
+        handler.attach(engine)
+    engine.register_events("loss_completed")
+    handler.attach(engine)
+    engine.run(batches(), max_epochs=1)
+    assert handler.seen.names == (*LOSSES, "Focal") and (handler.seen.norms > 0).all()
+    with pytest.raises(ValueError, match=r"give WatchHandler\(network=...\)"):
+        WatchHandler(["cce"]).attach(engine)
+
+
+def test_an_error_ends_the_watching_not_the_training(caplog):
+    trainer = monai_trainer(small(), dice_ce())
+    handler = WatchHandler(["dice_multilabel", Drawing()], every_n_steps=1)  # takes no channel
+    handler.attach(trainer)
+    with caplog.at_level(logging.WARNING, logger="losswatch"):
+        trainer.run()
+    assert trainer.state.iteration == 8 and handler.seen is None
+    [line] = [r.getMessage() for r in caplog.records if r.name.startswith("losswatch")]
+    assert line.startswith("losswatch: nothing is watched from here on: ") and "\n" not in line
+
+
+def test_an_error_of_the_training_is_raised():
+    class Broken(nn.Module):
+        def forward(self, output, label):
+            raise RuntimeError("broken")
+
+    trainer = monai_trainer(small(), Broken())
+    WatchHandler(["cce"]).attach(trainer)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.run()
