@@ -2,12 +2,13 @@
 
     python scripts/benchmark.py losses    losses and their gradients beside other libraries'
     python scripts/benchmark.py probe     what watching adds to a training step
+    python scripts/benchmark.py watch     the same on a network of segmentation_models_pytorch
     python scripts/benchmark.py run       steps a second of a whole run
     python scripts/benchmark.py sweep     runs x steps a second of each launcher
     python scripts/benchmark.py scaling   time and memory of a stack by its number of runs
 
-`losses` measures other libraries where they are installed:
-pip install monai kornia segmentation-models-pytorch nnunetv2
+`losses` and `watch` measure other libraries where they are installed:
+pip install monai kornia segmentation-models-pytorch nnunetv2 torchjd wandb
 
 Results and what they mean: scripts/README.md.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, losses, probe, runs, scaling
+from benchmarks import ROOT, losses, probe, runs, scaling, watch
 
 
 def main() -> None:
@@ -31,6 +32,8 @@ def main() -> None:
                        ("probe", "what watching adds to a training step")):  # fmt: skip
         section = sections.add_parser(name, help=text)
         section.add_argument("--rounds", type=int, default=25, help="interleaved rounds")
+    section = sections.add_parser("watch", help="the same on somebody else's network")
+    section.add_argument("--rounds", type=int, default=3, help="interleaved rounds of seconds")
     section = sections.add_parser("run", help="steps a second of a whole run")
     section.add_argument("--steps", type=int, default=3000, help="larger networks do fewer")
     section = sections.add_parser("sweep", help="runs x steps a second of each launcher")
@@ -47,6 +50,8 @@ def main() -> None:
         losses.measure(args.rounds)
     elif args.section == "probe":
         probe.measure(args.rounds)
+    elif args.section == "watch":
+        watch.measure(args.rounds)
     elif args.section == "run":
         runs.measure_runs(args.steps)
     elif args.section == "sweep":

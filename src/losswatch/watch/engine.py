@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from losswatch import compat
-from losswatch.losses import LossSet
 from losswatch.text import reason
 from losswatch.watch.observer import Observer, Seen
+from losswatch.watch.outputs import Losses
 from losswatch.watch.record import Record
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class WatchHandler:
 
     def __init__(
         self,
-        losses: Mapping[str, nn.Module] | Sequence[str | nn.Module] | LossSet,
+        losses: Losses,
         *,
         every_n_steps: int = 50,
         cosines: bool = False,

@@ -6,16 +6,16 @@ import functools
 import importlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from losswatch import compat
-from losswatch.losses import LossSet
 from losswatch.text import reason
 from losswatch.watch.observer import Observer, measure
+from losswatch.watch.outputs import Losses
 from losswatch.watch.record import Record
 from losswatch.watch.span import Span, flat
 
@@ -68,7 +68,7 @@ class Watch(Callback):
 
     def __init__(
         self,
-        losses: Mapping[str, nn.Module] | Sequence[str | nn.Module] | LossSet,
+        losses: Losses,
         criterion: str | None = None,
         *,
         every_n_steps: int = 50,

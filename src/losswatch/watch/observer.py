@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from losswatch.compat import why_not_differentiated
-from losswatch.losses import LossSet
-from losswatch.watch.outputs import Views, check_values, tensors
+from losswatch.watch.outputs import Losses, Views, check_values, tensors
 from losswatch.watch.span import Span, norms_and_cosines, span
 
 
@@ -59,7 +58,7 @@ class Observer:
 
     def __init__(
         self,
-        losses: Mapping[str, nn.Module] | Sequence[str | nn.Module] | LossSet,
+        losses: Losses,
         parameters: Iterable[Tensor],
         *,
         activation: str = "softmax",

@@ -18,6 +18,7 @@ from losswatch.losses import CrossEntropy, Dice, LossSet, Sum, check_inputs
 from losswatch.presets import load_loss
 from losswatch.watch.span import Span
 
+Losses = Mapping[str, str | nn.Module] | Sequence[str | nn.Module] | LossSet
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 
 
@@ -99,7 +100,7 @@ def check_values(output: Tensor, target: Tensor, views: Views) -> None:
 # -- losses ---------------------------------------------------------------------------------------
 
 
-def named(losses: Any, ignore_index: int | None) -> dict[str, nn.Module]:
+def named(losses: Losses, ignore_index: int | None) -> dict[str, nn.Module]:
     """Losses by name: presets under theirs, and modules under that of their class.
 
     Raises:
@@ -180,7 +181,7 @@ class Views:
         names: of the losses, in the order of the observation.
     """
 
-    def __init__(self, losses: Any, activation: str, ignore_index: int | None) -> None:
+    def __init__(self, losses: Losses, activation: str, ignore_index: int | None) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: allowed are {', '.join(ACTIVATIONS)}")
         self.activation, self.ignore_index = activation, ignore_index

@@ -1,0 +1,156 @@
+"""What watching adds to the training of a network of another library."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import Precision
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.presets import article
+from benchmarks.timing import Job, interleaved, peak_memory
+from losswatch import Observer, Watch
+
+PLAIN = "plain PyTorch, one loss"
+
+
+def unet(encoder: str) -> nn.Module:
+    smp: Any = importlib.import_module("segmentation_models_pytorch")
+    return smp.Unet(encoder, encoder_weights=None, in_channels=3, classes=2)
+
+
+class Training(pl.LightningModule):
+    """A step of a network of segmentation_models_pytorch, trained with losswatch's Dice."""
+
+    def __init__(self, encoder: str, size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = unet(encoder)
+        self.losses = article()
+        self.loss_fn = self.losses["dice"]
+        self.images = torch.randn(4, 3, size, size)
+        self.masks = torch.randint(0, 2, (4, size, size))
+        self.adam = torch.optim.Adam(self.net.parameters())
+
+    def step(self, before: Callable[[Tensor, Tensor], object] = lambda logits, value: None) -> None:
+        """One step of plain PyTorch, with something between forward and backward pass."""
+        self.adam.zero_grad()
+        logits = self.net(self.images)
+        value = self.loss_fn(logits, self.masks)
+        before(logits, value)
+        value.backward()
+        self.adam.step()
+
+
+def one_by_one(module: Training, logits: Tensor, value: Tensor) -> None:
+    parameters = list(module.net.parameters())
+    for loss in module.losses.values():
+        found = torch.autograd.grad(loss(logits, module.masks), parameters, retain_graph=True)
+        torch.cat([g.flatten() for g in found]).norm()
+
+
+def torchjd(module: Training, logits: Tensor, value: Tensor) -> None:
+    autojac: Any = importlib.import_module("torchjd.autojac")
+    values = [loss(logits, module.masks) for loss in module.losses.values()]
+    rows = autojac.jac(values, list(module.net.parameters()), retain_graph=True)
+    torch.cat([row.flatten(1) for row in rows], 1).norm(dim=1)
+
+
+def observed(module: Training) -> Job:
+    observer = Observer(module.losses, module.net.parameters())
+    return lambda: module.step(lambda logits, value: observer(logits, module.masks))
+
+
+def watched(module: Training, every: int) -> Job:
+    """The step as Lightning calls `Watch`, without Lightning around it."""
+    watch = Watch(module.losses, "loss_fn", every_n_steps=every, strict=True)
+    trainer: Any = SimpleNamespace(
+        global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true", loggers=[],
+        fit_loop=SimpleNamespace(_should_accumulate=lambda: False), is_global_zero=True,
+        precision_plugin=Precision(), lightning_module=module,
+    )  # fmt: skip
+    watch.on_fit_start(trainer, module)
+
+    def step() -> None:
+        watch.on_train_batch_start(trainer)
+        module.step(lambda logits, value: watch.on_before_backward(trainer, module, value / 1))
+        watch.on_after_backward(trainer, module)
+        trainer.global_step += 1
+
+    return step
+
+
+@contextmanager
+def wandb(net: nn.Module) -> Iterator[None]:
+    """While this is open, wandb.watch logs the histograms of the trained loss's gradient."""
+    package: Any = importlib.import_module("wandb")
+    package.init(mode="offline")
+    package.watch(net, log="gradients", log_freq=1)
+    yield
+    package.unwatch(net)
+    package.finish()
+
+
+def has(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def measure(rounds: int) -> None:
+    """Print the times of a step, and the memory of a step of a larger network."""
+    torch.set_num_threads(1)
+    make = partial(Training, "resnet18", 256)
+    rare = watched(make(), 10**9)
+    rare()  # observes its first step, and no other
+    jobs: dict[str, Job] = {
+        PLAIN: make().step,
+        "Watch, every step": watched(make(), 1),
+        "Watch, a step that is not observed": rare,
+        "Observer, every step": observed(make()),
+    }
+    module = make()
+    jobs["one autograd.grad per loss"] = partial(module.step, partial(one_by_one, module))
+    if has("torchjd"):
+        other = make()
+        jobs["TorchJD: jac of the five losses"] = partial(other.step, partial(torchjd, other))
+    times = interleaved(jobs, rounds)
+    if has("wandb"):
+        last = make()
+        with wandb(last.net):
+            alone = interleaved({PLAIN: jobs[PLAIN], "wandb.watch": last.step}, rounds)
+        times["wandb.watch: histograms of one gradient"] = (
+            alone["wandb.watch"] * times[PLAIN] / alone[PLAIN]
+        )
+    every, free = times["Watch, every step"], times["Watch, a step that is not observed"]
+    times["Watch, every 50 steps (mean)"] = (every + 49 * free) / 50
+    table = Table("a step", title="smp Unet(resnet18), 4×3×256×256, five losses, one thread")
+    table.add_column("ms", justify="right")
+    table.add_column("× plain", justify="right")
+    for name, ms in times.items():
+        table.add_row(name, f"{ms:.0f}", f"{ms / times[PLAIN]:.2f}")
+    Console(width=100).print(table)
+
+    big = Training("resnet50", 64)
+    size = sum(p.numel() for p in big.net.parameters()) * 4 / 2**20
+    title = f"smp Unet(resnet50), {size / 4 * 2**20 / 1e6:.0f} million parameters = {size:.0f} MiB"
+    table = Table("peak memory of a step", title=title)
+    table.add_column("MiB", justify="right")
+    table.add_column("above plain, × parameters", justify="right")
+    jobs = {
+        PLAIN: big.step,
+        "Observer, four rows": observed(big),
+        "Watch, four rows": watched(big, 1),
+    }
+    peaks = {name: peak_memory(job) for name, job in jobs.items()}
+    for name, peak in peaks.items():
+        table.add_row(name, f"{peak:.0f}", f"{(peak - peaks[PLAIN]) / size:.2f}")
+    Console(width=100).print(table)
