@@ -1,6 +1,7 @@
 """Each private name that losswatch.compat uses: these fail when a new version moves one."""
 
 import contextlib
+import inspect
 import os
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 from torch.func import grad, vmap
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import compat
+from losswatch.stack.refusal import is_refusal
 from losswatch.train import config
 
 
@@ -54,6 +57,22 @@ def test_traced():
     with FakeTensorMode():
         assert compat.traced(torch.ones(2))
     assert not compat.traced(torch.ones(2))
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append(compat.traced(g))
+            return g
+
+    seen, x = [], torch.ones(2, requires_grad=True)
+    y = Look.apply(x)
+    torch.autograd.grad(y, x, torch.ones(3, 2), retain_graph=True, is_grads_batched=True)
+    torch.autograd.grad(y, x, torch.ones(2))
+    assert seen == [True, False]
 
 
 def test_is_functorch_active():
@@ -100,6 +119,66 @@ def test_has_hooks(hook):
 
 
 # --- PyTorch: errors -----------------------------------------------------------------------------
+
+
+def test_hooks_that_only_look_do_not_count():
+    module = nn.Linear(1, 1)
+
+    def look(*args):
+        """Changes nothing."""
+
+    look.only_looks = True
+    module.register_forward_hook(look)
+    assert not compat.has_hooks(module)
+    module.register_forward_hook(lambda *args: None)
+    assert compat.has_hooks(module)
+
+
+def test_has_gradient_hooks():
+    x, y, z = (torch.ones(2, requires_grad=True) for _ in range(3))
+    y.register_hook(lambda g: g)
+    z.register_post_accumulate_grad_hook(lambda p: None)
+    assert [compat.has_gradient_hooks(p) for p in (x, y, z)] == [False, True, True]
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_is_compiled():
+    net = nn.Sequential(nn.Linear(1, 1))
+    assert not compat.is_compiled(net) and compat.is_compiled(torch.compile(net))
+    assert compat.is_compiled(nn.Sequential(torch.compile(net)))
+    net[0].compile()
+    assert compat.is_compiled(net)
+
+
+def test_kept_buffers():
+    """PyTorch reads this switch when it compiles a backward pass, and again when it runs one."""
+    from torch._functorch._aot_autograd import graph_compile, runtime_wrappers
+
+    for module in (graph_compile, runtime_wrappers):
+        assert "config.donated_buffer" in inspect.getsource(module)
+    config = torch._functorch.config
+    assert config.donated_buffer
+    kept = compat.KeptBuffers()
+    assert not config.donated_buffer
+    kept.remove()
+    assert config.donated_buffer
+    assert "donated buffer." in inspect.getsource(runtime_wrappers)  # of its error
+    why = compat.why_not_differentiated(RuntimeError("..., which is a donated buffer."))
+    assert "donated_buffer = False" in why
+
+
+def test_why_not_differentiated():
+    x = torch.ones(2, requires_grad=True)
+    y = x.sin().sum()
+    y.backward()
+    with pytest.raises(RuntimeError) as raised:
+        torch.autograd.grad(y, x)
+    assert compat.why_not_differentiated(raised.value).startswith("the graph is gone: ")
+    y = checkpoint(torch.sin, x, use_reentrant=True).sum()
+    with pytest.raises(RuntimeError) as raised:
+        torch.autograd.grad(y, x)
+    assert "use_reentrant=False" in compat.why_not_differentiated(raised.value)
+    assert compat.why_not_differentiated(RuntimeError("another")) is None
 
 
 def test_is_out_of_memory():
@@ -185,13 +264,13 @@ def test_is_refusal(case):
     x = torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 1.0]])
     with pytest.raises(RuntimeError) as raised:
         vmap(grad(function))(x)
-    assert compat.is_refusal(raised.value) == (case in REFUSED)
+    assert is_refusal(raised.value) == (case in REFUSED)
 
 
 def test_a_tracers_refusal():
     with pytest.raises(RuntimeError) as raised:
         compat.trace(REFUSED["a branch"], [torch.ones(2)])
-    assert compat.is_refusal(raised.value)
+    assert is_refusal(raised.value)
 
 
 # --- PyTorch: compiling --------------------------------------------------------------------------

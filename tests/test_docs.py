@@ -119,7 +119,7 @@ def test_the_commands_are_found():
     assert "-m experiment=symmetry hydra/launcher=fused compile=true" in arguments(
         "python train.py"
     )
-    assert {"benchmark.py probe", "losses.py"} <= {
+    assert {"benchmark.py probe", "reproduce.py"} <= {
         c.split("/")[1] for c in commands() if "scripts/" in c
     }
 

@@ -488,6 +488,27 @@ def test_losses_out_of_use_have_no_gradient():
     assert gradient(lambda x, t: 0 * joint(x, t).sum(), logits, target).abs().max() == 0
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_gradients_of_many_losses_in_one_batch(classes):
+    """As TorchJD takes them: PyTorch maps the backward pass over the losses."""
+    losses = [load(name) for name in (*ARTICLE, "dice_monai", "dice_row")]
+    logits, target = batch(c=classes)
+    x = logits.requires_grad_()
+    values = torch.stack([loss(x, target) for loss in losses])
+    one = torch.eye(len(losses), dtype=values.dtype)
+    [together] = torch.autograd.grad(values, x, one, is_grads_batched=True, retain_graph=True)
+    for row, value in zip(together, values, strict=True):
+        [wanted] = torch.autograd.grad(value, x, retain_graph=True)
+        torch.testing.assert_close(row, wanted)
+
+
+@pytest.mark.parametrize("loss", [Dice(over="sample"), Dice(over="row", exponent=3)])
+def test_torch_func_differentiates_sums_of_parts_of_a_batch(loss):
+    logits, target = batch(2)
+    slope = torch.func.grad(lambda x: loss(x, target))(logits)
+    torch.testing.assert_close(slope, gradient(loss, logits, target))
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("name", ["article", pytest.param("zoo", marks=pytest.mark.slow)])
 def test_compile_without_graph_breaks(name):

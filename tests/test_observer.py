@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -432,6 +433,20 @@ def test_reentrant_checkpointing():
     images, target = batch()
     with pytest.raises(ValueError, match="must be that of use_reentrant=False"):
         Observer(["cce"], net.parameters())(net(images), target)
+
+
+def test_parameters_spread_over_ranks(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = small()
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"spread over ranks \(FSDP\)"):
+            observe(net=net)
+    finally:
+        dist.destroy_process_group()
 
 
 # --- The package ---------------------------------------------------------------------------------

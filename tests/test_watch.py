@@ -485,6 +485,38 @@ def test_it_is_a_callback_that_can_be_copied():
         assert other.observer.views.names == ("cce", "CrossEntropy")
 
 
+OTHER_NAME = """
+import sys
+import lightning as L
+import torch
+from losswatch import Watch
+
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net, self.loss_fn = torch.nn.Conv2d(1, 2, 1), torch.nn.CrossEntropyLoss()
+    def training_step(self, batch, batch_idx):
+        return self.loss_fn(self.net(batch), batch[:, 0].round().long())
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+watch = Watch(["cce", "dice"], "loss_fn", every_n_steps=1, strict=True)
+assert isinstance(watch, L.Callback)
+trainer = L.Trainer(max_steps=2, callbacks=[watch], logger=False, enable_checkpointing=False)
+trainer.fit(Module(), torch.utils.data.DataLoader(torch.rand(4, 1, 8, 8), batch_size=2))
+print(sorted(watch.latest()), "pytorch_lightning" in sys.modules)
+"""
+
+
+def test_lightning_under_its_other_name():
+    """`pip install lightning` has the same classes in a package of its own."""
+    pytest.importorskip("lightning")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", OTHER_NAME], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "['loss/cce', 'loss/dice'] False", done.stderr
+
+
 def test_resumed_training_observes_the_same_steps():
     """Multiples of `every_n_steps`, wherever a training begins."""
     from losswatch.watch.record import Record

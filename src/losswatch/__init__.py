@@ -1,20 +1,38 @@
 """losswatch: train a segmentation network with one loss, watch them all.
 
-Importing it needs nothing but PyTorch. In anybody's training:
+In anybody's training:
 
     Watch           a callback for Lightning's Trainer
     WatchHandler    a handler for engines of MONAI and Ignite
-    Observer        for any other loop
+    Observer        for any other loop; nothing but PyTorch is needed
 
 Their losses are presets by name (`list_losses`, `load_loss`), modules of this package (`Dice`,
 `CrossEntropy`, `Sum`; `LossSet` evaluates many together) and any other modules.
 """
 
-from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
-from losswatch.presets import list_losses, load_loss
-from losswatch.watch.engine import WatchHandler
-from losswatch.watch.lightning import Watch
-from losswatch.watch.observer import Observer, Seen
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
+    from losswatch.presets import list_losses, load_loss
+    from losswatch.watch.engine import WatchHandler
+    from losswatch.watch.lightning import Watch
+    from losswatch.watch.observer import Observer, Seen
+
+# Imported when they are asked for: the command needs no PyTorch to print its help.
+_PLACES = {
+    "CrossEntropy": "losswatch.losses",
+    "Dice": "losswatch.losses",
+    "LossSet": "losswatch.losses",
+    "Observer": "losswatch.watch.observer",
+    "Seen": "losswatch.watch.observer",
+    "Sum": "losswatch.losses",
+    "Watch": "losswatch.watch.lightning",
+    "WatchHandler": "losswatch.watch.engine",
+    "list_losses": "losswatch.presets",
+    "load_loss": "losswatch.presets",
+}
 
 __all__ = [
     "CrossEntropy",
@@ -28,3 +46,9 @@ __all__ = [
     "list_losses",
     "load_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,11 @@ def traced(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     # There is no public way to ask for active dispatch modes (FakeTensor, make_fx) or transforms.
-    modes = torch._C._len_torch_dispatch_stack()
-    return modes > 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    # The second is what `torch.autograd.grad(..., is_grads_batched=True)` makes.
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def grad_levels(x: Tensor) -> int:
@@ -102,10 +106,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def why_not_differentiated(error: RuntimeError) -> str | None:
-    """What to do about a graph that cannot be differentiated before its backward pass.
-
-    PyTorch raises plain RuntimeErrors. None: the error is another one.
-    """
+    """What to do about a graph that cannot be differentiated; None: the error is another one."""
     reasons = {
         "second time": "the graph is gone: observe before backward()",
         "use_reentrant": "activation checkpointing must be that of use_reentrant=False",
@@ -115,29 +116,6 @@ def why_not_differentiated(error: RuntimeError) -> str | None:
     return next((why for part, why in reasons.items() if part in str(error)), None)
 
 
-def is_refusal(error: RuntimeError) -> bool:
-    """Whether PyTorch refuses an operation, rather than a `raise` statement of other code.
-
-    torch.func has no error of its own. Under `vmap`, operators raise RuntimeErrors with dozens of
-    messages: "vmap: It looks like you're calling .item()", "Batching rule not implemented for",
-    "Cannot access data pointer of Tensor", "stack expects each tensor to be equal size" and so on.
-    What they share is the place where they begin: in an operator, so that the innermost line of
-    Python is a call, or in a Python file of PyTorch.
-    """
-    import dis
-
-    import torch
-
-    traceback = error.__traceback__
-    assert traceback is not None
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    code = traceback.tb_frame.f_code
-    if Path(torch.__file__).parent in Path(code.co_filename).parents:
-        return True
-    return dis.opname[code.co_code[traceback.tb_lasti]] != "RAISE_VARARGS"
-
-
 # --- PyTorch: compiling --------------------------------------------------------------------------
 
 
@@ -145,7 +123,7 @@ def trace(function: Callable[..., Any], example: Sequence[Tensor]) -> torch.fx.G
     """The ATen operations that a function of tensors does; is_compiling() is true meanwhile.
 
     Raises:
-        RuntimeError: the function looks at values; see `is_refusal`.
+        RuntimeError: the function looks at values; see `stack.refusal.is_refusal`.
     """
     import torch
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -206,7 +184,7 @@ def is_compiled(module: nn.Module) -> bool:
 class KeptBuffers:
     """From now until `remove`, networks are compiled so that several backward passes are possible.
 
-    Otherwise the first backward pass of a compiled network may overwrite what it reads.
+    Otherwise the first one may overwrite what it reads.
     """
 
     def __init__(self) -> None:
@@ -390,13 +368,11 @@ def initialize_workers(function: Callable[[], None]) -> None:
     `Parallel` takes no initializer from a launcher that passes none, so the backend of that name is
     replaced. The public `register_parallel_backend` needs the class, whose place is internal.
     """
-    import functools
-
     import joblib
     from joblib.parallel import LokyBackend
 
-    backend = functools.partial(LokyBackend, initializer=function)
-    joblib.register_parallel_backend("loky", backend)
+    make = partial(LokyBackend, initializer=function)
+    joblib.register_parallel_backend("loky", make)
 
 
 # --- TensorBoard ---------------------------------------------------------------------------------

@@ -1,15 +1,16 @@
 """The losses of conf/loss by name, for use outside of `train.py`.
 
-Nothing but PyTorch is imported until a loss is loaded; then Hydra reads its file.
+Nothing is imported until a loss is loaded; then Hydra reads its file.
 """
 
 from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 HERE = Path(__file__).parent
 # The wheel holds a copy of conf/; in a checkout of the repository it stands at the top.

@@ -15,12 +15,12 @@ from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
 from losswatch.losses.groups import Group, form, make_group, values, values_and_jacobian
 from losswatch.losses.inputs import explained
-from losswatch.losses.pixels import counted, is_hard, one_hot, wide
+from losswatch.losses.pixels import is_hard, one_hot, wide
 from losswatch.losses.ranks import RankSums
 from losswatch.losses.rows import basis, fold, rows
 from losswatch.losses.settings import Frozen, is_number
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table import by_logits, named, read, table
+from losswatch.losses.table import by_logits, named, read, table, with_labels
 from losswatch.losses.table_loss import TableLoss, check_shapes, is_empty, value_and_slope
 
 
@@ -214,10 +214,8 @@ class LossSet(nn.Module):
         sums = named(moving, labels, logits, target, recipe)
         value, jacobian = values_and_jacobian(self._groups(logits), sums)
         if hard and self._is_folded(classes := logits.shape[1]):
-            if pixels.y.shape != pixels.p.shape:  # the fast path does without
-                label, valid = counted(target, pixels.p, recipe)
-                pixels = pixels._replace(y=one_hot(label, pixels.p, valid))
-            block = rows(list(basis(recipe, classes)), pixels, recipe)
+            labelled = with_labels(pixels, target, recipe)
+            block = rows(list(basis(recipe, classes)), labelled, recipe)
             slopes = fold(jacobian, recipe)
         else:
             block = torch.stack([by_logits(s, pixels, target, recipe) for s in jacobian], 1)

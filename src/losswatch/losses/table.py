@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losswatch.compat import grad_levels, is_functorch_active
+from losswatch.compat import grad_levels, is_functorch_active, traced
 from losswatch.losses import fast
 from losswatch.losses import pixels as plain
-from losswatch.losses.pixels import Pixels, counted, is_hard
+from losswatch.losses.pixels import Pixels, counted, is_hard, one_hot
 from losswatch.losses.sums import Recipe, Sums
 
 ONCE = "second derivatives: the gradient of a loss cannot be differentiated again"
@@ -45,10 +45,18 @@ def read(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor
 
 
 def by_logits(slopes: Tensor, pixels: Pixels, target: Tensor, recipe: Recipe) -> Tensor:
-    """The derivative by the logits, from those by the sums, in the form that `read` took."""
-    if pixels.p_of_label is not None:
+    """The derivative by the logits, from those by the sums, in the fastest form."""
+    if pixels.p_of_label is not None and not traced(slopes):  # torch.vmap may batch the slopes
         return fast.by_logits(slopes, pixels, target, recipe)
-    return plain.by_logits(slopes, pixels, recipe)
+    return plain.by_logits(slopes, with_labels(pixels, target, recipe), recipe)
+
+
+def with_labels(pixels: Pixels, target: Tensor, recipe: Recipe) -> Pixels:
+    """The pixels with y, which the fast form of more than two classes does without."""
+    if pixels.y.shape == pixels.p.shape:
+        return pixels
+    label, valid = counted(target, pixels.p, recipe)
+    return pixels._replace(y=one_hot(label, pixels.p, valid))
 
 
 class _Table(torch.autograd.Function):

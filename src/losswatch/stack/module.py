@@ -25,7 +25,7 @@ from losswatch.stack.limits import check_traits
 from losswatch.stack.member import Member
 from losswatch.stack.optimizers import Rule, optimizer_rule
 from losswatch.stack.parameters import State, joined, splitter, trained_parameters
-from losswatch.stack.refusal import NotStackable
+from losswatch.stack.refusal import NotStackable, is_refusal
 from losswatch.stack.step import make_gradient
 from losswatch.text import one_line
 from losswatch.train.callbacks import Images
@@ -138,7 +138,7 @@ class StackedModule(pl.LightningModule):
                 self.gradient[observed](chunk.parameters, chunk.buffers, chunk.numbers, step)
             self.evaluate(VAL, 1)
         except RuntimeError as error:
-            if compat.is_out_of_memory(error) or not compat.is_refusal(error):
+            if compat.is_out_of_memory(error) or not is_refusal(error):
                 raise
             why = one_line(error).split(". ")[0][:200]
             raise NotStackable(f"torch.func cannot map them over runs: {why}") from error

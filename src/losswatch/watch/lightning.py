@@ -17,7 +17,7 @@ from losswatch.text import reason
 from losswatch.watch.observer import Observer, measure
 from losswatch.watch.outputs import Losses
 from losswatch.watch.record import Record
-from losswatch.watch.span import Span, flat
+from losswatch.watch.span import Span, fill_spare
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -226,13 +226,10 @@ class Watch(Callback):
             return
         try:
             if self.spare is not None:
-                name, row, (values, coefficients, jacobian) = self.spare
+                name, row, found = self.spare
                 parameters = [p for p in self.observer.parameters if p.requires_grad]
-                gradient = flat([p.grad for p in parameters], parameters)
-                trained = coefficients[self.observer.views.names.index(name)]
-                rest = gradient.to(trained.dtype) - trained @ jacobian
-                jacobian[row] = rest / trained[row]
-                self._keep(trainer, [Span(values, coefficients, jacobian)])
+                fill_spare(found, self.observer.views.names.index(name), row, parameters)
+                self._keep(trainer, [found])
             elif self.sums is not None:
                 # A loss of a rank's own batch has a value on each rank; the optimiser follows
                 # their mean.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from losswatch.losses import LossSet
 
-CHUNK = 2**20  # parameters that are converted to float64 at once
+CHUNK = 2**16  # parameters whose rows are worked on at once, in the cache of a CPU
 
 
 class Span(NamedTuple):
@@ -42,7 +42,7 @@ def span(
     Args:
         logits: with the graph back to the parameters, which is kept.
         known: as of `LossSet.rows`.
-        spare: a row of J that is left 0, and not sent back.
+        spare: a row that is not sent back; see `fill_spare`.
 
     Raises:
         ValueError: the output does not depend on any of the parameters.
@@ -51,7 +51,7 @@ def span(
     if logits.dtype == torch.float16:
         rows, coefficients = _scaled(rows, coefficients)
     size = sum(p.numel() * (2 if p.is_complex() else 1) for p in parameters)
-    jacobian = coefficients.new_zeros(len(rows), size)
+    jacobian = coefficients.new_empty(len(rows), size)
     with without_autocast(logits.device):
         for i, row in enumerate(rows):
             if i != spare:
@@ -60,7 +60,7 @@ def span(
                 )
                 if all(gradient is None for gradient in gradients):
                     raise ValueError("none of the parameters has a part in the output")
-                jacobian[i] = flat(gradients, parameters)
+                fill(jacobian[i], gradients, parameters)
     return Span(values, coefficients, jacobian)
 
 
@@ -71,13 +71,27 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-def flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """One vector of all gradients; None is 0, and a complex number counts as its two parts."""
+def fill(row: Tensor, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+    """Write the gradients into a row [P]; None is 0, and a complex number counts as its parts."""
     parts = [
         torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)
     ]
     real = [torch.view_as_real(g) if g.is_complex() else g for g in parts]
-    return torch.cat([g.flatten() for g in real])
+    torch.cat([g.flatten() for g in real], out=row)
+
+
+def fill_spare(found: Span, loss: int, spare: int, parameters: Sequence[Tensor]) -> None:
+    """Write the row that the training has computed: its gradient less the share of other rows.
+
+    Args:
+        loss: the trained one, whose gradient by the parameters is in their `grad`.
+    """
+    _, coefficients, jacobian = found
+    fill(jacobian[spare], [p.grad for p in parameters], parameters)
+    shares = coefficients[loss].clone()
+    shares[spare] = 0
+    for part in jacobian.split(CHUNK, dim=1):
+        part[spare] = (part[spare] - shares @ part) / coefficients[loss, spare]
 
 
 def norms_and_cosines(coefficients: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
