@@ -62,6 +62,13 @@ class Functional(Plain):
         return F.cross_entropy(logits, target)
 
 
+class Halved(Plain):
+    """Its loss is not that of its criterion."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) / 2
+
+
 class Manual(Plain):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -119,8 +126,8 @@ class Seen(Watch):
         super().on_fit_start(trainer, module)
         self.rows, self.at = [], []
 
-    def _keep(self, trainer, spans):
-        super()._keep(trainer, spans)
+    def _keep(self, trainer, *numbers):
+        super()._keep(trainer, *numbers)
         self.rows.append(self.record.newest.numpy())
         self.at.append(self.record.step)
 
@@ -138,6 +145,7 @@ TRAINED = {
     "plain": lambda: Plain(small()),
     "of losswatch": lambda: Plain(small(), load_loss("dice")),
     "regularised": lambda: Plain(small(), load_loss("dice"), decay=0.1),
+    "halved": lambda: Halved(small(), load_loss("dice")),
     "functional": lambda: Functional(small()),
     "manual": lambda: Manual(small()),
 }
@@ -469,6 +477,18 @@ def test_an_error_ends_the_watching_not_the_training(caplog, case):
     with pytest.raises((ValueError, RuntimeError)):
         fit(Ignoring(small(3 if case == "classes" else 2), nn.CrossEntropyLoss(ignore_index=5)),
             seen(**options, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Plain, Functional])
+def test_a_criterion_that_is_not_called(caplog, kind):
+    class Idle(kind):
+        def loss(self, batch):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    fit(Idle(small()), seen(criterion="loss_fn" if kind is Plain else None))
+    what = "loss_fn was not called with" if kind is Plain else "watch.see.logits, target. was not"
+    [line] = [m for m in caplog.messages if "losswatch" in m]
+    assert re.search(f"^losswatch: nothing was watched: {what}", line)
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "2"])

@@ -23,6 +23,8 @@ from losswatch.train.curves import event_sizes, rewind
 class EventLog(TensorBoardLogger):
     """Lightning's TensorBoard logger with one event file for a run: fit and test share it."""
 
+    has_charts = True  # `open_log` writes their layout, for runs that are not watched too
+
     def __init__(self, folder: str) -> None:
         super().__init__(
             folder, name=None, version="", default_hp_metric=False, filename_suffix=SUFFIX

@@ -62,6 +62,8 @@ class WatchHandler:
         self.writer, self.network = writer, network
         self.seen: Seen | None = None
         self.is_off = False
+        if writer is not None:
+            self.record.add_charts(writer)
 
     def attach(self, engine: Any) -> None:
         """Let the engine call this handler.

@@ -17,7 +17,7 @@ from losswatch.text import reason
 from losswatch.watch.observer import Observer, measure
 from losswatch.watch.outputs import Losses
 from losswatch.watch.record import Record
-from losswatch.watch.span import Span, fill_spare
+from losswatch.watch.span import CHUNK, Span, blocks, joined, norms_and_cosines, with_trained
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -96,6 +96,7 @@ class Watch(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.hooks: list[Any] = []
+        self.is_off, self.begin = False, trainer.global_step
         try:
             if self.criterion is not None:
                 self.module = find_criterion(module, self.criterion)
@@ -109,9 +110,21 @@ class Watch(Callback):
         if compat.is_compiled(module):
             self.hooks.append(compat.KeptBuffers())
         self.record.begin(trainer.global_step)
+        for logger in self._tensorboards(trainer):
+            if not getattr(logger, "has_charts", False):  # that of train.py has them
+                self.record.add_charts(logger.experiment)
+
+    def _tensorboards(self, trainer: pl.Trainer) -> list[Any]:
+        """The loggers that write to TensorBoard, on the rank that does."""
+        kind = _library().loggers.TensorBoardLogger
+        return [x for x in trainer.loggers if isinstance(x, kind) and trainer.is_global_zero]
 
     def _end(self, trainer: pl.Trainer) -> None:
         self.flush(trainer)
+        if not self.record.tags and not self.is_off and trainer.global_step > self.begin:
+            what = f"{self.criterion} was not called with (output, target)"
+            what = "watch.see(logits, target) was not called" if self.module is None else what
+            log.warning("losswatch: nothing was watched: %s before a backward pass", what)
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
@@ -179,21 +192,21 @@ class Watch(Callback):
             if self._is_alone(trainer, value, loss):
                 spare = self.observer.views.pivot(trained, *pair)
         with trainer.precision_plugin.forward_context():  # as the trained loss is called
-            spans = [self.observer.span(*pair, known, spare) for pair in pairs]
+            found = joined([self.observer.span(*pair, known, spare) for pair in pairs])
         if not self.record.tags:
             names = self.observer.names(len(pairs))
-            self.record.open(names, spans[0].values.device)
-            values = torch.cat([part.values for part in spans])
-            self._announce(dict(zip(names, values, strict=True)), value)
+            self.record.open(names, found.values.device)
+            self._announce(dict(zip(names, found.values, strict=True)), value)
         if trained and spare is not None:
-            self.spare = trained, spare, spans[0]
+            self.spare = trained, spare, found
         elif trainer.accumulate_grad_batches == 1 and trainer.world_size == 1:
-            self._keep(trainer, spans)
+            self._keep(trainer, *measure(found))
         else:
             # Summed over accumulated batches, as the optimiser's gradient is.
             share = 1 / trainer.accumulate_grad_batches
-            values = share * torch.cat([part.values for part in spans])
-            gradients = share * torch.cat([part.coefficients @ part.jacobian for part in spans])
+            values = share * found.values
+            shares = share * found.coefficients
+            gradients = torch.cat([shares @ part.to(shares) for part in blocks(found)], 1)
             before = self.sums or (0, 0)
             self.sums = values + before[0], gradients + before[1]
 
@@ -228,8 +241,9 @@ class Watch(Callback):
             if self.spare is not None:
                 name, row, found = self.spare
                 parameters = [p for p in self.observer.parameters if p.requires_grad]
-                fill_spare(found, self.observer.views.names.index(name), row, parameters)
-                self._keep(trainer, [found])
+                place = self.observer.views.names.index(name)
+                found = with_trained(found, [p.grad for p in parameters], place, row)
+                self._keep(trainer, *measure(found))
             elif self.sums is not None:
                 # A loss of a rank's own batch has a value on each rank; the optimiser follows
                 # their mean.
@@ -237,7 +251,8 @@ class Watch(Callback):
                     trainer.strategy.reduce(x, reduce_op="mean") for x in self.sums
                 )
                 one = torch.eye(len(values), dtype=values.dtype, device=values.device)
-                self._keep(trainer, [Span(values, one, gradients)])
+                parts = gradients.split(CHUNK, 1)
+                self._keep(trainer, values, *norms_and_cosines(one, parts))
         except Exception as error:
             self._fail(error)
         self.spare = self.sums = None
@@ -256,8 +271,8 @@ class Watch(Callback):
             what += f"; its value {number:.4g} equals that of {', '.join(equal) or 'none of them'}"
         _library().utilities.rank_zero_info(what)
 
-    def _keep(self, trainer: pl.Trainer, spans: list[Span]) -> None:
-        if self.record.add(*measure(spans)):
+    def _keep(self, trainer: pl.Trainer, *seen: Tensor) -> None:
+        if self.record.add(*seen):
             self.flush(trainer)
 
     def latest(self) -> dict[str, float]:
@@ -269,9 +284,10 @@ class Watch(Callback):
         steps, values = self.record.take()
         if not len(steps) or not trainer.is_global_zero:
             return
+        tensorboards = self._tensorboards(trainer)
         for logger in trainer.loggers:
-            if isinstance(logger, _library().loggers.TensorBoardLogger):
-                self.record.write(logger.experiment, steps, values)
+            if logger in tensorboards:
+                self.record.write(logger.experiment, steps, values)  # type: ignore
             else:
                 for step, row in zip(steps.tolist(), values.tolist(), strict=True):
                     logger.log_metrics(dict(zip(self.record.tags, row, strict=True)), step=step)

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from losswatch.compat import why_not_differentiated
 from losswatch.watch.outputs import Losses, Views, check_values, tensors
-from losswatch.watch.span import Span, norms_and_cosines, span
+from losswatch.watch.span import Span, blocks, joined, norms_and_cosines, span
 
 
 class Seen(NamedTuple):
@@ -91,7 +91,7 @@ class Observer:
         pairs = self.pairs(output, target)
         names = self.names(len(pairs))
         spans = [self.span(*pair) for pair in pairs]
-        return Seen(names, *measure(spans))
+        return Seen(names, *measure(joined(spans)))
 
     def names(self, heads: int) -> tuple[str, ...]:
         """The names of what is observed for a number of observed heads."""
@@ -128,7 +128,7 @@ class Observer:
                 _check_whole(parameters)
             check_values(output, target, self.views)
             self.is_new = False
-        with _nothing_changed(output.device):
+        with _nothing_changed(output.device, self.views.are_foreign):
             try:
                 parts = [
                     span(losses, *pair, parameters, known, spare)
@@ -141,11 +141,10 @@ class Observer:
         return self.views.in_order(parts)
 
 
-def measure(spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [K], norms [K] and cosines [K, K] of the losses of several spans."""
-    coefficients = torch.block_diag(*(part.coefficients for part in spans))
-    jacobian = torch.cat([part.jacobian for part in spans]) if spans[1:] else spans[0].jacobian
-    return torch.cat([part.values for part in spans]), *norms_and_cosines(coefficients, jacobian)
+def measure(found: Span) -> tuple[Tensor, Tensor, Tensor]:
+    """Values [K], norms [K] and cosines [K, K] of the losses of a span."""
+    norms, cosines = norms_and_cosines(found.coefficients, blocks(found))
+    return found.values, norms.to(found.values.dtype), cosines.to(found.values.dtype)
 
 
 def _check_whole(parameters: Sequence[Tensor]) -> None:
@@ -162,10 +161,10 @@ def _check_whole(parameters: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def _nothing_changed(device: torch.device) -> Iterator[None]:
+def _nothing_changed(device: torch.device, are_foreign: bool) -> Iterator[None]:
     """While this is open, random states and buffers of modules change in no lasting way.
 
-    A watched loss may draw random numbers or keep a state. And a network with activation
+    A foreign loss may draw random numbers or keep a state. And a network with activation
     checkpointing computes its layers again in each backward pass: its batch norms would count the
     batch once more each time.
     """
@@ -181,8 +180,9 @@ def _nothing_changed(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         devices = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.callback(random.setstate, random.getstate())
-        if (numpy := sys.modules.get("numpy")) is not None:
+        if are_foreign:
+            stack.callback(random.setstate, random.getstate())
+        if are_foreign and (numpy := sys.modules.get("numpy")) is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.callback(register_module_forward_pre_hook(keep).remove)
         try:

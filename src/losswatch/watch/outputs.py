@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from losswatch.losses import CrossEntropy, Dice, LossSet, Sum, check_inputs
 from losswatch.presets import load_loss
-from losswatch.watch.span import Span
+from losswatch.watch.span import Span, joined
 
 Losses = Mapping[str, str | nn.Module] | Sequence[str | nn.Module] | LossSet
 ACTIVATIONS = ("softmax", "sigmoid", "none")
@@ -179,6 +179,7 @@ class Views:
 
     Attributes:
         names: of the losses, in the order of the observation.
+        are_foreign: whether some are not of this package.
     """
 
     def __init__(self, losses: Losses, activation: str, ignore_index: int | None) -> None:
@@ -187,6 +188,7 @@ class Views:
         self.activation, self.ignore_index = activation, ignore_index
         self.losses = named(losses, ignore_index)
         self.names = tuple(self.losses)
+        self.are_foreign = "given" in map(form, self.losses.values())
         self.key: tuple[bool, bool] | None = None  # for which `sets` was made
         self.sets: dict[str, LossSet] = {}
 
@@ -221,13 +223,9 @@ class Views:
             return parts[0]
         there = [name for losses in self.sets.values() for name in losses.names]
         order = [there.index(name) for name in self.names]
-        values = torch.cat([part.values for part in parts])
-        coefficients = torch.block_diag(*(part.coefficients for part in parts))
-        return Span(
-            torch.stack([values[i] for i in order]),
-            torch.stack([coefficients[i] for i in order]),
-            torch.cat([part.jacobian for part in parts]),
-        )
+        values, coefficients, rows = joined(parts)
+        values, coefficients = (torch.stack([x[i] for i in order]) for x in (values, coefficients))
+        return Span(values, coefficients, rows)
 
     def is_foreign(self, name: str, output: Tensor, target: Tensor) -> bool:
         """Whether a loss is called with output and target as they are, and shares nothing."""

@@ -57,7 +57,6 @@ class Record:
         self.block = self.newest = torch.empty(0)
         self.written = time.monotonic()
         self.warned: set[str] = set()
-        self.has_charts = False
 
     def move_to(self, step: int) -> None:
         """Begin a step, or go on with it. Due are the multiples of `every_n_steps`."""
@@ -101,12 +100,14 @@ class Record:
                 log.warning("%s is %s at step %d", tag, bad[0][1], bad[0][0])
         return steps, values
 
-    def write(self, writer: SummaryWriter, steps: np.ndarray, values: np.ndarray) -> None:
-        """Write a block to TensorBoard, and once the layout of its charts."""
+    def add_charts(self, writer: SummaryWriter) -> None:
+        """Write the layout of TensorBoard's charts."""
         from losswatch.events.charts import add_charts
+
+        add_charts(writer, self.cosines)
+
+    def write(self, writer: SummaryWriter, steps: np.ndarray, values: np.ndarray) -> None:
+        """Write a block to TensorBoard."""
         from losswatch.events.encode import write_scalars
 
-        if not self.has_charts:
-            self.has_charts = True
-            add_charts(writer, self.cosines)
         write_scalars(writer, self.tags, steps, values)
