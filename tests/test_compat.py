@@ -54,8 +54,9 @@ def test_traced():
     assert not compat.traced(torch.ones(2))
     assert not compat.traced(torch.ones(2, requires_grad=True))
     assert see(compat.traced, grad) == [True] and see(compat.traced, vmap) == [True]
+    assert see(lambda x: compat.recorded(), vmap) == [False]
     with FakeTensorMode():
-        assert compat.traced(torch.ones(2))
+        assert compat.traced(torch.ones(2)) and compat.recorded()
     assert not compat.traced(torch.ones(2))
 
     class Look(torch.autograd.Function):

@@ -1,10 +1,8 @@
 """The private and internal names of other libraries that losswatch uses, all in this one place.
 
-A new version of a library may move or change any of them. tests/test_compat.py has a test for each
-function here, and pyproject.toml bounds the versions to those that passed these tests.
-
-Imports stand inside the functions. PyTorch and Lightning take seconds to import, and the report and
-the start of Hydra import this file without needing either.
+A new version may move any of them. tests/test_compat.py has a test for each function here, and
+pyproject.toml bounds the versions to those that passed. Imports stand inside the functions, since
+the report and the start of Hydra import this file without needing PyTorch or Lightning.
 """
 
 from __future__ import annotations
@@ -27,6 +25,16 @@ if TYPE_CHECKING:
 # --- PyTorch: what is at work around a tensor ----------------------------------------------------
 
 
+def recorded() -> bool:
+    """Whether a compiler or a tracer records operations; it would keep tensors made of data."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return True
+    # There is no public way to ask for active dispatch modes (FakeTensor, make_fx) or transforms.
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def traced(x: Tensor) -> bool:
     """Whether a compiler, a tracer or a torch.func transform stands between us and the numbers.
 
@@ -34,13 +42,9 @@ def traced(x: Tensor) -> bool:
     """
     import torch
 
-    if torch.compiler.is_compiling():
+    if recorded():
         return True
-    # There is no public way to ask for active dispatch modes (FakeTensor, make_fx) or transforms.
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    # The second is what `torch.autograd.grad(..., is_grads_batched=True)` makes.
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # legacy: what `autograd.grad(is_grads_batched=True)` makes
     return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
@@ -390,9 +394,6 @@ def event_file(writer: SummaryWriter) -> Any:
 
 
 def event_file_path(writer: SummaryWriter) -> Path:
-    """The path at which a `SummaryWriter` began its event file; it chooses the file's name itself.
-
-    Used for finding the file in order to rename it.
-    """
+    """The path at which a `SummaryWriter` began its event file; used for renaming the file."""
     assert writer.file_writer is not None
     return Path(writer.file_writer.event_writer._file_name)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from losswatch.compat import has_hooks, traced
+from losswatch.compat import has_hooks, recorded
 from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
 from losswatch.losses.groups import Group, form, make_group, values, values_and_jacobian
@@ -152,7 +152,7 @@ class LossSet(nn.Module):
         if self.sharing:
             check_shapes(self.parts, logits, target)
             sums = table(logits, target, self.recipe)
-            groups = self._groups(logits)
+            groups = self._groups()
             value = values(groups, [x for group in groups for x in group.moving(sums)], sums)
             found.append(torch.zeros_like(value) * logits.sum() if is_empty(logits) else value)
         found += [wide(loss(logits, target)).view(1) for loss in self.foreign]
@@ -212,7 +212,7 @@ class LossSet(nn.Module):
         hard, recipe = is_hard(logits, target), self.recipe
         pixels, moving, labels = read(logits, target, recipe)
         sums = named(moving, labels, logits, target, recipe)
-        value, jacobian = values_and_jacobian(self._groups(logits), sums)
+        value, jacobian = values_and_jacobian(self._groups(), sums)
         if hard and self._is_folded(classes := logits.shape[1]):
             labelled = with_labels(pixels, target, recipe)
             block = rows(list(basis(recipe, classes)), labelled, recipe)
@@ -224,9 +224,9 @@ class LossSet(nn.Module):
             value, slopes = torch.zeros_like(value), torch.zeros_like(slopes)
         return value, block.view(*block.shape[:2], *logits.shape[1:]), slopes
 
-    def _groups(self, logits: Tensor) -> list[Group]:
+    def _groups(self) -> list[Group]:
         """The groups in which losses are evaluated. A compiler joins small operations itself."""
-        return self.singles if traced(logits) else self.groups
+        return self.singles if recorded() else self.groups
 
     def _is_folded(self, classes: int) -> bool:
         """Whether the rows are gradients of sums, since these are fewer than the losses."""

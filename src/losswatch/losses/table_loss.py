@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from losswatch.compat import traced
+from losswatch.compat import recorded, traced
 from losswatch.losses.inputs import explained
 from losswatch.losses.ranks import RankSums, over_ranks, world_size
 from losswatch.losses.settings import Frozen
@@ -147,11 +147,11 @@ def merged(numbers: Sequence[Numbers]) -> Numbers:
 def per_class(numbers: Numbers, like: Tensor) -> float | Tensor:
     """A setting as a number, or as a tensor of the type and on the device of `like`.
 
-    The tensor is [C], or [K, C] or [K, 1] for K losses. The latter come in eager mode alone.
+    The tensor is [C], or [K, C] or [K, 1] for K losses. The latter are never recorded.
     """
     if not isinstance(numbers, tuple):
         return numbers
-    if traced(like):  # a tensor that is made of data would be a part of the graph
+    if recorded():
         return torch.stack([like.new_full((), number) for number in numbers])  # type: ignore
     return _on_device(numbers, like.dtype, like.device)
 
