@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import custom_scalars
+from typing import TYPE_CHECKING
 
 from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def add_charts(writer: SummaryWriter, cosines: bool) -> None:
     """Write the layout; a chart of cosines belongs to it if they are observed."""
+    # Imported late: `from losswatch import Watch` needs nothing but PyTorch.
+    from torch.utils.tensorboard.summary import custom_scalars
+
     charts = {
         "values of all losses": ["Multiline", [f"^{LOSS}"]],
         "gradient norms of all losses": ["Multiline", [f"^{GRAD_NORM}"]],

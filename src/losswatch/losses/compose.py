@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from losswatch.compat import has_hooks, recorded
 from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
-from losswatch.losses.groups import Group, form, make_group, values, values_and_jacobian
+from losswatch.losses.groups import Group, copies, form, make_group, values, values_and_jacobian
 from losswatch.losses.inputs import explained
 from losswatch.losses.pixels import is_hard, one_hot, wide
 from losswatch.losses.ranks import RankSums
@@ -153,7 +153,7 @@ class LossSet(nn.Module):
             check_shapes(self.parts, logits, target)
             sums = table(logits, target, self.recipe)
             groups = self._groups()
-            value = values(groups, [x for group in groups for x in group.moving(sums)], sums)
+            value = values(groups, copies(groups, sums), sums)
             found.append(torch.zeros_like(value) * logits.sum() if is_empty(logits) else value)
         found += [wide(loss(logits, target)).view(1) for loss in self.foreign]
         return self._as_named(torch.cat(found))

@@ -44,8 +44,8 @@ def form(loss: nn.Module) -> Hashable:
     """Losses of equal form can be one group."""
     if not isinstance(loss, TableLoss):
         return loss
-    settings = {name: getattr(loss, name) for name in loss._settings - loss.free} | loss.lists
-    return type(loss), tuple(sorted(settings.items()))
+    fixed = {name: value for name, value in loss.settings.items() if name not in loss.free}
+    return type(loss), tuple(sorted((fixed | loss.lists).items()))
 
 
 def make_group(losses: Sequence[nn.Module], keys: Mapping[nn.Module, tuple[Key, ...]]) -> Group:
@@ -59,8 +59,13 @@ def make_group(losses: Sequence[nn.Module], keys: Mapping[nn.Module, tuple[Key, 
     return Group(formula, tuple(keys[loss] for loss in losses))
 
 
+def copies(groups: Sequence[Group], sums: Sums) -> list[Tensor]:
+    """The moving sums of all groups, one after another."""
+    return [x for group in groups for x in group.moving(sums)]
+
+
 def values(groups: Sequence[Group], moving: Sequence[Tensor], sums: Sums) -> Tensor:
-    """The values [K] of the losses of all groups; `moving` holds the groups' copies of the sums."""
+    """The values [K] of the losses of all groups; `moving` are their `copies` of the sums."""
     given = iter(moving)
     tables = [group.table(given, sums) for group in groups]
     pairs = map(RankSums, tables, over_ranks(tables))
@@ -72,8 +77,8 @@ def values_and_jacobian(groups: Sequence[Group], sums: Sums) -> tuple[Tensor, Te
 
     Each loss has its own copies of the sums. So one backward pass gives all derivatives.
     """
-    moving = [x for group in groups for x in group.moving(sums)]
-    found, slopes = gradient(lambda copies: values(groups, copies, sums), moving)
+    moving = copies(groups, sums)
+    found, slopes = gradient(lambda leaves: values(groups, leaves, sums), moving)
     given, none = iter(slopes), torch.zeros_like(moving[0][0])
     rows = []
     for group in groups:

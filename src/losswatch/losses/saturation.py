@@ -33,8 +33,7 @@ def saturation(loss: Dice, logits: Tensor, target: Tensor) -> Saturation:
     >>> saturation(Dice(), far, torch.tensor([[1, 1]])).reason
     'value 1.000 with slope 0.0e+00: no gradient leads back'
     """
-    settings = {name: getattr(loss, name) for name in loss._settings}
-    plain = Dice(**settings | {"link": "1-d", "reduction": "mean"})
+    plain = Dice(**loss.settings | {"link": "1-d", "reduction": "mean"})
     value, slope = value_and_slope(plain, logits.detach(), target)
     with torch.no_grad():
         sums = table(logits.detach(), target, plain.recipe)

@@ -34,6 +34,11 @@ class Frozen(nn.Module):
         names = inspect.signature(constructor).parameters
         self.__dict__["_settings"] = frozenset(names) - {"self"}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the constructor by name."""
+        return {name: getattr(self, name) for name in self._settings}
+
 
 def choice(name: str, value: Any, *allowed: str) -> Any:
     if value not in allowed:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from losswatch import compat
-from losswatch.text import reason
+from losswatch.events.charts import add_charts
 from losswatch.watch.observer import Observer, Seen
 from losswatch.watch.outputs import Losses
 from losswatch.watch.record import Record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-log = logging.getLogger(__name__)
 
 
 class WatchHandler:
@@ -61,9 +58,8 @@ class WatchHandler:
         self.record, self.strict = Record(every_n_steps, cosines), strict
         self.writer, self.network = writer, network
         self.seen: Seen | None = None
-        self.is_off = False
         if writer is not None:
-            self.record.add_charts(writer)
+            add_charts(writer, cosines)
 
     def attach(self, engine: Any) -> None:
         """Let the engine call this handler.
@@ -93,7 +89,7 @@ class WatchHandler:
     def __call__(self, engine: Any) -> None:
         """Observe the batch of this iteration."""
         self.record.move_to(engine.state.iteration - 1)
-        if self.is_off or not self.record.is_due:
+        if not self.record.is_due:
             return
         try:
             output = engine.state.output
@@ -103,10 +99,7 @@ class WatchHandler:
             if self.record.add(self.seen.values, self.seen.norms, self.seen.cosines):
                 self.flush()
         except Exception as error:
-            if self.strict:
-                raise
-            self.is_off = True
-            log.warning("losswatch: nothing is watched from here on: %s", reason(error))
+            self.record.give_up(error, self.strict)
 
     def flush(self) -> None:
         """Write what was observed since the last time."""

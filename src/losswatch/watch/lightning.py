@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from losswatch import compat
-from losswatch.text import reason
+from losswatch.events.charts import add_charts
 from losswatch.watch.observer import Observer, measure
 from losswatch.watch.outputs import Losses
 from losswatch.watch.record import Record
@@ -83,7 +83,6 @@ class Watch(Callback):
         )  # the parameters come with the module, in `on_fit_start`
         self.criterion, self.strict = criterion, strict
         self.record = Record(every_n_steps, cosines)
-        self.is_off = False
         self.module: nn.Module | None = None  # the criterion
         self.calls: list[Call] = []
         self.sums: tuple[Tensor, Tensor] | None = None  # values and gradients of a step so far
@@ -96,23 +95,23 @@ class Watch(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.hooks: list[Any] = []
-        self.is_off, self.begin = False, trainer.global_step
+        self.begin = trainer.global_step
+        self.record.begin(self.begin)
         try:
             if self.criterion is not None:
                 self.module = find_criterion(module, self.criterion)
                 hook = self.module.register_forward_hook(self._hear, with_kwargs=True)
                 self.hooks.append(hook)
         except ValueError as error:
-            self._fail(error)
+            self.record.give_up(error, self.strict)
         own = set(self.module.parameters()) if self.module else set()
         self.observer.parameters = [p for p in module.parameters() if p not in own]
         self.observer.is_new = True
         if compat.is_compiled(module):
             self.hooks.append(compat.KeptBuffers())
-        self.record.begin(trainer.global_step)
         for logger in self._tensorboards(trainer):
             if not getattr(logger, "has_charts", False):  # that of train.py has them
-                self.record.add_charts(logger.experiment)
+                add_charts(logger.experiment, self.record.cosines)
 
     def _tensorboards(self, trainer: pl.Trainer) -> list[Any]:
         """The loggers that write to TensorBoard, on the rank that does."""
@@ -121,7 +120,7 @@ class Watch(Callback):
 
     def _end(self, trainer: pl.Trainer) -> None:
         self.flush(trainer)
-        if not self.record.tags and not self.is_off and trainer.global_step > self.begin:
+        if not self.record.tags and not self.record.is_off and trainer.global_step > self.begin:
             what = f"{self.criterion} was not called with (output, target)"
             what = "watch.see(logits, target) was not called" if self.module is None else what
             log.warning("losswatch: nothing was watched: %s before a backward pass", what)
@@ -135,13 +134,6 @@ class Watch(Callback):
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         if hasattr(self, "hooks"):
             self._end(trainer)
-
-    def _fail(self, error: Exception) -> None:
-        """End the training with an error in watching, or the watching."""
-        if self.strict:
-            raise error
-        self.is_off, self.calls, self.sums, self.spare = True, [], None, None
-        log.warning("losswatch: nothing is watched from here on: %s", reason(error))
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -164,19 +156,20 @@ class Watch(Callback):
             output, target: as of `Observer`.
             value: of the loss that trains. It is compared with those of the watched losses once.
         """
-        if self.record.is_due and not self.is_off and torch.is_grad_enabled():
+        if self.record.is_due and torch.is_grad_enabled():
             self.calls.append(Call(output, target, value))
 
     def on_before_backward(
         self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor
     ) -> None:
         calls, self.calls = self.calls, []  # no graph outlives its step
-        if self.is_off or not self.record.is_due or not calls:
+        if not self.record.is_due or not calls:
             return
         try:
             self._observe(trainer, calls, loss)
         except Exception as error:
-            self._fail(error)
+            self.sums = None
+            self.record.give_up(error, self.strict)
 
     def _observe(self, trainer: pl.Trainer, calls: list[Call], loss: Tensor) -> None:
         calls = calls[-1:] if self.observer.heads == "first" else calls
@@ -235,7 +228,7 @@ class Watch(Callback):
         )
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.is_off or compat.is_accumulating(trainer):
+        if compat.is_accumulating(trainer):
             return
         try:
             if self.spare is not None:
@@ -254,7 +247,7 @@ class Watch(Callback):
                 parts = gradients.split(CHUNK, 1)
                 self._keep(trainer, values, *norms_and_cosines(one, parts))
         except Exception as error:
-            self._fail(error)
+            self.record.give_up(error, self.strict)
         self.spare = self.sums = None
 
     # -- what is written ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from losswatch.losses import CrossEntropy, Dice, LossSet, Sum, check_inputs
+from losswatch.losses.pixels import is_hard, one_hot, wide
 from losswatch.presets import load_loss
 from losswatch.watch.span import Span, joined
 
@@ -42,7 +43,7 @@ def as_softmax(output: Tensor, activation: str) -> Tensor:
         activation: what makes probabilities of the output.
     """
     if activation == "none":
-        p = output if output.dtype == torch.float64 else output.float()
+        p = wide(output)
         p = torch.cat([1 - p, p], 1) if p.shape[1] == 1 else p
         return p.clamp_min(torch.finfo(p.dtype).tiny).log()
     if output.shape[1] == 1:
@@ -144,9 +145,8 @@ class EachChannel(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The value for logits [N, C, *space] and labels of that shape, or class indices."""
-        if target.ndim < logits.ndim:
-            classes = torch.arange(logits.shape[1], device=target.device)
-            target = target.unsqueeze(1) == classes.view(-1, *(1,) * (logits.ndim - 2))
+        if is_hard(logits, target):
+            target = one_hot(target.unsqueeze(1), logits)
         z, y = (x.to(logits.dtype).flatten(0, 1).unsqueeze(1) for x in (logits, target))
         return self.loss(as_softmax(z, "sigmoid"), torch.cat([1 - y, y], 1))
 
@@ -154,8 +154,7 @@ class EachChannel(nn.Module):
 def of_each_channel(loss: nn.Module) -> nn.Module:
     """A loss that reads a softmax as one that reads each channel of a sigmoid by itself."""
     if type(loss) is Dice:
-        settings = {name: getattr(loss, name) for name in loss._settings}
-        return Dice(**settings | {"activation": "sigmoid"})
+        return Dice(**loss.settings | {"activation": "sigmoid"})
     if type(loss) is Sum:
         return Sum([of_each_channel(part) for part in loss.losses], loss.weights)
     return EachChannel(loss)

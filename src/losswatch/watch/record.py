@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from losswatch.events.tags import GRAD_COSINE, LOSS, watched_tags
+from losswatch.text import reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ class Record:
 
     def begin(self, step: int) -> None:
         """Begin a training, at the number of steps that are done."""
-        self.step, self.is_due = step - 1, False
+        self.step, self.is_due, self.is_off = step - 1, False, False
         self.tags: list[str] = []
         self.steps: list[int] = []
         self.block = self.newest = torch.empty(0)
@@ -60,10 +61,17 @@ class Record:
 
     def move_to(self, step: int) -> None:
         """Begin a step, or go on with it. Due are the multiples of `every_n_steps`."""
-        if step != self.step:
+        if step != self.step and not self.is_off:
             # Some loops count in steps of more than one.
             self.is_due = step // self.every_n_steps > self.step // self.every_n_steps
             self.step = step
+
+    def give_up(self, error: Exception, strict: bool) -> None:
+        """End the training with an error in watching; or give a warning, and no step is due."""
+        if strict:
+            raise error
+        self.is_off, self.is_due = True, False
+        log.warning("losswatch: nothing is watched from here on: %s", reason(error))
 
     def open(self, names: Sequence[str], device: torch.device) -> None:
         """Take the names of what is observed, at the first observation."""
@@ -99,12 +107,6 @@ class Record:
                 self.warned.add(tag)
                 log.warning("%s is %s at step %d", tag, bad[0][1], bad[0][0])
         return steps, values
-
-    def add_charts(self, writer: SummaryWriter) -> None:
-        """Write the layout of TensorBoard's charts."""
-        from losswatch.events.charts import add_charts
-
-        add_charts(writer, self.cosines)
 
     def write(self, writer: SummaryWriter, steps: np.ndarray, values: np.ndarray) -> None:
         """Write a block to TensorBoard."""

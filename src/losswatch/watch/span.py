@@ -118,11 +118,11 @@ def with_trained(found: Span, gradient: Sequence[Tensor | None], loss: int, spar
     gradient itself, and the coefficients change instead: with g = Σ_m a_m·J_m, a loss that holds
     c_s·J_s holds (c_s / a_s)·g and, of each other row, c_m - (c_s / a_s)·a_m.
     """
-    c = found.coefficients.to(wide(found.values))
+    c = found.coefficients.to(wide_type(found.values))
     ratio = c[:, spare] / c[loss, spare]
     changed = c - ratio[:, None] * c[loss]
     changed[:, spare] = ratio
-    changed[loss] = 0  # exactly, not only but for rounding
+    changed[loss] = 0  # the trained loss is the new row itself, without a rounding error
     changed[loss, spare] = 1
     rows = [gradient if i == spare else row for i, row in enumerate(found.rows)]
     return Span(found.values, changed, rows)
@@ -138,7 +138,7 @@ def norms_and_cosines(coefficients: Tensor, parts: Iterable[Tensor]) -> tuple[Te
     Args:
         parts: J in blocks [M, B].
     """
-    c = coefficients.to(wide(coefficients))
+    c = coefficients.to(wide_type(coefficients))
     products = c.new_zeros(c.shape[1], c.shape[1])
     for part in parts:
         part = part.to(c.dtype)
@@ -148,7 +148,7 @@ def norms_and_cosines(coefficients: Tensor, parts: Iterable[Tensor]) -> tuple[Te
     return norms, inner / norms.outer(norms)
 
 
-def wide(x: Tensor) -> torch.dtype:
+def wide_type(x: Tensor) -> torch.dtype:
     """float64, where the device has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
