@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from pytorch_lightning.plugins import Precision
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.loop import watched_step
 from benchmarks.presets import article, variants
 from benchmarks.timing import Job, interleaved, repeat
 from losswatch.data.random import TRAIN, image_and_label, uniform
@@ -24,7 +22,6 @@ from losswatch.stack.compile import compiled
 from losswatch.stack.optimizers import optimizer_rule
 from losswatch.stack.step import make_gradient
 from losswatch.train.module import SegmentationModule
-from losswatch.watch.lightning import Watch
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "article's net, 2×32×32": (lambda: ConvNet(1, 2), (2, 1, 32, 32)),
@@ -102,27 +99,9 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
         return step
 
     def probed(every: int, count: int) -> Job:
-        """The ordinary step with the probe, as Lightning calls it, without Lightning around it."""
+        """The ordinary step, watched."""
         module, adam = parts(count)
-        watch = Watch(module.losses, "loss", every_n_steps=every, strict=True)
-        strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
-        trainer: Any = SimpleNamespace(
-            global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true",
-            fit_loop=SimpleNamespace(_should_accumulate=lambda: False), strategy=strategy,
-            loggers=[], is_global_zero=True, precision_plugin=Precision(), lightning_module=module,
-        )  # fmt: skip
-        watch.on_fit_start(trainer, module)
-
-        def step() -> None:
-            watch.on_train_batch_start(trainer)
-            loss = module.training_step(batch(), 0)
-            adam.zero_grad()
-            watch.on_before_backward(trainer, module, loss)
-            loss.backward()
-            watch.on_after_backward(trainer, module)
-            adam.step()
-            trainer.global_step += 1
-
+        step = watched_step(module, module.losses, "loss", adam, batch, every)
         return lambda: fast_on_cpu(module.net)(step)()  # as train.py does for a whole run
 
     def compiled_step(count: int) -> Job:

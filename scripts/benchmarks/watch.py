@@ -7,19 +7,18 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins import Precision
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.loop import watched_step
 from benchmarks.presets import article
 from benchmarks.timing import Job, interleaved, peak_memory
-from losswatch import Observer, Watch
+from losswatch import Observer
 
 PLAIN = "plain PyTorch, one loss"
 
@@ -41,6 +40,10 @@ class Training(pl.LightningModule):
         self.images = torch.randn(4, 3, size, size)
         self.masks = torch.randint(0, 2, (4, size, size))
         self.adam = torch.optim.Adam(self.net.parameters())
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, masks = batch
+        return self.loss_fn(self.net(images), masks)
 
     def step(self, before: Callable[[Tensor, Tensor], object] = lambda logits, value: None) -> None:
         """One step of plain PyTorch, with something between forward and backward pass."""
@@ -72,22 +75,8 @@ def observed(module: Training) -> Job:
 
 
 def watched(module: Training, every: int) -> Job:
-    """The step as Lightning calls `Watch`, without Lightning around it."""
-    watch = Watch(module.losses, "loss_fn", every_n_steps=every, strict=True)
-    trainer: Any = SimpleNamespace(
-        global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true", loggers=[],
-        fit_loop=SimpleNamespace(_should_accumulate=lambda: False), is_global_zero=True,
-        precision_plugin=Precision(), lightning_module=module,
-    )  # fmt: skip
-    watch.on_fit_start(trainer, module)
-
-    def step() -> None:
-        watch.on_train_batch_start(trainer)
-        module.step(lambda logits, value: watch.on_before_backward(trainer, module, value / 1))
-        watch.on_after_backward(trainer, module)
-        trainer.global_step += 1
-
-    return step
+    batch = module.images, module.masks
+    return watched_step(module, module.losses, "loss_fn", module.adam, lambda: batch, every)
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+"""The training step as Lightning calls it with `Watch`, without Lightning around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import Precision
+from torch import nn
+
+from benchmarks.timing import Job
+from losswatch import LossSet, Watch
+
+
+def watched_step(
+    module: pl.LightningModule,
+    losses: LossSet | Mapping[str, nn.Module],
+    criterion: str,
+    optimizer: torch.optim.Optimizer,
+    batch: Callable[[], Any],
+    every: int,
+) -> Job:
+    """One step of a module on a new batch; each `every`-th one is observed."""
+    watch = Watch(losses, criterion, every_n_steps=every, strict=True)
+    trainer: Any = SimpleNamespace(
+        global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true", loggers=[],
+        fit_loop=SimpleNamespace(_should_accumulate=lambda: False), is_global_zero=True,
+        precision_plugin=Precision(), lightning_module=module,
+    )  # fmt: skip
+    watch.on_fit_start(trainer, module)
+
+    def step() -> None:
+        watch.on_train_batch_start(trainer)
+        loss: Any = module.training_step(batch(), 0)
+        optimizer.zero_grad()
+        watch.on_before_backward(trainer, module, loss)
+        loss.backward()
+        watch.on_after_backward(trainer, module)
+        optimizer.step()
+        trainer.global_step += 1
+
+    return step
