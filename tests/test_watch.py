@@ -225,13 +225,10 @@ def test_several_calls_are_heads():
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision(precision):
-    from pytorch_lightning.plugins import MixedPrecision
-
-    scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
     found = []
-    for plugins in ([], [MixedPrecision(precision, "cpu", scaler)]):
+    for options in ({"dtype": torch.float32}, half(precision)):
         watch = seen()
-        fit(Plain(small().float()), watch, dtype=torch.float32, plugins=plugins, batches=3)
+        fit(Plain(small().float()), watch, batches=3, **options)
         found.append(watch.table())
     np.testing.assert_allclose(*found, rtol=0.1, atol=0.02)
 
@@ -279,35 +276,85 @@ class Halves(Plain):
 THREE = ["cce", "dice", "dice_square"]
 
 
-def train_ranks(folder, devices):
+class Half(nn.Module):
+    """A loss that one of two ranks cannot compute."""
+
+    def forward(self, logits, target):
+        if torch.distributed.get_rank():
+            raise RuntimeError("not here")
+        return logits.square().mean()
+
+
+class States(pl.Callback):
+    """Writes the state of each rank at the end."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, module):
+        torch.save(state(trainer), f"{self.folder}/{trainer.global_rank}.pt")
+
+
+def train_ranks(folder, kind):
     """Train on one rank or two, on the same batches; what is seen goes to metrics.csv."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
     logger = CSVLogger(folder, name="", version="")
-    watch = Watch(THREE, "loss_fn", every_n_steps=2, strict=True, cosines=True)
-    options = {"strategy": "ddp_spawn", "devices": 2} if devices == 2 else {}
-    fit(Halves(net), watch, logger=logger, use_distributed_sampler=False, **options)
+    losses = [*THREE, Half()] if kind == "failing" else THREE
+    watch = Watch(losses, "loss_fn", every_n_steps=2, strict=kind != "failing", cosines=True)
+    options = {} if kind == "one" else {"strategy": "ddp_spawn", "devices": 2}
+    callbacks = [States(folder)] if kind == "unwatched" else [watch, States(folder)]
+    fit(Halves(net), *callbacks, logger=logger, use_distributed_sampler=False, **options)
 
 
-def test_two_ranks_are_as_one(tmp_path):
-    """The norms are those of the averaged gradient. Lightning sends the watch to the ranks."""
-    main = tmp_path / "main.py"
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Trainings on one rank and on two: the folder and the errors printed by each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    main = folder / "main.py"
     main.write_text(
         "import sys\nfrom test_watch import train_ranks\n"
-        "if __name__ == '__main__':\n    train_ranks(sys.argv[1], int(sys.argv[2]))\n"
+        "if __name__ == '__main__':\n    train_ranks(sys.argv[1], sys.argv[2])\n"
     )
-    frames = []
-    for devices in ("1", "2"):
-        folder = tmp_path / devices
-        subprocess.run(
-            [sys.executable, "-W", "ignore", main, folder, devices], check=True,
+    found = {}
+    for kind in ("one", "two", "unwatched", "failing"):
+        (folder / kind).mkdir()
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", main, folder / kind, kind], check=True, text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120,
+            capture_output=True,
         )  # fmt: skip
-        frame = pd.read_csv(folder / "metrics.csv").set_index("step")
+        found[kind] = folder / kind, done.stderr
+    return found
+
+
+def test_two_ranks_are_as_one(ranks):
+    """The norms are those of the averaged gradient. Lightning sends the watch to the ranks."""
+    frames = []
+    for kind in ("one", "two"):
+        frame = pd.read_csv(ranks[kind][0] / "metrics.csv").set_index("step")
         frames.append(frame[watched_tags(THREE, cosines=True)].dropna())
     assert list(frames[0].index) == list(frames[1].index) == [0, 2, 4]
     np.testing.assert_allclose(frames[1], frames[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["two", "failing"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_are_equal_to_the_bit(ranks, kind, rank):
+    plain, watched = (torch.load(ranks[k][0] / f"{rank}.pt") for k in ("unwatched", kind))
+    assert len(plain) > 8
+    for a, b in zip(plain, watched, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_error_on_one_rank_ends_the_watching_on_all(ranks):
+    """Otherwise the other rank would wait for it."""
+    lines = [line for line in ranks["failing"][1].splitlines() if "nothing is watched" in line]
+    assert len(lines) == 2
+    assert {line.split(": ")[-1] for line in lines} == {
+        "not here", "another rank could not observe its batch",
+    }  # fmt: skip
 
 
 # --- Loggers -------------------------------------------------------------------------------------
@@ -383,29 +430,52 @@ class Dropping(Plain):
         super().__init__(net, **options)
 
 
+def half(precision):
+    """In mixed precision; float16 with the scaler of a loss."""
+    from pytorch_lightning.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
+    return {"plugins": [MixedPrecision(precision, "cpu", scaler)], "dtype": torch.float32}
+
+
+def compiled():
+    torch._dynamo.reset()
+    return Plain(torch.compile(small().float()))
+
+
 KINDS = {
-    "plain": (Dropping, {}),
-    "of losswatch": (lambda: Dropping(criterion=load_loss("dice")), {}),
-    "manual": (lambda: Manual(small()), {}),
-    "accumulated": (Dropping, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
-    "checkpointed": (lambda: Plain(Checkpointed().double()), {}),
-    "bfloat16": (Dropping, {"precision": "bf16-mixed"}),
+    "plain": (Dropping, dict),
+    "functional": (lambda: Functional(small()), lambda: {"gradient_clip_val": 0.1}),
+    "of losswatch": (lambda: Dropping(criterion=load_loss("dice")), dict),
+    "manual": (lambda: Manual(small()), dict),
+    "accumulated": (Dropping, lambda: {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+    "checkpointed": (lambda: Plain(Checkpointed().double()), dict),
+    "bfloat16": (lambda: Dropping().float(), lambda: half("bf16-mixed")),
+    "float16": (lambda: Dropping().float(), lambda: half("16-mixed")),
+    "compiled": (compiled, lambda: {"dtype": torch.float32}),
 }
 
 
+def state(trainer):
+    """Weights, buffers, state of the optimiser and of the random numbers."""
+    moments = trainer.optimizers[0].state_dict()["state"].values()
+    weights = trainer.lightning_module.state_dict().values()
+    return [*weights, *(v for m in moments for v in m.values()), torch.get_rng_state()]
+
+
+@pytest.mark.filterwarnings("ignore:.*TF32|.*deprecated")  # the compiler's own
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("every", [1, 4])
 def test_training_is_equal_to_the_bit(kind, every):
     make, options = KINDS[kind]
+    losses = LOSSES if kind == "compiled" else [*LOSSES, Drawing()]
     states = []
     for watched in (False, True):
         torch.manual_seed(0)
         module = make()
-        watch = [seen([*LOSSES, Drawing()], every_n_steps=every)] if watched else []
-        trainer = fit(module, *watch, **options)
-        moments = trainer.optimizers[0].state_dict()["state"].values()
-        state = [*module.state_dict().values(), *(v for m in moments for v in m.values())]
-        states.append([*state, torch.rand(3)])
+        watch = [seen(losses, criterion=None if kind == "functional" else "loss_fn",
+                      every_n_steps=every)] if watched else []  # fmt: skip
+        states.append(state(fit(module, *watch, **options())))
     for a, b in zip(*states, strict=True):
         assert torch.equal(a, b)
 

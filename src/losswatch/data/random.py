@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 TRAIN, VAL, TEST = 0, 1, 2
 
+RESOLUTION = 2.0**-24  # pixels are multiples of it
+
 # Constants of splitmix64 (Steele, Lea and Flood 2014), as signed 64-bit integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -47,7 +49,7 @@ def uniform(seed: Tensor, split: int, step: Tensor, shape: Sequence[int]) -> Ten
     # step crashes. With the key in the product it cannot know.
     state = (position + key) * _GOLDEN + (key - key * _GOLDEN)
     bits = (_mix(state) >> 40) & (2**24 - 1)
-    return bits.to(torch.float32).mul(2.0**-24).view(*shape)
+    return bits.to(torch.float32).mul(RESOLUTION).view(*shape)
 
 
 def image_and_label(

@@ -10,16 +10,17 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-def add_charts(writer: SummaryWriter, cosines: bool) -> None:
-    """Write the layout; a chart of cosines belongs to it if they are observed."""
+def add_charts(writer: SummaryWriter, *, cosines: bool, validation: bool = False) -> None:
+    """Write the layout, with a chart of cosines and one of losswatch's own metrics where asked."""
     # Imported late: `from losswatch import Watch` needs nothing but PyTorch.
     from torch.utils.tensorboard.summary import custom_scalars
 
     charts = {
         "values of all losses": ["Multiline", [f"^{LOSS}"]],
         "gradient norms of all losses": ["Multiline", [f"^{GRAD_NORM}"]],
-        "validation": ["Multiline", ["^val/(accuracy|dice|iou)$"]],
     }
+    if validation:
+        charts["validation"] = ["Multiline", ["^val/(accuracy|dice|iou)$"]]
     if cosines:
         charts["cosines of the losses' gradients"] = ["Multiline", [f"^{GRAD_COSINE}"]]
     assert writer.file_writer is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from losswatch.compat import (
     tree_flatten,
     tree_unflatten,
 )
+from losswatch.data.random import RESOLUTION
 from losswatch.stack.refusal import NotStackable
 from losswatch.text import one_line
 
@@ -73,6 +75,9 @@ def _rewrite(graph: torch.fx.GraphModule, is_on_cpu: bool) -> None:
         # Inductor may lay a tensor out anew, and then a view of it needs a copy.
         if is_view(node):
             node.target = aten.reshape.default
+        # Inductor would compute the end of the hash again wherever an image or a label is read.
+        if is_on_cpu and node.target is aten.mul.Tensor and node.args[1] == RESOLUTION:
+            _store(graph, node)
         # MKL multiplies matrices in half the time if the side whose length is a multiple of a
         # register comes last: A B = (B' A')'.
         if is_on_cpu and node.target is aten.bmm.default:
@@ -83,3 +88,14 @@ def _rewrite(graph: torch.fx.GraphModule, is_on_cpu: bool) -> None:
                     swapped = graph.graph.call_function(aten.bmm.default, (b, a))
                 node.target, node.args = aten.mT.default, (swapped,)
     graph.recompile()
+
+
+def _store(graph: torch.fx.GraphModule, node: torch.fx.Node) -> None:
+    """Make Inductor write a tensor to memory once: `as_strided` can read nothing else."""
+    shape = traced_shape(node)
+    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    with graph.graph.inserting_after(node):
+        stored = graph.graph.call_function(
+            torch.ops.aten.as_strided.default, (node, list(shape), strides)
+        )
+    node.replace_all_uses_with(stored, delete_user_cb=lambda user: user is not stored)

@@ -57,7 +57,7 @@ def open_log(cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int]
     if process_rank() == 0:
         rewind(folder, events)
         put_last(logger.experiment)
-        add_charts(logger.experiment, cosines=cfg.probe.cosines)
+        add_charts(logger.experiment, cosines=cfg.probe.cosines, validation=True)
     add_hparams(logger, cfg, loss)
     return logger
 

@@ -59,7 +59,7 @@ class WatchHandler:
         self.writer, self.network = writer, network
         self.seen: Seen | None = None
         if writer is not None:
-            add_charts(writer, cosines)
+            add_charts(writer, cosines=cosines)
 
     def attach(self, engine: Any) -> None:
         """Let the engine call this handler.

@@ -6,7 +6,7 @@ import functools
 import importlib
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -87,6 +87,7 @@ class Watch(Callback):
         self.calls: list[Call] = []
         self.sums: tuple[Tensor, Tensor] | None = None  # values and gradients of a step so far
         self.spare: tuple[str, int, Span] | None = None  # a row that the training computes
+        self.error: Exception | None = None  # of this step
 
     def __reduce__(self) -> Any:
         return _remake, (Watch, self.__dict__)
@@ -111,7 +112,7 @@ class Watch(Callback):
             self.hooks.append(compat.KeptBuffers())
         for logger in self._tensorboards(trainer):
             if not getattr(logger, "has_charts", False):  # that of train.py has them
-                add_charts(logger.experiment, self.record.cosines)
+                add_charts(logger.experiment, cosines=self.record.cosines)
 
     def _tensorboards(self, trainer: pl.Trainer) -> list[Any]:
         """The loggers that write to TensorBoard, on the rank that does."""
@@ -163,13 +164,12 @@ class Watch(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor
     ) -> None:
         calls, self.calls = self.calls, []  # no graph outlives its step
-        if not self.record.is_due or not calls:
+        if not self.record.is_due or not calls or self.error:
             return
         try:
             self._observe(trainer, calls, loss)
         except Exception as error:
-            self.sums = None
-            self.record.give_up(error, self.strict)
+            self.error, self.sums = error, None
 
     def _observe(self, trainer: pl.Trainer, calls: list[Call], loss: Tensor) -> None:
         calls = calls[-1:] if self.observer.heads == "first" else calls
@@ -228,27 +228,44 @@ class Watch(Callback):
         )
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if compat.is_accumulating(trainer):
+        if compat.is_accumulating(trainer) or not self.record.is_due:
             return
         try:
-            if self.spare is not None:
-                name, row, found = self.spare
-                parameters = [p for p in self.observer.parameters if p.requires_grad]
-                place = self.observer.views.names.index(name)
-                found = with_trained(found, [p.grad for p in parameters], place, row)
-                self._keep(trainer, *measure(found))
-            elif self.sums is not None:
-                # A loss of a rank's own batch has a value on each rank; the optimiser follows
-                # their mean.
-                values, gradients = (
-                    trainer.strategy.reduce(x, reduce_op="mean") for x in self.sums
-                )
-                one = torch.eye(len(values), dtype=values.dtype, device=values.device)
-                parts = gradients.split(CHUNK, 1)
-                self._keep(trainer, values, *norms_and_cosines(one, parts))
+            self._finish(trainer)
         except Exception as error:
             self.record.give_up(error, self.strict)
-        self.spare = self.sums = None
+        self.spare = self.sums = self.error = None
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        """End an observation that needed the backward pass, or raise the error that it met."""
+        if trainer.world_size > 1:
+            self._agree(trainer.strategy.reduce_boolean_decision)
+        if self.error is not None:
+            raise self.error
+        if self.spare is not None:
+            name, row, found = self.spare
+            parameters = [p for p in self.observer.parameters if p.requires_grad]
+            place = self.observer.views.names.index(name)
+            found = with_trained(found, [p.grad for p in parameters], place, row)
+            self._keep(trainer, *measure(found))
+        elif self.sums is not None:
+            # A loss of a rank's own batch has a value on each rank; the optimiser follows their
+            # mean.
+            values, gradients = (trainer.strategy.reduce(x, reduce_op="mean") for x in self.sums)
+            one = torch.eye(len(values), dtype=values.dtype, device=values.device)
+            self._keep(trainer, values, *norms_and_cosines(one, gradients.split(CHUNK, 1)))
+
+    def _agree(self, reduce: Callable[..., bool]) -> None:
+        """See that all ranks go on, or none: a rank would wait for the others for ever.
+
+        Raises:
+            RuntimeError: another rank has no observation to share.
+        """
+        if reduce(self.sums is not None, all=True):
+            return
+        idle = self.sums is None and self.error is None
+        if not reduce(idle, all=True) and self.error is None:
+            raise RuntimeError("another rank could not observe its batch")
 
     # -- what is written ---------------------------------------------------------------------------
 
