@@ -4,6 +4,7 @@ import copy
 import random
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -335,6 +336,74 @@ def test_training_is_equal_to_the_bit(make):
     for a, b in zip(train(net, None), train(other, observer), strict=True):
         assert torch.equal(a, b)
     assert drawing.calls == 0
+
+
+def train_with_accelerate(net, observer, steps=4):
+    """As `train`, in a loop of Accelerate with accumulation and clipping."""
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(1)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.Adam(net.parameters())
+    prepared, adam = accelerator.prepare(net, optimizer)
+    images, target = batch()
+    for _ in range(steps):
+        with accelerator.accumulate(prepared):
+            output = prepared(images)
+            if observer:
+                observer(output, target)
+            accelerator.backward(F.cross_entropy(output, target))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(prepared.parameters(), 0.1)
+            adam.step()
+            adam.zero_grad()
+    moments = [m for state in optimizer.state_dict()["state"].values() for m in state.values()]
+    return [*net.state_dict().values(), *moments, torch.rand(3)]
+
+
+def train_with_hugging_face(net, observer, steps=4):
+    """As `train`, by a subclass of Hugging Face's Trainer."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, pixel_values, labels):
+            logits = self.net(pixel_values)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    class Trainer(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **options):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+            if observer:
+                observer(outputs["logits"], inputs["labels"])
+            return (loss, outputs) if return_outputs else loss
+
+    images, target = batch()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder, max_steps=steps, report_to=[], save_strategy="no", use_cpu=True, seed=1,
+            disable_tqdm=True,
+        )  # fmt: skip
+        data = [{"pixel_values": x, "labels": y} for x, y in zip(images, target, strict=True)]
+        trainer = Trainer(Model(), arguments, train_dataset=data)
+        trainer.train()
+    states = trainer.optimizer.state_dict()["state"].values()
+    return [*net.state_dict().values(), *(m for s in states for m in s.values()), torch.rand(3)]
+
+
+@pytest.mark.filterwarnings("ignore")  # their own
+@pytest.mark.parametrize("loop", [train_with_accelerate, train_with_hugging_face])
+def test_training_in_loops_of_others_is_equal_to_the_bit(loop):
+    torch.manual_seed(0)
+    net = small()
+    net.insert(2, nn.Dropout(0.3))
+    other = copy.deepcopy(net)
+    observer = Observer([*LOSSES, Drawing()], other.parameters())
+    for a, b in zip(loop(net, None), loop(other, observer), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_exact_with_checkpointing():
