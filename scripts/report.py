@@ -1,12 +1,13 @@
 """Report on a sweep from what it left on disk: tables, figures, a comparison of the losses.
 
-    python scripts/report.py outputs/<sweep>            mean over seeds
-    python scripts/report.py outputs/<sweep> --seeds    each seed's figures as well
-    python scripts/report.py outputs/<sweep> --free     axes fitted to the curves, not the study's
+    python scripts/report.py outputs/<sweep>                     mean over seeds
+    python scripts/report.py outputs/<sweep> --seeds             each seed's figures as well
+    python scripts/report.py outputs/<sweep> --format pdf,svg    figures for a paper
+    python scripts/report.py outputs/<sweep> --study             axes of the published study
 
-Prints the table of runs and the pairwise comparison of losses, and writes summary.csv, report.md
-and figures/ into the sweep's folder. The report names runs that are not finished or that failed. A
-folder of sweeps is read as one sweep.
+Prints the table of runs and the comparison of losses, in each condition and pooled. Writes
+summary.csv, comparison.csv, report.md and figures/ into the sweep's folder. The report names runs
+that are not finished or that failed. A folder of sweeps is read as one sweep.
 """
 
 import argparse
@@ -18,8 +19,11 @@ import pandas as pd
 from rich.console import Console
 
 from losswatch.files import replace_file
-from losswatch.report.compare import compare_losses
+from losswatch.report.compare import compare_losses, conditions
+from losswatch.report.dependence import plot_dependence
 from losswatch.report.figures import plot_sweep
+from losswatch.report.runs import all_losses
+from losswatch.report.style import FORMATS, loss_looks
 from losswatch.report.tables import (
     cell_table,
     comparison_table,
@@ -27,9 +31,12 @@ from losswatch.report.tables import (
     markdown_table,
     rich_table,
     summary_table,
+    write_comparison,
     write_summary,
 )
 from losswatch.text import markdown_escape, printable
+
+ROWS = 30  # of a comparison that are shown
 
 
 def main() -> int:
@@ -38,17 +45,22 @@ def main() -> int:
     )
     parser.add_argument("sweep", type=Path, help="a sweep's folder, outputs/<sweep>")
     parser.add_argument("--seeds", action="store_true", help="also a figure for each single seed")
-    parser.add_argument("--free", action="store_true", help="fit the axes to the curves")
+    parser.add_argument(
+        "--format", type=formats, default=["png"], metavar="png,pdf,svg", help="of the figures"
+    )
+    parser.add_argument("--study", action="store_true", help="give the axes the study's limits")
     args = parser.parse_args()
 
     try:
         runs = write_summary(args.sweep)
-        comparison = comparison_table(compare_losses(runs))
-        figures = plot_sweep(args.sweep, runs, free=args.free)
+        comparisons = compare(args.sweep, runs)
+        form = {"looks": loss_looks(all_losses(runs)), "formats": args.format}
+        figures = plot_dependence(args.sweep, runs, **form)
+        figures |= plot_sweep(args.sweep, runs, study=args.study, **form)
         if args.seeds:
-            figures |= plot_sweep(args.sweep, runs, seeds=True, free=args.free)
+            figures |= plot_sweep(args.sweep, runs, study=args.study, seeds=True, **form)
         report = args.sweep / "report.md"
-        replace_file(report, markdown(args.sweep, runs, comparison, figures))
+        replace_file(report, markdown(args.sweep, runs, comparisons, figures))
 
         if isinstance(sys.stdout, io.TextIOWrapper):  # an output in ASCII cannot show θ
             sys.stdout.reconfigure(errors="replace")
@@ -56,8 +68,11 @@ def main() -> int:
         terminal = sys.stdout is not None and sys.stdout.isatty()
         console = Console(width=None if terminal else 200)
         console.print(summary_table(runs))
-        if len(comparison):
-            console.print(rich_table(comparison))
+        for title, cells in comparisons.items():
+            console.print(f"\n[bold]{title}[/]", highlight=False)
+            console.print(rich_table(cells, show_edge=False, padding=(0, 1, 0, 0)))
+        if comparisons:
+            print(f"\n{printable(args.sweep / 'comparison.csv')} (all rows)")
         print(f"{printable(report)} ({len(figures)} figures)")
     except OSError as error:  # the folder does not exist, holds no runs, or cannot be written to
         print(f"report.py: {printable(error)}", file=sys.stderr)
@@ -65,8 +80,55 @@ def main() -> int:
     return 0
 
 
+def formats(text: str) -> list[str]:
+    """The formats in a list with commas.
+
+    Raises:
+        argparse.ArgumentTypeError: one of them is unknown.
+    """
+    names = text.split(",")
+    if not set(names) <= set(FORMATS):
+        raise argparse.ArgumentTypeError(f"one or more of {','.join(FORMATS)}, not {text!r}")
+    return list(dict.fromkeys(names))
+
+
+def compare(sweep: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The comparisons of losses as text, by title; their numbers are written to comparison.csv."""
+    each, pooled = compare_losses(runs), compare_losses(runs, pooled=True)
+    if not len(each):
+        return {}
+    several = len(conditions(each)) > 0
+    write_comparison(sweep, each, pooled if several else pooled[:0])
+    titles = {
+        "Losses, pair by pair, in each condition" if several else "Losses, pair by pair": each
+    }
+    if several:
+        titles["Pooled over all conditions: differences of opposite signs cancel"] = pooled
+    tables = {}
+    for title, comparison in titles.items():
+        if len(comparison) > ROWS:
+            title += f" ({ROWS} of {len(comparison)}: those with the smallest p)"
+        tables[title] = comparison_table(most_certain(comparison))
+    return tables
+
+
+def most_certain(comparison: pd.DataFrame) -> pd.DataFrame:
+    """At most `ROWS` rows, in their order: those with the smallest p-values.
+
+    Where there are none, with one seed, those with the largest differences.
+    """
+    metrics = ["accuracy", "dice"]
+    p = comparison[[f"{metric}_p" for metric in metrics]].min(axis=1)
+    size = comparison[metrics].abs().max(axis=1)
+    ranked = pd.DataFrame({"p": p, "size": -size}).sort_values(["p", "size"])  # NaN last
+    return comparison.loc[sorted(ranked.index[:ROWS])]
+
+
 def markdown(
-    sweep: Path, runs: pd.DataFrame, comparison: pd.DataFrame, figures: dict[str, Path]
+    sweep: Path,
+    runs: pd.DataFrame,
+    comparisons: dict[str, pd.DataFrame],
+    figures: dict[str, Path],
 ) -> str:
     """The report: what was run, results by setting, losses pair by pair, figures."""
     counts = ", ".join(f"{n} {s}" for s, n in runs["status"].value_counts().items())
@@ -78,13 +140,20 @@ def markdown(
         "of each row that are done.",
         markdown_table(cell_table(runs)),
     ]
-    if len(comparison):
-        parts += [
-            "## Losses, pair by pair",
-            "The mean difference over pairs of runs that share everything but the training loss, "
-            "with its 95 % interval (paired t). Pairs of all settings are taken as one sample.",
-            markdown_table(comparison),
-        ]
+    for i, (title, cells) in enumerate(comparisons.items()):
+        parts.append(f"## {title}")
+        if i == 0:
+            parts.append(
+                "The mean difference over pairs of runs that share everything but the training "
+                "loss, ± half of its 95 % interval (paired t). In brackets is the p-value of the "
+                "paired t test, corrected by Holm for all rows of the table; n is the number of "
+                "pairs. A condition is one value of "
+                "everything that was swept except the loss and the seed. One pair has no interval "
+                "(–). All rows: [comparison.csv](comparison.csv)."
+            )
+        else:
+            parts.append("The pairs of all conditions are taken as one sample.")
+        parts.append(markdown_table(cells))
     stopped = runs[runs["status"] != "done"]
     if len(stopped):
         parts += [
@@ -97,12 +166,14 @@ def markdown(
         ]
     if figures:
         parts += [
-            "## Curves",
-            "Each figure has a column per training loss. Above is the global gradient norm of each "
-            "watched loss, a moving mean over 201 observed steps (2 % of them in shorter runs). "
-            "Below are the losses, moving means over 11 steps, and the validation accuracy (black, "
-            "right-hand axis). Lines are means over repeated runs, and shades are their ranges. "
-            "The trained loss is the thicker line.",
+            "## Figures",
+            "Accuracy and Dice over a setting: a point is the mean over the seeds, its bar the "
+            "95 % interval of the mean.",
+            "Curves: each figure has a column per training loss. Above is the global gradient norm "
+            "of each watched loss, a moving mean over 201 observed steps (2 % of them in shorter "
+            "runs). Below are the losses, moving means over 11 steps, and the validation accuracy "
+            "(black, right-hand axis). Lines are means over repeated runs, and shades are their "
+            "ranges. The trained loss is the thicker line.",
         ]
     parts += [markdown_image(title, path, sweep) for title, path in figures.items()]
     return "\n\n".join(parts) + "\n"

@@ -175,19 +175,45 @@ def test_reproduce_trains_reports_and_does_not_train_again(tmp_path):
     assert nothing.returncode == 2 and nothing.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_is_stored_without_outputs(smoke, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     path = ROOT / "scripts/explore.ipynb"
     notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
     sweep = tmp_path / "sweep"
     shutil.copytree(smoke.folder, sweep / smoke.folder.name)
+    before = {file: file.stat().st_mtime_ns for file in sweep.rglob("*")}
     monkeypatch.setenv("LOSSWATCH_SWEEP", str(sweep))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), *sys.path]))
     resources = {"metadata": {"path": str(path.parent)}}
     nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
     shown = [out for cell in cells for out in cell.outputs if "image/png" in out.get("data", {})]
     assert len(shown) == 2  # the sweep's figure and the comparison
-    assert (sweep / "more/result.json").is_file()
+    assert {file: file.stat().st_mtime_ns for file in sweep.rglob("*")} == before
+    [folder] = set(tmp_path.iterdir()) - {sweep}
+    assert folder.name.startswith("explore_")
+    assert (folder / "dice_square/result.json").is_file()
+
+
+def test_the_notebook_finds_the_sweep_that_was_started_last(tmp_path, monkeypatch):
+    pytest.importorskip("IPython")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "scripts/explore.ipynb", as_version=4)
+    first = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    for hour, name in enumerate(["tuned", "2026-01-01_12-00-00", "baseline", "watch"]):
+        file = tmp_path / "outputs" / name / "multirun.yaml"
+        file.parent.mkdir(parents=True)
+        if name != "watch":  # a folder that is no sweep
+            file.touch()
+            os.utime(file, (3600 * hour, 3600 * hour))
+    (tmp_path / "scripts").mkdir()
+    monkeypatch.chdir(tmp_path / "scripts")
+    monkeypatch.delenv("LOSSWATCH_SWEEP", raising=False)
+    names: dict = {}
+    exec(first, names)
+    assert names["sweep"] == tmp_path / "outputs" / "baseline"
+    assert names["into"].parent == tmp_path / "outputs" and not names["into"].exists()

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
@@ -26,11 +27,18 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.encode import write_scalars
-from losswatch.events.series import read_scalars
-from losswatch.report import figures
-from losswatch.report.compare import compare_losses
-from losswatch.report.runs import KNOWN_LOSSES, read_runs
-from losswatch.report.tables import cell_table, markdown_table, summary_table, write_summary
+from losswatch.events.series import read_last_step, read_scalars
+from losswatch.report import dependence, figures
+from losswatch.report.compare import compare_losses, holm
+from losswatch.report.runs import KNOWN_LOSSES, all_losses, read_runs, settings, swept
+from losswatch.report.style import loss_looks
+from losswatch.report.tables import (
+    cell_table,
+    comparison_table,
+    markdown_table,
+    summary_table,
+    write_summary,
+)
 from losswatch.text import show
 
 ROOT = Path(__file__).parents[1]
@@ -70,13 +78,13 @@ def write_result(run_dir: Path, loss="dice", theta=0.5, seed=0, accuracy=0.9, **
 
 @pytest.fixture
 def main(monkeypatch):
-    """main(folder): scripts/report.py in this process; its exit status."""
+    """main(folder, ...): scripts/report.py in this process; its exit status."""
     spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts/report.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
-    def run(folder: Path) -> int:
-        monkeypatch.setattr(sys, "argv", ["report.py", str(folder)])
+    def run(folder: Path, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", str(folder), *arguments])
         return script.main()
 
     return run
@@ -313,6 +321,32 @@ def test_no_scalars_is_an_empty_frame(tmp_path):
     assert read_scalars(tmp_path).empty
 
 
+@pytest.mark.parametrize("files", [[range(30)], [range(12), range(12, 30)], [range(30), range(30)]])
+def test_the_last_step_is_that_of_the_whole_reading(tmp_path, files):
+    for i, steps in enumerate(files):
+        write_events(tmp_path, steps, scale=1.0 + i, filename_suffix=f".{9 - i}")
+    with SummaryWriter(tmp_path) as writer:  # what a run writes at its end
+        writer.add_image("images/input", np.zeros((1, 4, 4)), 30)
+        writer.add_scalar("test/dice", 0.5, 30)
+    watched = read_scalars(tmp_path).filter(regex="^(loss|grad_norm)/")
+    assert read_last_step(tmp_path) == watched.dropna(how="all").iloc[-1].to_dict()
+
+
+def test_the_last_step_of_a_block_a_diverged_run_and_of_damaged_files(tmp_path, caplog):
+    values = np.arange(40.0).reshape(20, 2)
+    values[15:] = np.nan
+    values[14, 1] = np.nan
+    with SummaryWriter(tmp_path) as writer:
+        write_scalars(writer, ["loss/dice", "grad_norm/dice"], np.arange(20), values)
+    [path] = tmp_path.glob("events*")
+    path.write_bytes(path.read_bytes() + b"\xff" * 9)
+    (tmp_path / "events.out.tfevents.2.folder").mkdir()
+    os.mkfifo(tmp_path / "events.out.tfevents.1.pipe")
+    last = read_last_step(tmp_path)
+    assert last == {"loss/dice": 28, "grad_norm/dice": pytest.approx(np.nan, nan_ok=True)}
+    assert read_last_step(tmp_path / "none") == {} and not caplog.messages
+
+
 # --- read_runs, summary.csv, tables --------------------------------------------------------------
 
 
@@ -364,6 +398,30 @@ def test_summary_round_trips_and_leaves_no_partial_file(tmp_path):
     assert written["error"].isna().all()  # None, which comes back as NaN
     pd.testing.assert_frame_equal(read, written.assign(error=np.nan))
     assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["summary.csv"]
+
+
+def test_summary_has_all_metrics_and_the_last_values(tmp_path):
+    metrics = {
+        "val/accuracy": 0.9, "val/dice": 0.8, "val/dice/nucleus": 0.7, "val/loss/dice": 0.2,
+        "test/accuracy": 0.6, "test/iou": None, "lr": 1.0, "error": 2.0,
+    }  # fmt: skip
+    write_result(tmp_path / "a", metrics=metrics)
+    write_events(tmp_path / "a", range(21))
+    write_result(tmp_path / "b", "cce", status="failed", metrics=None)
+    runs = write_summary(tmp_path)
+    cells = pd.read_csv(tmp_path / "summary.csv").set_index("run")
+    assert list(cells.loc[:, "error":])[1:] == [
+        "val/dice/nucleus", "val/loss/dice", "test/accuracy", "test/iou",
+        *(f"{kind}/{name}" for name in NAMES for kind in ("loss", "grad_norm")),
+    ]  # fmt: skip
+    row = cells.loc["a"]
+    assert (row["accuracy"], row["val/dice/nucleus"], row["test/accuracy"]) == (0.9, 0.7, 0.6)
+    assert row["loss/dice"] == pytest.approx(3 / 30) and row["grad_norm/dice_fg"] == 2
+    assert cells.loc["b", "val/dice/nucleus":].isna().all() and np.isnan(row["test/iou"])
+    # They are no settings, and not in the table on the terminal.
+    assert settings(runs) == settings(read_runs(tmp_path)) and swept(runs) == []
+    assert len(summary_table(runs).columns) == len(summary_table(read_runs(tmp_path)).columns)
+    assert all_losses(runs) == NAMES and all_losses(read_runs(tmp_path)) == ["cce", "dice"]
 
 
 def test_table_names_what_was_swept_and_colours_the_status(tmp_path):
@@ -431,6 +489,8 @@ def test_any_result_file_is_survived(tmp_path, caplog, main, content):
         {"metrics": {"val/accuracy": "0.9"}},
         {"metrics": {"val/accuracy": True}},
         {"metrics": {"val/dice": -(10**400)}},
+        {"metrics": {"val/dice/class_1": "0.9"}},
+        {"metrics": {f"val/dice/{i}": 0.5 for i in range(10_000)}},
     ],
     ids=lambda changes: str(changes)[:60],
 )
@@ -627,13 +687,91 @@ def test_pairs_are_matched_on_everything_but_the_loss(tmp_path):
         write_result(tmp_path / f"d{i}", "dice", theta, seed, accuracy=0.52 + 0.12 * i)
     write_result(tmp_path / "unmatched", "dice", 0.95, 0, accuracy=0.0)
     write_result(tmp_path / "failed", "dice", 0.05, 0, accuracy=0.0, status="failed")
-    (row,) = compare_losses(read_runs(tmp_path)).to_dict("records")
+    (row,) = compare_losses(read_runs(tmp_path), pooled=True).to_dict("records")
     assert (row["loss"], row["other"], row["pairs"]) == ("cce", "dice", 3)
     assert row["accuracy"] == pytest.approx(-0.04)
     # By hand: t(2 degrees of freedom) = 4.302653, standard error 0.02 / √3.
     half = 4.302653 * 0.02 / 3**0.5
     assert row["accuracy_low"] == pytest.approx(-0.04 - half, abs=1e-6)
     assert row["dice_high"] == pytest.approx(-0.04 + half, abs=1e-6)
+
+
+def opposite(tmp_path, seeds=3):
+    """θ = 0.5: dice − cce is −0.2 and a little; θ = 0.95: +0.2 and a little. dice_fg lacks 0.95."""
+    for theta, sign in ((0.5, -1), (0.95, 1)):
+        for seed in range(seeds):
+            for loss, gain in (("cce", 0), ("dice", sign * (0.2 + seed / 100)), ("dice_fg", 0.1)):
+                if (loss, theta) != ("dice_fg", 0.95):
+                    write_result(tmp_path / f"{loss},{theta},{seed}", loss, theta, seed,
+                                 accuracy=0.5 + seed / 10 + gain)  # fmt: skip
+    return read_runs(tmp_path)
+
+
+def test_losses_are_compared_in_each_condition(tmp_path):
+    """Differences of opposite signs are seen in each condition, and cancel in the pooled table."""
+    runs = opposite(tmp_path)
+    table = compare_losses(runs).set_index(["theta", "loss", "other"])
+    assert list(table.index) == [
+        (0.5, "cce", "dice_fg"), (0.5, "cce", "dice"), (0.5, "dice_fg", "dice"),
+        (0.95, "cce", "dice"),
+    ]  # fmt: skip
+    assert set(table["pairs"]) == {3}
+    half = 4.302653 * 0.01 / 3**0.5  # t with 2 degrees of freedom
+    for theta, mean in ((0.5, 0.21), (0.95, -0.21)):
+        row = table.loc[theta, "cce", "dice"]
+        assert row["accuracy"] == pytest.approx(mean)
+        assert row["accuracy_low"] == pytest.approx(mean - half, abs=1e-6)
+        assert row["accuracy_high"] == pytest.approx(mean + half, abs=1e-6)
+    # Uncorrected, by scipy; of four p-values the smallest is taken four times, and so on.
+    sample = [0.2, 0.21, 0.22]
+    p = [scipy.stats.ttest_1samp(x, 0).pvalue for x in (sample, sample, [0.3, 0.31, 0.32])]
+    assert table.loc[(0.5, "cce", "dice_fg"), "accuracy_p"] < 1e-6  # -0.1 for each seed
+    assert table.loc[(0.5, "dice_fg", "dice"), "accuracy_p"] == pytest.approx(3 * p[2])
+    assert table.loc[(0.5, "cce", "dice"), "accuracy_p"] == pytest.approx(2 * p[0])
+    assert table.loc[(0.95, "cce", "dice"), "accuracy_p"] == pytest.approx(2 * p[1])
+
+    pooled = compare_losses(runs, pooled=True).set_index(["loss", "other"]).loc["cce", "dice"]
+    assert pooled["pairs"] == 6 and pooled["accuracy"] == pytest.approx(0)
+    assert pooled["accuracy_p"] == pytest.approx(1)
+    assert pooled["accuracy_low"] < -0.2 < 0.2 < pooled["accuracy_high"]
+
+
+def test_one_seed_shows_differences_and_dashes(tmp_path):
+    table = compare_losses(opposite(tmp_path, seeds=1))
+    assert table["accuracy_p"].isna().all() and table["accuracy_low"].isna().all()
+    cells = comparison_table(table)
+    assert list(cells) == ["θ", "losses", "n", "accuracy ± 95 % (p)", "Dice ± 95 % (p)"]
+    assert cells["accuracy ± 95 % (p)"].tolist() == [
+        "-0.1000 ± – (–)", "+0.2000 ± – (–)", "+0.3000 ± – (–)", "-0.2000 ± – (–)"
+    ]  # fmt: skip
+
+
+def test_equal_runs_are_no_evidence(tmp_path):
+    for loss in ("cce", "dice"):
+        for seed in range(3):
+            write_result(tmp_path / f"{loss}{seed}", loss, seed=seed)
+    (row,) = compare_losses(read_runs(tmp_path)).to_dict("records")
+    assert (row["accuracy"], row["accuracy_low"], row["accuracy_high"]) == (0, 0, 0)
+    assert row["accuracy_p"] == 1
+
+
+def test_holm_by_hand():
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04; never decreasing.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.4, 0.9]) == pytest.approx([1, 1, 1])
+    # A row without a test is none of the tests.
+    corrected = holm([np.nan, 0.02, np.nan, 0.03])
+    assert corrected[[1, 3]] == pytest.approx([0.04, 0.04]) and np.isnan(corrected[[0, 2]]).all()
+    assert len(holm([])) == 0
+
+
+def test_holm_equals_statsmodels():
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 40):
+        p = rng.uniform(size=size) ** 3
+        p[: size // 2] = p[size // 2 - 1]  # ties
+        assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
 
 
 def test_one_pair_has_no_interval_and_one_loss_no_pairs(tmp_path):
@@ -669,7 +807,7 @@ def lines(ax) -> dict:
 
 def test_a_figure_has_the_studys_form():
     figure = figures.draw(
-        {"cce": [curves(), curves(scale=2.0)], "dice": [curves(300)]}, title="θ = 0.5"
+        {"cce": [curves(), curves(scale=2.0)], "dice": [curves(300)]}, title="θ = 0.5", study=True
     )
     above, above2, below, below2, right, right2 = figure.axes
     assert [ax.get_title() for ax in (above, above2)] == ["trained with cce", "trained with dice"]
@@ -682,7 +820,7 @@ def test_a_figure_has_the_studys_form():
         "cce", "dice_fg", "dice", "accuracy", "range of 2 runs",
     ]  # fmt: skip
     # Two runs are shown as their mean with the range shaded, a single run without shading.
-    looks = figures.loss_looks(NAMES)
+    looks = loss_looks(NAMES)
     cce = lines(above)[looks["cce"]["color"]]
     assert (cce.get_ydata() == 1.5).all() and list(cce.get_xdata()) == list(range(0, 400, 2))
     assert len(above.collections) == 3 and len(above2.collections) == 0
@@ -697,7 +835,7 @@ def test_a_figure_has_the_studys_form():
 def test_fitted_axes_show_everything():
     tall = curves(scale=9.0)
     tall["val/accuracy"] -= 0.9
-    above, below, right = figures.draw({"cce": [tall]}, free=True).axes
+    above, below, right = figures.draw({"cce": [tall]}).axes
     assert above.get_ylim()[0] == 0 and above.get_ylim()[1] > 27
     assert below.get_ylim()[1] > 26
     assert right.get_ylim()[0] < 0.05 and right.get_ylim()[1] == 1.012
@@ -714,12 +852,40 @@ def test_moving_mean_is_the_studys_and_shorter_for_short_runs():
 
 def test_looks_are_the_same_everywhere_and_differ_within_a_figure():
     many = ["cce", "dice", "tversky", *(f"loss_{i}" for i in range(13))]
-    looks = figures.loss_looks(many)
+    looks = loss_looks(many)
     assert len({str(look) for look in looks.values()}) == 16
-    assert looks["cce"] == figures.loss_looks(["cce"])["cce"]
-    alone = figures.loss_looks(["tversky"])["tversky"]
-    assert figures.loss_looks(["dice", "tversky", "cce"])["tversky"] == alone
-    assert alone not in figures.loss_looks(KNOWN_LOSSES).values()
+    assert looks["cce"] == loss_looks(["cce"])["cce"]
+    alone = loss_looks(["tversky"])["tversky"]
+    assert loss_looks(["dice", "tversky", "cce"])["tversky"] == alone
+    assert alone not in loss_looks(KNOWN_LOSSES).values()
+
+
+@pytest.mark.parametrize("known", [0, 1, 5])
+def test_ten_losses_have_ten_colours(known):
+    names = [*KNOWN_LOSSES[:known], *(f"loss_{i}" for i in range(10 - known))]
+    assert len({look["color"] for look in loss_looks(names).values()}) == 10
+
+
+def test_a_report_gives_a_loss_one_look_in_all_figures(tmp_path, main, monkeypatch):
+    """Each θ has its own losses; two of them would have the same look in figures of their own."""
+    others = [f"loss_{i}" for i in range(20)]
+    looks = {name: loss_looks([name])[name]["color"] for name in others}
+    first = others[0]
+    second = next(n for n in others[1:] if looks[n] == looks[first])
+    for theta, loss in ((0.05, first), (0.5, second)):
+        write_result(tmp_path / f"{theta}", loss, theta)
+        with SummaryWriter(tmp_path / f"{theta}") as writer:
+            writer.add_scalar(f"loss/{loss}", 0.5, 0)
+    drawn = {}
+
+    def draw(runs, *, looks, **options):
+        drawn.update({name: looks[name]["color"] for name in runs})
+        return original(runs, looks=looks, **options)
+
+    original = figures.draw
+    monkeypatch.setattr(figures, "draw", draw)
+    assert main(tmp_path) == 0
+    assert len(drawn) == 2 and drawn[first] != drawn[second]
 
 
 def test_curves_of_a_short_unvalidated_or_diverged_run(tmp_path):
@@ -760,10 +926,68 @@ def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
     with SummaryWriter(tmp_path / "0.5") as writer:
         for step, value in enumerate([1e308, -1e308], start=3):
             writer.add_scalar("loss/dice", value, step, new_style=True, double_precision=True)
-    paths = figures.plot_sweep(tmp_path, read_runs(tmp_path), free=True)
+    paths = figures.plot_sweep(tmp_path, read_runs(tmp_path))
     assert [path.name for path in paths.values()] == ["theta=0.05.png"]
     [message] = caplog.messages
     assert message.startswith(f"{tmp_path / 'figures/theta=0.5.png'}: not drawn")
+
+
+def test_accuracy_and_dice_over_a_swept_number(tmp_path):
+    accuracy = {0.05: [0.95, 0.97], 0.5: [0.6, 0.9], 0.95: [0.5]}
+    for theta, values in accuracy.items():
+        for seed, value in enumerate(values):
+            write_result(tmp_path / f"d{theta},{seed}", "dice", theta, seed, accuracy=value)
+    write_result(tmp_path / "cce", "cce", 0.05, accuracy=0.7)
+    write_result(tmp_path / "failed", "cce", 0.5, accuracy=0.1, status="failed")
+    runs = read_runs(tmp_path)
+    done = runs[runs["status"] == "done"]
+    assert dependence.swept_number(done) == "theta"
+    looks = loss_looks(["cce", "dice"])
+    left, right = dependence.draw(done, "theta", "title", looks).axes
+    assert [ax.get_ylabel() for ax in (left, right)] == ["validation accuracy", "validation Dice"]
+    cce, dice = left.containers
+    assert (cce.get_label(), dice.get_label()) == ("cce", "dice")
+    line, _, (bars,) = dice.lines
+    assert line.get_color() == looks["dice"]["color"]
+    assert line.get_xydata() == pytest.approx(np.array([[0.05, 0.96], [0.5, 0.75], [0.95, 0.5]]))
+    # By hand: t(1 degree of freedom) = 12.7062, and 12.7062 * 0.01 is beyond 1. One seed: no bar.
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx(e) for e in ([0.96 - 0.127062, 1], [0, 1], [0.5, 0.5])]
+    assert cce.lines[0].get_xydata().tolist() == [[0.05, 0.7]]
+    low, high = left.get_ylim()
+    assert -0.1 < low < 0 and 1 < high < 1.1
+    (path,) = dependence.plot_dependence(tmp_path, runs, formats=["svg", "png"]).values()
+    assert path == tmp_path / "figures/over_theta.svg" and path.with_suffix(".png").exists()
+
+
+def test_the_number_that_a_figure_is_over(tmp_path):
+    def number(*overrides, **columns):
+        runs = pd.DataFrame({"run": "r", "loss": "dice", **columns, "accuracy": 0.5})
+        return dependence.swept_number(runs)
+
+    assert number(theta=[0.5, 0.5], seed=[0, 1]) is None
+    assert number(theta=[0.5, 0.5], lr=[0.1, 0.2]) == "lr"
+    assert number(theta=[0.5, 0.9], lr=[0.1, 0.2]) == "theta"
+    assert number(lr=[0.1, 0.2], width=[8, 16]) is None  # neither is the one to choose
+    assert number(theta=["[0.3, 0.6]", 0.5]) is None
+    assert number(batch_norm=[True, False], lr=[0.1, np.nan]) is None
+
+
+def test_a_figure_over_a_number_for_each_of_the_other_settings(tmp_path):
+    for optimizer in ("adam", "sgd"):
+        for lr in (1e-4, 1e-2):
+            write_result(
+                tmp_path / f"{optimizer}{lr}",
+                choices={"loss": "dice", "optimizer": optimizer},
+                config={"theta": 0.5, "optimizer": {"lr": lr}},
+            )
+    paths = dependence.plot_dependence(tmp_path, read_runs(tmp_path))
+    assert {title: path.name for title, path in paths.items()} == {
+        f"accuracy and Dice over lr   optimiser = {name}": f"over_lr,optimizer={name}.png"
+        for name in ("adam", "sgd")
+    }
+    figure = dependence.draw(read_runs(tmp_path), "lr", "", loss_looks(["dice"]))
+    assert [ax.get_xscale() for ax in figure.axes] == ["log", "log"]
 
 
 # --- The script ----------------------------------------------------------------------------------
@@ -794,6 +1018,7 @@ def test_script_reports_from_disk_without_torch(tmp_path):
     done = report(sweep, "--seeds")
     assert done.returncode == 0, done.stderr
     assert "0.9100" in done.stdout and "cce − dice" in done.stdout
+    assert "Pooled" not in done.stdout  # over one condition
     assert done.stdout.splitlines()[-1] == f"{sweep / 'report.md'} (3 figures)"
     assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     text = (sweep / "report.md").read_text()
@@ -804,6 +1029,68 @@ def test_script_reports_from_disk_without_torch(tmp_path):
     ]
     assert len(images) == 3 and all((sweep / image).exists() for image in images)
     assert len(pd.read_csv(sweep / "summary.csv")) == 5
+
+
+def test_script_compares_in_each_condition_and_then_pooled(tmp_path):
+    sweep = tmp_path / "sweep"
+    opposite(sweep)
+    done = report(sweep)
+    each, pooled = (
+        done.stdout.index(title) for title in ("Losses, pair by pair, in each", "Pooled over all")
+    )
+    assert "+0.2100 ± 0.0248 (" in done.stdout[each:pooled]
+    assert "0.95  cce − dice      3  -0.2100 ± 0.0248 (" in done.stdout[each:pooled]
+    assert re.search(r"cce − dice +6  [-+]0\.0000 ± 0\.2", done.stdout[pooled:])
+    tables = done.stdout[each : done.stdout.index("comparison.csv")]
+    assert max(map(len, tables.splitlines()[:-1])) <= 80
+    rows = pd.read_csv(sweep / "comparison.csv")
+    assert rows["pooled"].tolist() == [False] * 4 + [True] * 3
+    assert rows["theta"][:4].tolist() == [0.5, 0.5, 0.5, 0.95] and rows["theta"][4:].isna().all()
+    page = (sweep / "report.md").read_text()
+    assert page.index("## Losses, pair by pair, in each condition") < page.index("## Pooled over")
+    assert "![accuracy and Dice over θ](figures/over_theta.png)" in page
+
+
+def test_a_long_comparison_shows_the_smallest_p(tmp_path, main, capsys):
+    """40 conditions, each with a larger difference than the one before, and so a smaller p."""
+    for i in range(40):
+        for seed in range(2):
+            for loss, gain in (("cce", 0), ("dice", 1e-3 * (i + 1) + 1e-4 * seed)):
+                write_result(tmp_path / f"{loss}{i},{seed}", loss, i, seed, accuracy=0.5 + gain)
+    assert main(tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "in each condition (30 of 40: those with the smallest p)" in printed
+    shown = printed[printed.index("in each") : printed.index("Pooled")]
+    assert re.findall(r"^ *(\d+)  cce − dice", shown, re.MULTILINE) == [
+        str(i) for i in range(10, 40)
+    ]
+    assert len(pd.read_csv(tmp_path / "comparison.csv")) == 41
+    assert f"{tmp_path / 'comparison.csv'} (all rows)" in printed
+
+
+def test_formats_of_figures_and_the_studys_axes(tmp_path, main):
+    write_result(tmp_path / "a")
+    write_events(tmp_path / "a", range(3))
+    assert main(tmp_path, "--format", "pdf,svg") == 0
+    assert (tmp_path / "figures/losses.pdf").read_bytes().startswith(b"%PDF")
+    assert b"<svg" in (tmp_path / "figures/losses.svg").read_bytes()
+    assert not (tmp_path / "figures/losses.png").exists()
+    assert "\n[θ = 0.5" in (tmp_path / "report.md").read_text()  # a link, no image
+    assert main(tmp_path) == 0
+    fitted = (tmp_path / "figures/losses.png").read_bytes()
+    assert main(tmp_path, "--study") == 0
+    assert (tmp_path / "figures/losses.png").read_bytes() != fitted
+
+
+def test_script_refuses_an_unknown_format_in_one_line(tmp_path, main, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(tmp_path, "--format", "png,gif")
+    assert stopped.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("argument --format: one or more of png,pdf,svg, not 'png,gif'")
+    )
 
 
 def test_script_refuses_a_folder_without_runs_in_one_line(tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from losswatch.report.figures import HUES, plain_axes, plot_sweep, save
+from losswatch.report.figures import plot_sweep
+from losswatch.report.style import HUES, plain_axes, save
 from losswatch.text import matplotlib_escape
 from study.measures import pick
 
@@ -24,7 +25,7 @@ def plot_sweeps(runs: Mapping[str, pd.DataFrame], runs_dir: Path, out: Path) -> 
         into = out if sweep == "article" else out / sweep
         drawn = pick(runs[sweep], **settings)
         drawn = drawn[[c for c in drawn if "/" not in c]]  # settings and results, no measures
-        for title, path in plot_sweep(runs_dir / sweep, drawn, into=into).items():
+        for title, path in plot_sweep(runs_dir / sweep, drawn, into=into, study=True).items():
             figures[title if sweep == "article" else f"{sweep}: {title}"] = path
     return figures
 

@@ -6,6 +6,7 @@ The files' contents are data: they are never executed, and markup and control ch
 harmless wherever they are shown. A run whose files are damaged is named in a warning and does not
 stop the others.
 
-records.py reads what one run says of itself, runs.py all runs of a sweep; tables.py, compare.py and
-figures.py show them.
+records.py reads what one run says of itself, runs.py all runs of a sweep. compare.py tests how the
+losses differ, tables.py shows runs and differences. figures.py draws the curves, dependence.py the
+results over a setting, both in the style of style.py.
 """

@@ -1,7 +1,8 @@
-"""How the training losses differ, pair by pair."""
+"""How the training losses differ, pair by pair: in each condition, and over all conditions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -9,35 +10,61 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from losswatch.report.runs import OUTCOMES, loss_order
+from losswatch.report.runs import loss_order, settings, swept
 
 COMPARED = ["accuracy", "dice"]
 
 
-def compare_losses(runs: pd.DataFrame) -> pd.DataFrame:
+def compare_losses(runs: pd.DataFrame, *, pooled: bool = False) -> pd.DataFrame:
     """The mean difference between each two training losses, over pairs of runs that are done.
 
-    The two runs of a pair share all settings but the loss. Pairs of several θ, networks or
-    optimisers are taken as one sample: the interval then tells how far the sign holds over the
-    sweep, not within one setting.
+    The two runs of a pair share all settings but the loss. A condition is one value of everything
+    that was swept except the loss and the seed, so the pairs of a condition differ in their seed.
+
+    Args:
+        runs: rows of `read_runs`.
+        pooled: take the pairs of all conditions as one sample. The interval then tells how far the
+            sign holds over the sweep. Differences of opposite signs cancel.
 
     Returns:
-        A row for each two losses: `loss`, `other`, `pairs` (their number), and for accuracy and
-        Dice the mean of loss − other with its 95 % interval (`_low`, `_high`; paired t, NaN below
-        two pairs).
+        A row for each condition and each two losses that have pairs there: the condition's
+        settings, `loss`, `other`, `pairs` (their number), and for accuracy and Dice the mean of
+        loss − other, the ends of its 95 % interval (`_low`, `_high`) and the p-value of the paired
+        t test (`_p`), corrected by Holm for all rows of the frame. Interval and p-value are NaN
+        below two pairs.
     """
     done = runs[runs["status"] == "done"]
-    settings = [done[c].map(repr) for c in done if c not in ("run", "loss", *OUTCOMES)]
-    cells = done.groupby([*settings, done["loss"]])[COMPARED].mean().unstack("loss")
+    apart = [] if pooled else [c for c in swept(done) if c != "seed"]
+    groups = [done]
+    if apart:
+        groups = [g for _, g in done.groupby([done[c].map(repr) for c in apart], sort=False)]
+    rows = [{c: g[c].iloc[0] for c in apart} | row for g in groups for row in _pairs(g)]
+    comparison = pd.DataFrame(rows)
+    for metric in COMPARED if rows else ():
+        comparison[f"{metric}_p"] = holm(comparison[f"{metric}_p"])
+    return comparison
+
+
+def conditions(comparison: pd.DataFrame) -> list[str]:
+    """The columns of a comparison that tell its conditions."""
+    return list(comparison.loc[:, :"loss"])[:-1]
+
+
+def _pairs(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row for each two losses that have pairs of runs; the p-values are not corrected."""
+    shared = [runs[c].map(repr) for c in settings(runs)]
+    cells = runs.groupby([*shared, runs["loss"]])[COMPARED].mean().unstack("loss")
     rows = []
-    for loss, other in combinations(loss_order(done["loss"].dropna().unique()), 2):
-        row: dict[str, Any] = {"loss": loss, "other": other}
+    for loss, other in combinations(loss_order(runs["loss"].dropna().unique()), 2):
+        row: dict[str, Any] = {"loss": loss, "other": other, "pairs": 0}
         for metric in COMPARED:
             difference = (cells[metric][loss] - cells[metric][other]).dropna()
-            row["pairs"] = len(difference)
+            row["pairs"] = max(row["pairs"], len(difference))
             row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = mean_interval(difference)
-        rows.append(row)
-    return pd.DataFrame(rows)
+            row[f"{metric}_p"] = p_value(difference)
+        if row["pairs"]:
+            rows.append(row)
+    return rows
 
 
 def mean_interval(sample: pd.Series) -> tuple[float, float, float]:
@@ -52,3 +79,36 @@ def mean_interval(sample: pd.Series) -> tuple[float, float, float]:
     n, mean = len(sample), float(sample.mean())
     margin = float(stats.t.ppf(0.975, n - 1) * sample.sem()) if n > 1 else np.nan
     return mean, mean - margin, mean + margin
+
+
+def p_value(sample: pd.Series) -> float:
+    """The two-sided p-value of Student's t test that the mean of independent values is 0.
+
+    It is NaN below two values, and 1 if all values are 0, for which the test has no answer.
+
+    >>> round(p_value(pd.Series([1.0, 2.0, 3.0])), 4)
+    0.0742
+    """
+    if len(sample) < 2:
+        return np.nan
+    if not sample.any():
+        return 1.0
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal values have no spread
+        t = np.abs(np.float64(sample.mean()) / sample.sem())
+    return float(2 * stats.t.sf(t, len(sample) - 1))
+
+
+def holm(p_values: Sequence[float] | pd.Series) -> np.ndarray:
+    """The p-values corrected for their number by Holm's step-down method; NaN does not count.
+
+    Holm (1979), A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6.
+
+    >>> holm([0.01, 0.04, 0.03, 0.005]).round(3).tolist()
+    [0.03, 0.06, 0.06, 0.02]
+    """
+    p = np.asarray(p_values, float)
+    order = np.argsort(p)  # NaN last
+    still = np.count_nonzero(~np.isnan(p)) - np.arange(len(p))  # hypotheses that are left
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * still))
+    return corrected

@@ -1,4 +1,4 @@
-"""Figures in the form of the published study: gradient norms above, losses and accuracy below.
+"""Figures of curves, in the study's form: gradient norms above, losses and accuracy below.
 
 Matplotlib's objects are used without pyplot: there is no global state, no window, and no figure
 stays in memory, so this is safe within a training process.
@@ -6,16 +6,13 @@ stays in memory, so this is safe within a training process.
 
 from __future__ import annotations
 
-import io
-import logging
 import os
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -27,21 +24,13 @@ from matplotlib.patches import Patch
 from losswatch.events.layout import PREFIX
 from losswatch.events.series import read_scalars
 from losswatch.events.tags import GRAD_NORM, LOSS
-from losswatch.files import replace_file
-from losswatch.report.runs import KNOWN_LOSSES, LABELS, loss_order, swept
-from losswatch.text import file_name, matplotlib_escape, printable, show
-
-log = logging.getLogger(__name__)
+from losswatch.report.runs import LABELS, loss_order, swept
+from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save
+from losswatch.text import file_name, matplotlib_escape, show
 
 # The study's smoothing, in observed steps of its 10,001, and its axes.
 NORM_WINDOW, LOSS_WINDOW = 201, 11
 NORM_LIMITS, LOSS_LIMITS, ACCURACY_LIMITS = (0, 4), (0, 1), (0.9, 1.012)
-
-# Eight hues that people with a common colour blindness can tell apart, each in three dashes: 24
-# looks. They are Okabe and Ito's, except yellow (too faint for a line) and black (the accuracy).
-HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#5D3A9B", "#8A8A8A")
-DASHES = ("solid", (0, (4, 1.3)), (0, (1.2, 1.2)))
-LOOKS = [{"color": hue, "linestyle": dash} for dash in DASHES for hue in HUES]
 
 PER_ROW = 3  # columns, as in the study; more would not be readable on the width of a page
 
@@ -55,14 +44,7 @@ def plot_curves(
         scalars: the run's, from `read_scalars`.
         trained: the loss that was trained.
     """
-    save(draw({trained or "": [scalars]}, title=title, free=True), path)
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as a whole or not at all; a link in its place is replaced, not followed."""
-    image = io.BytesIO()
-    figure.savefig(image, format=Path(path).suffix[1:] or None)
-    replace_file(Path(path), image.getvalue())
+    save(draw({trained or "": [scalars]}, title=title), path)
 
 
 # --- The figures of a sweep ----------------------------------------------------------------------
@@ -73,8 +55,10 @@ class Job(NamedTuple):
 
     folders: dict[str, list[str]]  # of the runs, by training loss
     title: str
-    path: Path
-    free: bool  # axes fitted to the curves
+    stem: Path  # the file without its format
+    formats: Sequence[str]
+    looks: Looks | None
+    study: bool  # the study's axes
 
 
 def plot_sweep(
@@ -82,7 +66,9 @@ def plot_sweep(
     runs: pd.DataFrame,
     *,
     seeds: bool = False,
-    free: bool = False,
+    study: bool = False,
+    looks: Looks | None = None,
+    formats: Sequence[str] = ("png",),
     into: str | Path | None = None,
 ) -> dict[str, Path]:
     """Draw the runs of a sweep: a figure for each setting, with a column for each training loss.
@@ -93,11 +79,14 @@ def plot_sweep(
     Args:
         runs: rows of `read_runs(sweep_dir)`.
         seeds: draw a figure for each seed instead.
-        free: fit the axes to the curves. Otherwise they are the study's, so that figures compare.
+        study: give the axes the study's limits, so that figures compare with the study's.
+            Otherwise they fit the curves.
+        looks: of all losses, so that they are the same in each figure; see `loss_looks`.
+        formats: of the files, each of `FORMATS`.
         into: the folder for the figures, by default the sweep's `figures/`.
 
     Returns:
-        The files by title, without figures for which there are no scalars.
+        The files of the first format by title, without figures for which there are no scalars.
 
     Raises:
         OSError: nothing can be written there, or the sweep's `figures` is a link.
@@ -105,11 +94,7 @@ def plot_sweep(
     sweep = Path(sweep_dir)
     apart = [c for c in swept(runs) if c != "seed" or seeds]
     titled = list(dict.fromkeys(["theta", "optimizer", "batch_norm", *apart]))
-    folder = Path(into or sweep / "figures")
-    if not into and folder.is_symlink():
-        raise OSError(f"{folder} is a link; figures are not written through it")
-    folder.mkdir(parents=True, exist_ok=True)
-
+    folder = figures_folder(sweep, into)
     jobs = []
     names = [",".join(f"{c}={show(run[c])}" for c in apart) for run in runs.to_dict("records")]
     for name, group in runs.groupby(pd.Series(names, index=runs.index), sort=False):
@@ -117,9 +102,9 @@ def plot_sweep(
             loss: [str(sweep / run) for run in group["run"][group["loss"] == loss]]
             for loss in loss_order(group["loss"].dropna().unique())
         }
-        title = "   ".join(_describe(c, group[c].iloc[0]) for c in titled)
-        path = folder / f"{file_name(str(name) or 'losses')}.png"
-        jobs.append(Job(folders, title, path, free))
+        title = "   ".join(describe(c, group[c].iloc[0]) for c in titled)
+        stem = folder / file_name(str(name) or "losses")
+        jobs.append(Job(folders, title, stem, formats, looks, study))
 
     # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
     events = (f for run in runs["run"] for f in (sweep / run).glob(f"{PREFIX}*"))
@@ -130,18 +115,32 @@ def plot_sweep(
     else:  # spawned, since forking a process with threads, such as a training process, may hang
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             drawn = list(pool.map(_run_job, jobs))
-    return {job.title: job.path for job, done in zip(jobs, drawn, strict=True) if done}
+    return {job.title: path for job, path in zip(jobs, drawn, strict=True) if path}
 
 
-def _describe(setting: str, value: Any) -> str:
+def figures_folder(sweep: Path, into: str | Path | None) -> Path:
+    """The folder for a sweep's figures, made if it is missing.
+
+    Raises:
+        OSError: it cannot be made, or the sweep's `figures` is a link.
+    """
+    folder = Path(into or sweep / "figures")
+    if not into and folder.is_symlink():
+        raise OSError(f"{folder} is a link; figures are not written through it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def describe(setting: str, value: Any) -> str:
+    """A setting and its value, as titles show them."""
     text = f"{LABELS.get(setting, setting)} = {show(value)}"
     if setting == "theta" and isinstance(value, float):
         text += f" ({100 * (1 - value):.3g} % foreground)"
     return text
 
 
-def _run_job(job: Job) -> bool:
-    """Read a figure's runs and draw it; False if there are no scalars, or none that can be drawn.
+def _run_job(job: Job) -> Path | None:
+    """Read a figure's runs and draw it; None if there are no scalars, or none that can be drawn.
 
     Raises:
         OSError: the figure cannot be written.
@@ -150,25 +149,25 @@ def _run_job(job: Job) -> bool:
     runs = {loss: [f for f in frames if len(f)] for loss, frames in runs.items()}
     runs = {loss: frames for loss, frames in runs.items() if frames}
     if not runs:
-        return False
-    try:
-        save(draw(runs, title=job.title, free=job.free), job.path)
-    except OSError:  # the other figures could not be written, either
-        raise
-    except Exception as error:  # Matplotlib's, for steps or values beyond what an axis can show
-        why = printable(f"{type(error).__name__}: {error}")
-        log.warning("%s: not drawn (%s)", printable(job.path), why)
-        return False
-    return True
+        return None
+
+    def figure() -> Figure:
+        return draw(runs, title=job.title, study=job.study, looks=job.looks)
+
+    return draw_files(figure, job.stem, job.formats)
 
 
 # --- One figure ----------------------------------------------------------------------------------
 
 
 def draw(
-    runs: Mapping[str, Sequence[pd.DataFrame]], *, title: str = "", free: bool = False
+    runs: Mapping[str, Sequence[pd.DataFrame]],
+    *,
+    title: str = "",
+    study: bool = False,
+    looks: Looks | None = None,
 ) -> Figure:
-    """The study's figure, with a column for each training loss.
+    """A figure in the study's form, with a column for each training loss.
 
     Above are the gradient norms (moving mean over 201 observed steps). Below are the losses (over
     11) and, in black on the right-hand axis, the validation accuracy. Several runs of a loss are
@@ -176,14 +175,18 @@ def draw(
 
     Args:
         runs: for each training loss, the scalars of its runs from `read_scalars`.
-        free: fit the axes to the curves instead of taking the study's.
+        study: give the axes the study's limits. Otherwise they fit the curves.
+        looks: of at least the figure's losses, from `loss_looks`.
     """
-    tags = {tag: None for frames in runs.values() for frame in frames for tag in frame}
-    looks = loss_looks(
+    tags = {tag for frames in runs.values() for frame in frames for tag in frame}
+    names = {
         tag.removeprefix(LOSS).removeprefix(GRAD_NORM)
         for tag in tags
         if tag.startswith((LOSS, GRAD_NORM))
-    )
+    }
+    if looks is None or not names <= looks.keys():
+        looks = loss_looks(names)
+    looks = {name: look for name, look in looks.items() if name in names}
     bands = -(-len(runs) // PER_ROW)  # of two rows each
     across = -(-len(runs) // bands)
     width = max(3.3 * across, 7.0)
@@ -221,20 +224,12 @@ def draw(
     for ax in grid[-2:, len(runs) - across * (bands - 1) :].flat:  # empty places of the last band
         ax.set_visible(False)
 
-    _set_limits(grid, twins, free)
+    _set_limits(grid, twins, study)
     _add_legend(figure, looks, repeats=max(map(len, runs.values())))
     # A run's name can be longer than its figure is wide, and has no blanks to break at.
     lines = textwrap.wrap(title.replace(",", ", "), width=60 if len(runs) == 1 else 120)
     figure.suptitle("\n".join(map(matplotlib_escape, lines)), fontsize=12)
     return figure
-
-
-def plain_axes(ax: Axes) -> None:
-    """Give axes the style of all figures: horizontal grid lines, no frame on top and right."""
-    ax.grid(axis="y", color="0.9", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=9)
 
 
 def _draw_losses(
@@ -281,19 +276,19 @@ def _over_runs(curves: Sequence[Any]) -> tuple[Any, Any, Any]:
     return steps.mean(), steps.min(), steps.max()
 
 
-def _set_limits(grid: np.ndarray, twins: Sequence[Axes], free: bool) -> None:
+def _set_limits(grid: np.ndarray, twins: Sequence[Axes], study: bool) -> None:
     """Set the limits of the y axes, which the axes of a row share, and all of `twins`."""
-    if free:
+    if study:
+        for above, below in zip(grid[::2, 0], grid[1::2, 0], strict=True):
+            above.set_ylim(NORM_LIMITS)
+            below.set_ylim(LOSS_LIMITS)
+        twins[0].set_ylim(ACCURACY_LIMITS)
+    else:
         for row in grid:
             if min(ax.dataLim.y0 for ax in row) >= 0:
                 row[0].set_ylim(bottom=0)
         lowest = min(min(twin.dataLim.y0 for twin in twins), 0.99)
         twins[0].set_ylim(lowest - 0.05 * (1 - lowest), ACCURACY_LIMITS[1])
-    else:
-        for above, below in zip(grid[::2, 0], grid[1::2, 0], strict=True):
-            above.set_ylim(NORM_LIMITS)
-            below.set_ylim(LOSS_LIMITS)
-        twins[0].set_ylim(ACCURACY_LIMITS)
 
 
 def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], repeats: int) -> None:
@@ -329,23 +324,3 @@ def moving_mean(curves: pd.DataFrame, window: int) -> pd.DataFrame:
     observed = curves.dropna(how="all")
     window = min(window, len(observed) // 100 * 2 + 1)
     return observed.rolling(window, center=True, min_periods=1).mean()
-
-
-def loss_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour and dashes for each loss, the same in all figures.
-
-    The known losses have fixed looks, another loss has one that follows from its name. If two other
-    losses of a figure would look alike, the later one takes the next free look.
-
-    >>> loss_looks(["dice", "cce"])["cce"]
-    {'color': '#0072B2', 'linestyle': 'solid'}
-    """
-    known, others = LOOKS[: len(KNOWN_LOSSES)], LOOKS[len(KNOWN_LOSSES) :]
-    looks = dict(zip(KNOWN_LOSSES, known, strict=True))
-    ordered = loss_order(set(names))
-    for name in ordered:
-        if name not in looks:
-            place = crc32(name.encode(errors="replace"))
-            turns = (others[(place + i) % len(others)] for i in range(len(others)))
-            looks[name] = next((look for look in turns if look not in looks.values()), others[0])
-    return {name: looks[name] for name in ordered}

@@ -29,7 +29,6 @@ RECORD_TYPES: dict[str, tuple[type, ...]] = {
     **{f"choices.{group}": (str,) for group in ("loss", "optimizer", "model")},
     "config": (dict,),
     "metrics": (dict,),
-    **{f"metrics.{stage}/{name}": NUMBER for stage in ("val", "test") for name in METRICS},
 }
 # Limits far above what a run writes: a hostile file could keep a reader busy for hours.
 RECORD_DEPTH, RECORD_KEYS = 32, 1000
@@ -73,8 +72,13 @@ def _check(record: Any) -> dict[str, Any]:
         raise ValueError("not an object with a status")
     if _is_deeper(record, RECORD_DEPTH):
         raise ValueError(f"nested more than {RECORD_DEPTH} levels deep")
-    for place, types in RECORD_TYPES.items():
-        value = get(record, place)
+    parts = [(place, get(record, place), types) for place, types in RECORD_TYPES.items()]
+    metrics = record.get("metrics")
+    if isinstance(metrics, dict):
+        parts += [(f"metrics.{name}", value, NUMBER) for name, value in metrics.items()]
+        if len(metrics) > RECORD_KEYS:
+            raise ValueError(f"more than {RECORD_KEYS} metrics")
+    for place, value, types in parts:
         if value is not None and type(value) not in types:  # a bool does not pass as an int
             raise ValueError(f"{place} is of type {type(value).__name__}")
         if value is not None and types == NUMBER:

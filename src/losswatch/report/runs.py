@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 from losswatch.events.layout import PREFIX
+from losswatch.events.series import read_last_step
+from losswatch.events.tags import GRAD_COSINE, LOSS
 from losswatch.report.records import METRICS, get, parse_overrides, read_record
 from losswatch.text import printable, reason
 
@@ -43,13 +45,17 @@ LABELS = {
 KNOWN_LOSSES = ["cce", "dice_fg", "dice", "dice_fg_square", "dice_square"]
 
 
-def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
+def read_runs(sweep_dir: str | Path, *, details: bool = False) -> pd.DataFrame:
     """A row for each run of a sweep: its settings, then its validation metrics, time and status.
 
     Runs may lie deeper, so that a folder of sweeps is read as one sweep. Settings are run (the
     run's folder within `sweep_dir`), loss, theta, optimizer, lr, model, batch_norm, seed and each
     other key whose override differs between the runs. A list of thetas is given as text. Control
     characters in text are replaced.
+
+    With `details` more columns follow, by tag: every other metric of `result.json` (those of the
+    test, of single classes and the losses' means), and the value and the gradient norm of each
+    watched loss at the last step observed.
 
     A run's status is what it wrote itself, or "unfinished" (see `read_record`). Left out with a
     warning are folders that cannot be listed, names that are not UTF-8, and links to folders: they
@@ -67,10 +73,18 @@ def read_runs(sweep_dir: str | Path) -> pd.DataFrame:
     records = [read_record(folder) for folder in folders]
     overrides = [parse_overrides(record.get("overrides") or []) for record in records]
     others = _other_settings(overrides)
-    return pd.DataFrame([
+    runs = pd.DataFrame([
         {"run": folder.relative_to(sweep).as_posix()} | _row(record, others, values)
         for folder, record, values in zip(folders, records, overrides, strict=True)
     ])  # fmt: skip
+    if details:
+        further = [
+            pd.DataFrame([_other_metrics(record) for record in records]),
+            pd.DataFrame([_last_watched(folder) for folder in folders]),
+        ]
+        further = [frame[[c for c in frame if c not in runs]] for frame in further]
+        return pd.concat([runs, *further], axis=1)
+    return runs
 
 
 def _other_settings(overrides: list[dict[str, str]]) -> list[str]:
@@ -96,6 +110,22 @@ def _row(record: dict[str, Any], others: list[str], overrides: dict[str, str]) -
     row |= {name: _number(get(record, f"metrics.{stage}/{name}")) for name in METRICS}
     row["seconds"] = _number(get(record, "seconds"))
     return row | {name: _plain(get(record, name)) for name in ("status", "error")}
+
+
+def _other_metrics(record: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a run's record, except those that `_row` shows, by printable tag."""
+    shown = {f"val/{name}" for name in METRICS}
+    return {
+        printable(tag): _number(value)
+        for tag, value in (record.get("metrics") or {}).items()
+        if tag.startswith(("val/", "test/")) and tag not in shown
+    }
+
+
+def _last_watched(folder: Path) -> dict[str, float]:
+    """Value and gradient norm of each loss at the last step observed, by printable tag."""
+    last = read_last_step(folder)
+    return {printable(tag): v for tag, v in last.items() if not tag.startswith(GRAD_COSINE)}
 
 
 def _plain(value: Any) -> bool | int | float | str | None:
@@ -157,10 +187,21 @@ def _natural(name: str) -> list[tuple[float, str]]:
     return [(float(p), "") if i % 2 else (-1.0, p) for i, p in enumerate(parts)]
 
 
+def settings(runs: pd.DataFrame) -> list[str]:
+    """The columns of settings, except the loss: those before the first metric."""
+    before = list(runs.loc[:, : METRICS[0]])[:-1]
+    return [c for c in before if c not in ("run", "loss")]
+
+
 def swept(runs: pd.DataFrame) -> list[str]:
     """The settings, except the loss, that differ between runs."""
-    settings = [c for c in runs if c not in ("run", "loss", *OUTCOMES)]
-    return [c for c in settings if runs[c].nunique(dropna=False) > 1]
+    return [c for c in settings(runs) if runs[c].nunique(dropna=False) > 1]
+
+
+def all_losses(runs: pd.DataFrame) -> list[str]:
+    """The losses that were trained, and those watched if `runs` has details, in their order."""
+    watched = [c.removeprefix(LOSS) for c in runs.loc[:, OUTCOMES[-1] :] if c.startswith(LOSS)]
+    return loss_order({*runs["loss"].dropna(), *watched})
 
 
 def loss_order(names: Iterable[str]) -> list[str]:

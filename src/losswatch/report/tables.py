@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from losswatch.files import replace_file
+from losswatch.report.compare import COMPARED, conditions
 from losswatch.report.records import METRICS
 from losswatch.report.runs import LABELS, read_runs, swept
 from losswatch.text import csv_escape, markdown_escape, printable, show
@@ -31,6 +32,7 @@ STATUS_STYLES = {
 def run_table(runs: pd.DataFrame) -> pd.DataFrame:
     """A row of text for each run: what was swept, and how the run went."""
     columns = ["loss", "theta", "optimizer", "batch_norm"]
+    columns = [c for c in columns if c == "loss" or runs[c].notna().any()]
     columns += [c for c in swept(runs) if c not in columns]
     columns += [*METRICS, "seconds", "status"]
     columns += ["error"] if runs["error"].notna().any() else []
@@ -61,18 +63,20 @@ def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
-    """The frame of `compare_losses` as text."""
+    """The frame of `compare_losses` as text: difference ± half of its interval (p-value)."""
     rows = []
     for pair in comparison.to_dict("records"):
-        row = {
-            "losses": f"{show(pair['loss'])} − {show(pair['other'])}",
-            "pairs": str(pair["pairs"]),
-        }
-        for metric in ("accuracy", "dice"):
-            mean, low, high = (pair[metric + end] for end in ("", "_low", "_high"))
-            text = "–" if np.isnan(mean) else f"{mean:+.4f}"
-            text += "" if np.isnan(low) else f" ({low:+.4f} to {high:+.4f})"
-            row[f"{LABELS[metric]} (95 % interval)"] = text
+        row = {LABELS.get(c, c): show(pair[c]) for c in conditions(comparison)}
+        row["losses"] = f"{show(pair['loss'])} − {show(pair['other'])}"
+        row["n"] = str(pair["pairs"])
+        for metric in COMPARED:
+            mean, _, high, p = (pair[metric + end] for end in ("", "_low", "_high", "_p"))
+            text = "–"
+            if not np.isnan(mean):
+                margin = "–" if np.isnan(high) else f"{high - mean:.4f}"
+                chance = "–" if np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.4f}"
+                text = f"{mean:+.4f} ± {margin} ({chance})"
+            row[f"{LABELS[metric]} ± 95 % (p)"] = text
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -81,10 +85,16 @@ def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_summary(sweep_dir: str | Path) -> pd.DataFrame:
-    """Write `summary.csv` into a sweep's folder, with the rows of `read_runs`; return the rows."""
-    runs = read_runs(sweep_dir)
+    """Write `summary.csv` into a sweep's folder: `read_runs` with details, which it returns."""
+    runs = read_runs(sweep_dir, details=True)
     replace_file(Path(sweep_dir) / "summary.csv", csv_text(runs))
     return runs
+
+
+def write_comparison(sweep_dir: str | Path, comparison: pd.DataFrame, pooled: pd.DataFrame) -> None:
+    """Write `comparison.csv` into a sweep's folder: all rows of both frames of `compare_losses`."""
+    both = pd.concat([comparison.assign(pooled=False), pooled.assign(pooled=True)])
+    replace_file(Path(sweep_dir) / "comparison.csv", csv_text(both))
 
 
 def csv_text(cells: pd.DataFrame, **options: Any) -> str:
@@ -102,11 +112,15 @@ def summary_table(runs: pd.DataFrame) -> Table:
     return rich_table(run_table(runs))
 
 
-def rich_table(cells: pd.DataFrame) -> Table:
-    """Cells of text as a table for a terminal. Columns of numbers are set right."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+def rich_table(cells: pd.DataFrame, **options: Any) -> Table:
+    """Cells of text as a table for a terminal. Columns of numbers are set right.
+
+    Args:
+        options: of `rich.table.Table`.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, **options)
     for name in cells:
-        numbers = cells[name].str.fullmatch(r"[-–+.\d]+( \(.*\))?").all()
+        numbers = cells[name].str.fullmatch(r"[-–+.\d]+( ± [–.\d]+)?( \(.*\))?").all()
         table.add_column(
             Text(printable(name)), justify="right" if numbers else "left", overflow="fold"
         )
@@ -123,6 +137,10 @@ def markdown_table(cells: pd.DataFrame) -> str:
 
 
 def markdown_image(title: str, path: Path, folder: Path) -> str:
-    """The image at `path` under its title, in Markdown, for a document in `folder`."""
+    """The image at `path` under its title, in Markdown, for a document in `folder`.
+
+    A PDF becomes a link, since a page does not show it.
+    """
     link = quote(path.relative_to(folder).as_posix(), safe="/=,")
-    return f"### {markdown_escape(title)}\n\n![{markdown_escape(title)}]({link})"
+    mark = "" if path.suffix == ".pdf" else "!"
+    return f"### {markdown_escape(title)}\n\n{mark}[{markdown_escape(title)}]({link})"

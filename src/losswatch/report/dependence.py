@@ -1,0 +1,130 @@
+"""Accuracy and Dice over a number that was swept, with a line for each training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from matplotlib.transforms import ScaledTranslation
+
+from losswatch.report.compare import COMPARED, mean_interval
+from losswatch.report.figures import describe, figures_folder
+from losswatch.report.runs import LABELS, loss_order, swept
+from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes
+from losswatch.text import file_name, matplotlib_escape, show
+
+
+def plot_dependence(
+    sweep_dir: str | Path,
+    runs: pd.DataFrame,
+    *,
+    looks: Looks | None = None,
+    formats: Sequence[str] = ("png",),
+    into: str | Path | None = None,
+) -> dict[str, Path]:
+    """Draw the final accuracy and Dice over `swept_number`, if there is one.
+
+    There is a figure for each combination of the other settings that were swept. A point is the
+    mean over the seeds, its bar the 95 % interval; a single seed has no bar.
+
+    Args:
+        runs: rows of `read_runs(sweep_dir)`; those that are not done are left out.
+        looks, formats, into: as for `figures.plot_sweep`.
+
+    Returns:
+        The files of the first format by title.
+
+    Raises:
+        OSError: nothing can be written there, or the sweep's `figures` is a link.
+    """
+    done = runs[(runs["status"] == "done") & runs["loss"].notna()]
+    number = swept_number(done)
+    if number is None:
+        return {}
+    folder = figures_folder(Path(sweep_dir), into)
+    looks = looks or loss_looks(done["loss"])
+    others = [c for c in swept(done) if c not in ("seed", number)]
+    names = [",".join(f"{c}={show(run[c])}" for c in others) for run in done.to_dict("records")]
+    paths = {}
+    for name, group in done.groupby(pd.Series(names, index=done.index), sort=False):
+        if group[number].nunique() > 1:
+            what = f"accuracy and Dice over {LABELS.get(number, number)}"
+            title = "   ".join([what, *(describe(c, group[c].iloc[0]) for c in others)])
+            stem = folder / file_name(f"over_{number}{',' if name else ''}{name}")
+            figure = partial(draw, group, number, title, looks)
+            paths[title] = draw_files(figure, stem, formats)
+    return {title: path for title, path in paths.items() if path}
+
+
+def swept_number(runs: pd.DataFrame) -> str | None:
+    """θ, or else the only setting but the seed that was swept over numbers; None without one."""
+    numbers = [c for c in swept(runs) if c != "seed" and _is_number(runs[c])]
+    return "theta" if "theta" in numbers else numbers[0] if len(numbers) == 1 else None
+
+
+def _is_number(values: pd.Series) -> bool:
+    """Whether a column holds numbers only, all of them finite."""
+    plain = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return plain and bool(np.isfinite(values.astype(float)).all())
+
+
+def draw(runs: pd.DataFrame, number: str, title: str, looks: Looks) -> Figure:
+    """The figure of runs that are done over the column `number`."""
+    losses = loss_order(runs["loss"].unique())
+    values = np.unique(runs[number].astype(float))
+    figure = Figure((8.0, 3.8), dpi=160, layout="constrained")
+    # Side by side, so that equal values do not hide each other; in inches.
+    apart = min(1 / 24, 1.5 / (len(losses) * len(values)))
+    for ax, metric in zip(figure.subplots(1, len(COMPARED)), COMPARED, strict=True):
+        plain_axes(ax)
+        ax.margins(x=0.1)
+        for i, loss in enumerate(losses):
+            cell = runs[runs["loss"] == loss].groupby(number)[metric]
+            points = pd.DataFrame({x: mean_interval(v.dropna()) for x, v in cell}).T
+            points = points[np.isfinite(points[0])]
+            aside = apart * (i - (len(losses) - 1) / 2)
+            shift = ScaledTranslation(aside, 0, figure.dpi_scale_trans)
+            _draw_line(ax, points, looks[loss], loss, ax.transData + shift)
+        _set_x(ax, values, is_share=number == "theta")
+        ax.set_xlabel(matplotlib_escape(LABELS.get(number, number)), fontsize=10)
+        ax.set_ylabel(f"validation {LABELS[metric]}", fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False,
+        title="trained with; bars are 95 % intervals of the mean", title_fontsize=9,
+    )  # fmt: skip
+    figure.suptitle(matplotlib_escape(title), fontsize=11, wrap=True)
+    return figure
+
+
+def _draw_line(
+    ax: Axes, points: pd.DataFrame, look: dict[str, Any], loss: str, transform: Any
+) -> None:
+    """Draw the rows (mean, low, high) of `points` over their index."""
+    mean, low, high = points.to_numpy().T
+    # A metric lies between 0 and 1, which the interval of a few seeds exceeds.
+    low, high = np.minimum(np.maximum(low, 0), mean), np.maximum(np.minimum(high, 1), mean)
+    low, high = (np.where(np.isnan(end), mean, end) for end in (low, high))  # one seed: no bar
+    ax.errorbar(
+        points.index, mean, [mean - low, high - mean], **look, marker="o", markersize=4,
+        linewidth=1.4, capsize=3, label=matplotlib_escape(loss), transform=transform,
+    )  # fmt: skip
+    for end in (low, high):  # Matplotlib takes no limits from what a transform moves
+        ax.update_datalim(np.column_stack([points.index, end]))
+    ax.autoscale_view()
+
+
+def _set_x(ax: Axes, values: np.ndarray, is_share: bool) -> None:
+    """A logarithmic axis for a number over a decade or more, with the values as its ticks."""
+    if not is_share and values[0] > 0 and values[-1] >= 10 * values[0]:
+        ax.set_xscale("log")
+    if len(values) <= 8:
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.xaxis.set_minor_locator(NullLocator())

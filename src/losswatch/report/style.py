@@ -1,0 +1,104 @@
+"""What all figures share: the colours of the losses, the style of axes, how a file is written."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from losswatch.files import replace_file
+from losswatch.report.runs import KNOWN_LOSSES, loss_order
+from losswatch.text import printable
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("png", "pdf", "svg")
+
+# Ten hues, the first eight of which people with a common colour blindness can tell apart: Okabe and
+# Ito's, except yellow (too faint for a line) and black (the accuracy). Beyond ten losses the hues
+# come again in dashes, up to 30 looks.
+HUES = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00",
+    "#56B4E9", "#5D3A9B", "#8A8A8A", "#7A5230", "#8CBF26",
+)  # fmt: skip
+DASHES = ("solid", (0, (4, 1.3)), (0, (1.2, 1.2)))
+LOOKS = [{"color": hue, "linestyle": dash} for dash in DASHES for hue in HUES]
+
+Looks = dict[str, dict[str, Any]]  # colour and dashes of each loss
+
+
+def loss_looks(names: Iterable[str]) -> Looks:
+    """Colour and dashes for each loss: ten losses have ten colours.
+
+    The known losses have fixed looks. Another loss has one that follows from its name, so that it
+    looks the same in most reports. If two losses would look alike, the later one takes the next
+    look that is not taken. So all figures of a report need one call, with all of its losses.
+
+    >>> loss_looks(["dice", "cce"])["cce"]
+    {'color': '#0072B2', 'linestyle': 'solid'}
+    """
+    ordered = loss_order(set(names))
+    known = dict(zip(KNOWN_LOSSES, LOOKS, strict=False))
+    looks = {name: known[name] for name in ordered if name in known}
+    fixed, solid, dashed = (
+        len(KNOWN_LOSSES),
+        LOOKS[len(KNOWN_LOSSES) : len(HUES)],
+        LOOKS[len(HUES) :],
+    )
+    for name in ordered:
+        if name not in looks:
+            place = crc32(name.encode(errors="replace"))
+            # The hues of known losses come last: in another report they may have another meaning.
+            turns = [*_turned(solid, place), *LOOKS[:fixed], *_turned(dashed, place)]
+            looks[name] = next((look for look in turns if look not in looks.values()), turns[0])
+    return {name: looks[name] for name in ordered}
+
+
+def _turned(looks: list[dict[str, Any]], place: int) -> list[dict[str, Any]]:
+    """The looks in a circle, from a place on."""
+    start = place % len(looks)
+    return looks[start:] + looks[:start]
+
+
+def plain_axes(ax: Axes) -> None:
+    """Give axes the style of all figures: horizontal grid lines, no frame on top and right."""
+    ax.grid(axis="y", color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=9)
+
+
+def draw_files(draw: Callable[[], Figure], stem: Path, formats: Sequence[str]) -> Path | None:
+    """Draw a figure into `<stem>.<format>` for each of `formats`.
+
+    Returns:
+        The first file; None, with a warning, if the figure cannot be drawn.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
+    try:
+        figure = draw()
+        for path in paths:
+            save(figure, path)
+    except OSError:  # the other figures could not be written, either
+        raise
+    except Exception as error:  # Matplotlib's, for steps or values beyond what an axis can show
+        why = printable(f"{type(error).__name__}: {error}")
+        log.warning("%s: not drawn (%s)", printable(paths[0]), why)
+        return None
+    return paths[0]
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a whole or not at all; a link in its place is replaced, not followed."""
+    image = io.BytesIO()
+    figure.savefig(image, format=Path(path).suffix[1:] or None)
+    replace_file(Path(path), image.getvalue())
