@@ -7,14 +7,17 @@ makes the same bits as a CPU, and a compiled step can draw its own batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+
+from losswatch.data.form import Form
+from losswatch.data.steps import Steps, batch_loader
 
 TRAIN, VAL, TEST = 0, 1, 2
 
@@ -103,30 +106,6 @@ class _Batches(Dataset):
         return self.data.draw(self.split, step, count)
 
 
-class _Steps(Sampler[int]):
-    """The batches still to be trained with; a resumed run begins where it stopped."""
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self.trainer = trainer
-
-    def __len__(self) -> int:
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-
-    def __iter__(self) -> Iterator[int]:
-        done = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        return iter(range(done, len(self)))
-
-
-class _Loader(DataLoader):
-    """Tells Lightning that it can be resumed; its whole state is the trainer's step (`_Steps`)."""
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
-
-
 class ThresholdedImages(pl.LightningDataModule):
     """Images of independent uniform pixels; a pixel's class is the number of θ below its value.
 
@@ -162,6 +141,8 @@ class ThresholdedImages(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_size, self.test_size = val_size, test_size
         self.num_workers = num_workers
+        classes = ("background", *(f"class_{i + 1}" for i in range(len(thresholds))))
+        self.form = Form(in_channels=1, classes=classes, dims=dims)
         self.device = torch.device("cpu")
         self.rank, self.world_size = 0, 1
 
@@ -185,25 +166,19 @@ class ThresholdedImages(pl.LightningDataModule):
         share = slice(self.rank, None, self.world_size)
         return draw(numbers, split, number, (count, 1, *self.space), share)
 
-    def _loader(self, dataset: Dataset, sampler: Sampler[int] | range) -> DataLoader:
-        return _Loader(
-            dataset,
-            batch_size=None,  # a batch is one item
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        return self.draw(TRAIN, 0, self.batch_size)
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        steps = _Steps(self.trainer)
-        return self._loader(
-            _Batches(self, TRAIN, self.batch_size, len(steps) * self.batch_size), steps
-        )
+        steps = Steps(self.trainer)
+        batches = _Batches(self, TRAIN, self.batch_size, len(steps) * self.batch_size)
+        return batch_loader(batches, steps, self.num_workers)
 
     def _fixed(self, split: int, size: int) -> DataLoader:
         batches = range(-(-size // self.eval_batch_size))
-        return self._loader(_Batches(self, split, self.eval_batch_size, size), batches)
+        fixed = _Batches(self, split, self.eval_batch_size, size)
+        return batch_loader(fixed, batches, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         return self._fixed(VAL, self.val_size)

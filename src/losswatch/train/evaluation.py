@@ -1,19 +1,26 @@
-"""What evaluation computes: the confusion matrix, the losses' means, and the metrics from them.
+"""What evaluation computes: metrics of the predictions, and the losses' means.
 
-An ordinary run and a stack both evaluate with these functions, a stack under torch.func.vmap.
+Random images are counted as one: a confusion matrix of all pixels, which an ordinary run and a
+stack both compute with `tally`, a stack under torch.func.vmap. Of real images each is scored by
+itself (`ImageScores`), as the field does, and the mean over images is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import SumMetric
+from torchmetrics.segmentation import DiceScore, MeanIoU
 
+from losswatch.data.form import IGNORED, Form
 from losswatch.losses import LossSet
+from losswatch.losses.pixels import one_hot
 
 
 class Tally(NamedTuple):
@@ -39,13 +46,18 @@ def tally(logits: Tensor, target: Tensor, losses: LossSet) -> Tally:
     pairs = (target * classes + logits.max(dim=1).indices).flatten()
     # torchmetrics and torch.bincount do not work under vmap.
     counts = pairs.new_zeros(classes**2).scatter_add(0, pairs, torch.ones_like(pairs))
-    with isolate_rng() if losses.foreign else nullcontext():  # some draw random numbers
-        values = losses(logits, target).double()
+    values = _values(losses, logits, target)
     if not target.numel():
         # The last batch may leave no image to some ranks. They call the losses all the same, since
         # those sum over ranks, but a loss may be NaN there.
         values = torch.zeros_like(values)
     return Tally(counts.view(classes, classes), values * target.numel())
+
+
+def _values(losses: LossSet, logits: Tensor, target: Tensor) -> Tensor:
+    """Values [K], float64."""
+    with isolate_rng() if losses.foreign else nullcontext():  # some draw random numbers
+        return losses(logits, target).double()
 
 
 def scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -78,3 +90,91 @@ def metrics(total: Tally, names: Sequence[str]) -> dict[str, Tensor]:
     means = total.losses / total.confusion.sum((-1, -2)).unsqueeze(-1)
     found = {f"loss/{name}": means[..., k].float() for k, name in enumerate(names)}
     return scores(total.confusion) | found
+
+
+class PixelScores:
+    """The scores of random images: all pixels of all images count as one image's."""
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.total: Tally | None = None
+
+    def add(self, logits: Tensor, target: Tensor, losses: LossSet) -> None:
+        """Count a batch; arguments as of `tally`."""
+        self.names = losses.names
+        found = tally(logits, target, losses)
+        self.total = self.total.plus(found) if self.total else found
+
+    def take(self, strategy: Strategy) -> dict[str, Tensor]:
+        """`metrics` of what was counted on all ranks; then nothing is counted."""
+        assert self.total is not None
+        total = Tally(*(strategy.reduce(t, reduce_op="sum") for t in self.total))
+        self.total = None
+        return metrics(total, self.names)
+
+
+class ImageScores(nn.Module):
+    """The scores of real images: Dice and IoU of each image and class, averaged over images.
+
+    A class that is neither in an image nor predicted there does not count in its mean, and one that
+    is only predicted there counts as 0, as in nnU-Net. Ignored pixels count nowhere. The accuracy
+    is that of all pixels, and a loss is the mean of its values, weighted by the images' pixels.
+
+    Args:
+        form: of the data.
+        names: of the losses to evaluate.
+    """
+
+    def __init__(self, form: Form, names: Sequence[str]) -> None:
+        super().__init__()
+        self.form, self.names, count = form, tuple(names), len(form.classes)
+        self.dice = DiceScore(count, average="none")
+        self.iou = MeanIoU(count, per_class=True)
+        # Sums, since a MeanMetric that keeps NaN takes no notice of weights (torchmetrics 1.9).
+        sums = ("right", "pixels", *names)
+        metrics = [SumMetric(nan_strategy="disable").set_dtype(torch.float64) for _ in sums]
+        self.sums: Any = nn.ModuleList(metrics)
+
+    def add(self, logits: Tensor, target: Tensor, losses: LossSet) -> None:
+        """Count a batch.
+
+        Args:
+            logits: [N, C, *space].
+            target: int64 [N, *space], or [N, C, *space] of zeros and ones where classes overlap.
+            losses: to evaluate.
+        """
+        if self.form.target == "multilabel":
+            predicted, labels = logits > 0, target > 0.5
+            counted = torch.ones_like(labels[:, :1])
+        else:
+            counted = (target != IGNORED).unsqueeze(1)
+            best = logits.argmax(1, keepdim=True)
+            label = target.unsqueeze(1).clamp_min(0)
+            predicted, labels = (one_hot(x, logits).bool() & counted for x in (best, label))
+        self.dice.update(predicted, labels)
+        self.iou.update(predicted, labels)
+        same = (predicted == labels) & counted
+        if self.form.target == "multilabel":
+            right = same.double().mean(1).sum()
+        else:
+            right = same.all(1).sum()
+        pixels = counted.sum()
+        values = _values(losses, logits, target)
+        for total, value in zip(self.sums, [right, pixels, *(values * pixels)], strict=True):
+            total.update(value)
+
+    def take(self, strategy: Strategy) -> dict[str, Tensor]:
+        """The scores over all ranks, by the names of `metrics`; then nothing is counted."""
+        right, pixels, *totals = (total.compute() for total in self.sums)
+        found = {"accuracy": right / pixels}
+        dice, iou = self.dice.compute(), self.iou.compute()
+        for name, scores in {"dice": dice, "iou": torch.where(iou < 0, torch.nan, iou)}.items():
+            found[name] = scores.nanmean()
+            for label, score in zip(self.form.classes, scores, strict=True):
+                if not score.isnan():
+                    found[f"{name}/{label}"] = score
+        for name, total in zip(self.names, totals, strict=True):
+            found[f"loss/{name}"] = total / pixels
+        for metric in (self.dice, self.iou, *self.sums):
+            metric.reset()
+        return {name: value.float() for name, value in found.items()}

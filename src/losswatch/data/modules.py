@@ -1,0 +1,93 @@
+"""What losswatch needs to know of a data module, whoever wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from losswatch.data.folder import FolderImages
+from losswatch.data.form import IGNORED, Form
+from losswatch.data.random import ThresholdedImages
+
+IMAGES = ("image", "images", "pixel_values", "img")
+LABELS = ("label", "labels", "mask", "masks", "target")
+
+
+def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images [N, channels, *space] and labels of a batch.
+
+    Args:
+        batch: the two of them, or a mapping with a key of `IMAGES` and one of `LABELS`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(batch, Mapping):
+        found = [next((batch[k] for k in keys if k in batch), None) for keys in (IMAGES, LABELS)]
+        what = f"keys {', '.join(map(str, batch))}"
+    else:
+        is_list = isinstance(batch, list | tuple) and len(batch) == 2
+        found, what = list(batch) if is_list else [None], f"a {type(batch).__name__}"
+    match found:
+        case [Tensor() as images, Tensor() as labels]:
+            return images, labels
+    raise ValueError(
+        f"data: a batch must be (images, labels), or a mapping with one of {', '.join(IMAGES)} and "
+        f"one of {', '.join(LABELS)}, not {what}"
+    )
+
+
+def form_of(data: pl.LightningDataModule) -> Form:
+    """The form of a module's data: its attribute `form`, or what its training batches show.
+
+    Then every training batch is looked at once, and the largest label is the last class.
+
+    Raises:
+        ValueError: the batches are nothing that a network could be trained with.
+    """
+    if isinstance(form := getattr(data, "form", None), Form):
+        return form
+    data.prepare_data()
+    data.setup("fit")
+    channels, dims, largest, has_ignored = 0, 0, 0, False
+    for batch in data.train_dataloader():
+        images, labels = as_pair(batch)
+        channels, dims = images.shape[1], images.ndim - 2
+        if labels.is_floating_point() or labels.ndim == images.ndim and labels.shape[1] > 1:
+            raise ValueError(
+                "data: labels must be class indices, [N, *space] of whole numbers; a module with "
+                "other labels needs an attribute form, a losswatch.data.form.Form"
+            )
+        largest = max(largest, int(labels.max()))
+        has_ignored |= bool((labels == IGNORED).any())
+    if not dims:
+        raise ValueError("data: the module has no training batch")
+    classes = getattr(data, "class_names", None) or [f"class_{i}" for i in range(largest + 1)]
+    return Form(channels, tuple(classes), dims, has_ignored=has_ignored)
+
+
+def first_batch(data: pl.LightningDataModule, ranks: int) -> tuple[Tensor, Tensor]:
+    """The share of the first training batch that the last of `ranks` devices gets."""
+    if isinstance(data, ThresholdedImages | FolderImages):
+        images, labels = data.first_batch()
+        share = len(images) // ranks
+        return images[:share], labels[:share]
+    data.prepare_data()
+    data.setup("fit")
+    return as_pair(next(iter(data.train_dataloader())))
+
+
+def has_steps(data: pl.LightningDataModule) -> bool:
+    """Whether its training batches are numbered by the step, without an end."""
+    return isinstance(data, ThresholdedImages | FolderImages)
+
+
+def has_test(data: pl.LightningDataModule) -> bool:
+    """Whether there are images for a test."""
+    if isinstance(data, FolderImages):
+        return "test" in data.layout.cases
+    return is_overridden("test_dataloader", data, pl.LightningDataModule)

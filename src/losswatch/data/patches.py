@@ -1,0 +1,195 @@
+"""From cases to batches: images read and normalised, patches cut and changed, whole images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from losswatch.data.form import Form
+from losswatch.data.labels import to_label
+from losswatch.data.layouts import Case
+from losswatch.data.reading import read
+from losswatch.data.survey import read_image
+
+CENTRES = 2**16  # pixels of a class in an image that can be the centre of a patch, at most
+
+Item = dict[str, Any]  # "image": float32 [channels, *space], "label": int16 [1 or K, *space]
+
+
+class Items(Dataset):
+    """Cases as they are read.
+
+    Args:
+        cases: of a split.
+        load: reads one.
+        kept: how many of them stay in memory.
+    """
+
+    def __init__(self, cases: Sequence[Case], load: Callable[[Case], Item], kept: int) -> None:
+        self.cases, self.load = cases, load
+        with ThreadPoolExecutor() as pool:
+            self.kept = list(pool.map(load, cases[:kept]))
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, i: int) -> Item:
+        return self.kept[i] if i < len(self.kept) else self.load(self.cases[i])
+
+
+def load_item(case: Case, normalize: str, settings: Any) -> Item:
+    """A normalised image and its label; settings are classes, ignored and overlap of `to_label`."""
+    classes, ignored, overlap = settings
+    masks = [read(path, is_mask=True) for path in case.masks]
+    label = to_label(masks, dict(classes), ignored, overlap)
+    return {"image": load_image(case, normalize), "label": torch.from_numpy(label)}
+
+
+def load_image(case: Case, normalize: str) -> Tensor:
+    """A normalised image, float32 [channels, *space]."""
+    from monai.transforms import NormalizeIntensity, ScaleIntensity
+
+    image = torch.from_numpy(read_image(case.images).astype(np.float32))
+    if normalize == "none":
+        return image
+    change: Callable[..., Any] = NormalizeIntensity if normalize == "zscore" else ScaleIntensity
+    with plain_tensors():
+        return change(channel_wise=True)(image)
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """While this is open, MONAI's transforms return tensors that carry nothing else along."""
+    from monai.data.meta_obj import get_track_meta, set_track_meta
+
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
+
+
+def make_crops(
+    form: Form,
+    patch: tuple[int, ...] | None,
+    sampling: str,
+    flip: bool,
+    intensity: float,
+) -> list[Any]:
+    """MONAI's transforms from an item to a training patch: one, or one for each class."""
+    from monai.transforms import (
+        Compose,
+        RandCropByLabelClassesd,
+        RandFlipd,
+        RandScaleIntensityd,
+        RandShiftIntensityd,
+        RandSpatialCropd,
+    )
+
+    keys = ("image", "label")
+    count = len(form.classes)
+    cuts: list[Any]
+    if patch is None:
+        cuts = [None]
+    elif sampling == "random":
+        cuts = [RandSpatialCropd(keys, patch, random_size=False)]
+    else:
+        cuts = [
+            RandCropByLabelClassesd(
+                keys, "label", patch, num_classes=count, num_samples=1, warn=False,
+                ratios=[float(i == c) for i in range(count)], max_samples_per_class=CENTRES,
+            )
+            for c in range(count)
+        ]  # fmt: skip
+    changes: list[Any] = []
+    if flip:
+        changes += [RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(form.dims)]
+    if intensity:
+        changes.append(RandScaleIntensityd("image", factors=intensity, prob=0.5))
+        changes.append(RandShiftIntensityd("image", offsets=intensity, prob=0.5))
+    return [Compose([*([cut] if cut else []), *changes]) for cut in cuts]
+
+
+def infer(
+    net: Callable[[Tensor], Tensor], images: Tensor, patch: tuple[int, ...] | None, count: int
+) -> Tensor:
+    """The output of a network for whole images, by windows of the size of a patch.
+
+    Args:
+        images: [N, channels, *space].
+        patch: None sends whole images through the network.
+        count: windows in one call of the network.
+    """
+    if patch is None:
+        return net(images)
+    from monai.inferers import sliding_window_inference
+
+    found = sliding_window_inference(images, patch, count, net, overlap=0.25, mode="gaussian")
+    assert isinstance(found, Tensor)
+    return found
+
+
+class Patches(Dataset):
+    """Item `step` is the training batch of a step, or this rank's share of it.
+
+    That is images float32 [N, channels, *space], and labels int64 [N, *space], or float32
+    [N, K, *space] where classes overlap. It is a function of seed, step and the patches' numbers.
+    All of it can be pickled, for worker processes that are not forked.
+
+    Args:
+        items: the images.
+        crops: of `make_crops`, from an item to a patch.
+        holders: for each of them, the numbers of the images that it can be of.
+        seed: of the run.
+        numbers: of this rank's patches in the batch.
+        form: of the data.
+    """
+
+    def __init__(
+        self,
+        items: Items,
+        crops: Sequence[Any],
+        holders: Sequence[Sequence[int]],
+        seed: int,
+        numbers: Sequence[int],
+        form: Form,
+    ) -> None:
+        self.items, self.crops, self.holders = items, crops, holders
+        self.seed, self.numbers, self.form = seed, numbers, form
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        return collated([self._draw(step, number) for number in self.numbers], self.form)
+
+    def _draw(self, step: int, number: int) -> Item:
+        generator = np.random.default_rng([self.seed, step, number])
+        kind = int(generator.integers(len(self.crops)))
+        holders = self.holders[kind]
+        item = self.items[holders[int(generator.integers(len(holders)))]]
+        crop = self.crops[kind].set_random_state(seed=int(generator.integers(2**32)))
+        with plain_tensors():
+            found = crop(dict(item))
+        return found[0] if isinstance(found, list) else found
+
+
+class Whole(Dataset):
+    """Item `i` is image number i, as a batch of one."""
+
+    def __init__(self, items: Items, form: Form) -> None:
+        self.items, self.form = items, form
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return collated([self.items[i]], self.form)
+
+
+def collated(items: Sequence[Item], form: Form) -> tuple[Tensor, Tensor]:
+    """Items as a batch, in the form of `Patches`."""
+    images, labels = (torch.stack([item[key] for item in items]) for key in ("image", "label"))
+    return images, labels.float() if form.target == "multilabel" else labels[:, 0].long()
