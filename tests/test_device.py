@@ -22,7 +22,7 @@ from losswatch.losses import CrossEntropy
 from losswatch.stack.fit import Blocks
 from losswatch.stack.member import make_member
 from losswatch.stack.module import StackedModule
-from losswatch.train.build import make_losses
+from losswatch.train.build import describe_data, make_losses
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import quiet
 from losswatch.watch.record import Record
@@ -136,7 +136,7 @@ def test_a_stack_reads_twice_a_block(compose, tmp_path):
     """It reads the observations, and whether weights are finite, for any number of steps."""
     one = compose("experiment=smoke", "data.image_size=8", "compile=true")
     members = [make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]
-    losses = make_losses(loss_nodes(one.cfg, one.trained))
+    losses = make_losses(loss_nodes(one.cfg, one.trained), describe_data(one.cfg))
     module = StackedModule(members, losses, compile=False, cosines=True)
     strategy = SingleDeviceStrategy(META, accelerator=MetaAccelerator())
     trainer = pl.Trainer(

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from test_folder import make_folder
 
 from losswatch.losses import CrossEntropy, Dice
 from losswatch.report import losses
@@ -125,7 +126,7 @@ def test_the_commands_are_found():
 
 
 @pytest.mark.parametrize("line", arguments("python train.py"))
-def test_a_command_composes(compose, line):
+def test_a_command_composes(compose, line, tmp_path, monkeypatch):
     """train.py accepts each command; of a sweep, its first and last run compose, and the last
     passes the checks."""
     given = shlex.split(re.sub(r"<(\w+)>", r"\1", line))
@@ -134,6 +135,10 @@ def test_a_command_composes(compose, line):
             pytest.skip(f"{plugin} is not installed")
     if "--config-dir" in given:
         pytest.skip("names a folder of the reader's own")
+    if "data=folder" in given:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        make_folder(tmp_path / "nuclei", size=(70, 70))
     first, last = ends([quoted(argument) for argument in given if argument[:1] != "-"])
     compose(*first)
     compose(*last).check()

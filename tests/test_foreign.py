@@ -45,7 +45,7 @@ from losswatch.stack.member import Member
 from losswatch.stack.parameters import trained_parameters
 from losswatch.stack.refusal import NotStackable
 from losswatch.stack.step import make_gradient
-from losswatch.train.build import make_losses
+from losswatch.train.build import describe_data, make_losses
 from losswatch.train.checkpoints import find
 from losswatch.train.config import ConfigError
 from losswatch.train.eventlog import EventLog
@@ -637,7 +637,7 @@ def test_make_losses_of_the_zoo(compose):
     composed = compose("experiment=smoke")
     names = loss_names()
     composed.cfg.watch = names
-    losses = make_losses(loss_nodes(composed.cfg, "dice"))
+    losses = make_losses(loss_nodes(composed.cfg, "dice"), describe_data(composed.cfg))
     assert list(losses.names) == names and not losses.is_foreign("dice")
 
 

@@ -63,7 +63,7 @@ def both(compose, tmp_path):
             members.append(make_member(one.cfg, one.trained, folder))
         initial = [{n: t.clone() for n, t in member.net.state_dict().items()} for member in members]
         first = composed[0]
-        losses = make_losses(loss_nodes(first.cfg, first.trained))
+        losses = make_losses(loss_nodes(first.cfg, first.trained), build.describe_data(first.cfg))
         trainer = build.trainer_options(first.cfg)
         random = torch.get_rng_state()
         fit(members, losses, trainer, **{"compile": False} | dict(first.cfg.probe) | options)
@@ -137,7 +137,9 @@ def test_equals_runs_trained_alone(both, net, batch_norm, optimizer):
     assert_same_runs(runs)
     # The initial weights are equal bit for bit, and each run has images of its own.
     for one, initial in zip(runs.composed, runs.initial, strict=True):
-        for name, value in build.make_net(one.cfg).state_dict().items():
+        for name, value in (
+            build.make_net(one.cfg, build.describe_data(one.cfg)).state_dict().items()
+        ):
             assert torch.equal(initial[name], value)
     first = [read_scalars(m.folder).loc[0, "loss/cce"] for m in runs.members]
     assert len(set(first)) == len(GRID)
@@ -258,11 +260,11 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
             file = tmp_path / f"{which} {i}.ckpt"
             torch.save(state, file)
             cfg = one.cfg
-            net = build.make_net(cfg)
+            net = build.make_net(cfg, build.describe_data(cfg))
             with torch.no_grad():
                 for p in net.parameters():
                     p.zero_()  # the checkpoint must replace these
-            losses = make_losses(loss_nodes(cfg, one.trained))
+            losses = make_losses(loss_nodes(cfg, one.trained), build.describe_data(cfg))
             module = SegmentationModule(net, losses, one.trained, build.make_optimizer(cfg))
             rest = tmp_path / "rest" / which / str(i)
             trainer = pl.Trainer(
@@ -417,7 +419,7 @@ class Fussy(nn.Module):
 def test_an_error_of_somebodys_code_is_no_refusal(both, error, compiled, monkeypatch):
     """The error is raised, even in the first step: the runs are not trained one by one."""
     losses = LossSet({**dict.fromkeys(["cce", "dice"], Fussy(error("boom")))})
-    monkeypatch.setattr("test_fuse.make_losses", lambda _: losses)
+    monkeypatch.setattr("test_fuse.make_losses", lambda *_: losses)
     with pytest.raises(error, match="boom"):
         both(alone=False, compile=compiled, grid=GRID[:2])
 

@@ -110,13 +110,11 @@ def sweep(tmp_path):
     return SimpleNamespace(run=run, folder=folder)
 
 
-def case(*stages, slow=True):
-    return pytest.param(stages, marks=[pytest.mark.slow] * slow, id="-".join(stages))
+def case(*stages):
+    return pytest.param(stages, marks=[pytest.mark.slow], id="-".join(stages))
 
 
-@pytest.mark.parametrize(
-    "stages", [case("try", "save", slow=False), *(case(stage) for stage in ERRORS)]
-)
+@pytest.mark.parametrize("stages", [case("try", "save"), *(case(stage) for stage in ERRORS)])
 def test_an_error_at_a_stage_is_that_of_its_runs(sweep, stages):
     """The others are done, in the table, and left alone when the same command is given again."""
     compiled = ["compile=True"] if "compile" in stages else []

@@ -16,7 +16,7 @@ from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.events.series import read_scalars
 from losswatch.nets import ConvNet
 from losswatch.train import checks
-from losswatch.train.build import make_net
+from losswatch.train.build import describe_data, make_net
 from losswatch.train.config import ConfigError
 
 NAMES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
@@ -65,7 +65,7 @@ def test_a_loss_that_knows_nothing_of_ranks(pair, compose):
     u = uniform(torch.tensor(0), TRAIN, torch.tensor(0), (5, 1, 16, 16))
     images, target = image_and_label(u, torch.tensor([0.5]), 0.0, 1.0)
     with torch.no_grad():
-        logits = make_net(cfg)(images)
+        logits = make_net(cfg, describe_data(cfg))(images)
         shares = [F.cross_entropy(logits[rank::2], target[rank::2]).item() for rank in (0, 1)]
     scalars = read_scalars(pair[1])
     assert scalars["loss/foreign"][0] == pytest.approx(sum(shares) / 2, rel=1e-6)

@@ -33,7 +33,7 @@ from losswatch.stack.refusal import NotStackable
 from losswatch.sweep import launch
 from losswatch.task import train
 from losswatch.train import checkpoints
-from losswatch.train.build import make_net, trainer_options
+from losswatch.train.build import describe_data, make_net, trainer_options
 from losswatch.train.callbacks import Images
 from losswatch.train.checkpoints import checkpoint_path, find, finish, load, newest, save
 from losswatch.train.config import ConfigError
@@ -515,7 +515,7 @@ def test_a_checkpoints_config_may_be_nonsense(compose):
     adopt(composed.cfg, content, [])
     assert composed.cfg.data.image_size == 8 and composed.cfg.theta == 0.5
     with pytest.raises(ConfigError, match="trained with another"):
-        load_net(make_net(composed.cfg), content)
+        load_net(make_net(composed.cfg, describe_data(composed.cfg)), content)
 
 
 @pytest.mark.parametrize("place", ["pipe", "folder", "/dev/zero"])
@@ -829,7 +829,7 @@ def test_the_clock_went_back(compose, tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_path, stop):
     """Stopped between validations or at one. The validation where it stops is not in the curves."""
     folder, limit = tmp_path / "run", "+trainer.max_time=01:00:00:00"
-    steps, metrics = train_here(folder, limit, stop=stop)
+    steps, metrics, _ = train_here(folder, limit, stop=stop)
     assert steps == stop and "val/accuracy" in metrics and "test/accuracy" not in metrics
     content = newest(folder)[1]
     assert content["global_step"] == stop
@@ -846,7 +846,7 @@ def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
     train_here(tmp_path / "whole", *accumulate)
     folder = tmp_path / "run"
     with suppress(SystemError):
-        steps, _ = train_here(folder, *accumulate, **end)
+        steps, *_ = train_here(folder, *accumulate, **end)
         assert steps == 7
     assert train_here(folder, *accumulate)[0] == 12
     assert_same_training(folder, tmp_path / "whole")
@@ -1040,7 +1040,7 @@ def test_a_checkpoint_of_another_shape(whole, compose, overrides, said):
     given = [override.split("=")[0] for override in overrides]
     adopt(composed.cfg, content, given)
     with pytest.raises(ConfigError, match=said):
-        load_net(make_net(composed.cfg), content)
+        load_net(make_net(composed.cfg, describe_data(composed.cfg)), content)
 
 
 def test_a_checkpoints_config_is_only_numbers(compose):

@@ -319,8 +319,10 @@ def test_bad_value(tmp_path):
 
 def test_help_is_worth_reading(tmp_path):
     shown = run_train("--help", cwd=tmp_path).stdout
-    for text in ("loss: cce, ", "model: convnet, unet", "optimizer: adam", "smoke",
-                 "theta=0.05,0.5,0.95", "batch_size: 8", "tensorboard --logdir"):  # fmt: skip
+    for text in (
+        "loss: cce, ", "model: convnet, monai_unet, smp_unet, unet", "optimizer: adam", "smoke",
+        "data: folder, random", "theta=0.05,0.5,0.95", "batch_size: 8", "tensorboard --logdir",
+    ):  # fmt: skip
         assert text in shown
     assert not list(tmp_path.iterdir())
 

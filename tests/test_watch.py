@@ -5,8 +5,10 @@ import logging
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -303,37 +305,54 @@ def train_ranks(folder, kind):
     logger = CSVLogger(folder, name="", version="")
     losses = [*THREE, Half()] if kind == "failing" else THREE
     watch = Watch(losses, "loss_fn", every_n_steps=2, strict=kind != "failing", cosines=True)
-    options = {} if kind == "one" else {"strategy": "ddp_spawn", "devices": 2}
+    options = {} if kind == "one" else {"strategy": "ddp", "devices": 2}
     callbacks = [States(folder)] if kind == "unwatched" else [watch, States(folder)]
     fit(Halves(net), *callbacks, logger=logger, use_distributed_sampler=False, **options)
 
 
+RANKS = """
+import sys
+from test_watch import train_ranks
+
+if __name__ == "__main__":
+    for kind in sys.argv[2:]:
+        train_ranks(f"{sys.argv[1]}/{kind}", kind)
+"""
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Trainings on one rank and on two: the folder and the errors printed by each."""
+    """Trainings on one rank and on two: their folder, and what the two processes have printed."""
     folder = tmp_path_factory.mktemp("ranks")
-    main = folder / "main.py"
-    main.write_text(
-        "import sys\nfrom test_watch import train_ranks\n"
-        "if __name__ == '__main__':\n    train_ranks(sys.argv[1], sys.argv[2])\n"
-    )
-    found = {}
-    for kind in ("one", "two", "unwatched", "failing"):
+    (folder / "main.py").write_text(RANKS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    shared = os.environ | {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-W", "ignore", folder / "main.py", folder]
+    kinds = ["two", "unwatched", "failing"]
+    for kind in ("one", *kinds):
         (folder / kind).mkdir()
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", main, folder / kind, kind], check=True, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120,
-            capture_output=True,
-        )  # fmt: skip
-        found[kind] = folder / kind, done.stderr
-    return found
+    # As torchrun starts them: each with its rank.
+    processes = [
+        subprocess.Popen(
+            [*command, *kinds], env=shared | {"LOCAL_RANK": rank, "WORLD_SIZE": "2"}, text=True,
+            stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    subprocess.run([*command, "one"], env=shared, check=True, timeout=120)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return folder, "".join(errors)
 
 
 def test_two_ranks_are_as_one(ranks):
-    """The norms are those of the averaged gradient. Lightning sends the watch to the ranks."""
+    """The norms are those of the averaged gradient."""
     frames = []
     for kind in ("one", "two"):
-        frame = pd.read_csv(ranks[kind][0] / "metrics.csv").set_index("step")
+        frame = pd.read_csv(ranks[0] / kind / "metrics.csv").set_index("step")
         frames.append(frame[watched_tags(THREE, cosines=True)].dropna())
     assert list(frames[0].index) == list(frames[1].index) == [0, 2, 4]
     np.testing.assert_allclose(frames[1], frames[0], rtol=1e-6)
@@ -342,7 +361,7 @@ def test_two_ranks_are_as_one(ranks):
 @pytest.mark.parametrize("kind", ["two", "failing"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_are_equal_to_the_bit(ranks, kind, rank):
-    plain, watched = (torch.load(ranks[k][0] / f"{rank}.pt") for k in ("unwatched", kind))
+    plain, watched = (torch.load(ranks[0] / k / f"{rank}.pt") for k in ("unwatched", kind))
     assert len(plain) > 8
     for a, b in zip(plain, watched, strict=True):
         assert torch.equal(a, b)
@@ -350,7 +369,7 @@ def test_two_ranks_are_equal_to_the_bit(ranks, kind, rank):
 
 def test_an_error_on_one_rank_ends_the_watching_on_all(ranks):
     """Otherwise the other rank would wait for it."""
-    lines = [line for line in ranks["failing"][1].splitlines() if "nothing is watched" in line]
+    lines = [line for line in ranks[1].splitlines() if "nothing is watched" in line]
     assert len(lines) == 2
     assert {line.split(": ")[-1] for line in lines} == {
         "not here", "another rank could not observe its batch",

@@ -44,7 +44,7 @@ def measure(steps: int, counts: list[int], figure: Path) -> None:
                 (run := Path(folder, str(i))).mkdir()
                 members.append(make_member(cfg, "dice", run))
             begin = time.process_time()
-            fit(members, build.make_losses(nodes), options, **cfgs[0].probe)
+            fit(members, build.make_losses(nodes, members[0].data.form), options, **cfgs[0].probe)
             return time.process_time() - begin
 
     rows: list[Row] = []

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -24,12 +25,12 @@ from losswatch.stack.refusal import NotStackable
 from losswatch.sweep.exit import stop
 from losswatch.text import one_line
 from losswatch.train import checkpoints, locks, run
-from losswatch.train.build import make_net
+from losswatch.train.build import describe_data, make_net
 from losswatch.train.checks import check
-from losswatch.train.config import ConfigError
-from losswatch.train.content import adopt, load_net
+from losswatch.train.config import ConfigError, check_values
+from losswatch.train.content import adopt, data_of, load_net
 from losswatch.train.folder import announce, check_folder
-from losswatch.train.outcome import finished, write_result
+from losswatch.train.outcome import Reached, finished, write_result
 from losswatch.train.process import only_errors, quiet
 from losswatch.train.settings import plain
 
@@ -40,7 +41,7 @@ def run_task(cfg: DictConfig) -> float | None:
     """Check a run, and train or test it unless it is done.
 
     Returns:
-        the accuracy, for sweepers; None if the run failed in a sweep, or was stopped.
+        the score, for sweepers; None if the run failed in a sweep, or was stopped.
 
     Raises:
         SystemExit: the config cannot work; or a single run failed or was stopped.
@@ -56,7 +57,7 @@ def run_task(cfg: DictConfig) -> float | None:
         except ConfigError as error:
             stop(str(error))
         if earlier := finished(folder):
-            return _skip(earlier, folder)
+            return _skip(earlier, cfg, folder)
         # Lightning starts this program again for each further device. Those processes train, too,
         # and leave everything else to the first one.
         is_first = compat.process_rank() == 0
@@ -65,7 +66,7 @@ def run_task(cfg: DictConfig) -> float | None:
                 # Before it let go, another process may have finished the run, or begun one here.
                 check_folder(folder, cfg)
                 if earlier := finished(folder):
-                    return _skip(earlier, folder)
+                    return _skip(earlier, cfg, folder)
                 return _attempt(cfg, trained, folder, is_first)
         except ConfigError as error:
             if is_single:
@@ -89,29 +90,30 @@ def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
         given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
         content = checkpoints.find(cfg.checkpoint)
         adopt(cfg, content, given)
-    if job.mode == RunMode.RUN:
+    if cfg.mode == "predict":
+        check_values(cfg)
+    elif job.mode == RunMode.RUN:
         check(cfg, trained)
     if content is not None:
-        load_net(make_net(cfg), content)
+        form = data_of(content)[0] if cfg.mode == "predict" else describe_data(cfg)
+        load_net(make_net(cfg, form), content)
     check_folder(folder, cfg)
 
 
-def _skip(result: dict[str, Any], folder: Path) -> float:
-    """Say that the run is done; return its accuracy."""
+def _skip(result: dict[str, Any], cfg: DictConfig, folder: Path) -> float:
+    """Say that the run is done; return its score."""
     log.info("done before, skipped: %s", folder)
-    accuracy = result["metrics"].get("val/accuracy")
-    return float("nan") if accuracy is None else accuracy
+    return score(result["metrics"], cfg)
+
+
+def score(metrics: Mapping[str, float | None], cfg: DictConfig) -> float:
+    """What a search goes by: the value of `cfg.metric`, of the test in mode=test."""
+    name = cfg.metric if cfg.mode == "train" else cfg.metric.replace("val/", "test/", 1)
+    value = metrics.get(name)
+    return float("nan") if value is None else value
 
 
 # --- One attempt ---------------------------------------------------------------------------------
-
-
-class Trained(NamedTuple):
-    """What an attempt has reached."""
-
-    steps: int
-    metrics: dict[str, float]
-    seconds: float
 
 
 def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> float | None:
@@ -119,42 +121,47 @@ def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> flo
     begin = time.perf_counter()
     try:
         with only_errors(not is_first):
-            reached = _work(cfg, trained, folder)
+            reached, seconds = _work(cfg, trained, folder)
             if is_first and cfg.mode == "train":
                 _draw_curves(folder, trained)
     except BaseException as error:
         _fail(error, cfg, folder, time.perf_counter() - begin, is_first)
         return None
-    stage = "val" if cfg.mode == "train" else "test"
-    accuracy = reached.metrics.get(f"{stage}/accuracy", float("nan"))
+    found = score(reached.metrics, cfg)
     if not is_first:
-        return accuracy
-    if cfg.mode == "train" and reached.steps < cfg.trainer.max_steps:
-        _stop_early(reached, cfg, folder)
+        return found
+    if not reached.is_done:
+        _stop_early(reached, cfg, folder, seconds)
         return None
     # In this order: a run that is done has its picture, and a run that is not has the checkpoints
     # to go on from.
-    _write(cfg, folder, "done", reached)
+    _write(cfg, folder, "done", reached, seconds=seconds)
     if cfg.mode == "train":
         checkpoints.finish(folder, reached.steps)
-    log.info("%s accuracy %.4f in %.1f s: %s", stage, accuracy, reached.seconds, folder)
-    return accuracy
+    what = "predicted"
+    if cfg.mode != "predict":
+        stage = "val" if cfg.mode == "train" else "test"
+        what = f"{stage} accuracy {reached.metrics.get(f'{stage}/accuracy', float('nan')):.4f}"
+    log.info("%s in %.1f s: %s", what, seconds, folder)
+    return found
 
 
-def _work(cfg: DictConfig, trained: str, folder: Path) -> Trained:
-    """Train or test. A run that the fused launcher has trained only hands over its result."""
+def _work(cfg: DictConfig, trained: str, folder: Path) -> tuple[Reached, float]:
+    """Train or test, and the seconds that this took.
+
+    A run that the fused launcher has trained only hands over its result.
+    """
     if stacked := FINISHED.pop(folder, None):
         announce(stacked.notice, step=0)
-        return Trained(cfg.trainer.max_steps, stacked.result(), stacked.seconds)
+        return Reached(cfg.trainer.max_steps, stacked.result()), stacked.seconds
     begin = time.perf_counter()
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.mode != "predict":
         check(cfg, trained, multirun=True)
-    work = train if cfg.mode == "train" else run.test
-    steps, metrics = work(cfg, trained, folder)
-    return Trained(steps, metrics, time.perf_counter() - begin)
+    work = {"train": train, "test": run.test, "predict": run.predict}[cfg.mode]
+    return work(cfg, trained, folder), time.perf_counter() - begin
 
 
-def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, float]]:
+def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     """Train one run: by a compiled step if `cfg.compile` asks for it, and it can be compiled.
 
     Args and returns as of `train.run.train`.
@@ -174,11 +181,11 @@ def _write(
     cfg: DictConfig,
     folder: Path,
     status: str,
-    reached: Trained | None = None,
+    reached: Reached | None = None,
     error: str | None = None,
     seconds: float = 0.0,
 ) -> None:
-    """Write result.json; `seconds` are those of an attempt that has reached nothing."""
+    """Write result.json; `seconds` are those of the attempt."""
     job = HydraConfig.get()
     groups = ("loss", "model", "optimizer")
     result = {
@@ -189,7 +196,7 @@ def _write(
         "choices": {group: job.runtime.choices.get(group) for group in groups},
         "config": plain(cfg),
         "steps": reached.steps if reached else None,
-        "seconds": reached.seconds if reached else seconds,
+        "seconds": seconds,
     }
     write_result(folder, result | {"metrics": reached.metrics} if reached else result)
 
@@ -212,10 +219,10 @@ def _fail(
         raise SystemExit(1) from error
 
 
-def _stop_early(reached: Trained, cfg: DictConfig, folder: Path) -> None:
+def _stop_early(reached: Reached, cfg: DictConfig, folder: Path, seconds: float) -> None:
     """Record that the time was up before the last step, which ends a single run."""
     what = f"after {reached.steps} of {cfg.trainer.max_steps} steps"
-    _write(cfg, folder, "stopped", reached, error=what)
+    _write(cfg, folder, "stopped", reached, error=what, seconds=seconds)
     log.warning("stopped %s, to be resumed: %s", what, folder)
     if HydraConfig.get().mode == RunMode.RUN:
         raise SystemExit(1)

@@ -14,13 +14,14 @@ from omegaconf import DictConfig
 from losswatch import compat
 from losswatch.data.random import TEST, VAL
 from losswatch.losses import LossSet
-from losswatch.stack.limits import check_options
+from losswatch.stack.limits import check_config, check_options
 from losswatch.stack.member import Member, make_member
 from losswatch.stack.module import StackedModule
 from losswatch.stack.refusal import NotStackable
 from losswatch.train.build import make_losses, trainer_options
 from losswatch.train.callbacks import Progress
 from losswatch.train.folder import announce
+from losswatch.train.outcome import Reached
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import run_process
 
@@ -50,19 +51,20 @@ def block_size(val_check_interval: int) -> int:
     return max(n for n in range(1, BLOCK + 1) if val_check_interval % n == 0)
 
 
-def train_compiled(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, float]]:
-    """Train one run by a compiled step; return the number of steps done, and its metrics.
+def train_compiled(cfg: DictConfig, trained: str, folder: Path) -> Reached:
+    """Train one run by a compiled step.
 
     Raises:
         NotStackable: it needs the ordinary step.
     """
     options = trainer_options(cfg)
     check_options(options)
+    check_config(cfg)
     member = make_member(cfg, trained, folder)
     announce(member.notice, member.start)
-    losses = make_losses(loss_nodes(cfg, trained))
+    losses = make_losses(loss_nodes(cfg, trained), member.data.form)
     fit([member], losses, options, threads=cfg.threads, **cfg.probe)
-    return options["max_steps"], member.result()
+    return Reached(options["max_steps"], member.result())
 
 
 def fit(

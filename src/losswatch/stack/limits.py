@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from losswatch.data.random import TRAIN
 from losswatch.losses import LossSet
 from losswatch.stack.member import Member
 from losswatch.stack.refusal import NotStackable
+from losswatch.train.config import RANDOM
 from losswatch.train.trial import try_step
 
 # Options of Lightning's Trainer that a stack does not have, and the value that changes nothing.
@@ -37,6 +39,22 @@ def check_options(trainer: Mapping[str, Any]) -> None:
             raise NotStackable(f"trainer.{key}={given} needs the ordinary step")
 
 
+def check_config(cfg: DictConfig) -> None:
+    """See that a config asks for nothing that goes around the steps of an ordinary run.
+
+    Raises:
+        NotStackable: it does.
+    """
+    if cfg.data.get("_target_") != RANDOM:
+        raise NotStackable("images that are read from files need the ordinary step")
+    if cfg.scheduler:
+        raise NotStackable("a scheduler needs the ordinary step")
+    for group in ("logger", "callbacks"):
+        for name, node in cfg[group].items():
+            if node is not None:
+                raise NotStackable(f"{group}={name} needs the ordinary step")
+
+
 def check_traits(members: Sequence[Member], losses: LossSet) -> None:
     """See that network and losses are pure functions of what is stacked; try the ordinary step.
 
@@ -54,9 +72,7 @@ def check_traits(members: Sequence[Member], losses: LossSet) -> None:
         if any(True for _ in losses.losses[losses.names.index(name)].parameters()):
             raise NotStackable(f"loss {name} has parameters of its own to train")
     batch = data.draw(TRAIN, 0, data.batch_size)
-    traits = try_step(
-        net, losses, members[0].trained, torch.optim.SGD, batch, len(data.thresholds) + 1
-    )
+    traits = try_step(net, losses, members[0].trained, torch.optim.SGD, batch, data.form)
     for name in traits.random:
         raise NotStackable(f"{_called(name)} draws random numbers")
     for name in traits.stateful:

@@ -67,7 +67,9 @@ FINISHED: dict[Path, Member | Failure] = {}
 
 def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
     """A run, in the state of its newest checkpoint if its folder holds one."""
-    net = make_net(cfg)
+    data = make_data(cfg)
+    assert isinstance(data, ThresholdedImages)  # `limits.check_data`
+    net = make_net(cfg, data.form)
     optimizer = make_optimizer(cfg)(list(trained_parameters(net).values()))
     start = take_up(folder, below=cfg.trainer.max_steps)
     if start.path:
@@ -77,7 +79,7 @@ def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
     return Member(
         folder=folder,
         net=net,
-        data=make_data(cfg),
+        data=data,
         trained=trained,
         optimizer=optimizer,
         logger=logger,

@@ -32,7 +32,7 @@ from losswatch.train.callbacks import Images
 from losswatch.train.checkpoints import checkpoint_path, save
 from losswatch.train.content import add_record, as_of_lightning
 from losswatch.train.evaluation import Tally, metrics, tally
-from losswatch.train.eventlog import log_images
+from losswatch.train.eventlog import side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,10 @@ class StackedModule(pl.LightningModule):
                 image, label = draw(of_member.numbers, VAL, first, (count, *self.shape[1:]))
                 state = split(of_member.parameters) | of_member.buffers
                 logits = functional_call(self.net, state, (image,))
-                log_images(member.logger, image, label, logits, self.trainer.global_step)
+                picture = side_by_side(image, label, logits)
+                member.logger.experiment.add_image(
+                    "images/input_label_prediction", picture, self.trainer.global_step
+                )
         self.net.train()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

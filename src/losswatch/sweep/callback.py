@@ -36,6 +36,8 @@ class SweepCallback(Callback):
 
     def __init__(self, total: int | None = None) -> None:
         self.total = total
+        self.is_serial = False  # whether one run follows the other
+        self.begin = time.monotonic()
 
     def __reduce__(self) -> Any:
         """Launchers send the callback along with each job that they give to another process."""
@@ -61,7 +63,8 @@ class SweepCallback(Callback):
         sweep, folder = current_sweep(), Path(config.hydra.sweep.dir)
         # For ${hydra:...} in folders' names. A copy, because `set_config` makes it read-only.
         HydraConfig.instance().set_config(copy.deepcopy(config))
-        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+        self.is_serial = config.hydra.launcher._target_.endswith("BasicLauncher")
+        if not self.is_serial:
             compat.initialize_workers(end_with_parent)
         # A sweeper that searches chooses its runs as it goes; train.py checks each of them.
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):
@@ -79,6 +82,8 @@ class SweepCallback(Callback):
             if config.hydra.launcher._target_.endswith("FusedLauncher"):
                 sweep.configs = dict(zip(map(tuple, runs), configs, strict=True))
         sweep.folder = folder
+        runs_known = f"{self.total} runs" if self.total else "a search"
+        say(f"{runs_known}; table and runs go to {folder}")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Say which run starts."""
@@ -90,12 +95,17 @@ class SweepCallback(Callback):
             of_total = f" of {self.total}" if self.total else ""
             number = f" {config.hydra.job.num + 1}{of_total}"
         say(f"run{number}: {overrides}")
+        self.begin = time.monotonic()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Let a sweep go on after a run that raised an error, such as a result not written."""
         # Launchers keep what jobs return until the sweep ends. Nobody reads these configs, which
         # take 0.2 MB a run.
         job_return.cfg = job_return.hydra_cfg = None
+        others = (self.total or 1) - 1
+        if others and self.is_serial and config.hydra.job.num == 0:
+            minutes = others * (time.monotonic() - self.begin) / 60
+            say(f"the other {others} take about {minutes:.1f} minutes if all are alike")
         if config.hydra.mode.name == "MULTIRUN" and job_return.status is JobStatus.FAILED:
             error = compat.job_error(job_return)
             log.error("%s: %s", config.hydra.runtime.output_dir, one_line(error))

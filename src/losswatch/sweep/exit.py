@@ -178,7 +178,7 @@ def explain(error: Exception) -> str:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         parent, _, _ = cause.full_key.rpartition(".")
         keys = cause.parent_node.keys() if OmegaConf.is_dict(cause.parent_node) else []
-        known = ", ".join(str(key) for key in keys if key != "hydra")
+        known = ", ".join(str(key) for key in keys if key != "hydra" and str(key)[0] != "_")
         return f"there is no {cause.full_key}; {parent or 'the config'} has {known or 'no keys'}"
     texts = [str(error)] if cause is error else [str(error), str(cause).split("\n")[0]]
     noise = ("https://", "full_key:", "object_type=", "reference_type=")

@@ -46,8 +46,10 @@ def _common_settings(job: Job) -> dict[str, Any]:
     config: Any = OmegaConf.to_container(job.task, resolve=True)
     per_run = {"lr", "betas", "eps", "weight_decay", "momentum", "nesterov"}
     config["optimizer"] = {k: v for k, v in config["optimizer"].items() if k not in per_run}
-    del config["seed"], config["data"]["low"], config["data"]["high"]
-    config["theta"] = f"{len(thresholds(config['theta'])) + 1} classes"
+    del config["seed"]
+    config["data"] = {k: v for k, v in config["data"].items() if k not in ("low", "high")}
+    if config["theta"] is not None:
+        config["theta"] = f"{len(thresholds(config['theta'])) + 1} classes"
     # A stack watches the losses of all its runs. A trained loss that the command line has changed
     # is another one than the watched loss of the same name.
     loss = config.pop("loss")

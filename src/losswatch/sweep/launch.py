@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch import compat
 from losswatch.stack.fit import fit
-from losswatch.stack.limits import check_options
+from losswatch.stack.limits import check_config, check_options
 from losswatch.stack.member import FINISHED, Failure, make_member
 from losswatch.stack.refusal import NotStackable
 from losswatch.sweep.command import current_sweep
@@ -37,7 +37,7 @@ from losswatch.sweep.groups import group_jobs, order_groups
 from losswatch.sweep.jobs import Context, Job, make_job
 from losswatch.text import one_line
 from losswatch.train import config as schema
-from losswatch.train.build import make_losses, trainer_options
+from losswatch.train.build import describe_data, make_losses, trainer_options
 from losswatch.train.locks import hold
 from losswatch.train.outcome import finished
 from losswatch.train.presets import loss_nodes
@@ -282,7 +282,8 @@ def _train(jobs: Sequence[Job]) -> None:
     first = jobs[0]
     options = trainer_options(first.task)
     check_options(options)
-    losses = make_losses(loss_nodes(first.task, first.loss))
+    check_config(first.task)
+    losses = make_losses(loss_nodes(first.task, first.loss), describe_data(first.task))
     members = []
     for job in jobs:
         try:

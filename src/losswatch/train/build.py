@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import hydra
+import pytorch_lightning as pl
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
-from losswatch.data.random import ThresholdedImages
+from losswatch.data.form import IGNORED, Form
+from losswatch.data.modules import form_of
 from losswatch.losses import LossSet
 from losswatch.train.arguments import check_arguments
-from losswatch.train.config import ConfigError, thresholds
+from losswatch.train.config import RANDOM, ConfigError, thresholds
 from losswatch.train.randomness import seed_everything
+from losswatch.train.settings import plain
+from losswatch.watch.outputs import form as reads
+from losswatch.watch.outputs import of_each_channel
 
 
 def _check_target(what: str, node: Any) -> None:
@@ -43,11 +51,11 @@ def _check_target(what: str, node: Any) -> None:
     check_arguments(what, target, {k: v for k, v in values.items() if not k.startswith("_")})
 
 
-def _instantiate(what: str, node: Any, **kwargs: Any) -> nn.Module:
+def _instantiate(what: str, node: Any, kind: type = nn.Module, **kwargs: Any) -> Any:
     """hydra.utils.instantiate, with one line about the config for each of its errors.
 
     Raises:
-        ConfigError: also if it makes anything but a module.
+        ConfigError: also if it makes anything but an object of this kind.
     """
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise ConfigError(f"{what} needs a _target_, the class or function that makes it")
@@ -59,40 +67,150 @@ def _instantiate(what: str, node: Any, **kwargs: Any) -> nn.Module:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ConfigError(f"{what}: {' '.join(str(cause).split())}") from error
-    if not isinstance(made, nn.Module):
+    if not isinstance(made, kind):
+        name = "torch.nn.Module" if kind is nn.Module else kind.__name__
         raise ConfigError(
-            f"{what}: {node._target_} must make a torch.nn.Module, it makes a {type(made).__name__}"
+            f"{what}: {node._target_} must make a {name}, it makes a {type(made).__name__}"
         )
     return made
 
 
-def make_losses(nodes: Mapping[str, DictConfig]) -> LossSet:
-    """The losses that `presets.loss_nodes` describes.
+def make_losses(nodes: Mapping[str, DictConfig], form: Form) -> LossSet:
+    """The losses that `presets.loss_nodes` describes, for data of this form.
 
     A loss that draws random numbers in its constructor draws the same ones in all runs, so that the
     runs of a stack may share it.
     """
+    made = {}
     with isolate_rng():
         seed_everything(0)
-        return LossSet({name: _instantiate(f"loss {name}", node) for name, node in nodes.items()})
+        for name, node in nodes.items():
+            if form.has_ignored:
+                node = _with_ignored(node)
+            loss = _instantiate(f"loss {name}", node)
+            if form.target == "multilabel" and reads(loss) == "softmax":
+                loss = of_each_channel(loss)
+            made[name] = loss
+    return LossSet(made)
 
 
-def make_net(cfg: DictConfig) -> nn.Module:
-    """The network, its weights drawn from `cfg.seed`."""
+def _with_ignored(node: Any) -> Any:
+    """The config of a loss whose parts, as far as they are of losswatch, ignore `IGNORED`."""
+    if OmegaConf.is_list(node):
+        return [_with_ignored(part) for part in node]
+    if not OmegaConf.is_dict(node):
+        return node
+    found = {key: _with_ignored(value) for key, value in node.items()}
+    if found.get("_target_") in ("losswatch.losses.Dice", "losswatch.losses.CrossEntropy"):
+        found = {"ignore_index": IGNORED} | found
+    return OmegaConf.create(found)
+
+
+def make_net(cfg: DictConfig, form: Form) -> nn.Module:
+    """The network for data of this form, its weights drawn from `cfg.seed`.
+
+    It gets `in_channels`, `num_classes` (its output channels) and `dims`. The key `_arguments_` of
+    its file maps these to other names, or to null where the network takes none of it.
+    """
+    sizes = {"in_channels": form.in_channels, "num_classes": form.channels, "dims": form.dims}
+    node, given = _renamed(cfg.model, sizes)
     with isolate_rng():
         seed_everything(cfg.seed)
-        return _instantiate(
-            "model",
-            cfg.model,
-            in_channels=1,
-            num_classes=len(thresholds(cfg.theta)) + 1,
-            dims=cfg.data.dims,
-        )
+        return _instantiate("model", node, **given)
 
 
-def make_data(cfg: DictConfig) -> ThresholdedImages:
-    """The images that `cfg.theta`, `cfg.seed` and `cfg.data` describe."""
-    return ThresholdedImages(thresholds(cfg.theta), seed=cfg.seed, **cfg.data)
+def _renamed(node: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A node without its key `_arguments_`, and the arguments with the names that the key gives."""
+    if not OmegaConf.is_dict(node):
+        return node, dict(given)
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    names = values.pop("_arguments_", {})
+    renamed = {names.get(key, key): value for key, value in given.items()}
+    renamed.pop(None, None)
+    return OmegaConf.create(values), renamed
+
+
+def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
+    """The loggers of `cfg.logger` beside the event file, for a run in `folder`.
+
+    Each gets a folder in it as `save_dir`, unless its file says otherwise, and the run's name under
+    the name that `_arguments_` gives.
+    """
+    made = []
+    for name, node in cfg.logger.items():
+        if node is None:
+            continue
+        given = {} if "save_dir" in node else {"save_dir": str(folder / str(name))}
+        if "run" in node.get("_arguments_", {}):
+            given["run"] = folder.name
+        node, given = _renamed(node, given)
+        made.append(_instantiate(f"logger.{name}", node, Logger, **given))
+    return made
+
+
+def make_callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:
+    """The callbacks of `cfg.callbacks`, for a run in `folder`."""
+    made = []
+    for name, node in cfg.callbacks.items():
+        if node is None:
+            continue
+        uses = "checkpoints" in node.get("_arguments_", {})
+        node, given = _renamed(node, {"checkpoints": str(folder / "checkpoints")} if uses else {})
+        made.append(_instantiate(f"callbacks.{name}", node, pl.Callback, **given))
+    return made
+
+
+def make_scheduler(cfg: DictConfig) -> Callable[[torch.optim.Optimizer], dict[str, Any]] | None:
+    """From an optimiser to Lightning's config of its scheduler; None for a constant rate.
+
+    Raises:
+        ConfigError: its `_target_` or the type of a value is wrong.
+    """
+    if not cfg.scheduler:
+        return None
+    _check_target("scheduler", cfg.scheduler)
+    make = hydra.utils.instantiate(cfg.scheduler, _partial_=True, _convert_="all")
+    is_plateau = cfg.scheduler._target_.endswith("ReduceLROnPlateau")
+    steps = trainer_options(cfg)["val_check_interval"] if is_plateau else 1
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        settings = {"interval": "step", "frequency": steps, "monitor": cfg.metric}
+        return {"scheduler": make(optimizer)} | settings
+
+    return scheduler
+
+
+def make_data(cfg: DictConfig) -> pl.LightningDataModule:
+    """The images that `cfg.data` describes, with `cfg.theta` and `cfg.seed` where it takes them.
+
+    Raises:
+        ConfigError: there are no such images, or they have no θ.
+    """
+    node = cfg.data
+    given: dict[str, Any] = {"seed": cfg.seed}
+    if OmegaConf.is_dict(node) and node.get("_target_") == RANDOM:
+        given["thresholds"] = thresholds(cfg.theta)
+    elif cfg.theta is not None:
+        raise ConfigError(f"theta={cfg.theta} belongs to data=random alone; remove it")
+    if "_target_" in node:
+        _check_target("data", node)
+        taken = inspect.signature(get_object(node._target_)).parameters
+        given = {key: v for key, v in given.items() if key in taken and key not in node}
+    return _instantiate("data", node, pl.LightningDataModule, **given)
+
+
+def describe_data(cfg: DictConfig) -> Form:
+    """The form of the images that `cfg.data` describes. One look serves all runs of a sweep."""
+    key = OmegaConf.to_yaml(OmegaConf.create([plain(cfg)["data"], plain(cfg)["theta"]]))
+    if key not in _forms:
+        try:
+            _forms[key] = form_of(make_data(cfg))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return _forms[key]
+
+
+_forms: dict[str, Form] = {}  # of the data that this process has looked at
 
 
 def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from losswatch import compat
+from losswatch.data.form import Form
+from losswatch.data.layouts import Case
+from losswatch.data.modules import as_pair
+from losswatch.data.reading import write_mask
 from losswatch.events.tags import LOSS
 from losswatch.train import randomness
 from losswatch.train.checkpoints import checkpoint_path
 from losswatch.train.content import add_record
-from losswatch.train.eventlog import EventLog, log_images
+from losswatch.train.eventlog import EventLog, side_by_side
 from losswatch.watch.lightning import Watch
 
 
@@ -54,13 +59,18 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder, config: of the run; the config as plain data.
+        data: as of `content.add_record`.
         random: `randomness.get_state` in the checkpoint from which the run goes on.
     """
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], random: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        data: dict[str, Any] | None = None,
+        random: dict[str, Any] | None = None,
     ) -> None:
-        self.folder, self.config, self.random = folder, config, random
+        self.folder, self.config, self.data, self.random = folder, config, data, random
         self.saved = 0  # the step of the last checkpoint
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -105,24 +115,81 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if trainer.is_global_zero and isinstance(trainer.logger, EventLog):
             events, random = trainer.logger.sizes(), randomness.get_state()
-            add_record(checkpoint, self.config, events, random)
+            add_record(checkpoint, self.config, events, self.data, random)
 
 
 class Images(pl.Callback):
-    """Logs the first images of each validation: input, label and prediction side by side."""
+    """Logs the first images of each validation: input, label and prediction side by side.
+
+    Args:
+        together: in one picture, for images of one size; otherwise one picture for each batch.
+    """
 
     COUNT = 4
+
+    def __init__(self, together: bool = True) -> None:
+        self.together = together
 
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
         outputs: Any,
-        batch: tuple[Tensor, Tensor],
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx or not isinstance(trainer.logger, TensorBoardLogger):
+        """Args as Lightning's; the outputs are the logits."""
+        images, labels = as_pair(batch)
+        shown = self.COUNT - batch_idx * len(images)
+        if shown <= 0 or (batch_idx and self.together):
             return
-        images, label = batch[0][: self.COUNT], batch[1][: self.COUNT]
-        log_images(trainer.logger, images, label, module(images), trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        picture = side_by_side(images[:shown], labels[:shown], outputs[:shown])
+        tag = "images/input_label_prediction" + ("" if self.together else f"/{batch_idx}")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(tag, picture, trainer.global_step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(tag, [picture], step=trainer.global_step)
+
+
+class Predictions(pl.Callback):
+    """Writes the predicted mask of each image to predictions/ in the run's folder.
+
+    Args:
+        folder: of the run.
+        form: of the data.
+        values: in a mask, of each class.
+        cases: the images, in the order of the batches of one.
+    """
+
+    def __init__(
+        self, folder: Path, form: Form, values: Sequence[int], cases: Sequence[Case]
+    ) -> None:
+        self.folder, self.form, self.values = folder / "predictions", form, np.array(values)
+        self.cases = cases
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Args as Lightning's; the outputs are the logits of one image."""
+        case = self.cases[batch_idx * trainer.world_size + trainer.global_rank]
+        [logits] = outputs.cpu()
+        if self.form.target != "multilabel":
+            masks = {"": self.values[logits.argmax(0).numpy()]}
+        else:
+            masks = {name: np.where(logits[i] > 0, self.values[i], 0)
+                     for i, name in enumerate(self.form.classes)}  # fmt: skip
+        for name, mask in masks.items():
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            write_mask(mask, self.folder / name, case.name, case.images[0])
+
+    on_predict_batch_end = on_test_batch_end

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
+import multiprocessing
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,23 +16,31 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.accelerators import CPUAccelerator
 
 from losswatch import compat
-from losswatch.data.random import TRAIN
+from losswatch.data.folder import FolderImages
+from losswatch.data.modules import first_batch
+from losswatch.data.survey import show
 from losswatch.losses import LossSet
 from losswatch.train.arguments import check_arguments
 from losswatch.train.build import (
+    describe_data,
+    make_callbacks,
     make_data,
+    make_loggers,
     make_losses,
     make_net,
     make_optimizer,
+    make_scheduler,
     trainer_options,
 )
-from losswatch.train.config import ConfigError, check_values, thresholds
+from losswatch.train.config import RANDOM, ConfigError, check_values
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import quiet
 from losswatch.train.settings import plain
 from losswatch.train.trial import try_step
 
-_passed: set[str] = set()  # the first steps that `_try` has found to work
+_passed: set[str] = set()  # the first steps that `_try` has found to work, and the data shown
+
+log = logging.getLogger(__name__)
 
 
 def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
@@ -50,18 +61,63 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
         check_arguments("trainer", pl.Trainer, options)
         trainer = _check_trainer(json.dumps(options), multirun)
         for key in ("batch_size", "eval_batch_size"):
-            if (images := cfg.data[key]) < _ranks(trainer):
+            if (images := cfg.data.get(key, _ranks(trainer))) < _ranks(trainer):
                 raise ConfigError(
                     f"data.{key} must be at least {_ranks(trainer)}, an image for each device, "
                     f"got {images}"
                 )
+        _show_data(cfg, _ranks(trainer))
+        _check_metric(cfg, trained)
+        for name, make in (("logger", make_loggers), ("callbacks", make_callbacks)):
+            if cfg[name] and str(cfg[name]) not in _passed:
+                with tempfile.TemporaryDirectory() as folder:
+                    make(cfg, Path(folder))
+                _passed.add(str(cfg[name]))
+        make_scheduler(cfg)
         # Runs that differ only in these two do the same in their first step.
-        same = plain(cfg) | {"theta": len(thresholds(cfg.theta)), "seed": 0}
+        same = plain(cfg) | {"theta": describe_data(cfg).channels, "seed": 0}
         nodes = loss_nodes(cfg, trained)
         step = OmegaConf.to_yaml(OmegaConf.create([same, trained, nodes]))
         if step not in _passed:
-            _try(cfg, trained, make_losses(nodes), trainer)
+            _try(cfg, trained, make_losses(nodes, describe_data(cfg)), trainer)
             _passed.add(step)
+
+
+def _check_metric(cfg: DictConfig, trained: str) -> None:
+    """See that `cfg.metric` is one that each validation computes."""
+    form = describe_data(cfg)
+    classes = form.classes
+    if cfg.data.get("_target_") == RANDOM:
+        classes = tuple(f"class_{i}" for i in range(len(classes)))
+    scores = [f"{name}/{label}" for name in ("dice", "iou") for label in classes]
+    losses = [f"loss/{name}" for name in dict.fromkeys((*cfg.watch, trained))]
+    known = [f"val/{name}" for name in ("accuracy", "dice", "iou", *scores, *losses)]
+    if cfg.metric not in known:
+        raise ConfigError(
+            f"metric={cfg.metric} is computed by no validation; it has {', '.join(known)}"
+        )
+
+
+def _show_data(cfg: DictConfig, ranks: int) -> None:
+    """Say once how rare each class is in the user's images, and what a split lacks.
+
+    Raises:
+        ConfigError: a split has fewer images than there are devices.
+    """
+    # Not in the processes of a launcher: the first process has said it.
+    if multiprocessing.parent_process() or compat.process_rank():
+        return
+    data = make_data(cfg)
+    if not isinstance(data, FolderImages):
+        return
+    for split, cases in data.layout.cases.items():
+        if len(cases) < ranks:
+            raise ConfigError(f"{split} has {len(cases)} images, fewer than the {ranks} devices")
+    if (text := str(data.survey)) not in _passed:
+        _passed.add(text)
+        show(data.survey, data.root)
+        for split, name in data.missing:
+            log.warning("no image of %s has class %s; its metrics leave the class out", split, name)
 
 
 def _check_names() -> None:
@@ -137,14 +193,18 @@ def _check_trainer(options: str, multirun: bool) -> pl.Trainer:
 def _try(cfg: DictConfig, trained: str, losses: LossSet, trainer: pl.Trainer) -> None:
     """Do a run's first step, with the share of the batch that its last rank gets."""
     precision, device = trainer.strategy.precision_plugin, trainer.strategy.root_device
-    images, target = make_data(cfg).draw(TRAIN, 0, cfg.data.batch_size // _ranks(trainer))
-    net = make_net(cfg)
+    form = describe_data(cfg)
+    try:
+        images, target = first_batch(make_data(cfg), _ranks(trainer))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    net = make_net(cfg, form)
     for module in (net, losses):
         precision.convert_module(module).to(device)
     batch = precision.convert_input((images.to(device), target.to(device)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will give them
         try_step(
-            net, losses, trained, make_optimizer(cfg), batch, len(thresholds(cfg.theta)) + 1,
+            net, losses, trained, make_optimizer(cfg), batch, form,
             precision.forward_context(),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -26,7 +26,8 @@ class ConfigError(ValueError):
 
 
 @dataclass
-class DataConfig:
+class RandomConfig:
+    _target_: str = MISSING
     image_size: int = MISSING
     dims: int = MISSING
     low: float = MISSING
@@ -39,6 +40,29 @@ class DataConfig:
 
 
 @dataclass
+class FolderConfig:
+    _target_: str = MISSING
+    root: str = MISSING
+    images: str = MISSING
+    masks: str = MISSING
+    image_suffix: str = MISSING
+    mask_suffix: str = MISSING
+    val_share: float = MISSING
+    test_share: float = MISSING
+    target: str | None = MISSING
+    classes: Any = MISSING
+    ignore_index: int | None = MISSING
+    patch_size: Any = MISSING
+    sampling: str = MISSING
+    flip: bool = MISSING
+    intensity: float = MISSING
+    normalize: str = MISSING
+    batch_size: int = MISSING
+    num_workers: int | None = MISSING
+    cache_mb: int = MISSING
+
+
+@dataclass
 class ProbeConfig:
     every_n_steps: int = MISSING
     cosines: bool = MISSING
@@ -46,9 +70,10 @@ class ProbeConfig:
 
 @dataclass
 class Config:
-    theta: Any = MISSING
+    theta: Any = None  # of data=random
     seed: int = MISSING
     watch: list[Any] = MISSING
+    metric: str = MISSING
     threads: int = MISSING
     compile: bool = MISSING
     mode: str = MISSING
@@ -57,14 +82,21 @@ class Config:
     loss: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
-    data: DataConfig = MISSING
+    data: Any = MISSING
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
     probe: ProbeConfig = MISSING
     trainer: dict[str, Any] = MISSING
 
 
 def register() -> None:
     """Make the schema and the resolvers of conf/config.yaml known to Hydra."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    # In a group of Hydra's, which --help does not list as choices.
+    store.store(group="hydra/schema", name="random", node={"data": RandomConfig})
+    store.store(group="hydra/schema", name="folder", node={"data": FolderConfig})
     # `use_cache` keeps the names in the config, which Hydra sends to the processes of a launcher:
     # so all of them write to the folder of the one sweep.
     OmegaConf.register_new_resolver("sweep_name", names.sweep_name, use_cache=True, replace=True)
@@ -73,6 +105,9 @@ def register() -> None:
 
 
 # --- Values --------------------------------------------------------------------------------------
+
+# The _target_ of data=random and data=folder.
+RANDOM, FOLDER = "losswatch.data.random.ThresholdedImages", "losswatch.data.folder.FolderImages"
 
 LEVELS = 2**24  # values that a pixel of a random image can take, evenly spaced on [0, 1)
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # the largest float32
@@ -97,29 +132,68 @@ _AT_LEAST = {
 _FULL_LENGTH = {"fast_dev_run": False, "limit_train_batches": 1.0, "overfit_batches": 0.0}
 
 
+# Arguments of Lightning's Trainer that are not the user's, and what to take instead.
+_OWN = {
+    "logger": "loggers are chosen by logger=[tensorboard,csv]",
+    "callbacks": "callbacks are chosen by callbacks=[best,lr_monitor]",
+    "plugins": "it has plugins of its own",
+    "enable_checkpointing": "each validation writes a checkpoint",
+    "use_distributed_sampler": "each device draws its own share of a batch",
+    "num_sanity_val_steps": "the first step is tried before training",
+    "enable_model_summary": "callbacks are chosen by callbacks=[...]",
+    "check_val_every_n_epoch": "trainer.val_check_interval counts steps",
+    "max_epochs": "trainer.max_steps is the length of the training",
+}
+
+
 def check_values(cfg: DictConfig) -> None:
     """Check the values that types alone do not restrict enough.
 
     Raises:
         ConfigError: names the key, what is allowed and the value given.
     """
-    thresholds(OmegaConf.to_object(cfg.theta) if OmegaConf.is_config(cfg.theta) else cfg.theta)
+    _check_keys(cfg)
+    is_random = OmegaConf.select(cfg, "data._target_") == RANDOM
+    if is_random:
+        thresholds(OmegaConf.to_object(cfg.theta) if OmegaConf.is_config(cfg.theta) else cfg.theta)
     for key, least in _AT_LEAST.items():
         value = OmegaConf.select(cfg, key)
+        if key.startswith("data.") and not is_random:
+            continue  # its class checks its settings
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{key} must be a whole number of at least {least}, got {value}")
     if cfg.seed >= 2**63:
         raise ConfigError(f"seed must be less than 2^63, got {cfg.seed}")
     if not cfg.watch:
         raise ConfigError("watch must name at least one loss, got []")
-    if cfg.mode not in ("train", "test"):
-        raise ConfigError(f"mode must be train or test, got {cfg.mode}")
-    if (cfg.mode == "test") != (cfg.checkpoint is not None):
+    if cfg.mode not in ("train", "test", "predict"):
+        raise ConfigError(f"mode must be train, test or predict, got {cfg.mode}")
+    if (cfg.mode == "train") != (cfg.checkpoint is None):
         raise ConfigError(
-            "mode=test needs checkpoint=<file or run folder>, and checkpoint needs mode=test"
+            "mode=test and mode=predict need checkpoint=<file or run folder>, and checkpoint needs "
+            "one of these modes"
         )
-    _check_data(cfg.data)
+    if is_random:
+        _check_data(cfg.data)
     _check_training(cfg)
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    """See that each key is one that something reads; `+` can add any."""
+    kinds = {"": Config, "probe.": ProbeConfig}
+    kinds |= {"data.": {RANDOM: RandomConfig, FOLDER: FolderConfig}.get(cfg.data.get("_target_"))}  # type: ignore
+    for prefix, kind in kinds.items():
+        node = cfg[prefix[:-1]] if prefix else cfg
+        known = [f.name for f in fields(kind)] if kind else [str(key) for key in node]
+        unread = [str(key) for key in node if key not in known and key != "hydra"]
+        if unread:
+            has = ", ".join(name for name in known if name[0] != "_")
+            raise ConfigError(
+                f"{prefix}{unread[0]} is read by nothing; {prefix[:-1] or 'the config'} has {has}"
+            )
+    for key in _OWN:
+        if key in cfg.trainer:
+            raise ConfigError(f"trainer.{key} is set by losswatch; {_OWN[key]}")
 
 
 def _check_data(data: DictConfig) -> None:

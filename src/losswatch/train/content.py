@@ -1,13 +1,13 @@
 """What a checkpoint holds. This is the one place that knows its keys.
 
 A checkpoint is Lightning's, of a `SegmentationModule`. Under "losswatch" it also holds the run's
-config, the size of each of its event files at that step, and, of an ordinary run, the state of the
-random generators.
+config, the size of each of its event files at that step, and, of an ordinary run, the form of its
+data and the state of the random generators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,9 +15,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from losswatch.data.form import NORMALISATIONS, TARGETS, Form
+from losswatch.data.labels import check_classes
 from losswatch.losses import LossSet
 from losswatch.text import shortened
-from losswatch.train.config import ConfigError
+from losswatch.train.config import FOLDER, ConfigError
 from losswatch.train.settings import flat, plain
 
 Content = dict[str, Any]
@@ -32,6 +34,7 @@ def add_record(
     content: Content,
     config: dict[str, Any],
     events: dict[str, int],
+    data: dict[str, Any] | None = None,
     random: dict[str, Any] | None = None,
 ) -> None:
     """Put into a checkpoint what resuming needs.
@@ -40,12 +43,14 @@ def add_record(
         content: of the checkpoint.
         config: the run's, as plain data.
         events: bytes of each of its event files by name.
+        data: what `data_of` needs, as plain data.
         random: `randomness.get_state`.
     """
-    record: dict[str, Any] = {"config": config, "events": events}
-    content[_RECORD] = record if random is None else record | {"random": random}
-    # Only Lightning's timer has a state; a run that is resumed has all of its time again.
-    content["callbacks"] = {}
+    record = {"config": config, "events": events, "data": data, "random": random}
+    content[_RECORD] = {key: value for key, value in record.items() if value is not None}
+    # A run that is resumed has all of its time again.
+    states = content.get("callbacks", {})
+    content["callbacks"] = {name: s for name, s in states.items() if not name.startswith("Timer")}
 
 
 def as_of_lightning(
@@ -142,10 +147,37 @@ def random_of(content: Content) -> dict[str, Any] | None:
     return content.get(_RECORD, {}).get("random")
 
 
+def data_of(content: Content) -> tuple[Form, list[int]]:
+    """The form of the data that a network was trained on, and the value in a mask of each class.
+
+    Raises:
+        ConfigError: the checkpoint holds no such thing, or something else.
+    """
+    record = content.get(_RECORD, {}).get("data")
+    try:
+        if not is_plain(record):
+            raise TypeError
+        values = [int(value) for value in record["values"]]
+        form = Form(
+            in_channels=int(record["in_channels"]),
+            classes=tuple(map(str, record["classes"])),
+            dims=int(record["dims"]),
+            target=str(record["target"]),
+            has_ignored=bool(record["has_ignored"]),
+        )
+    except (TypeError, KeyError, ValueError):
+        raise ConfigError(
+            "checkpoint: it does not say what classes it knows; mode=predict needs one of a run "
+            "with data=folder"
+        ) from None
+    return form, values
+
+
 def adopt(cfg: DictConfig, content: Content, given: Collection[str]) -> None:
     """Set θ, seed, data and the model's numbers as in a checkpoint, except for the keys `given`.
 
-    Only numbers are taken, so that nothing in a file is ever imported or called.
+    Only numbers are taken, so that nothing in a file is ever imported or called. Of data=folder
+    also the settings in `_WORDS`, if they are what is allowed there.
     """
     saved, now = dict(flat(config_of(content))), dict(flat(plain(cfg)))
     for key in now:
@@ -157,6 +189,27 @@ def adopt(cfg: DictConfig, content: Content, given: Collection[str]) -> None:
         numbers = value if isinstance(value, list) else [value]
         if all(isinstance(n, int | float) for n in numbers):
             OmegaConf.update(cfg, key, value)
+    if {saved.get("data._target_"), now.get("data._target_")} != {FOLDER}:
+        return
+    for name, is_allowed in _WORDS.items():
+        value = config_of(content)["data"].get(name)
+        if not any(key.startswith(f"data.{name}") for key in given) and is_allowed(value):
+            OmegaConf.update(cfg, f"data.{name}", value, merge=False)
+
+
+def _are_classes(value: Any) -> bool:
+    try:
+        return bool(check_classes(value, overlap=True)) and "$" not in str(value)
+    except ValueError:
+        return False
+
+
+# Settings of data=folder that are no numbers and that a test needs as they were in the training.
+_WORDS: dict[str, Callable[[Any], bool]] = {
+    "normalize": NORMALISATIONS.__contains__,
+    "target": TARGETS.__contains__,
+    "classes": _are_classes,
+}
 
 
 def load_net(net: nn.Module, content: Mapping[str, Any]) -> None:

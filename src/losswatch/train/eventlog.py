@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from losswatch.compat import process_rank
+from losswatch.data.survey import Survey
 from losswatch.events.charts import add_charts
 from losswatch.events.encode import put_last
 from losswatch.events.layout import SUFFIX
@@ -78,27 +79,49 @@ def add_hparams(logger: EventLog, cfg: DictConfig, loss: str) -> None:
         logger.experiment.file_writer.add_summary(summary)
 
 
-def log_images(
-    logger: TensorBoardLogger, image: Tensor, label: Tensor, logits: Tensor, step: int
-) -> None:
-    """Log input, label and prediction side by side, a row for each image.
+def log_survey(logger: TensorBoardLogger, found: Survey) -> None:
+    """Log the share of each class in each split as a picture."""
+    # Imported late: Matplotlib takes a second.
+    from matplotlib.figure import Figure
+
+    table = found.classes.pivot(index="class", columns="split", values="share")
+    table = table.loc[found.classes["class"].unique(), found.splits.index]
+    figure = Figure(figsize=(6, 1.5 + 0.35 * len(table)), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="share of pixels")
+    table[::-1].plot.barh(ax=axes)
+    axes.set_ylabel("")
+    logger.experiment.add_figure("data/class_shares", figure)
+
+
+def side_by_side(image: Tensor, label: Tensor, logits: Tensor) -> Tensor:
+    """Input, label and prediction as one picture, a row for each image. Ignored pixels are red.
 
     Args:
-        logger, step: where and when.
-        image: [N, 1, *space].
-        label: [N, *space].
+        image: [N, channels, *space]; three are shown as colours, of others the first one.
+        label: [N, *space], or [N, C, *space] where classes overlap; brighter where more of them do.
         logits: [N, C, *space].
+
+    Returns:
+        [3, height, width], from 0 to 1.
     """
-    prediction, brightest = logits.argmax(dim=1), logits.shape[1] - 1
-    image = image[:, 0].float()
+    if label.ndim == logits.ndim and label.shape[1] > 1:
+        label, prediction, brightest = label.sum(1), (logits > 0).sum(1), logits.shape[1]
+    else:
+        label = label.reshape(len(label), *logits.shape[2:])
+        prediction, brightest = logits.argmax(dim=1), max(1, logits.shape[1] - 1)
+    image = image[:, :3] if image.shape[1] == 3 else image[:, :1].expand(-1, 3, *image.shape[2:])
+    image = image.float()
     low, high = image.amin(), image.amax()
-    tiles = [(image - low) / (high - low).clamp_min(1e-6), label / brightest]
-    grid = torch.stack([*tiles, prediction / brightest], dim=1)
-    if grid.ndim == 5:  # of a volume, the middle slice
-        grid = grid[:, :, grid.shape[2] // 2]
+    red = torch.tensor([1.0, 0, 0], device=image.device).view(1, 3, *[1] * (image.ndim - 2))
+    ignored = (label < 0).unsqueeze(1)
+    tiles = [(image - low) / (high - low).clamp_min(1e-6)]
+    for classes in (label, prediction):
+        tiles.append(torch.where(ignored, red, (classes / brightest).unsqueeze(1).float()))
+    grid = torch.stack(tiles, dim=1)  # [N, 3, 3, *space]
+    if grid.ndim == 6:  # of a volume, the middle slice
+        grid = grid[..., grid.shape[3] // 2, :, :]
     zoom = -(-96 // grid.shape[-1])  # TensorBoard shows a pixel as a pixel
-    grid = grid.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    grid = grid.repeat_interleave(zoom, dim=3).repeat_interleave(zoom, dim=4)
     grid = F.pad(grid, (4, 4, 4, 4), value=0.5)
-    rows, columns, height, width = grid.shape
-    picture = grid.transpose(1, 2).reshape(1, rows * height, columns * width)
-    logger.experiment.add_image("images/input_label_prediction", picture, step)
+    rows, columns, colours, height, width = grid.shape
+    return grid.permute(2, 0, 3, 1, 4).reshape(colours, rows * height, columns * width)

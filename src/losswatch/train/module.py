@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -10,10 +11,13 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from losswatch.data.form import IGNORED, Form
+from losswatch.data.modules import as_pair
 from losswatch.events.encode import write_scalars
 from losswatch.losses import LossSet
-from losswatch.train.evaluation import Tally, metrics, tally
+from losswatch.train.evaluation import ImageScores, PixelScores
 from losswatch.train.finite import FiniteCheck
+from losswatch.watch.outputs import as_softmax, as_target
 
 
 class SegmentationModule(pl.LightningModule):
@@ -22,10 +26,13 @@ class SegmentationModule(pl.LightningModule):
     Parameters of the trained loss are trained together with the network's.
 
     Args:
-        net: maps images [N, 1, *space] to logits [N, C, *space].
+        net: maps images [N, channels, *space] to logits [N, C, *space].
         losses: the losses watched, the trained one among them.
         trained: its name.
         optimizer: makes an optimiser from the parameters.
+        form: of the data, for images of the user's; None for random images.
+        infer: from the network and images of any size to its output.
+        scheduler: from an optimiser to Lightning's config of its scheduler.
     """
 
     def __init__(
@@ -34,29 +41,50 @@ class SegmentationModule(pl.LightningModule):
         losses: LossSet,
         trained: str,
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        form: Form | None = None,
+        infer: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.net, self.losses, self.trained = net, losses, trained
         self.loss = losses.losses[losses.names.index(trained)]
         for loss in losses.losses:  # a loss that is only watched is not trained
             loss.requires_grad_(loss is self.loss)
-        self.make_optimizer = optimizer
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.finite = FiniteCheck(trained)
-        self.tally: Tally | None = None  # of the evaluation under way
+        self.target = form.target if form else "softmax"
+        self.is_random = form is None
+        # For `Watch`.
+        self.ignore_index = IGNORED if form and form.has_ignored else None
+        self.activation = "sigmoid" if self.target == "multilabel" else "softmax"
+        self.infer = infer or (lambda net, images: net(images))
+        self.scores = ImageScores(form, losses.names) if form else PixelScores()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+        """The logits for images of any size, as the losses read them."""
+        return self._as_logits(self.infer(self.net, images))
+
+    def _as_logits(self, output: Tensor) -> Tensor:
+        # One channel of a sigmoid is a softmax of two classes. So losses, metrics and pictures know
+        # nothing of it.
+        return as_softmax(output, self.target) if self.target == "sigmoid" else output
+
+    def _as_target(self, target: Tensor, logits: Tensor) -> Tensor:
+        return target if self.target == "multilabel" else as_target(target, logits)
 
     # -- training ----------------------------------------------------------------------------------
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, target = batch
-        logits = self.net(images)
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, target = as_pair(batch)
+        logits = self._as_logits(self.net(images))
         self.finite.check_logits(self, logits)
-        value = self.loss(logits, target)
+        value = self.loss(logits, self._as_target(target, logits))
         self.finite.see(logits, value)
         return value
 
@@ -75,31 +103,38 @@ class SegmentationModule(pl.LightningModule):
 
     # -- evaluation --------------------------------------------------------------------------------
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
-        images, target = batch
-        found = tally(self.net(images), target, self.losses)
-        self.tally = self.tally.plus(found) if self.tally else found
+    def _evaluate(self, batch: Any) -> Tensor:
+        images, target = as_pair(batch)
+        logits = self(images)
+        self.scores.add(logits, self._as_target(target, logits), self.losses)
+        return logits
 
     def _report(self, stage: str) -> None:
-        assert self.tally is not None
-        total = Tally(*(self.trainer.strategy.reduce(t, reduce_op="sum") for t in self.tally))
-        self.tally = None
-        found = metrics(total, self.losses.names)
+        found = self.scores.take(self.trainer.strategy)
         scalars = {f"{stage}/{name}": value for name, value in found.items()}
         self.log_dict(scalars, logger=False)
-        if isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero:
-            values = torch.stack(list(scalars.values())).cpu().numpy()[None]
-            step = np.array([self.trainer.global_step])
-            write_scalars(self.logger.experiment, list(scalars), step, values)
+        if not self.trainer.is_global_zero:
+            return
+        values = torch.stack(list(scalars.values())).cpu().numpy()
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                step = np.array([self.trainer.global_step])
+                write_scalars(logger.experiment, list(scalars), step, values[None])
+            else:
+                numbers = dict(zip(scalars, values.tolist(), strict=True))
+                logger.log_metrics(numbers, step=self.trainer.global_step)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
+
+    def predict_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        return self(images)

@@ -27,12 +27,12 @@ def run_name(overrides: Sequence[str]) -> str:
 
     >>> run_name(["loss=dice", "theta=0.05"])
     'loss=dice,theta=0.05'
-    >>> run_name([])
-    'default'
+    >>> run_name(["++loss.alpha=0.3"]), run_name([])
+    ('loss.alpha=0.3', 'default')
     >>> run_name(["note=a b"])
     'note=a_b-c692bc42'
     """
-    ordered = sorted(overrides)
+    ordered = sorted(override.removeprefix("++") for override in overrides)
     name = ",".join(ordered) or "default"
     if all(map(_PLAIN.fullmatch, ordered)) and len(name.encode()) <= _LONGEST:
         return name
@@ -68,14 +68,24 @@ def run_folder(resume: str | None, overrides: Sequence[str]) -> str:
 
 
 def quoted(argument: str) -> str:
-    """A command-line argument, its value quoted if it is a path.
+    """A command-line argument in the form that Hydra reads as it is meant.
 
-    Hydra would split the name of a run's folder at its "=" and ",".
+    A value with "=" is quoted, since Hydra would split it there, and so is the name of a run's
+    folder, which has commas. A setting of the loss may be one that its file does not name.
 
     >>> quoted("resume=outputs/a/loss=dice,theta=0.5"), quoted("theta=0.5")
     ("resume='outputs/a/loss=dice,theta=0.5'", 'theta=0.5')
+    >>> quoted("hydra.run.dir=a=b"), quoted("loss.alpha=0.3")
+    ("hydra.run.dir='a=b'", '++loss.alpha=0.3')
     """
-    key, _, value = argument.partition("=")
-    if key not in ("resume", "checkpoint") or value in ("", "null") or value[0] in "\"'":
+    key, is_override, value = argument.partition("=")
+    if not is_override or key.startswith("-"):
         return argument
-    return f"{key}='{value}'"
+    if key.startswith("loss."):
+        argument = f"++{argument}"
+    is_path = key in ("resume", "checkpoint") and value not in ("", "null")
+    if value[:1] in ("'", '"') or not (is_path or "=" in value and value[:1] not in ("[", "{")):
+        return argument
+    if is_path or "," not in value:
+        return f"{key}='{value}'"
+    return f"{key}=" + ",".join(f"'{part}'" if "=" in part else part for part in value.split(","))

@@ -6,11 +6,19 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from losswatch.files import replace_file
 from losswatch.text import printable, reason
 from losswatch.train.content import is_plain
+
+
+class Reached(NamedTuple):
+    """What training or testing has reached."""
+
+    steps: int  # done in all
+    metrics: dict[str, float]  # of the last validation and of the test
+    is_done: bool = True  # False: to be resumed
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import EarlyStopping
 
+from losswatch import compat
+from losswatch.data.folder import FolderImages, UnlabelledImages
+from losswatch.data.form import Form
+from losswatch.data.modules import has_steps, has_test
+from losswatch.data.random import ThresholdedImages
 from losswatch.train.build import (
+    describe_data,
+    make_callbacks,
     make_data,
+    make_loggers,
     make_losses,
     make_net,
     make_optimizer,
+    make_scheduler,
     trainer_options,
 )
-from losswatch.train.callbacks import Checkpoints, Images, Progress
+from losswatch.train.callbacks import Checkpoints, Images, Predictions, Progress
 from losswatch.train.checkpoints import AtomicCheckpoints, find
-from losswatch.train.content import load_loss, load_net, step_of
-from losswatch.train.eventlog import EventLog, open_log
+from losswatch.train.config import ConfigError
+from losswatch.train.content import data_of, load_loss, load_net, step_of
+from losswatch.train.eventlog import EventLog, log_survey, open_log
 from losswatch.train.folder import announce, take_up
 from losswatch.train.module import SegmentationModule
+from losswatch.train.outcome import Reached
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import run_process
 from losswatch.train.settings import plain
@@ -28,7 +41,7 @@ from losswatch.train.sync_batch_norm import LayerSync
 from losswatch.watch.lightning import Watch
 
 
-def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, float]]:
+def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     """Train one run in `folder`, from its newest checkpoint if there is one.
 
     Args:
@@ -36,67 +49,130 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, f
         trained: the name of the trained loss.
         folder: where it writes everything.
 
-    Returns:
-        the number of steps that are done, and the metrics then.
     """
     start = take_up(folder, below=cfg.trainer.max_steps)
     announce(start.notice, start.step)
-    net = make_net(cfg)
+    data, form = make_data(cfg), describe_data(cfg)
+    net = make_net(cfg, form)
     with run_process(net, cfg.threads, cfg.seed):
-        module = _make_module(cfg, trained, net)
-        checkpoints = Checkpoints(folder, plain(cfg), start.random)
+        module = _make_module(cfg, trained, net, data, form)
+        checkpoints = Checkpoints(folder, plain(cfg), _about(data, form), start.random)
         logger = open_log(cfg, trained, folder, start.events)
-        trainer = _make_trainer(cfg, module, logger, checkpoints)
-        data = make_data(cfg)
+        if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
+            log_survey(logger, data.survey)
+        trainer = _make_trainer(cfg, data, module, logger, checkpoints)
         trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
         steps, options = trainer.global_step, trainer_options(cfg)
-        is_done = steps >= options["max_steps"]
+        is_done = steps >= options["max_steps"] or is_ended_early(trainer)
         if is_done and steps % options["val_check_interval"]:  # validate the final weights, too
             trainer.validate(module, data, verbose=False)
         metrics = _metrics(trainer)
         if is_done:
             checkpoints.save(trainer)
-            trainer.test(module, data, verbose=False)
-            metrics |= _metrics(trainer)
+            if has_test(data):
+                trainer.test(module, data, verbose=False)
+                metrics |= _metrics(trainer)
         logger.close()
-    return steps, metrics
+    return Reached(steps, metrics, is_done)
 
 
-def test(cfg: DictConfig, trained: str, folder: Path) -> tuple[int, dict[str, float]]:
+def test(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     """Test the network in `cfg.checkpoint`; nothing is trained.
 
     Args and returns as of `train`.
     """
-    content = find(cfg.checkpoint)
-    net = make_net(cfg)
+    content, data, form = find(cfg.checkpoint), make_data(cfg), describe_data(cfg)
+    net = make_net(cfg, form)
     load_net(net, content)
     with run_process(net, cfg.threads, cfg.seed):
-        module = _make_module(cfg, trained, net)
+        module = _make_module(cfg, trained, net, data, form)
         load_loss(module.loss, content)
         logger = EventLog(str(folder))
-        trainer = pl.Trainer(
-            **trainer_options(cfg) | {"enable_progress_bar": False},
-            logger=logger,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-        trainer.test(module, make_data(cfg), verbose=False)
+        trainer = _make_tester(cfg, logger)
+        if isinstance(data, FolderImages):
+            cases = data.layout.cases["test"]
+            trainer.callbacks.append(Predictions(folder, form, data.values, cases))  # type: ignore
+        trainer.test(module, data, verbose=False)
         logger.close()
-        return step_of(content), _metrics(trainer)
+        return Reached(step_of(content), _metrics(trainer))
 
 
-def _make_module(cfg: DictConfig, trained: str, net: Any) -> SegmentationModule:
-    losses = make_losses(loss_nodes(cfg, trained))
-    return SegmentationModule(net, losses, trained, make_optimizer(cfg))
+def predict(cfg: DictConfig, trained: str, folder: Path) -> Reached:
+    """Predict the masks of images without labels, by the network in `cfg.checkpoint`.
+
+    Args and returns as of `train`; there are no metrics.
+    """
+    content = find(cfg.checkpoint)
+    form, values = data_of(content)
+    try:
+        data = UnlabelledImages(
+            cfg.data.root, form, cfg.data.normalize, cfg.data.patch_size, cfg.data.batch_size
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    net = make_net(cfg, form)
+    load_net(net, content)
+    with run_process(net, cfg.threads, cfg.seed):
+        module = _make_module(cfg, trained, net, data, form)
+        trainer = _make_tester(cfg, False)
+        trainer.callbacks.append(Predictions(folder, form, values, data.cases))  # type: ignore
+        trainer.predict(module, data, return_predictions=False)
+    return Reached(step_of(content), {})
+
+
+def _make_tester(cfg: DictConfig, logger: EventLog | bool) -> pl.Trainer:
+    return pl.Trainer(
+        **trainer_options(cfg) | {"enable_progress_bar": False},
+        logger=logger,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+
+
+def _make_module(
+    cfg: DictConfig, trained: str, net: Any, data: pl.LightningDataModule, form: Form
+) -> SegmentationModule:
+    losses = make_losses(loss_nodes(cfg, trained), form)
+    own = None if isinstance(data, ThresholdedImages) else form
+    infer = getattr(data, "infer", None)
+    return SegmentationModule(
+        net, losses, trained, make_optimizer(cfg), own, infer, make_scheduler(cfg)
+    )
+
+
+def _about(data: pl.LightningDataModule, form: Form) -> dict[str, Any]:
+    """What checkpoints hold of the data: what prediction needs."""
+    values = getattr(data, "values", [])
+    return dataclasses.asdict(form) | {"classes": list(form.classes), "values": values}
 
 
 def _make_trainer(
-    cfg: DictConfig, module: SegmentationModule, logger: EventLog, checkpoints: Checkpoints
+    cfg: DictConfig,
+    data: pl.LightningDataModule,
+    module: SegmentationModule,
+    logger: EventLog,
+    checkpoints: Checkpoints,
 ) -> pl.Trainer:
     options = trainer_options(cfg)
-    callbacks: list[pl.Callback] = [checkpoints, Images()]
+    if has_steps(data):
+        options["max_epochs"] = 1  # the whole training is one epoch
+    else:
+        options |= {"max_epochs": -1, "check_val_every_n_epoch": None}
+    folder = checkpoints.folder
+    if cfg.callbacks:  # Lightning's write every 50 steps otherwise
+        options.setdefault("log_every_n_steps", 1)
+    callbacks = [checkpoints, Images(together=module.is_random), *make_callbacks(cfg, folder)]
     watch = (
-        Watch(module.losses, "loss", **cfg.probe, strict=True) if cfg.probe.every_n_steps else None
+        Watch(
+            module.losses,
+            "loss",
+            **cfg.probe,
+            activation=module.activation,
+            ignore_index=module.ignore_index,
+            strict=True,
+        )  # fmt: skip
+        if cfg.probe.every_n_steps
+        else None
     )
     if watch:
         callbacks.insert(0, watch)
@@ -107,14 +183,19 @@ def _make_trainer(
         plugins.append(LayerSync())
     return pl.Trainer(
         **options,
-        logger=logger,
+        logger=[logger, *make_loggers(cfg, folder)],
         callbacks=callbacks,
         plugins=plugins,
-        max_epochs=1,  # the whole training is one epoch
         use_distributed_sampler=False,  # each rank draws its own share of a batch
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+
+
+def is_ended_early(trainer: pl.Trainer) -> bool:
+    """Whether early stopping has ended the training; a run whose time is up is to be resumed."""
+    stoppers = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore
+    return any(stopper.stopping_reason_message is not None for stopper in stoppers)
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float]:

@@ -11,9 +11,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from losswatch.text import shortened
+from losswatch.train.config import RANDOM
 
 # What may differ when a run is resumed.
-_FREE = ("resume", "mode", "checkpoint", "trainer.enable_progress_bar", "trainer.max_time")
+_FREE = (
+    "resume", "mode", "checkpoint", "metric", "logger", "trainer.enable_progress_bar",
+    "trainer.max_time",
+)  # fmt: skip
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -43,6 +47,8 @@ def differences(earlier: Mapping[str, Any], cfg: DictConfig) -> list[str]:
         cfg: the config of this command.
     """
     old, new = dict(flat(earlier)), dict(flat(plain(cfg)))
+    # A run of a time when there was one kind of data names none.
+    old = {"data._target_": RANDOM} | old
     return [
         f"{shortened(key)} was {shortened(old.get(key, 'not set'))}, now {new.get(key, 'not set')}"
         for key in sorted(old.keys() | new.keys())

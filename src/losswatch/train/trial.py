@@ -16,9 +16,11 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from losswatch.data.form import Form
 from losswatch.losses import LossSet
 from losswatch.train.config import ConfigError
 from losswatch.train.randomness import draws
+from losswatch.watch.outputs import as_softmax, as_target
 
 
 class Traits(NamedTuple):
@@ -34,7 +36,7 @@ def try_step(
     trained: str,
     make_optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
     batch: tuple[Tensor, Tensor],
-    num_classes: int,
+    form: Form,
     autocast: AbstractContextManager | None = None,
 ) -> Traits:
     """Do one training step and call all losses; this changes `net` and `losses`.
@@ -43,8 +45,8 @@ def try_step(
         net: on the device of the batch.
         losses: the losses watched, `trained` among them.
         make_optimizer: from parameters to an optimiser.
-        batch: images [N, 1, *space] and labels [N, *space].
-        num_classes: the channels that the logits must have.
+        batch: images and labels.
+        form: of the data.
         autocast: the context of the forward pass and the losses.
 
     Raises:
@@ -66,7 +68,11 @@ def try_step(
             logits = _call("model", net, images)
             if draws(net, images):
                 random.append("model")
-            _check_logits(logits, (len(images), num_classes, *images.shape[2:]), images)
+            _check_logits(logits, (len(images), form.channels, *images.shape[2:]), images)
+            if form.target == "sigmoid":
+                logits = as_softmax(logits, "sigmoid")
+            if form.target != "multilabel":
+                target = as_target(target, logits)
             for name, loss in zip(losses.names, losses.losses, strict=True):
                 _try_loss(name, loss, logits, target)
                 if not losses.is_foreign(name):

@@ -1,0 +1,229 @@
+"""The groups logger, callbacks and scheduler, `metric`, and keys that nothing reads."""
+
+import json
+import math
+import re
+
+import pandas as pd
+import pytest
+import torch
+from conftest import read_result, run_folders, run_train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
+
+
+def train(cwd, *arguments, **options):
+    """A short run; its folder and what it printed."""
+    done = run_train(*QUICK, *arguments, "hydra.run.dir=run", cwd=cwd, **options)
+    return cwd / "run", done
+
+
+def curve(folder, tag):
+    return [(e.step, e.value) for e in EventAccumulator(str(folder)).Reload().Scalars(tag)]
+
+
+# --- Loggers -------------------------------------------------------------------------------------
+
+
+def test_a_second_logger_gets_the_same_numbers(tmp_path):
+    folder, _ = train(tmp_path, "logger=[tensorboard,csv]", "watch=[cce,dice]")
+    frame = pd.read_csv(folder / "csv/version_0/metrics.csv").set_index("step")
+    for tag in ("loss/cce", "grad_norm/dice", "val/dice", "val/loss/cce", "test/accuracy"):
+        steps, values = zip(*curve(folder, tag), strict=True)
+        found = frame[tag].dropna()
+        assert list(found.index) == list(steps)
+        assert list(found) == pytest.approx(values, rel=1e-6)
+    assert len(frame["loss/cce"].dropna()) == 12
+
+
+@pytest.mark.filterwarnings("ignore")  # their own
+@pytest.mark.parametrize("name", ["wandb", pytest.param("mlflow", marks=pytest.mark.slow)])
+def test_loggers_of_services(tmp_path, name, monkeypatch):
+    pytest.importorskip(name)
+    more = ["logger.wandb.offline=true"] if name == "wandb" else []
+    folder, _ = train(tmp_path, f"logger={name}", *more)
+    wanted = curve(folder, "val/dice/class_1")
+    if name == "wandb":
+        [run] = (folder / "wandb").rglob("offline-run-*")
+        assert list((run / "files/media").rglob("*.png"))
+        return
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [experiment] = client.search_experiments(filter_string="name = 'losswatch'")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "run"
+    history = client.get_metric_history(run.info.run_id, "val/dice/class_1")
+    assert [(m.step, m.value) for m in history] == [
+        (step, pytest.approx(value, rel=1e-6)) for step, value in wanted
+    ]
+
+
+# --- Callbacks -----------------------------------------------------------------------------------
+
+
+def test_early_stopping_ends_a_run_that_counts_as_done(tmp_path):
+    folder, _ = train(
+        tmp_path, "callbacks=early_stopping", "callbacks.early_stopping.patience=2",
+        "optimizer.lr=1e-12", "trainer.max_steps=100",
+    )  # fmt: skip
+    result = read_result(folder)
+    assert (result["status"], result["steps"]) == ("done", 12)
+    assert [step for step, _ in curve(folder, "val/dice")] == [4, 8, 12]
+    assert "test/dice" in result["metrics"]
+    again = run_train(
+        *QUICK, "callbacks=early_stopping", "callbacks.early_stopping.patience=2",
+        "optimizer.lr=1e-12", "trainer.max_steps=100", "resume=run", cwd=tmp_path,
+    )  # fmt: skip
+    assert "done before, skipped" in again.stderr
+
+
+def test_the_best_checkpoint_is_that_of_the_metric(tmp_path):
+    folder, _ = train(
+        tmp_path, "callbacks=[best,lr_monitor]", "metric=val/loss/cce", "callbacks.best.mode=min",
+        "optimizer.lr=0.05", "trainer.max_steps=24",
+    )  # fmt: skip
+    values = dict(curve(folder, "val/loss/cce"))
+    best = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    assert best["global_step"] == min(values, key=values.get)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "best.ckpt", "step=24.ckpt",
+    ]  # fmt: skip
+    tags = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
+    assert "lr-Adam" in tags
+    tested = run_train(
+        "experiment=smoke", "mode=test", "checkpoint=run/checkpoints/best.ckpt", cwd=tmp_path
+    )
+    assert "test accuracy" in tested.stderr
+
+
+# --- Schedulers ----------------------------------------------------------------------------------
+
+RATES = {
+    "cosine": lambda i: 0.5e-2 * (1 + math.cos(math.pi * i / 12)),
+    "warmup": lambda i: 1e-2 * (0.01 + 0.99 * min(i, 6) / 6),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_rate_over_the_training(tmp_path, name):
+    more = ["scheduler.total_iters=6"] if name == "warmup" else []
+    folder, _ = train(
+        tmp_path, f"scheduler={name}", *more, "optimizer.lr=1e-2", "callbacks=lr_monitor"
+    )
+    steps, values = zip(*curve(folder, "lr-Adam"), strict=True)
+    assert list(values) == pytest.approx([RATES[name](i) for i in range(len(steps))], rel=1e-4)
+
+
+def test_a_plateau_lowers_the_rate(tmp_path):
+    folder, _ = train(
+        tmp_path, "scheduler=plateau", "scheduler.patience=0", "optimizer.lr=1e-9",
+        "trainer.max_steps=24", "callbacks=lr_monitor", "+scheduler.eps=0",
+    )  # fmt: skip
+    values = [value for _, value in curve(folder, "lr-Adam")]
+    assert values[0] == pytest.approx(1e-9) and values[-1] <= 0.31e-9
+
+
+def test_resuming_keeps_scheduler_and_patience(tmp_path):
+    """Bit for bit: the optimiser's rate and the count of validations go on where they were."""
+    options = [
+        "scheduler=cosine", "callbacks=[early_stopping,best]", "trainer.max_steps=24",
+        "callbacks.early_stopping.patience=50",
+    ]  # fmt: skip
+    whole = run_train(*QUICK, *options, "hydra.run.dir=whole", cwd=tmp_path)
+    assert "Traceback" not in whole.stderr
+    stopping = [*options, "+trainer.max_time=00:00:00:00", "hydra.run.dir=half"]
+    run_train(*QUICK, *stopping, cwd=tmp_path, status=1)
+    assert read_result(tmp_path / "half")["status"] == "stopped"
+    run_train(*QUICK, *options, "resume=half", cwd=tmp_path)
+    states = [
+        torch.load(tmp_path / name / "checkpoints/step=24.ckpt", weights_only=True)
+        for name in ("whole", "half")
+    ]
+    for key, value in states[0]["state_dict"].items():
+        assert torch.equal(value, states[1]["state_dict"][key])
+    assert states[0]["lr_schedulers"] == states[1]["lr_schedulers"]
+    waits = [
+        next(s["wait_count"] for name, s in state["callbacks"].items() if "Early" in name)
+        for state in states
+    ]
+    assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize(
+    "option, why",
+    [
+        ("scheduler=cosine", "a scheduler needs the ordinary step"),
+        ("logger=csv", "logger=csv needs the ordinary step"),
+        ("callbacks=best", "callbacks=best needs the ordinary step"),
+    ],
+)
+def test_compiled_runs_say_that_they_are_not(tmp_path, option, why):
+    _, done = train(tmp_path, option, "compile=true")
+    assert f"not compiled: {why}" in done.stderr
+
+
+# --- The metric ----------------------------------------------------------------------------------
+
+
+def test_the_score_is_the_metric(tmp_path, monkeypatch):
+    """What a search gets: the value of `metric` in result.json."""
+    from losswatch.task import score
+
+    folder, _ = train(tmp_path, "metric=val/dice/class_1")
+    result = read_result(folder)
+
+    class Config:
+        metric, mode = "val/dice/class_1", "train"
+
+    assert score(result["metrics"], Config) == result["metrics"]["val/dice/class_1"]
+    Config.mode = "test"
+    assert score(result["metrics"], Config) == result["metrics"]["test/dice/class_1"]
+    assert math.isnan(score({}, Config))
+
+
+# --- Keys ----------------------------------------------------------------------------------------
+
+REFUSED = {
+    "+note=1": "note is read by nothing; the config has theta, seed, ",
+    "+data.x=1": "data.x is read by nothing; data has image_size, ",
+    "+probe.x=1": "probe.x is read by nothing; probe has every_n_steps, cosines",
+    "+trainer.x=1": "trainer: .* unexpected keyword argument 'x'",
+    "+trainer.logger=true": "trainer.logger is set by losswatch; loggers are chosen by logger=",
+    "+trainer.max_epochs=3": "trainer.max_epochs is set by losswatch; trainer.max_steps is",
+    "+callbacks=early": "there is no callbacks=early; callbacks is one of best, early_stopping, ",
+    "logger=tensorbord": "there is no logger=tensorbord; logger is one of csv, mlflow, ",
+    "loss.alhpa=0.3": "loss dice: .*alhpa",
+    "metric=val/dise": "metric=val/dise is computed by no validation; it has val/accuracy, ",
+    "callbacks=[best] callbacks.best.save_top_k=many": "callbacks.best.save_top_k must be ",
+    "scheduler=cosine scheduler.T_max=x": "scheduler.T_max must be a whole number, got 'x'",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_refused_in_one_line(tmp_path, overrides):
+    done = run_train(*QUICK, *overrides.split(), cwd=tmp_path, status=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(f"losswatch: {REFUSED[overrides]}", last), last
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_each_knob_of_a_loss_can_be_changed(tmp_path):
+    """Also those that its file does not name; folder and table show the plain override."""
+    run_train(
+        "-m", *QUICK, "loss=dice", "loss.alpha=0.3,0.7", "watch=[cce,dice]", cwd=tmp_path
+    )  # fmt: skip
+    runs = run_folders(tmp_path)
+    alphas = {read_result(folder)["config"]["loss"]["alpha"] for folder in runs.values()}
+    assert alphas == {0.3, 0.7}
+    assert all("loss.alpha=0." in name and "+" not in name for name in runs)
+    [sweep] = {folder.parent for folder in runs.values()}
+    assert set(pd.read_csv(sweep / "summary.csv")["loss.alpha"]) == {0.3, 0.7}
+
+
+def test_paths_with_an_equals_sign(tmp_path):
+    run_train(*QUICK, "hydra.run.dir=a=b/c=d", cwd=tmp_path)
+    assert read_result(tmp_path / "a=b/c=d")["status"] == "done"
+    config = json.dumps(read_result(tmp_path / "a=b/c=d")["config"])
+    assert "max_steps" in config
