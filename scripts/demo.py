@@ -2,7 +2,7 @@
 
     pip install -e ".[images,joblib]"
     python scripts/demo.py nuclei     one microscope image with 125 nuclei; 3 minutes on two cores
-    python scripts/demo.py brain      one brain; the dial is the size of a region; 6 minutes
+    python scripts/demo.py brain      one brain; the dial is the size of a region; 10 minutes
 
 Each fetches its data from a package (`pip download stardist`, `apt-get download mricron-data`),
 lays it out as a folder, sweeps losses and seeds, and writes a table and a picture to
