@@ -141,7 +141,7 @@ class ThresholdedImages(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_size, self.test_size = val_size, test_size
         self.num_workers = num_workers
-        classes = ("background", *(f"class_{i + 1}" for i in range(len(thresholds))))
+        classes = tuple(f"class_{i}" for i in range(len(thresholds) + 1))
         self.form = Form(in_channels=1, classes=classes, dims=dims)
         self.device = torch.device("cpu")
         self.rank, self.world_size = 0, 1

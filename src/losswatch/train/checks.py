@@ -32,7 +32,7 @@ from losswatch.train.build import (
     make_scheduler,
     trainer_options,
 )
-from losswatch.train.config import RANDOM, ConfigError, check_values
+from losswatch.train.config import ConfigError, check_values
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import quiet
 from losswatch.train.settings import plain
@@ -85,10 +85,7 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
 
 def _check_metric(cfg: DictConfig, trained: str) -> None:
     """See that `cfg.metric` is one that each validation computes."""
-    form = describe_data(cfg)
-    classes = form.classes
-    if cfg.data.get("_target_") == RANDOM:
-        classes = tuple(f"class_{i}" for i in range(len(classes)))
+    classes = describe_data(cfg).classes
     scores = [f"{name}/{label}" for name in ("dice", "iou") for label in classes]
     losses = [f"loss/{name}" for name in dict.fromkeys((*cfg.watch, trained))]
     known = [f"val/{name}" for name in ("accuracy", "dice", "iou", *scores, *losses)]

@@ -168,6 +168,8 @@ def check_values(cfg: DictConfig) -> None:
         raise ConfigError("watch must name at least one loss, got []")
     if cfg.mode not in ("train", "test", "predict"):
         raise ConfigError(f"mode must be train, test or predict, got {cfg.mode}")
+    if cfg.mode == "predict" and cfg.data.get("_target_") != FOLDER:
+        raise ConfigError("mode=predict needs data=folder and data.root=<folder of images>")
     if (cfg.mode == "train") != (cfg.checkpoint is None):
         raise ConfigError(
             "mode=test and mode=predict need checkpoint=<file or run folder>, and checkpoint needs "

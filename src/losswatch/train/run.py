@@ -48,7 +48,6 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         cfg: its config.
         trained: the name of the trained loss.
         folder: where it writes everything.
-
     """
     start = take_up(folder, below=cfg.trainer.max_steps)
     announce(start.notice, start.step)
@@ -82,6 +81,8 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     Args and returns as of `train`.
     """
     content, data, form = find(cfg.checkpoint), make_data(cfg), describe_data(cfg)
+    if not has_test(data):
+        raise ConfigError("mode=test: the data have no images for a test")
     net = make_net(cfg, form)
     load_net(net, content)
     with run_process(net, cfg.threads, cfg.seed):
