@@ -515,6 +515,7 @@ def test_refused_in_one_line(compose, overrides, message):
 # --- The check does what training does, in every launcher -----------------------------------------
 
 
+@pytest.mark.slow
 def test_every_launcher_trains_the_same(tmp_path):
     """The fused launcher trains what cannot be stacked as the basic launcher does."""
     losses = {

@@ -1067,7 +1067,8 @@ def test_no_checkpoint(tmp_path):
 # --- The disk is full ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [pytest.param(3_000, marks=pytest.mark.slow), 20_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [3_000, 20_000])
 def test_a_full_disk(tmp_path, limit):
     """Imitated by a limit on file sizes: messages are clear, and existing files are readable."""
     done = run_train(

@@ -132,7 +132,7 @@ def case(name, preexec_fn, encoding, printed, last, slow=True):
 @pytest.mark.parametrize(
     "preexec_fn, encoding, printed, last",
     [
-        case("full output", full(1), "utf-8", "", "losswatch: .*: .*No space left", slow=False),
+        case("full output", full(1), "utf-8", "", "losswatch: .*: .*No space left"),
         case("all closed", closed(0, 1, 2), "utf-8", "", "", slow=False),
         case("cp1252", None, "cp1252", r"loss \| +\? \|", ".*failed: Floating"),
         case("ascii", None, "ascii", r"loss \| +\? \|", ".*failed: Floating"),

@@ -166,6 +166,7 @@ def test_checkpoint_is_plain_and_of_the_last_step(smoke):
 # --- The same seed gives the same numbers --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_repeats_itself_also_with_workers(smoke, tmp_path):
     """The smoke run again, in a sweep with other numbers of workers and another seed."""
     run_train(
