@@ -324,6 +324,14 @@ def test_a_split_that_lacks_a_class(tmp_path, compose, caplog):
         checks._show_data(cfg, ranks=4)
 
 
+def test_without_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("losswatch.data.folder.find_spec", lambda name: name != "nibabel" or None)
+    with pytest.raises(
+        ValueError, match=r'^nibabel is missing: pip install "losswatch\[images\]"$'
+    ):
+        FolderImages(tmp_path)
+
+
 def test_the_survey_counts_pixels(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "masks/00.png").unlink()

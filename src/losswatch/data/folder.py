@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ class FolderImages(pl.LightningDataModule):
         cache_mb: int = 1024,
     ) -> None:
         super().__init__()
+        if lacking := [
+            name for name in ("monai", "nibabel", "PIL", "tifffile") if not find_spec(name)
+        ]:
+            raise ValueError(f'{", ".join(lacking)} is missing: pip install "losswatch[images]"')
         for name, value, allowed in (
             ("target", target or "softmax", TARGETS),
             ("sampling", sampling, SAMPLINGS),
