@@ -22,7 +22,16 @@ from losswatch.data.labels import (
     values_of,
 )
 from losswatch.data.layouts import SPLITS, Case, Classes, Layout, read_layout, unlabelled
-from losswatch.data.patches import Items, Patches, Whole, infer, load_image, load_item, make_crops
+from losswatch.data.patches import (
+    Items,
+    Patches,
+    Whole,
+    infer,
+    load_image,
+    load_item,
+    make_crops,
+    patch_sides,
+)
 from losswatch.data.steps import Steps, batch_loader
 from losswatch.data.survey import Look, Survey, check_alike, look_at, survey
 
@@ -165,7 +174,8 @@ class FolderImages(pl.LightningDataModule):
     def _patch(self, size: int | Sequence[int] | None) -> tuple[int, ...] | None:
         """The sides of a patch; None for whole images."""
         cases, looks = self.layout.cases["train"], self.looks["train"]
-        if size is None:
+        sides = patch_sides(size, self.form.dims)
+        if sides is None:
             for case, look in zip(cases, looks, strict=True):
                 if look.shape != looks[0].shape:
                     raise ValueError(
@@ -173,7 +183,6 @@ class FolderImages(pl.LightningDataModule):
                         f"{cases[0].images[0]} differ"
                     )
             return None
-        sides = (size,) * self.form.dims if isinstance(size, int) else tuple(size)
         if len(sides) != self.form.dims or any(type(n) is not int or n < 1 for n in sides):
             raise ValueError(
                 f"data.patch_size must be a whole number or {self.form.dims} of them, got {size}"
@@ -202,12 +211,13 @@ class FolderImages(pl.LightningDataModule):
     @property
     def patches(self) -> Patches:
         """The training batches."""
-        counts = [
-            counts_of_classes(look.counts, self.classes, self.ignored, self.layout.overlap)
-            for look in self.looks["train"]
-        ]
-        holders = [list(range(len(counts)))]
-        if len(self.crops) > 1:
+        looks = self.looks["train"]
+        holders = [list(range(len(looks)))]
+        if len(self.crops) > 1:  # one for each class
+            counts = [
+                counts_of_classes(look.counts, self.classes, self.ignored, self.layout.overlap)
+                for look in looks
+            ]
             holders = [[i for i, n in enumerate(c) if n] for c in zip(*counts, strict=True)]
         numbers = range(self.rank, self.batch_size, self.world_size)
         return Patches(self.items("train"), self.crops, holders, self.seed, numbers, self.form)
@@ -261,8 +271,7 @@ class UnlabelledImages(pl.LightningDataModule):
                 f"{self.cases[0].images[0]} has {looks[0].describe()}; the network was trained on "
                 f"{wanted[0]} and {wanted[1]}"
             )
-        sides = [patch_size] * form.dims if isinstance(patch_size, int) else patch_size
-        patch = tuple(sides) if sides else None
+        patch = patch_sides(patch_size, form.dims)
         self.infer = functools.partial(infer, patch=patch, count=count)
 
     def predict_dataloader(self) -> DataLoader:

@@ -118,6 +118,13 @@ def make_crops(
     return [Compose([*([cut] if cut else []), *changes]) for cut in cuts]
 
 
+def patch_sides(size: int | Sequence[int] | None, dims: int) -> tuple[int, ...] | None:
+    """The sides of a patch, from data.patch_size; None for whole images."""
+    if size is None:
+        return None
+    return (size,) * dims if isinstance(size, int) else tuple(size)
+
+
 def infer(
     net: Callable[[Tensor], Tensor], images: Tensor, patch: tuple[int, ...] | None, count: int
 ) -> Tensor:

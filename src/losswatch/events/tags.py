@@ -1,4 +1,4 @@
-"""The names of scalars that training writes.
+"""The names of what training writes.
 
 Imports nothing.
 """
@@ -11,6 +11,8 @@ from itertools import combinations
 # What is observed while training, each followed by a loss's name, or by two as in "a~b".
 LOSS, GRAD_NORM, GRAD_COSINE = "loss/", "grad_norm/", "grad_cosine/"
 WATCHED = (LOSS, GRAD_NORM, GRAD_COSINE)
+
+PICTURES = "images/input_label_prediction"  # of each validation
 
 
 def watched_tags(names: Sequence[str], cosines: bool) -> list[str]:

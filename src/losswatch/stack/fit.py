@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from losswatch import compat
 from losswatch.data.random import TEST, VAL
 from losswatch.losses import LossSet
-from losswatch.stack.limits import check_config, check_options
+from losswatch.stack.limits import check_config
 from losswatch.stack.member import Member, make_member
 from losswatch.stack.module import StackedModule
 from losswatch.stack.refusal import NotStackable
@@ -58,7 +58,6 @@ def train_compiled(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         NotStackable: it needs the ordinary step.
     """
     options = trainer_options(cfg)
-    check_options(options)
     check_config(cfg)
     member = make_member(cfg, trained, folder)
     announce(member.notice, member.start)

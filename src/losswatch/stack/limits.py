@@ -13,6 +13,7 @@ from losswatch.data.random import TRAIN
 from losswatch.losses import LossSet
 from losswatch.stack.member import Member
 from losswatch.stack.refusal import NotStackable
+from losswatch.train.build import trainer_options
 from losswatch.train.config import RANDOM
 from losswatch.train.trial import try_step
 
@@ -40,11 +41,12 @@ def check_options(trainer: Mapping[str, Any]) -> None:
 
 
 def check_config(cfg: DictConfig) -> None:
-    """See that a config asks for nothing that goes around the steps of an ordinary run.
+    """See that a config asks for nothing that a stack does not have.
 
     Raises:
         NotStackable: it does.
     """
+    check_options(trainer_options(cfg))
     if cfg.data.get("_target_") != RANDOM:
         raise NotStackable("images that are read from files need the ordinary step")
     if cfg.scheduler:

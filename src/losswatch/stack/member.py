@@ -68,7 +68,7 @@ FINISHED: dict[Path, Member | Failure] = {}
 def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
     """A run, in the state of its newest checkpoint if its folder holds one."""
     data = make_data(cfg)
-    assert isinstance(data, ThresholdedImages)  # `limits.check_data`
+    assert isinstance(data, ThresholdedImages)  # `limits.check_config`
     net = make_net(cfg, data.form)
     optimizer = make_optimizer(cfg)(list(trained_parameters(net).values()))
     start = take_up(folder, below=cfg.trainer.max_steps)

@@ -17,7 +17,7 @@ from torch.func import functional_call, vmap
 from losswatch import compat
 from losswatch.data.random import VAL, draw
 from losswatch.events.encode import write_scalars
-from losswatch.events.tags import GRAD_NORM, LOSS, watched_tags
+from losswatch.events.tags import GRAD_NORM, LOSS, PICTURES, watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import onednn
 from losswatch.stack.compile import compiled
@@ -269,9 +269,7 @@ class StackedModule(pl.LightningModule):
                 state = split(of_member.parameters) | of_member.buffers
                 logits = functional_call(self.net, state, (image,))
                 picture = side_by_side(image, label, logits)
-                member.logger.experiment.add_image(
-                    "images/input_label_prediction", picture, self.trainer.global_step
-                )
+                member.logger.experiment.add_image(PICTURES, picture, self.trainer.global_step)
         self.net.train()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

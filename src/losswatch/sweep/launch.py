@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch import compat
 from losswatch.stack.fit import fit
-from losswatch.stack.limits import check_config, check_options
+from losswatch.stack.limits import check_config
 from losswatch.stack.member import FINISHED, Failure, make_member
 from losswatch.stack.refusal import NotStackable
 from losswatch.sweep.command import current_sweep
@@ -281,7 +281,6 @@ def _train(jobs: Sequence[Job]) -> None:
     """
     first = jobs[0]
     options = trainer_options(first.task)
-    check_options(options)
     check_config(first.task)
     losses = make_losses(loss_nodes(first.task, first.loss), describe_data(first.task))
     members = []

@@ -17,7 +17,7 @@ from losswatch.data.form import Form
 from losswatch.data.layouts import Case
 from losswatch.data.modules import as_pair
 from losswatch.data.reading import write_mask
-from losswatch.events.tags import LOSS
+from losswatch.events.tags import LOSS, PICTURES
 from losswatch.train import randomness
 from losswatch.train.checkpoints import checkpoint_path
 from losswatch.train.content import add_record
@@ -147,7 +147,7 @@ class Images(pl.Callback):
         if not trainer.is_global_zero:
             return
         picture = side_by_side(images[:shown], labels[:shown], outputs[:shown])
-        tag = "images/input_label_prediction" + ("" if self.together else f"/{batch_idx}")
+        tag = PICTURES + ("" if self.together else f"/{batch_idx}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(tag, picture, trainer.global_step)

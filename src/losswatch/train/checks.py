@@ -104,17 +104,25 @@ def _show_data(cfg: DictConfig, ranks: int) -> None:
     # Not in the processes of a launcher: the first process has said it.
     if multiprocessing.parent_process() or compat.process_rank():
         return
-    data = make_data(cfg)
-    if not isinstance(data, FolderImages):
+    # A data module of the user's is made once for this, and not for each run of a sweep.
+    key = f"{plain(cfg)['data']} on {ranks}"
+    if key in _passed:
         return
-    for split, cases in data.layout.cases.items():
-        if len(cases) < ranks:
-            raise ConfigError(f"{split} has {len(cases)} images, fewer than the {ranks} devices")
-    if (text := str(data.survey)) not in _passed:
-        _passed.add(text)
-        show(data.survey, data.root)
-        for split, name in data.missing:
-            log.warning("no image of %s has class %s; its metrics leave the class out", split, name)
+    data = make_data(cfg)
+    if isinstance(data, FolderImages):
+        for split, cases in data.layout.cases.items():
+            if len(cases) < ranks:
+                raise ConfigError(
+                    f"{split} has {len(cases)} images, fewer than the {ranks} devices"
+                )
+        if (text := str(data.survey)) not in _passed:
+            _passed.add(text)
+            show(data.survey, data.root)
+            for split, name in data.missing:
+                log.warning(
+                    "no image of %s has class %s; its metrics leave the class out", split, name
+                )
+    _passed.add(key)
 
 
 def _check_names() -> None:

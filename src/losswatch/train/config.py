@@ -108,6 +108,7 @@ def register() -> None:
 
 # The _target_ of data=random and data=folder.
 RANDOM, FOLDER = "losswatch.data.random.ThresholdedImages", "losswatch.data.folder.FolderImages"
+_DATA: dict[Any, type] = {RANDOM: RandomConfig, FOLDER: FolderConfig}
 
 LEVELS = 2**24  # values that a pixel of a random image can take, evenly spaced on [0, 1)
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # the largest float32
@@ -182,17 +183,16 @@ def check_values(cfg: DictConfig) -> None:
 
 def _check_keys(cfg: DictConfig) -> None:
     """See that each key is one that something reads; `+` can add any."""
-    kinds = {"": Config, "probe.": ProbeConfig}
-    kinds |= {"data.": {RANDOM: RandomConfig, FOLDER: FolderConfig}.get(cfg.data.get("_target_"))}  # type: ignore
-    for prefix, kind in kinds.items():
-        node = cfg[prefix[:-1]] if prefix else cfg
-        known = [f.name for f in fields(kind)] if kind else [str(key) for key in node]
-        unread = [str(key) for key in node if key not in known and key != "hydra"]
-        if unread:
-            has = ", ".join(name for name in known if name[0] != "_")
-            raise ConfigError(
-                f"{prefix}{unread[0]} is read by nothing; {prefix[:-1] or 'the config'} has {has}"
-            )
+    schemas: list[tuple[str, type]] = [("", Config), ("probe", ProbeConfig)]
+    if schema := _DATA.get(cfg.data.get("_target_")):
+        schemas.append(("data", schema))
+    for name, schema in schemas:
+        known = [field.name for field in fields(schema)]
+        for key in map(str, cfg[name] if name else cfg):
+            if key not in known and key != "hydra":
+                has = ", ".join(setting for setting in known if setting[0] != "_")
+                full = f"{name}.{key}" if name else key
+                raise ConfigError(f"{full} is read by nothing; {name or 'the config'} has {has}")
     for key in _OWN:
         if key in cfg.trainer:
             raise ConfigError(f"trainer.{key} is set by losswatch; {_OWN[key]}")

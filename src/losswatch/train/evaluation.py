@@ -93,15 +93,18 @@ def metrics(total: Tally, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 class PixelScores:
-    """The scores of random images: all pixels of all images count as one image's."""
+    """The scores of random images: all pixels of all images count as one image's.
 
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
+    Args:
+        names: of the losses to evaluate.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
         self.total: Tally | None = None
 
     def add(self, logits: Tensor, target: Tensor, losses: LossSet) -> None:
         """Count a batch; arguments as of `tally`."""
-        self.names = losses.names
         found = tally(logits, target, losses)
         self.total = self.total.plus(found) if self.total else found
 

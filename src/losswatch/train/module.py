@@ -58,7 +58,7 @@ class SegmentationModule(pl.LightningModule):
         self.ignore_index = IGNORED if form and form.has_ignored else None
         self.activation = "sigmoid" if self.target == "multilabel" else "softmax"
         self.infer = infer or (lambda net, images: net(images))
-        self.scores = ImageScores(form, losses.names) if form else PixelScores()
+        self.scores = ImageScores(form, losses.names) if form else PixelScores(losses.names)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
