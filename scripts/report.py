@@ -67,10 +67,10 @@ def main() -> int:
         # A log or a pipe has no width that the table must fit into.
         terminal = sys.stdout is not None and sys.stdout.isatty()
         console = Console(width=None if terminal else 200)
-        console.print(summary_table(runs))
+        console.print(summary_table(runs, console.width))
         for title, cells in comparisons.items():
             console.print(f"\n[bold]{title}[/]", highlight=False)
-            console.print(rich_table(cells, show_edge=False, padding=(0, 1, 0, 0)))
+            console.print(rich_table(cells))
         if comparisons:
             print(f"\n{printable(args.sweep / 'comparison.csv')} (all rows)")
         print(f"{printable(report)} ({len(figures)} figures)")

@@ -396,12 +396,6 @@ def test_count_steps():
     assert trainer.global_step == 42
 
 
-def test_show_metric():
-    trainer = make_trainer()
-    compat.show_metric(trainer, "val/accuracy", torch.tensor(0.5))
-    assert trainer.callback_metrics == {"val/accuracy": torch.tensor(0.5)}
-
-
 def test_loop_state_is_that_of_a_run():
     """All counts are those that Lightning itself saves at a validation after as many steps."""
 
@@ -426,13 +420,6 @@ def test_loop_state_is_that_of_a_run():
 
     assert state.keys() == save.loop.keys()
     assert counts(state) == counts(save.loop)
-
-
-def test_silent_bar(capsys):
-    bar = compat.silent_bar()
-    bar.update(3)
-    bar.close()
-    assert capsys.readouterr() == ("", "")
 
 
 # --- Hydra ---------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_resuming_keeps_scheduler_and_patience(tmp_path):
     assert "Traceback" not in whole.stderr
     stopping = [*options, "+trainer.max_time=00:00:00:00", "hydra.run.dir=half"]
     run_train(*QUICK, *stopping, cwd=tmp_path, status=1)
-    assert read_result(tmp_path / "half")["status"] == "stopped"
+    assert read_result(tmp_path / "half")["status"] == "unfinished"
     run_train(*QUICK, *options, "resume=half", cwd=tmp_path)
     states = [
         torch.load(tmp_path / name / "checkpoints/step=24.ckpt", weights_only=True)

@@ -432,11 +432,13 @@ def stopped(cwd, command, by, whom, when, env=None):
 
 
 def interrupted(status, out, said, rows):
-    """The command printed the table of what is finished, and one line."""
+    """The command printed the table of what is finished, how to go on, and one line."""
     assert status == 130
-    others = [line for line in said.splitlines() if not re.match("run[ :]|fused: |\\[.*INFO", line)]
+    known = r"run[ :]|fused: |val accuracy|compiling|\d+ runs|Resume   python"
+    others = [line for line in said.splitlines() if not re.match(known, line)]
     assert others == ["losswatch: interrupted"]
-    assert out.count("unfinished") + out.count(" failed ") == rows
+    assert out.count("unfinished") == rows
+    assert not rows or re.search(r"^Resume   python .* hydra\.sweep\.dir=s$", out, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -661,20 +661,21 @@ def test_cells_are_no_formulas_and_numbers_stay_numbers(tmp_path):
     pd.testing.assert_frame_equal(read, written.assign(**empty))
 
 
-def test_a_stopped_run_is_not_done(tmp_path, main):
-    """A stopped run has metrics, but of fewer steps than were asked for."""
+def test_an_unfinished_run_is_not_done(tmp_path, main):
+    """A run whose time was up has metrics, but of fewer steps than were asked for."""
     write_result(tmp_path / "a", "dice", accuracy=0.8)
     write_result(tmp_path / "b", "cce", accuracy=0.7)
-    write_result(tmp_path / "c", "dice", accuracy=0.1, status="stopped", error="time is up")
+    write_result(tmp_path / "c", "dice", accuracy=0.1, status="unfinished", error="time is up")
     runs = read_runs(tmp_path)
-    assert "\x1b[33mstopped" in text_of(summary_table(runs))
+    assert "\x1b[33munfinished" in text_of(summary_table(runs))
     cells = cell_table(runs).set_index("loss")
     assert cells.loc["dice", "accuracy"] == "0.8000" and cells.loc["dice", "runs"] == "1 of 2"
     assert cells.loc["cce", "runs"] == "1"
     assert compare_losses(runs)["accuracy"].tolist() == [pytest.approx(-0.1)]
     assert main(tmp_path) == 0
     page = (tmp_path / "report.md").read_text()
-    assert "Runs: 2 done, 1 stopped." in page and "- c: stopped, time is up" in page
+    assert "Runs: 2 done, 1 unfinished." in page
+    assert "- c: unfinished, time is up" in page
 
 
 # --- compare_losses ------------------------------------------------------------------------------
@@ -1110,7 +1111,7 @@ def test_an_output_of_ascii_or_a_closed_one(tmp_path, main, monkeypatch, closed)
     monkeypatch.setattr(sys, "stdout", output)
     assert main(tmp_path) == 0
     assert (tmp_path / "report.md").exists()
-    assert closed or b"|loss |   ? |" in written.getvalue()  # θ
+    assert closed or b"loss |  ? |" in written.getvalue()  # θ
 
 
 def test_no_html_from_disk_reaches_the_report(tmp_path, main):

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -332,7 +333,7 @@ def test_help_is_worth_reading(tmp_path):
 
 
 def test_interrupted_run_loses_nothing(tmp_path):
-    """Control-C: all steps up to the last are on disk, and the run isn't called done."""
+    """Control-C: all steps are on disk, and the command printed goes on with the run."""
     process = SERVER.start(
         str(ROOT / "train.py"), "experiment=smoke", "trainer.max_steps=1000000",
         "trainer.val_check_interval=500", cwd=tmp_path,
@@ -353,9 +354,15 @@ def test_interrupted_run_loses_nothing(tmp_path):
     assert done.returncode != 0
     assert "Traceback" not in done.stdout + done.stderr
     [folder] = run_folders(tmp_path).values()
-    if (folder / "result.json").exists():
-        assert read_result(folder)["status"] == "failed"
+    assert read_result(folder)["status"] == "unfinished"
     steps = read_scalars(folder)["loss/dice"].dropna().index
     validated = read_scalars(folder)["val/accuracy"].dropna().index
     assert list(steps) == list(range(len(steps)))
     assert len(steps) > validated.max() >= 500, "the last block was lost"
+    *_, resume, last = done.stderr.splitlines()
+    assert last == "losswatch: interrupted"
+    word, python, program, *arguments = shlex.split(resume)
+    assert (word, python, program) == ("Resume", "python", str(ROOT / "train.py"))
+    assert arguments[-1] == f"resume={folder.relative_to(tmp_path)}"
+    again = run_train(*arguments, "+trainer.max_time=00:00:00:00", cwd=tmp_path, status=1)
+    assert f"resumed from step {validated.max()}" in again.stderr

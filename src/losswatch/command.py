@@ -10,7 +10,8 @@ import hydra
 from omegaconf import DictConfig
 
 from losswatch.presets import CONF
-from losswatch.sweep.exit import clear_errors, open_streams
+from losswatch.sweep.exit import clear_errors
+from losswatch.terminal import open_streams
 from losswatch.train import config
 from losswatch.train.names import quoted
 

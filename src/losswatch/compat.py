@@ -267,11 +267,6 @@ def count_steps(trainer: pl.Trainer, steps: int) -> None:
     done.completed += steps
 
 
-def show_metric(trainer: pl.Trainer, name: str, value: Tensor) -> None:
-    """Put a metric into trainer.callback_metrics outside of Lightning's loops."""
-    trainer.callback_metrics[name] = value
-
-
 def loop_state(steps: int) -> dict[str, Any]:
     """What Lightning saves of its fit loop at a validation after `steps` steps of one epoch."""
     import pytorch_lightning as pl
@@ -288,13 +283,6 @@ def loop_state(steps: int) -> dict[str, Any]:
         loops["epoch_progress"][when] |= {"ready": 1, "started": 1}
     loops["epoch_loop.state_dict"] = {"_batches_that_stepped": steps - 1}  # counted after it saves
     return loops
-
-
-def silent_bar() -> Any:
-    """A progress bar of Lightning's that shows nothing."""
-    from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
-
-    return Tqdm(disable=True)
 
 
 # --- Hydra ---------------------------------------------------------------------------------------

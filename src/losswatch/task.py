@@ -22,8 +22,10 @@ from losswatch.events.series import read_scalars
 from losswatch.stack.fit import train_compiled
 from losswatch.stack.member import FINISHED
 from losswatch.stack.refusal import NotStackable
+from losswatch.sweep.command import again
 from losswatch.sweep.exit import stop
-from losswatch.text import one_line
+from losswatch.terminal import say
+from losswatch.text import nearby, one_line
 from losswatch.train import checkpoints, locks, run
 from losswatch.train.build import describe_data, make_net
 from losswatch.train.checks import check
@@ -102,7 +104,7 @@ def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
 
 def _skip(result: dict[str, Any], cfg: DictConfig, folder: Path) -> float:
     """Say that the run is done; return its score."""
-    log.info("done before, skipped: %s", folder)
+    log.info("done before, skipped: %s", _called(folder))
     return score(result["metrics"], cfg)
 
 
@@ -142,7 +144,7 @@ def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> flo
     if cfg.mode != "predict":
         stage = "val" if cfg.mode == "train" else "test"
         what = f"{stage} accuracy {reached.metrics.get(f'{stage}/accuracy', float('nan')):.4f}"
-    log.info("%s in %.1f s: %s", what, seconds, folder)
+    log.info("%s in %.1f s: %s", what, seconds, _called(folder))
     return found
 
 
@@ -210,10 +212,13 @@ def _fail(
     is_interrupt = isinstance(error, KeyboardInterrupt | SystemExit)
     text = "interrupted" if is_interrupt else one_line(error)
     if is_first:
-        _write(cfg, folder, "failed", error=text, seconds=seconds)
+        status = "unfinished" if is_interrupt else "failed"
+        _write(cfg, folder, status, error=text, seconds=seconds)
     if is_interrupt:
+        if is_first:
+            _say_how_to_resume(cfg, folder)
         raise KeyboardInterrupt from error
-    log.error("failed: %s (traceback in %s)", text, folder / f"{job.job.name}.log")
+    log.error("failed: %s (traceback in %s)", text, nearby(folder / f"{job.job.name}.log"))
     log.debug("".join(traceback.format_exception(error)))
     if job.mode == RunMode.RUN:
         raise SystemExit(1) from error
@@ -222,10 +227,22 @@ def _fail(
 def _stop_early(reached: Reached, cfg: DictConfig, folder: Path, seconds: float) -> None:
     """Record that the time was up before the last step, which ends a single run."""
     what = f"after {reached.steps} of {cfg.trainer.max_steps} steps"
-    _write(cfg, folder, "stopped", reached, error=what, seconds=seconds)
-    log.warning("stopped %s, to be resumed: %s", what, folder)
+    _write(cfg, folder, "unfinished", reached, error=what, seconds=seconds)
+    log.warning("unfinished %s: %s", what, _called(folder))
     if HydraConfig.get().mode == RunMode.RUN:
+        _say_how_to_resume(cfg, folder)
         raise SystemExit(1)
+
+
+def _say_how_to_resume(cfg: DictConfig, folder: Path) -> None:
+    """Of a single run; a sweep says it below its table."""
+    if HydraConfig.get().mode == RunMode.RUN and cfg.mode == "train":
+        say(f"Resume   {again('resume', folder)}")
+
+
+def _called(folder: Path) -> str:
+    """A run as lines call it: by the name of its folder in a sweep, else by where that is."""
+    return folder.name if HydraConfig.get().mode == RunMode.MULTIRUN else nearby(folder)
 
 
 def _draw_curves(folder: Path, trained: str) -> None:

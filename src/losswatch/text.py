@@ -6,6 +6,7 @@ Names and contents of a run's files come from the disk, so anybody may have writ
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -39,6 +40,16 @@ def shortened(value: object) -> str:
     """
     text = printable(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearby(path: str | Path) -> str:
+    """The path of a file or folder as a user of the working directory would type it.
+
+    >>> nearby("outputs/a"), nearby(Path.cwd() / "outputs/a"), nearby("/a")
+    ('outputs/a', 'outputs/a', '/a')
+    """
+    path = Path(path)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def one_line(error: BaseException) -> str:

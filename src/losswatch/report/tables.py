@@ -9,6 +9,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +22,6 @@ from losswatch.text import csv_escape, markdown_escape, printable, show
 STATUS_STYLES = {
     "done": "green",
     "failed": "bold red",
-    "stopped": "yellow",
     "unfinished": "yellow",
 }
 
@@ -107,22 +107,46 @@ def csv_text(cells: pd.DataFrame, **options: Any) -> str:
     return cells.to_csv(index=False, header=header, **options)
 
 
-def summary_table(runs: pd.DataFrame) -> Table:
-    """The table that is printed at the end of a sweep, a row for each run."""
-    return rich_table(run_table(runs))
-
-
-def rich_table(cells: pd.DataFrame, **options: Any) -> Table:
-    """Cells of text as a table for a terminal. Columns of numbers are set right.
+def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
+    """The table that is printed at the end of a sweep, a row for each run.
 
     Args:
-        options: of `rich.table.Table`.
+        width: characters of a line. Where the columns need more, settings that all runs share and
+            then metrics are left out, which the caption says; `summary.csv` has them all.
     """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, **options)
+    cells, left_out = run_table(runs), []
+    shared = [LABELS.get(c, c) for c in ("optimizer", "batch_norm") if c not in swept(runs)]
+    for name in [*shared, *(LABELS.get(c, c) for c in ("iou", "seconds", "dice"))]:
+        if name in cells and width and _width(cells) > width:
+            cells = cells.drop(columns=name)
+            left_out.append(name)
+    table = rich_table(cells)
+    if left_out:
+        table.caption = f"Left out for want of width: {', '.join(left_out)}"
+        table.caption_justify = "left"
+    return table
+
+
+ERROR_WIDTH = 16  # characters a line of an error, at least
+
+
+def _width(cells: pd.DataFrame) -> int:
+    """Characters that a row of `rich_table` needs; errors may be folded."""
+    widths = [max(map(cell_len, [name, *cells[name]])) for name in cells if name != "error"]
+    widths += [ERROR_WIDTH] * ("error" in cells)
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def rich_table(cells: pd.DataFrame) -> Table:
+    """Cells of text as a table for a terminal. Columns of numbers are set right."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in cells:
         numbers = cells[name].str.fullmatch(r"[-–+.\d]+( ± [–.\d]+)?( \(.*\))?").all()
         table.add_column(
-            Text(printable(name)), justify="right" if numbers else "left", overflow="fold"
+            Text(printable(name)),
+            justify="right" if numbers else "left",
+            overflow="fold",
+            min_width=max(map(cell_len, printable(name).split()), default=1),
         )
     for row in cells.itertuples(index=False):
         # Text, since rich takes a str for markup.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
-from losswatch import compat
+from losswatch import compat, terminal
 from losswatch.data.random import TEST, VAL
 from losswatch.losses import LossSet
 from losswatch.stack.limits import check_config
@@ -19,7 +19,6 @@ from losswatch.stack.member import Member, make_member
 from losswatch.stack.module import StackedModule
 from losswatch.stack.refusal import NotStackable
 from losswatch.train.build import make_losses, trainer_options
-from losswatch.train.callbacks import Progress
 from losswatch.train.folder import announce
 from losswatch.train.outcome import Reached
 from losswatch.train.presets import loss_nodes
@@ -87,13 +86,16 @@ def fit(
         if len({member.start for member in members}) > 1:
             raise NotStackable("the runs are at different steps")
         begin = time.perf_counter()
-        module = StackedModule(members, losses, **options)
         steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
+        module = StackedModule(members, losses, **options)
         block = block_size(interval)
         trainer = pl.Trainer(
-            **{**trainer_options, "val_check_interval": interval // block},
+            **{
+                **trainer_options,
+                "val_check_interval": interval // block,
+                "enable_progress_bar": False,  # `terminal.steps` below
+            },
             logger=False,
-            callbacks=[Progress(None)] if trainer_options["enable_progress_bar"] else [],
             max_epochs=1,
             num_sanity_val_steps=0,
             enable_model_summary=False,
@@ -101,7 +103,10 @@ def fit(
         )
         first = members[0].start
         compat.count_steps(trainer, first)
-        trainer.fit(module, Blocks(first, steps, block), range(1))  # type: ignore[arg-type]
+        count, is_shown = len(members), trainer_options["enable_progress_bar"]
+        bar = terminal.steps(count * steps, count * first) if is_shown else None
+        with bar or nullcontext(terminal.Steps()) as module.shown:
+            trainer.fit(module, Blocks(first, steps, block), range(1))  # type: ignore[arg-type]
         if trainer.global_step < steps:
             raise RuntimeError(f"training ended at step {trainer.global_step} of {steps}")
         if steps % interval:

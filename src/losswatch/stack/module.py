@@ -27,6 +27,7 @@ from losswatch.stack.optimizers import Rule, optimizer_rule
 from losswatch.stack.parameters import State, joined, splitter, trained_parameters
 from losswatch.stack.refusal import NotStackable, is_refusal
 from losswatch.stack.step import make_gradient
+from losswatch.terminal import Steps, say
 from losswatch.text import one_line
 from losswatch.train.callbacks import Images
 from losswatch.train.checkpoints import checkpoint_path, save
@@ -102,6 +103,8 @@ class StackedModule(pl.LightningModule):
             for observed in (True, False)
         }
         self.saved = time.monotonic()
+        self.is_compiled = compile
+        self.shown = Steps()
 
     def configure_optimizers(self) -> None:
         """None: `update` is the optimiser."""
@@ -131,6 +134,9 @@ class StackedModule(pl.LightningModule):
         Raises:
             NotStackable: there is such an operation, or the compiler cannot compile the step.
         """
+        if self.is_compiled:
+            count = len(self.members)
+            say(f"compiling the step of {count} run{'s' * (count > 1)}")
         chunk = self.chunks[0]
         step = torch.zeros((), dtype=torch.int64, device=self.device)
         try:
@@ -153,7 +159,7 @@ class StackedModule(pl.LightningModule):
         observed = np.array([number for number in numbers if self._is_observed(number)])
         for i, chunk in enumerate(self.chunks):
             parameters, buffers, moments, *_ = chunk
-            seen = []
+            members, seen = self._members_of(i), []
             for number, step in zip(numbers, steps, strict=True):
                 is_observed = self._is_observed(number)
                 gradient, buffers, values = self.gradient[is_observed](
@@ -162,12 +168,13 @@ class StackedModule(pl.LightningModule):
                 parameters, moments = self.update(parameters, gradient, moments, step, chunk.rates)
                 if is_observed:
                     seen.append(values)
+                self.shown.advance(len(members))
             self.chunks[i] = chunk._replace(parameters=parameters, buffers=buffers, moments=moments)
             if seen:
                 self._write(i, observed, torch.stack(seen, dim=1).cpu().numpy())
             # The only check of steps that are not observed.
             finite = parameters.isfinite().all(dim=1).tolist()
-            for member, is_finite in zip(self._members_of(i), finite, strict=False):
+            for member, is_finite in zip(members, finite, strict=False):
                 if not is_finite:
                     self._fail(member, "a weight is not finite", last - 1)
         compat.count_steps(self.trainer, last - first)
@@ -286,8 +293,8 @@ class StackedModule(pl.LightningModule):
             values = np.array([list(scalars.values())])
             write_scalars(member.logger.experiment, list(scalars), step, values)
         accuracies = [member.metrics[f"{stage}/accuracy"] for member in self.members]
-        # For the progress bar.
-        compat.show_metric(self.trainer, f"{stage}/accuracy", torch.tensor(accuracies).mean())
+        what = "accuracy" if len(accuracies) == 1 else "mean accuracy"
+        self.shown.show(f"{what} {np.mean(accuracies):.3f}")
 
 
 def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[str]) -> Chunk:

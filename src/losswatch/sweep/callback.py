@@ -17,10 +17,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from losswatch import compat
+from losswatch import compat, terminal
 from losswatch.sweep.command import current_sweep, silence_logging
-from losswatch.sweep.exit import escaping, say, stop
+from losswatch.sweep.exit import escaping, stop
 from losswatch.sweep.grid import check_grid, grid
+from losswatch.terminal import say
 from losswatch.text import one_line
 from losswatch.train.config import ConfigError
 
@@ -37,7 +38,6 @@ class SweepCallback(Callback):
     def __init__(self, total: int | None = None) -> None:
         self.total = total
         self.is_serial = False  # whether one run follows the other
-        self.begin = time.monotonic()
 
     def __reduce__(self) -> Any:
         """Launchers send the callback along with each job that they give to another process."""
@@ -94,18 +94,15 @@ class SweepCallback(Callback):
         if config.hydra.mode.name == "MULTIRUN":
             of_total = f" of {self.total}" if self.total else ""
             number = f" {config.hydra.job.num + 1}{of_total}"
+            if self.is_serial and self.total and (config.hydra.job.num == 0 or terminal.expected):
+                terminal.expected = self.total - config.hydra.job.num
         say(f"run{number}: {overrides}")
-        self.begin = time.monotonic()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Let a sweep go on after a run that raised an error, such as a result not written."""
         # Launchers keep what jobs return until the sweep ends. Nobody reads these configs, which
         # take 0.2 MB a run.
         job_return.cfg = job_return.hydra_cfg = None
-        others = (self.total or 1) - 1
-        if others and self.is_serial and config.hydra.job.num == 0:
-            minutes = others * (time.monotonic() - self.begin) / 60
-            say(f"the other {others} take about {minutes:.1f} minutes if all are alike")
         if config.hydra.mode.name == "MULTIRUN" and job_return.status is JobStatus.FAILED:
             error = compat.job_error(job_return)
             log.error("%s: %s", config.hydra.runtime.output_dir, one_line(error))

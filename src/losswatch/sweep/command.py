@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from losswatch import compat
+from losswatch.text import nearby
 
 
 @dataclass
@@ -37,6 +39,14 @@ _current = Sweep()  # empty outside of a command, so also in a process that a la
 
 def current_sweep() -> Sweep:
     return _current
+
+
+def again(key: str, folder: Path) -> str:
+    """This command as text for a shell, with `key`, which resumes or continues, set to a folder."""
+    program, *arguments = sys.argv
+    start = ["python", program] if program.endswith(".py") else [Path(program).name]
+    given = [a for a in arguments if a.partition("=")[0] not in (key, "hydra.run.dir")]
+    return shlex.join([*start, *given, f"{key}={nearby(folder)}"])
 
 
 @contextmanager

@@ -6,12 +6,11 @@ written; 2 for bad input; 130 after Ctrl-C.
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import NoReturn, TextIO
+from contextlib import contextmanager
+from typing import NoReturn
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
@@ -26,36 +25,11 @@ from yaml import YAMLError
 from losswatch import compat
 from losswatch.sweep.command import Sweep, command, current_sweep
 from losswatch.sweep.table import show_table
+from losswatch.terminal import flush, say
 from losswatch.text import one_line
 from losswatch.train import yaml_errors
 
 EXTRAS = ("joblib", "submitit", "ray", "optuna")  # of pyproject.toml
-
-
-# --- Standard streams ----------------------------------------------------------------------------
-
-
-def open_streams() -> None:
-    """Make the standard streams usable, however the command was started (`2>&-`, ASCII terminal).
-
-    A stream that is closed is opened on the null device. Otherwise the next file opened would get
-    its descriptor, and everything that libraries and child processes print would go to that file.
-    Output replaces characters that the terminal cannot show.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(null, True)
-            setattr(sys, name, open(null, "r" if name == "stdin" else "w"))
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")
-
-
-def say(message: str) -> None:
-    """Print a line to the user. An error in printing is ignored: it is no reason to end a run."""
-    with suppress(OSError):
-        print(message, file=sys.stderr)
-    _flush(sys.stderr)
 
 
 def stop(message: str) -> NoReturn:
@@ -65,20 +39,6 @@ def stop(message: str) -> NoReturn:
     """
     say(f"losswatch: {message}")
     raise SystemExit(2)
-
-
-def _flush(stream: TextIO) -> OSError | None:
-    """Flush a stream; return the error if that fails, and send the stream to the null device.
-
-    Otherwise the buffered text would fail again at each later flush: when joblib starts a process,
-    and at the end of this one, which would then exit with status 120.
-    """
-    try:
-        stream.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return error
-    return None
 
 
 # --- Around the command --------------------------------------------------------------------------
@@ -128,11 +88,11 @@ def clear_errors() -> Iterator[Sweep]:
                 line = line or f"the sweep's summary cannot be written: {one_line(error)}"
                 all_done = False
             status = status or int(sweep.lacks_runs or not all_done)
-        if failure := _flush(sys.stdout):
+        if failure := flush(sys.stdout):
             line, status = line or f"the output cannot be written: {failure}", status or 1
         if line:
             say(f"losswatch: {line}")
-        _flush(sys.stderr)
+        flush(sys.stderr)
         if status:
             raise SystemExit(status)
 

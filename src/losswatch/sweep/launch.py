@@ -12,8 +12,9 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import joblib
@@ -26,15 +27,17 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from losswatch import compat
+from losswatch import compat, terminal
 from losswatch.stack.fit import fit
 from losswatch.stack.limits import check_config
 from losswatch.stack.member import FINISHED, Failure, make_member
 from losswatch.stack.refusal import NotStackable
 from losswatch.sweep.command import current_sweep
-from losswatch.sweep.exit import say, stop
+from losswatch.sweep.counting import Counted, collected
+from losswatch.sweep.exit import stop
 from losswatch.sweep.groups import group_jobs, order_groups
 from losswatch.sweep.jobs import Context, Job, make_job
+from losswatch.terminal import say
 from losswatch.text import one_line
 from losswatch.train import config as schema
 from losswatch.train.build import describe_data, make_losses, trainer_options
@@ -98,7 +101,11 @@ def launch(
 
     returns: list[Returned] = []
     if parts and launcher is None:
-        returns += _run_here(parts, context, at_once)
+        options = todo[0].task.trainer
+        total = options.max_steps * len(todo)
+        shown = terminal.steps(total, runs=len(todo)) if options.enable_progress_bar else None
+        with shown or nullcontext(terminal.Steps()) as steps:
+            returns += _run_here(parts, context, at_once, steps)
     elif parts and launcher is not None:
         returns += _run_by(launcher, len(parts))
     returns += run_group(done, context)  # train.py skips each of them
@@ -121,8 +128,10 @@ def _count(number: int, noun: str) -> str:
 # --- Where groups are trained --------------------------------------------------------------------
 
 
-def _run_here(parts: Sequence[Sequence[Job]], context: Context, at_once: int) -> list[Returned]:
-    """On this machine: several groups at once, each in a process of its own.
+def _run_here(
+    parts: Sequence[Sequence[Job]], context: Context, at_once: int, steps: terminal.Steps
+) -> list[Returned]:
+    """On this machine: several groups at once, each in a process of its own, which counts `steps`.
 
     A process that is killed, for want of memory or by a crash in native code, takes the others with
     it, since joblib stops them. It trained one of the first `at_once` groups that did not return.
@@ -134,13 +143,13 @@ def _run_here(parts: Sequence[Sequence[Job]], context: Context, at_once: int) ->
     waiting = list(parts)
     while waiting:
         with suppress(BrokenProcessPool):
-            for returned in _in_processes(waiting, context, at_once):
+            for returned in _in_processes(waiting, context, at_once, steps):
                 returns += returned
         returned_runs = {index for index, _ in returns}
         waiting = [part for part in waiting if part[0].index not in returned_runs]
         for part in waiting[:at_once]:
             try:
-                for returned in _in_processes([part], context, at_once):
+                for returned in _in_processes([part], context, at_once, steps):
                     returns += returned
             except BrokenProcessPool:
                 killed = Failure(RuntimeError(KILLED))
@@ -151,7 +160,7 @@ def _run_here(parts: Sequence[Sequence[Job]], context: Context, at_once: int) ->
 
 
 def _in_processes(
-    parts: Sequence[Sequence[Job]], context: Context, at_once: int
+    parts: Sequence[Sequence[Job]], context: Context, at_once: int, steps: terminal.Steps
 ) -> Iterator[list[Returned]]:
     """What `run_group` returns for each group, as soon as it is there.
 
@@ -159,10 +168,30 @@ def _in_processes(
         BrokenProcessPool: one of the processes was killed.
     """
     singletons = Singleton.get_state()
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+    with (
+        collected(steps, len(parts)) as file,
+        joblib.parallel_config(backend="loky", inner_max_num_threads=1),
+    ):
         yield from joblib.Parallel(n_jobs=at_once, return_as="generator_unordered")(
-            joblib.delayed(run_group)(part, context, singletons) for part in parts
+            joblib.delayed(_run_group_of)(singletons, file, i, part, context)
+            for i, part in enumerate(parts)
         )
+
+
+def _run_group_of(
+    singletons: Any, file: Path, index: int, jobs: Sequence[Job], context: Context
+) -> list[Returned]:
+    """`run_group` in a process that was started for this group, the one of this index.
+
+    Args:
+        singletons: Hydra's state.
+        file: where the process counts its steps.
+    """
+    setup_globals()
+    schema.register()
+    Singleton.set_state(singletons)
+    with terminal.part_of(Counted(file, index)):
+        return run_group(jobs, context)
 
 
 @dataclass
@@ -229,18 +258,11 @@ def _run_by(launcher: Launcher, count: int) -> list[Returned]:
 # --- One group -----------------------------------------------------------------------------------
 
 
-def run_group(jobs: Sequence[Job], context: Context, singletons: Any = None) -> list[Returned]:
+def run_group(jobs: Sequence[Job], context: Context) -> list[Returned]:
     """Train the runs of a group that are not done, and let train.py write the results of all.
 
     An error is that of the runs that it stops, and is in their results: other runs go on.
-
-    Args:
-        singletons: Hydra's state, in a process that was started for this group.
     """
-    if singletons is not None:
-        setup_globals()
-        schema.register()
-        Singleton.set_state(singletons)
     with quiet(), ExitStack() as locks:
         todo = [job for job in jobs if _lock(job, locks)]
         try:

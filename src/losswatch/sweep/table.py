@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
+
+from losswatch.sweep.command import again
+from losswatch.text import nearby
 
 
 def show_table(folder: Path) -> bool:
@@ -23,13 +28,22 @@ def show_table(folder: Path) -> bool:
         runs = write_summary(folder)
     except OSError as error:
         runs, failure = read_runs(folder), error
+    all_done = bool((runs.status == "done").all())
+    places = {
+        "Summary": nearby(folder / "summary.csv"),
+        "Browse": shlex.join(["tensorboard", "--logdir", nearby(folder)]),
+    }
+    if not all_done:
+        places["Resume"] = again("hydra.sweep.dir", folder)
     # Where the output is no terminal, rich would fold the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.capture() as printed:  # on a closed pipe rich would exit by itself
-        console.print(summary_table(runs))
-        console.print(f"[bold]Summary[/]  {folder / 'summary.csv'}", highlight=False)
-        console.print(f"[bold]Browse[/]   tensorboard --logdir {folder}", highlight=False)
+        console.print()
+        console.print(summary_table(runs, console.width))
+        console.print()
+        for name, place in places.items():  # the terminal breaks long lines, so they can be copied
+            console.print(Text.assemble((name.ljust(9), "bold"), place), soft_wrap=True)
     print(printed.get(), end="", flush=True)
     if failure:
         raise failure
-    return bool((runs.status == "done").all())
+    return all_done

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from losswatch import compat
@@ -18,6 +18,7 @@ from losswatch.data.layouts import Case
 from losswatch.data.modules import as_pair
 from losswatch.data.reading import write_mask
 from losswatch.events.tags import LOSS, PICTURES
+from losswatch.terminal import Steps, steps
 from losswatch.train import randomness
 from losswatch.train.checkpoints import checkpoint_path
 from losswatch.train.content import add_record
@@ -25,31 +26,42 @@ from losswatch.train.eventlog import EventLog, side_by_side
 from losswatch.watch.lightning import Watch
 
 
-class Progress(TQDMProgressBar):
-    """Lightning's progress bar with the watched losses and the last validation's accuracy.
+class Progress(ProgressBar):
+    """Shows the steps, the last validation's accuracy and the values of the watched losses.
 
-    It asks `watch` when it redraws itself, so it costs nothing in between. It is silent where the
-    output is no terminal, and during the short validations.
+    It asks `watch` when the bar redraws itself, so it costs nothing in between.
     """
 
     def __init__(self, watch: Watch | None) -> None:
-        super().__init__(refresh_rate=20, leave=False)
+        super().__init__()
         self.watch = watch
-        if not sys.stderr.isatty():
-            self.disable()
+        self.shown = ExitStack()
+        self.steps = Steps()
 
-    def init_validation_tqdm(self) -> Any:
-        return compat.silent_bar()
+    def disable(self) -> None:
+        """Lightning calls it in all processes but the first: only that one has a bar."""
 
-    def init_test_tqdm(self) -> Any:
-        return compat.silent_bar()
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.done = trainer.global_step
+        if trainer.is_global_zero:
+            self.steps = self.shown.enter_context(steps(trainer.max_steps, self.done))
 
-    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-        shown = self.watch.latest() if self.watch else {}
-        shown = {name.removeprefix(LOSS): value for name, value in shown.items()}
-        if "val/accuracy" in trainer.callback_metrics:
-            shown["accuracy"] = float(trainer.callback_metrics["val/accuracy"])
-        return {name: f"{value:.3f}" for name, value in shown.items()}
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.steps.is_due:
+            accuracy = trainer.callback_metrics.get("val/accuracy")
+            losses = self.watch.latest() if self.watch else {}
+            self.steps.show(
+                "" if accuracy is None else f"accuracy {float(accuracy):.3f}",
+                "  ".join(f"{name.removeprefix(LOSS)} {v:.3f}" for name, v in losses.items()),
+            )
+        self.steps.advance(trainer.global_step - self.done)
+        self.done = trainer.global_step
+
+    def on_train_end(self, *_: Any) -> None:
+        self.shown.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self.shown.close()
 
 
 class Checkpoints(Checkpoint):

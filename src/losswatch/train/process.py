@@ -19,6 +19,7 @@ _LEVELS = {
     "pytorch_lightning": logging.WARNING,
     "lightning_fabric": logging.WARNING,
     "hydra.utils": logging.CRITICAL,  # it logs each error that it raises
+    "torch.utils.cpp_extension": logging.ERROR,  # a CUDA toolkit (CUDA_HOME) without a GPU
 }
 # Warnings about what is meant to be so.
 _IGNORED = (
@@ -27,6 +28,7 @@ _IGNORED = (
     ".*smaller than the logging interval.*",  # the probe has an interval of its own
     ".*configure_optimizers.*returned `None`.*",  # the step of a stack holds the optimiser
     "The `srun` command is available.*",  # a sweep's jobs are sent by its launcher
+    "Grad strides do not match bucket view strides.*",  # DDP with channels_last: PyTorch copies
     ".*LeafSpec.*is deprecated.*",  # in Lightning's own code
 )
 

@@ -1,0 +1,209 @@
+"""What a command shows on the terminal: its lines, and a bar of the steps done.
+
+The terminal belongs to the process, so what is shown on it at the moment is state of this module.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+REDRAW_SECONDS = 0.2
+ESTIMATE_SECONDS = 2.0  # a bar that has been shown for so long knows how long the rest takes
+
+# --- Lines ---------------------------------------------------------------------------------------
+
+
+def open_streams() -> None:
+    """Make the standard streams usable, however the command was started (`2>&-`, ASCII terminal).
+
+    A stream that is closed is opened on the null device. Otherwise the next file opened would get
+    its descriptor, and everything that libraries and child processes print would go to that file.
+    Output replaces characters that the terminal cannot show.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(null, True)
+            setattr(sys, name, open(null, "r" if name == "stdin" else "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
+def say(message: str) -> None:
+    """Print a line to the user. An error in printing is ignored: it is no reason to end a run."""
+    # A bar of another process may stand on the terminal's last line. The line takes its place, and
+    # the bar is drawn anew below.
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    with suppress(OSError):
+        print(f"{clear}{message}", file=sys.stderr)
+    flush(sys.stderr)
+
+
+def flush(stream: TextIO) -> OSError | None:
+    """Flush a stream; return the error if that fails, and send the stream to the null device.
+
+    Otherwise the buffered text would fail again at each later flush: when joblib starts a process,
+    and at the end of this one, which would then exit with status 120.
+    """
+    try:
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
+
+
+class Lines(logging.StreamHandler):
+    """Shows the messages of a log by `say` (conf/config.yaml)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
+# --- Steps ---------------------------------------------------------------------------------------
+
+
+class Steps:
+    """Where the steps of a training are shown. This one shows nothing."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the bar is redrawn at the next advance, so that text for it is worth making."""
+        return False
+
+    def advance(self, count: int) -> None:
+        """So many more steps are done."""
+
+    def show(self, beside: str, below: str = "") -> None:
+        """Text beside the bar and below it, from its next redrawing on."""
+
+
+class Bar(Steps):
+    """Steps done, the time left and some text. It redraws its lines in place, and leaves none.
+
+    Nothing is drawn where the output is no terminal, or is that of another process.
+
+    Args:
+        total: steps, `done` of them before.
+        runs: how many runs there are; how long they take is said once, after the first steps.
+        all_steps: how many steps they take.
+    """
+
+    def __init__(self, total: int, done: int, runs: int, all_steps: int) -> None:
+        console = Console(stderr=True)
+        is_ours = sys.stderr.isatty() and multiprocessing.parent_process() is None
+        self.is_shown = is_ours and not console.is_dumb_terminal
+        self.progress = Progress(
+            TextColumn("step {task.completed:,.0f} of {task.total:,.0f}"),
+            BarColumn(bar_width=16),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left  {task.description}", markup=False),
+        )
+        self.task = self.progress.add_task("", total=total, completed=done)
+        self.live = Live(console=console, transient=True, auto_refresh=False)
+        self.runs, self.todo = runs, all_steps - done
+        self.below, self.waiting = "", 0
+        self.begin: tuple[float, float] | None = None  # the time, and the steps done until then
+        self.drawn = -math.inf
+
+    def __enter__(self) -> Bar:
+        if self.is_shown:
+            self.live.start()
+        self.advance(0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.is_shown:
+            self.live.stop()
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self.drawn > REDRAW_SECONDS
+
+    def advance(self, count: int) -> None:
+        self.waiting += count
+        if not self.is_due:
+            return
+        self.drawn = time.monotonic()
+        if self.waiting:
+            self.progress.advance(self.task, self.waiting)
+            self.waiting = 0
+            self._estimate(self.progress.tasks[0].completed)
+        if self.is_shown:
+            lines = [self.progress, Text(self.below)] if self.below else [self.progress]
+            self.live.update(Group(*lines), refresh=True)
+
+    def _estimate(self, done: float) -> None:
+        """Say once how long all runs take."""
+        if self.begin is None:  # from now on, since the first steps are slow
+            self.begin = self.drawn, done
+        seconds, steps = self.drawn - self.begin[0], done - self.begin[1]
+        if self.runs and seconds > ESTIMATE_SECONDS:
+            say(f"{self.runs} runs take about {duration(self.todo * seconds / steps)}")
+            self.runs = 0
+
+    def show(self, beside: str, below: str = "") -> None:
+        self.progress.update(self.task, description=beside)
+        self.below = below
+
+
+_current: Steps | None = None  # what the steps of this process are part of
+# How many runs like the next one are to come, in a sweep of one run after the other, as long as
+# nobody was told how long they take.
+expected = 0
+
+
+@contextmanager
+def steps(total: int, done: int = 0, runs: int = 0) -> Iterator[Steps]:
+    """A bar of steps; or the one under way, whose steps they are, too.
+
+    Args:
+        total, done: as of `Bar`.
+        runs: how many runs take these steps, if more than one does.
+    """
+    global expected
+    if _current is not None:
+        _current.advance(done)
+        yield _current
+        return
+    bar = Bar(total, done, runs or expected, total * (1 if runs else expected))
+    with bar, part_of(bar):
+        yield bar
+    if not bar.runs:
+        expected = 0
+
+
+@contextmanager
+def part_of(whole: Steps) -> Iterator[None]:
+    """While this is open, steps of this process are part of these."""
+    global _current
+    earlier, _current = _current, whole
+    try:
+        yield
+    finally:
+        _current = earlier
+
+
+def duration(seconds: float) -> str:
+    """A rough time in words.
+
+    >>> duration(42), duration(100), duration(7000), duration(1e5)
+    ('40 seconds', '2 minutes', '2 hours', '28 hours')
+    """
+    if seconds < 90:
+        return f"{max(round(seconds, -1), 10):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.0f} hours"
