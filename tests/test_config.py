@@ -163,6 +163,9 @@ def test_run_names_are_unique_and_safe(one, other):
 def test_run_names_are_readable():
     assert run_name(["theta=0.05", "loss=dice"]) == "loss=dice,theta=0.05"
     assert run_name(["theta=[0.3,0.6]", "loss=dice"]) == "loss=dice,theta=[0.3,0.6]"
+    # What TensorBoard's lists show of a name is its beginning.
+    overrides = ["data.low=0", "experiment=smoke", "seed=1", "theta=0.05", "loss.alpha=0.3"]
+    assert run_name(overrides) == "loss.alpha=0.3,theta=0.05,seed=1,data.low=0,experiment=smoke"
     assert run_name([]) == "default"
     long = [f"data.image_size={i}" for i in range(30)]
     assert re.fullmatch(r"data\.image_size=0,.*-[0-9a-f]{8}", run_name(long))

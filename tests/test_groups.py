@@ -3,12 +3,15 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from conftest import read_result, run_folders, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from losswatch.data.steps import Steps
 
 QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
 
@@ -42,11 +45,15 @@ def test_a_second_logger_gets_the_same_numbers(tmp_path):
 def test_loggers_of_services(tmp_path, name, monkeypatch):
     pytest.importorskip(name)
     more = ["logger.wandb.offline=true"] if name == "wandb" else []
+    more += ["tags=[pilot,new data]"]
     folder, _ = train(tmp_path, f"logger={name}", *more)
     wanted = curve(folder, "val/dice/class_1")
     if name == "wandb":
         [run] = (folder / "wandb").rglob("offline-run-*")
         assert list((run / "files/media").rglob("*.png"))
+        [log] = run.glob("*.wandb")
+        for text in (b'["pilot","new data"]', b"trainer.max_steps"):  # of the settings
+            assert text in log.read_bytes()
         return
     from mlflow.tracking import MlflowClient
 
@@ -54,6 +61,8 @@ def test_loggers_of_services(tmp_path, name, monkeypatch):
     [experiment] = client.search_experiments(filter_string="name = 'losswatch'")
     [run] = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "run"
+    assert run.data.params["tags"] == "['pilot', 'new data']"
+    assert run.data.params["trainer.max_steps"] == "12"
     history = client.get_metric_history(run.info.run_id, "val/dice/class_1")
     assert [(m.step, m.value) for m in history] == [
         (step, pytest.approx(value, rel=1e-6)) for step, value in wanted
@@ -227,3 +236,50 @@ def test_paths_with_an_equals_sign(tmp_path):
     assert read_result(tmp_path / "a=b/c=d")["status"] == "done"
     config = json.dumps(read_result(tmp_path / "a=b/c=d")["config"])
     assert "max_steps" in config
+
+
+# --- Presets for finding bugs --------------------------------------------------------------------
+
+
+def test_overfit_trains_on_one_batch_again_and_again(tmp_path):
+    folder, _ = train(tmp_path, "experiment=overfit", "model=convnet", "optimizer.lr=1e-12")
+    losses = [value for _, value in curve(folder, "loss/dice")]
+    assert losses == pytest.approx([losses[0]] * 12, rel=1e-6)
+
+
+def test_two_batches_take_turns_in_a_resumed_run_too(tmp_path):
+    options = ["data.batches=2", "optimizer.lr=1e-12"]
+    train(tmp_path, *options, "+trainer.max_time=00:00:00:00", status=1)
+    run_train(*QUICK, *options, "resume=run", cwd=tmp_path)
+    losses = [value for _, value in curve(tmp_path / "run", "loss/dice")]
+    assert losses == pytest.approx(losses[:2] * 6, rel=1e-6)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    trainer = SimpleNamespace(max_steps=7, accumulate_grad_batches=1, global_step=3)
+    assert list(Steps(trainer, 3)) == [0, 1, 2, 0]
+    assert list(Steps(trainer)) == [3, 4, 5, 6]
+
+
+def test_one_step_goes_all_the_way(tmp_path):
+    run_train("experiment=one_step", "model=convnet", "hydra.run.dir=run", cwd=tmp_path)
+    result = read_result(tmp_path / "run")
+    assert (result["status"], result["steps"]) == ("done", 1)
+    assert {"val/dice", "test/dice"} <= set(result["metrics"])
+    assert (tmp_path / "run/curves.png").exists()
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced"])
+def test_a_profile_is_a_file_of_the_run(tmp_path, profiler):
+    done = run_train(
+        "experiment=profile", "model=convnet", "trainer.max_steps=3", "hydra.run.dir=run",
+        f"trainer.profiler={profiler}", cwd=tmp_path,
+    )  # fmt: skip
+    assert "the profile goes to run/*-profile.txt" in done.stderr
+    assert "run_training_batch" in (tmp_path / "run/fit-profile.txt").read_text()
+
+
+def test_a_stack_repeats_no_batches(tmp_path):
+    done = run_train(
+        "-m", *QUICK, "data.batches=1", "hydra/launcher=fused", "loss=dice,cce",
+        "hydra.launcher.workers=1", cwd=tmp_path,
+    )  # fmt: skip
+    assert "trained one by one: data.batches=1 needs the ordinary step" in done.stderr

@@ -712,7 +712,7 @@ def test_other_programs_event_files_are_left_alone(train_here, straight, tmp_pat
 @pytest.mark.slow
 def test_a_sweep_in_a_folder_of_another_program(tmp_path):
     """The files there and in its runs' folders stay."""
-    run = tmp_path / "s" / "experiment=smoke,seed=0"
+    run = tmp_path / "s" / "seed=0,experiment=smoke"
     kept = [add_foreign(folder) for folder in (tmp_path / "s", run)]
     notes = tmp_path / "s" / "checkpoints" / "step=7.ckpt"
     notes.parent.mkdir()
@@ -791,7 +791,7 @@ def test_an_event_file_that_lost_something(train_here, straight, tmp_path, caplo
 def test_a_fused_run_says_that_it_starts_anew(tmp_path):
     """The notice is in its own log, though its group was trained before that was opened."""
     sweep = ["-m", "experiment=smoke", "seed=0", "hydra/launcher=fused", "hydra.sweep.dir=s"]
-    folder = tmp_path / "s" / "experiment=smoke,seed=0"
+    folder = tmp_path / "s" / "seed=0,experiment=smoke"
     folder.mkdir(parents=True)
     write(folder, 10)
     torn(checkpoint_path(folder, 10))
@@ -863,18 +863,18 @@ def test_no_time_left(tmp_path):
     limit = "+trainer.max_time=00:00:00:00"
     done = run_train(*sweep, limit, cwd=tmp_path, status=1)
     assert "trained one by one: trainer.max_time=00:00:00:00 needs" in done.stderr
-    assert "Traceback" not in done.stderr and done.stdout.count("stopped") == 2
+    assert "Traceback" not in done.stderr and done.stdout.count(" unfinished ") == 2
     runs = sorted(file.parent for file in tmp_path.glob("s/*/result.json"))
     for run in runs:
         result = read_result(run)
-        assert (result["status"], result["steps"]) == ("stopped", 0)
+        assert (result["status"], result["steps"]) == ("unfinished", 0)
         assert result["error"] == "after 0 of 30 steps"
-    assert list(read_runs(tmp_path / "s").status) == ["stopped"] * 2
+    assert list(read_runs(tmp_path / "s").status) == ["unfinished"] * 2
     resumed = ["experiment=smoke", "seed=0", f"resume={runs[0]}", limit.replace("=00", "=01")]
     run_train(*resumed, cwd=tmp_path)
     result = read_result(runs[0])
     assert (result["status"], result["steps"], result["error"]) == ("done", 30, None)
-    assert list(read_runs(tmp_path / "s").status) == ["done", "stopped"]
+    assert list(read_runs(tmp_path / "s").status) == ["done", "unfinished"]
 
 
 @pytest.mark.slow
@@ -883,8 +883,8 @@ def test_the_exit_status_of_a_stopped_run(tmp_path):
     command = ["experiment=smoke", "hydra.run.dir=run", "+trainer.max_time=00:00:00:00"]
     for _ in range(2):
         done = run_train(*command, cwd=tmp_path, status=1)
-        assert "stopped after 0 of 30 steps" in done.stderr and "Traceback" not in done.stderr
-    assert read_result(tmp_path / "run")["status"] == "stopped"
+        assert "unfinished after 0 of 30 steps" in done.stderr and "Traceback" not in done.stderr
+    assert read_result(tmp_path / "run")["status"] == "unfinished"
 
 
 @pytest.mark.parametrize(

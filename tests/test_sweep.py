@@ -35,7 +35,7 @@ THETAS = [0.05, 0.5, 0.95]
 
 
 def test_six_runs(six):
-    wanted = {f"experiment=smoke,loss={loss},theta={t}" for loss in ("dice", "cce") for t in THETAS}
+    wanted = {f"loss={loss},theta={t},experiment=smoke" for loss in ("dice", "cce") for t in THETAS}
     assert set(six.runs) == wanted
     for folder in six.runs.values():
         result = read_result(folder)
@@ -47,7 +47,7 @@ def test_runs_differ_only_as_asked(six):
     """The same images and first weights for both losses: the first observation is shared."""
     for theta in THETAS:
         a, b = (
-            read_scalars(six.runs[f"experiment=smoke,loss={loss},theta={theta}"])
+            read_scalars(six.runs[f"loss={loss},theta={theta},experiment=smoke"])
             for loss in ("dice", "cce")
         )
         watched = [c for c in a.columns if c.startswith(("loss/", "grad_norm/"))]

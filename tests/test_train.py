@@ -1,6 +1,7 @@
 """`python train.py ...`: the files of a run, its repetition, and the input that it refuses."""
 
 import io
+import json
 import os
 import re
 import shlex
@@ -18,8 +19,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.series import read_scalars
+from losswatch.train.hparams import add_hparams, swept
 
 METRICS = ["accuracy", "dice", "iou", "dice/class_0", "dice/class_1", "iou/class_0", "iou/class_1"]
 
@@ -36,7 +39,7 @@ def events(smoke):
 
 def test_files(smoke):
     assert smoke.folder.parent.parent == smoke.cwd / "outputs"
-    assert smoke.folder.name == "experiment=smoke,probe.cosines=true,seed=3"
+    assert smoke.folder.name == "seed=3,experiment=smoke,probe.cosines=true"
     assert len(list(smoke.folder.glob("events.out.tfevents.*"))) == 1
     assert list(smoke.folder.glob("checkpoints/*.ckpt"))
     assert (smoke.folder / "train.log").read_text().count("val accuracy") == 1
@@ -79,7 +82,7 @@ def test_validation_scalars(events):
 
 def test_images(events):
     """Four rows of input, label and prediction, enlarged six times, in grey frames."""
-    assert events.Tags()["images"] == ["images/input_label_prediction"]
+    assert events.Tags()["images"] == ["images/input_label_prediction", "images/curves"]
     shown = events.Images("images/input_label_prediction")
     assert [image.step for image in shown] == [10, 20, 30]
     side, frame = 6 * 16, 4
@@ -100,6 +103,53 @@ def test_images(events):
             assert image[label == 255].min() >= 125 and image[label == 0].max() <= 130
 
 
+def test_curves_are_a_picture_in_tensorboard(events, smoke):
+    """Each loss has a colour of its own there; TensorBoard's charts colour by run."""
+    [picture] = events.Images("images/curves")
+    assert picture.step == 30
+    assert picture.encoded_image_string == (smoke.folder / "curves.png").read_bytes()
+    with Image.open(smoke.folder / "curves.png") as drawn:
+        assert (picture.width, picture.height) == drawn.size
+
+
+def test_hparams_of_a_sweep(six):
+    """What was swept is marked as different, and so shown first."""
+    for folder in six.runs.values():
+        plugin = EventAccumulator(str(folder)).Reload().PluginTagToContent("hparams")
+        data = {tag: HParamsPluginData.FromString(content) for tag, content in plugin.items()}
+        infos = data["_hparams_/experiment"].experiment.hparam_infos
+        assert {info.name for info in infos if info.differs} == {"loss", "theta"}
+        assert {info.name for info in infos} == {
+            "loss", "theta", "model", "optimizer", "lr", "seed"
+        }  # fmt: skip
+
+
+def test_hparams_of_other_settings(tmp_path):
+    """Each swept key is a column: numbers as numbers, choices by name, of one run all overrides."""
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    own = ["+trainer.max_time=null", "data.low=-0.5", "scheduler=cosine", "seed=3", "compile=true"]
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text(json.dumps(own))
+    wanted = {"data.low": "-0.5", "scheduler": "cosine", "seed": "3", "compile": "true"}
+    assert swept(tmp_path / "run") == wanted | {"trainer.max_time": "null"}
+    common = {"hydra": {"overrides": {"task": ["+trainer.max_time=null", "data.low=0,-0.5"]}}}
+    (tmp_path / "multirun.yaml").write_text(json.dumps(common))
+    assert swept(tmp_path / "run") == wanted
+    cfg = OmegaConf.create({
+        "model": {"_target_": "a.Net"}, "theta": [0.3, 0.6], "optimizer": {"_target_": "b.SGD",
+        "lr": 0.1}, "seed": 3, "data": {"low": -0.5}, "scheduler": {"_target_": "c"},
+        "compile": True,
+    })  # fmt: skip
+    with SummaryWriter(tmp_path / "run") as writer:
+        add_hparams(writer, cfg, "dice", tmp_path / "run")
+    plugin = EventAccumulator(str(tmp_path / "run")).Reload().PluginTagToContent("hparams")
+    data = HParamsPluginData.FromString(plugin["_hparams_/session_start_info"])
+    shown = data.session_start_info.hparams
+    assert shown["data.low"].number_value == -0.5 and shown["seed"].number_value == 3
+    assert shown["scheduler"].string_value == "cosine" and shown["compile"].string_value == "true"
+    assert shown["theta"].string_value == "[0.3, 0.6]"
+    assert swept(tmp_path) == {}
+
+
 def test_hparams(events, smoke):
     plugin = events.PluginTagToContent("hparams")
     data = {tag: HParamsPluginData.FromString(content) for tag, content in plugin.items()}
@@ -108,6 +158,7 @@ def test_hparams(events, smoke):
     assert start["theta"].number_value == 0.5
     assert start["model"].string_value == "ConvNet"
     assert start["optimizer"].string_value == "Adam"
+    assert start["seed"].number_value == 3
     assert start["lr"].number_value == smoke.result["config"]["optimizer"]["lr"]
     infos = data["_hparams_/experiment"].experiment.metric_infos
     metrics = {info.name.tag for info in infos}

@@ -18,7 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from losswatch import compat
+from losswatch.events.encode import append_picture
 from losswatch.events.series import read_scalars
+from losswatch.events.tags import CURVES
 from losswatch.stack.fit import train_compiled
 from losswatch.stack.member import FINISHED
 from losswatch.stack.refusal import NotStackable
@@ -31,6 +33,7 @@ from losswatch.train.build import describe_data, make_net
 from losswatch.train.checks import check
 from losswatch.train.config import ConfigError, check_values
 from losswatch.train.content import adopt, data_of, load_net
+from losswatch.train.curves import event_files
 from losswatch.train.folder import announce, check_folder
 from losswatch.train.outcome import Reached, finished, write_result
 from losswatch.train.process import only_errors, quiet
@@ -125,7 +128,7 @@ def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> flo
         with only_errors(not is_first):
             reached, seconds = _work(cfg, trained, folder)
             if is_first and cfg.mode == "train":
-                _draw_curves(folder, trained)
+                _draw_curves(folder, trained, reached.steps)
     except BaseException as error:
         _fail(error, cfg, folder, time.perf_counter() - begin, is_first)
         return None
@@ -245,8 +248,11 @@ def _called(folder: Path) -> str:
     return folder.name if HydraConfig.get().mode == RunMode.MULTIRUN else nearby(folder)
 
 
-def _draw_curves(folder: Path, trained: str) -> None:
+def _draw_curves(folder: Path, trained: str, step: int) -> None:
+    """Draw the run's curves into its folder, and for TensorBoard, whose charts colour by run."""
     # Imported late: Matplotlib takes a second, and a run that is done before draws nothing.
     from losswatch.report.figures import plot_curves
 
-    plot_curves(read_scalars(folder), folder / "curves.png", title=folder.name, trained=trained)
+    file = folder / "curves.png"
+    plot_curves(read_scalars(folder), file, title=folder.name, trained=trained)
+    append_picture(max(event_files(folder)), CURVES, file.read_bytes(), step)

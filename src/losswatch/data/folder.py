@@ -63,6 +63,7 @@ class FolderImages(pl.LightningDataModule):
         normalize: of each channel of an image: "zscore" (mean 0, deviation 1), "unit" (0 to 1),
             "none".
         batch_size: patches of a training step, over all devices together.
+        batches: training repeats the first so many batches; 0 never repeats one.
         num_workers: processes that prepare batches in the background; null: one less than there are
             cores, at most four.
         cache_mb: MB of decoded images that are kept in memory; others are read at each use.
@@ -91,6 +92,7 @@ class FolderImages(pl.LightningDataModule):
         intensity: float = 0.1,
         normalize: str = "zscore",
         batch_size: int = 8,
+        batches: int = 0,
         num_workers: int | None = None,
         cache_mb: int = 1024,
     ) -> None:
@@ -108,7 +110,7 @@ class FolderImages(pl.LightningDataModule):
                 raise ValueError(f"data.{name}={value}: allowed are {', '.join(allowed)}")
         for name, number, least in (
             ("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0),
-            ("cache_mb", cache_mb, 0), ("intensity", intensity, 0),
+            ("cache_mb", cache_mb, 0), ("intensity", intensity, 0), ("batches", batches, 0),
         ):  # fmt: skip
             if number < least:
                 raise ValueError(f"data.{name} must be at least {least}, got {number}")
@@ -116,7 +118,7 @@ class FolderImages(pl.LightningDataModule):
         if not (0 < val_share < 1 and 0 <= test_share < 1 and val_share + test_share < 1):
             raise ValueError(f"data.val_share and data.test_share must leave a rest, got {shares}")
         self.root, self.seed, self.batch_size = Path(root), seed, batch_size
-        self.normalize, self.cache_mb = normalize, cache_mb
+        self.batches, self.normalize, self.cache_mb = batches, normalize, cache_mb
         self.num_workers = min(4, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
         self.layout, self.looks = _layout(
             self.root, images, masks, image_suffix, mask_suffix, val_share, test_share
@@ -228,7 +230,7 @@ class FolderImages(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        return batch_loader(self.patches, Steps(self.trainer), self.num_workers)
+        return batch_loader(self.patches, Steps(self.trainer, self.batches), self.num_workers)
 
     def _whole(self, split: str) -> DataLoader:
         mine = range(self.rank, len(self.layout.cases[split]), self.world_size)

@@ -115,6 +115,7 @@ class ThresholdedImages(pl.LightningDataModule):
         image_size, dims: an image has `dims` (2 or 3) sides of `image_size` pixels.
         low, high: input range.
         batch_size: images of a training step, over all devices together.
+        batches: training repeats the first so many batches; 0 never repeats one.
         val_size, test_size, eval_batch_size: sizes of the fixed sets, and of their batches.
         num_workers: 0 draws on the training device; more draw on the CPU in the background.
     """
@@ -129,6 +130,7 @@ class ThresholdedImages(pl.LightningDataModule):
         low: float = 0.0,
         high: float = 1.0,
         batch_size: int = 8,
+        batches: int = 0,
         val_size: int = 100,
         test_size: int = 100,
         eval_batch_size: int = 25,
@@ -139,6 +141,7 @@ class ThresholdedImages(pl.LightningDataModule):
         self.seed, self.low, self.high = seed, low, high
         self.space = (image_size,) * dims
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.batches = batches
         self.val_size, self.test_size = val_size, test_size
         self.num_workers = num_workers
         classes = tuple(f"class_{i}" for i in range(len(thresholds) + 1))
@@ -171,7 +174,7 @@ class ThresholdedImages(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        steps = Steps(self.trainer)
+        steps = Steps(self.trainer, self.batches)
         batches = _Batches(self, TRAIN, self.batch_size, len(steps) * self.batch_size)
         return batch_loader(batches, steps, self.num_workers)
 

@@ -10,17 +10,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class Steps(Sampler[int]):
-    """The batches still to be trained with; a resumed run begins where it stopped."""
+    """The batches still to be trained with; a resumed run begins where it stopped.
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self.trainer = trainer
+    Args:
+        trainer: knows the length of the training, and what is done.
+        batches: the first so many batches are repeated; 0 never repeats one.
+    """
+
+    def __init__(self, trainer: pl.Trainer, batches: int = 0) -> None:
+        self.trainer, self.batches = trainer, batches
 
     def __len__(self) -> int:
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def __iter__(self) -> Iterator[int]:
         done = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        return iter(range(done, len(self)))
+        return (number % (self.batches or len(self)) for number in range(done, len(self)))
 
 
 class _Loader(DataLoader):

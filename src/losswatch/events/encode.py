@@ -12,6 +12,7 @@ import re
 import struct
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -110,6 +111,21 @@ def write_scalars(
     file = event_file(writer)
     file.write(encode(tags, steps, values, time.time()))
     file.flush()
+
+
+def append_picture(file: Path, tag: str, png: bytes, step: int) -> None:
+    """Append a picture to an event file that is closed; `png` is the content of a PNG file."""
+    # Imported late: `from losswatch import Watch` needs nothing but PyTorch.
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    width, height = struct.unpack(">II", png[16:24])  # of every PNG
+    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+    summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+    event = Event(wall_time=time.time(), step=step, summary=summary)
+    with file.open("ab") as events:
+        RecordWriter(events).write(event.SerializeToString())
 
 
 def put_last(writer: SummaryWriter) -> None:

@@ -25,6 +25,7 @@ _NEEDED = {
     "devices": 1,
     "num_nodes": 1,
     "max_time": None,  # a limit of each single run
+    "profiler": None,
 }
 
 
@@ -49,6 +50,8 @@ def check_config(cfg: DictConfig) -> None:
     check_options(trainer_options(cfg))
     if cfg.data.get("_target_") != RANDOM:
         raise NotStackable("images that are read from files need the ordinary step")
+    if cfg.data.batches:
+        raise NotStackable(f"data.batches={cfg.data.batches} needs the ordinary step")
     if cfg.scheduler:
         raise NotStackable("a scheduler needs the ordinary step")
     for group in ("logger", "callbacks"):

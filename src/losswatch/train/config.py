@@ -33,6 +33,7 @@ class RandomConfig:
     low: float = MISSING
     high: float = MISSING
     batch_size: int = MISSING
+    batches: int = MISSING
     val_size: int = MISSING
     test_size: int = MISSING
     eval_batch_size: int = MISSING
@@ -58,6 +59,7 @@ class FolderConfig:
     intensity: float = MISSING
     normalize: str = MISSING
     batch_size: int = MISSING
+    batches: int = MISSING
     num_workers: int | None = MISSING
     cache_mb: int = MISSING
 
@@ -74,6 +76,7 @@ class Config:
     seed: int = MISSING
     watch: list[Any] = MISSING
     metric: str = MISSING
+    tags: list[str] = field(default_factory=list)
     threads: int = MISSING
     compile: bool = MISSING
     mode: str = MISSING
@@ -119,6 +122,7 @@ _AT_LEAST = {
     "threads": 1,
     "data.image_size": 1,
     "data.batch_size": 1,
+    "data.batches": 0,
     "data.val_size": 1,
     "data.test_size": 1,
     "data.eval_batch_size": 1,
@@ -130,7 +134,11 @@ _AT_LEAST = {
 }
 # Lightning's options that can end training before trainer.max_steps, each with its value that does
 # not. max_steps alone must say how long training is: a run counts as done only when it is reached.
-_FULL_LENGTH = {"fast_dev_run": False, "limit_train_batches": 1.0, "overfit_batches": 0.0}
+_FULL_LENGTH = {
+    "fast_dev_run": (False, "experiment=one_step tries everything"),
+    "limit_train_batches": (1.0, "set trainer.max_steps instead"),
+    "overfit_batches": (0.0, "data.batches repeats batches"),
+}
 
 
 # Arguments of Lightning's Trainer that are not the user's, and what to take instead.
@@ -218,13 +226,12 @@ def _check_training(cfg: DictConfig) -> None:
         raise ConfigError(
             f"trainer.gradient_clip_val must be null or a number of at least 0, got {clip}"
         )
-    for option, harmless in _FULL_LENGTH.items():
+    for option, (harmless, instead) in _FULL_LENGTH.items():
         value = cfg.trainer.get(option)
         # By repr: 1 is one batch and 1.0 is all batches.
         if value is not None and repr(value) != repr(harmless):
             raise ConfigError(
-                f"trainer.{option}={value} would end training before trainer.max_steps; set "
-                "trainer.max_steps instead"
+                f"trainer.{option}={value} would end training before trainer.max_steps; {instead}"
             )
 
 

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.tensorboard.summary import hparams
 
 from losswatch.compat import process_rank
 from losswatch.data.survey import Survey
@@ -19,6 +17,7 @@ from losswatch.events.charts import add_charts
 from losswatch.events.encode import put_last
 from losswatch.events.layout import SUFFIX
 from losswatch.train.curves import event_sizes, rewind
+from losswatch.train.hparams import add_hparams
 
 
 class EventLog(TensorBoardLogger):
@@ -59,24 +58,8 @@ def open_log(cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int]
         rewind(folder, events)
         put_last(logger.experiment)
         add_charts(logger.experiment, cosines=cfg.probe.cosines, validation=True)
-    add_hparams(logger, cfg, loss)
+        add_hparams(logger.experiment, cfg, loss, folder)
     return logger
-
-
-@rank_zero_only
-def add_hparams(logger: EventLog, cfg: DictConfig, loss: str) -> None:
-    """The HParams tab's row: what people sweep, beside the last value of each metric's curve."""
-    model = cfg.model._target_.split(".")[-1]
-    params = {
-        "loss": loss,
-        "theta": float(cfg.theta) if isinstance(cfg.theta, float) else str(cfg.theta),
-        "model": f"{model} BN" if cfg.model.get("batch_norm") else model,
-        "optimizer": cfg.optimizer._target_.split(".")[-1],
-        "lr": float(cfg.optimizer.lr),
-    }  # five, as many as the tab shows without a click; the rest is in result.json
-    names = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
-    for summary in hparams(params, dict.fromkeys(names, 0.0)):
-        logger.experiment.file_writer.add_summary(summary)
 
 
 def log_survey(logger: TensorBoardLogger, found: Survey) -> None:

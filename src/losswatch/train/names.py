@@ -18,21 +18,31 @@ _LONGEST = 150
 # so that overrides joined by commas can be read in one way only.
 _PLAIN = re.compile(r"(?:[\w.=+~@-]|\[[\w.,=+~@-]*\])+")
 
+# What runs mostly differ in. It begins their names, because lists show the first characters only.
+_FIRST = ("loss", "theta", "model", "optimizer", "seed")
+
+
+def _order(override: str) -> tuple[int, str]:
+    group = re.split("[.=@]", override, maxsplit=1)[0]
+    return _FIRST.index(group) if group in _FIRST else len(_FIRST), override
+
 
 def run_name(overrides: Sequence[str]) -> str:
-    """The name of a run's folder: its overrides, sorted.
+    """The name of a run's folder: its overrides, in the order of `_FIRST`, then of the alphabet.
 
     Different sets of overrides get different names. A name with other characters than those of
     `_PLAIN`, or a long one, is shortened and ends with a hash of the overrides.
 
     >>> run_name(["loss=dice", "theta=0.05"])
     'loss=dice,theta=0.05'
+    >>> run_name(["experiment=smoke", "seed=1", "optimizer.lr=0.1", "loss=dice"])
+    'loss=dice,optimizer.lr=0.1,seed=1,experiment=smoke'
     >>> run_name(["++loss.alpha=0.3"]), run_name([])
     ('loss.alpha=0.3', 'default')
     >>> run_name(["note=a b"])
     'note=a_b-c692bc42'
     """
-    ordered = sorted(override.removeprefix("++") for override in overrides)
+    ordered = sorted((override.removeprefix("++") for override in overrides), key=_order)
     name = ",".join(ordered) or "default"
     if all(map(_PLAIN.fullmatch, ordered)) and len(name.encode()) <= _LONGEST:
         return name

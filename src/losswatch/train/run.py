@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from losswatch import compat
 from losswatch.data.folder import FolderImages, UnlabelledImages
 from losswatch.data.form import Form
 from losswatch.data.modules import has_steps, has_test
 from losswatch.data.random import ThresholdedImages
+from losswatch.text import nearby
 from losswatch.train.build import (
     describe_data,
     make_callbacks,
@@ -36,9 +39,11 @@ from losswatch.train.module import SegmentationModule
 from losswatch.train.outcome import Reached
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import run_process
-from losswatch.train.settings import plain
+from losswatch.train.settings import flat, plain
 from losswatch.train.sync_batch_norm import LayerSync
 from losswatch.watch.lightning import Watch
+
+log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
@@ -89,7 +94,7 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         module = _make_module(cfg, trained, net, data, form)
         load_loss(module.loss, content)
         logger = EventLog(str(folder))
-        trainer = _make_tester(cfg, logger)
+        trainer = _make_tester(cfg, folder, logger)
         if isinstance(data, FolderImages):
             cases = data.layout.cases["test"]
             trainer.callbacks.append(Predictions(folder, form, data.values, cases))  # type: ignore
@@ -115,15 +120,27 @@ def predict(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     load_net(net, content)
     with run_process(net, cfg.threads, cfg.seed):
         module = _make_module(cfg, trained, net, data, form)
-        trainer = _make_tester(cfg, False)
+        trainer = _make_tester(cfg, folder, False)
         trainer.callbacks.append(Predictions(folder, form, values, data.cases))  # type: ignore
         trainer.predict(module, data, return_predictions=False)
     return Reached(step_of(content), {})
 
 
-def _make_tester(cfg: DictConfig, logger: EventLog | bool) -> pl.Trainer:
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
+
+def _options(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """The options of the run's Trainer. A profiler writes its table into the run's folder."""
+    options = trainer_options(cfg)
+    if (name := options["profiler"]) in PROFILERS:
+        options["profiler"] = PROFILERS[name](dirpath=folder, filename="profile")
+        log.info("the profile goes to %s", nearby(folder / "*-profile.txt"))
+    return options
+
+
+def _make_tester(cfg: DictConfig, folder: Path, logger: EventLog | bool) -> pl.Trainer:
     return pl.Trainer(
-        **trainer_options(cfg) | {"enable_progress_bar": False},
+        **_options(cfg, folder) | {"enable_progress_bar": False},
         logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -154,12 +171,12 @@ def _make_trainer(
     logger: EventLog,
     checkpoints: Checkpoints,
 ) -> pl.Trainer:
-    options = trainer_options(cfg)
+    folder = checkpoints.folder
+    options = _options(cfg, folder)
     if has_steps(data):
         options["max_epochs"] = 1  # the whole training is one epoch
     else:
         options |= {"max_epochs": -1, "check_val_every_n_epoch": None}
-    folder = checkpoints.folder
     if cfg.callbacks:  # Lightning's write every 50 steps otherwise
         options.setdefault("log_every_n_steps", 1)
     callbacks = [checkpoints, Images(together=module.is_random), *make_callbacks(cfg, folder)]
@@ -179,12 +196,15 @@ def _make_trainer(
         callbacks.insert(0, watch)
     if options["enable_progress_bar"]:
         callbacks.append(Progress(watch))
+    loggers = make_loggers(cfg, folder)
+    for other in loggers:
+        other.log_hyperparams(dict(flat(plain(cfg))))
     plugins: list[Any] = [AtomicCheckpoints()]
     if options["sync_batchnorm"]:
         plugins.append(LayerSync())
     return pl.Trainer(
         **options,
-        logger=[logger, *make_loggers(cfg, folder)],
+        logger=[logger, *loggers],
         callbacks=callbacks,
         plugins=plugins,
         use_distributed_sampler=False,  # each rank draws its own share of a batch

@@ -15,7 +15,7 @@ from losswatch.train.config import RANDOM
 
 # What may differ when a run is resumed.
 _FREE = (
-    "resume", "mode", "checkpoint", "metric", "logger", "trainer.enable_progress_bar",
+    "resume", "mode", "checkpoint", "metric", "tags", "logger", "trainer.enable_progress_bar",
     "trainer.max_time",
 )  # fmt: skip
 
