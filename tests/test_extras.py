@@ -24,14 +24,14 @@ from losswatch.train import config
 ENVIRONMENT = ENVIRONMENT | {"RAY_AUTH_MODE": "disabled", "RAY_COLOR_PREFIX": "0"}
 
 
-def plugin(name, choice, slow=True):
+def plugin(name, choice):
     """A test's parameter, skipped where the plugin is not installed."""
     there = importlib.util.find_spec(f"hydra_plugins.{name}") is not None
     marks = [pytest.mark.skipif(not there, reason=f"{name} is not installed")]
     if choice == "submitit_slurm":  # where tmp_path is on one machine only, give --basetemp
         absent = shutil.which("sbatch") is None
         marks.append(pytest.mark.skipif(absent, reason="there is no Slurm here (sbatch)"))
-    return pytest.param(choice, marks=marks + [pytest.mark.slow] * slow)
+    return pytest.param(choice, marks=[*marks, pytest.mark.slow])
 
 
 def table(printed):
@@ -212,7 +212,7 @@ SHORT = ["trainer.max_steps=20", "trainer.val_check_interval=20", "data.image_si
          "data.batch_size=2", "data.val_size=8", "data.test_size=8"]  # fmt: skip
 
 
-@pytest.mark.parametrize("experiment", [plugin("hydra_optuna_sweeper", "optuna", slow=False)])
+@pytest.mark.parametrize("experiment", [plugin("hydra_optuna_sweeper", "optuna")])
 def test_search(tmp_path, experiment):
     """Six trials of the example: all are in the table, and the best is written to a file."""
     done = run_train(

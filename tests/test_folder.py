@@ -632,6 +632,7 @@ def test_a_sweep_of_a_users_jpegs(tmp_path):
     assert len(values) == 4
 
 
+@pytest.mark.slow
 def test_16_bit_tiffs_and_one_output_channel(tmp_path):
     make_folder(tmp_path / "t", image=".tif", mask=".tif", depth=16)
     folder, _ = train(tmp_path, "data.root=t", "data.target=sigmoid", "loss=dice_ce_monai")

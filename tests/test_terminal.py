@@ -82,6 +82,7 @@ def test_a_run(tmp_path):
     assert re.fullmatch(r"val accuracy 0\.\d{4} in [\d.]+ s: outputs/.*", "".join(last))
 
 
+@pytest.mark.slow
 def test_a_fused_sweep_with_two_processes(tmp_path):
     """One bar over both, from the first steps on, which a line of a process does not break."""
     status, screens = watch(
