@@ -434,7 +434,7 @@ def stopped(cwd, command, by, whom, when, env=None):
 def interrupted(status, out, said, rows):
     """The command printed the table of what is finished, how to go on, and one line."""
     assert status == 130
-    known = r"run[ :]|fused: |val accuracy|compiling|\d+ runs|Resume   python"
+    known = r"checking|run[ :]|fused: |val accuracy|compiling|\d+ runs|Resume   python"
     others = [line for line in said.splitlines() if not re.match(known, line)]
     assert others == ["losswatch: interrupted"]
     assert out.count("unfinished") == rows

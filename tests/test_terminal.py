@@ -23,20 +23,22 @@ from losswatch.sweep.counting import collected
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
 
 
-def watch(*args, cwd, interrupt_at=None):
-    """Run train.py in a terminal of 80 columns: the exit status, and each screen it showed.
+def watch(*args, cwd, interrupt_at=None, columns=80, **options):
+    """Run train.py in a terminal: the exit status, and each screen it showed.
 
     Args:
         interrupt_at: a pattern; Ctrl-C is typed once the screen shows it.
+        options: of `subprocess.Popen`.
     """
-    screen = pyte.Screen(80, 50)
+    screen = pyte.Screen(columns, 50)
     stream, decoder = pyte.Stream(screen), codecs.getincrementaldecoder("utf-8")("replace")
     above, below = pty.openpty()
     os.set_blocking(above, False)
+    size = {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "50"}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), below)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, start_new_session=True,
-        stdin=below, stdout=below, stderr=below,
-        env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "80", "LINES": "50"},
+        **{**streams, "env": ENVIRONMENT | size, **options},
     )  # fmt: skip
     os.close(below)
     screens, deadline = [], time.monotonic() + 120
@@ -55,6 +57,7 @@ def watch(*args, cwd, interrupt_at=None):
             screens.append([line.rstrip() for line in screen.display if line.strip()])
             if interrupt_at and re.search(interrupt_at, "\n".join(screens[-1])):
                 interrupt_at = None
+                time.sleep(terminal.REDRAW_SECONDS / 2)  # not in the middle of drawing
                 os.killpg(process.pid, signal.SIGINT)
         return process.wait(10), screens
     finally:
@@ -87,8 +90,8 @@ def test_a_fused_sweep_with_two_processes(tmp_path):
     """One bar over both, from the first steps on, which a line of a process does not break."""
     status, screens = watch(
         "-m", "experiment=smoke", "hydra/launcher=fused", "hydra.launcher.workers=2",
-        "loss=dice,cce", "trainer.max_steps=1000", "trainer.val_check_interval=500",
-        "hydra.sweep.dir=s", cwd=tmp_path,
+        "trainer.max_steps=800,1200", "trainer.val_check_interval=400", "hydra.sweep.dir=s",
+        cwd=tmp_path,
     )  # fmt: skip
     assert status == 0
     steps = [
@@ -97,10 +100,12 @@ def test_a_fused_sweep_with_two_processes(tmp_path):
         if (found := re.search(r"^step ([\d,]+) of 2,000 ", "\n".join(screen), re.MULTILINE))
     ]
     assert len(set(steps)) > 3 and steps == sorted(steps) and 0 < min(filter(None, steps)) < 500
+    assert any(screen[-1] == "checking 2 runs" for screen in screens)
     shown = screens[-1]
-    assert shown[:2] == [
-        "2 runs; table and runs go to s", "fused: 2 runs in 2 groups of up to 1, 2 at once"
-    ]  # fmt: skip
+    assert "".join(shown[:3]).startswith(
+        "2 runs; table and runs go to sfused: 2 runs in 2 groups of up to 1, 2 at once (they differ "
+        "in trainer.max_steps)"
+    )
     assert not any(line.startswith("step ") or " left" in line for line in shown)
     assert sum(line.startswith("val accuracy") for line in shown) == 2
     assert "Browse   tensorboard --logdir s" in shown
@@ -109,7 +114,7 @@ def test_a_fused_sweep_with_two_processes(tmp_path):
 def test_interrupted(tmp_path):
     """The bar goes, the table comes, and how to go on."""
     command = ["-m", "experiment=smoke", "loss=dice,cce", "trainer.max_steps=5000"]
-    status, screens = watch(*command, cwd=tmp_path, interrupt_at="step [2-9][0-9] of")
+    status, screens = watch(*command, cwd=tmp_path, interrupt_at=r"step [1-9][\d,]* of")
     assert status == 130
     [folder] = tmp_path.glob("outputs/*")
     text = "\n".join(screens[-1])
@@ -120,53 +125,142 @@ def test_interrupted(tmp_path):
     assert re.search(r"^dice .* unfinished  interrupted$", text, re.MULTILINE)
 
 
-def test_the_estimate_is_said_once(capsys, monkeypatch):
-    """After the first seconds of the first run: half a run of four has taken 10 of 80 s."""
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+NOISY = """
+import logging
+import pytorch_lightning as pl
+
+class Noisy(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        print("at [/x] [bold] ... ", end="", flush=True)
+        print("step", trainer.global_step)
+        logging.getLogger("other").warning("no number: %d", "a")
+"""
+
+
+def test_a_callback_that_prints(tmp_path):
+    """What it prints goes where it belongs, as it is; a bad log message does not end the run."""
+    (tmp_path / "noisy.py").write_text(NOISY)
+    (tmp_path / "mine" / "callbacks").mkdir(parents=True)
+    (tmp_path / "mine" / "callbacks" / "noisy.yaml").write_text("noisy: {_target_: noisy.Noisy}")
+    with (tmp_path / "out").open("w") as out:
+        status, screens = watch(
+            "--config-dir", "mine", "experiment=smoke", "callbacks=noisy", "trainer.max_steps=5",
+            cwd=tmp_path, columns=40, stdout=out,
+            env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "40", "PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+    assert status == 0
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert lines == [f"at [/x] [bold] ... step {i}" for i in range(1, 6)]
+    bars = [line for screen in screens for line in screen if line.startswith("step ")]
+    assert bars and all(re.fullmatch(r"step \d of 5 [-:\d]+ left( .*)?", bar) for bar in bars)
+
+
+# --- One bar -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that time.monotonic() gives, in a list of one."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def work(steps, count, clock):
+    """Ten steps a second."""
+    for _ in range(count):
+        clock[0] += 0.1
+        steps.advance(1)
+
+
+def test_the_estimate_is_said_once(capsys, monkeypatch, clock):
+    """After the first seconds of the first run: four runs of 20 s."""
     monkeypatch.setattr(terminal, "expected", 4)
     for _ in range(2):
         with terminal.steps(200) as steps:
-            for _ in range(100):
-                now += 0.1
-                steps.advance(1)
+            work(steps, 100, clock)
     assert capsys.readouterr().err == "4 runs take about 80 seconds\n"
     assert terminal.expected == 0
+    with terminal.steps(200, runs=1) as steps:  # whose bar says it
+        work(steps, 100, clock)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_estimate_leaves_out_what_was_done_before(capsys, clock):
+    """Four runs at step 900 of 1000: 400 steps are left."""
+    with terminal.steps(4000, runs=4), terminal.steps(4000, done=3600) as part:
+        work(part, 100, clock)
+    assert capsys.readouterr().err == "4 runs take about 40 seconds\n"
 
 
 def test_steps_within_a_larger_bar():
-    """Of a resumed part, the steps done before count, too."""
+    """What was done before is no part of it; steps of a part that fails are taken back."""
+
+    def state():
+        task = whole.progress.tasks[0]
+        return task.completed + whole.waiting, task.total
+
     whole = terminal.Bar(100, 0, 0, 0)
     with terminal.part_of(whole), terminal.steps(50, done=20) as part:
         part.advance(5)
-    assert part is whole and whole.progress.tasks[0].completed + whole.waiting == 25
+    assert state() == (5, 80)
+    with pytest.raises(MemoryError), terminal.part_of(whole), terminal.steps(50, done=3) as part:
+        part.advance(7)
+        raise MemoryError
+    assert state() == (5, 80)
     with terminal.steps(10) as alone:
-        assert alone is not whole
+        assert isinstance(alone, terminal.Bar)
+
+
+@pytest.mark.parametrize("method", ["start", "update", "stop"])
+def test_a_terminal_that_closes_ends_nothing(monkeypatch, method):
+    def closed(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(terminal, "_redraws", lambda: True)
+    bar = terminal.Bar(10, 0, 0, 0)
+    monkeypatch.setattr(bar.live, method, closed)
+    with bar:
+        bar.advance(1)
+    assert not bar.is_shown
+
+
+@pytest.mark.parametrize("term, clear", [("xterm", "\r\x1b[K"), ("dumb", "")])
+def test_a_line_takes_the_place_of_a_bar(capsys, monkeypatch, term, clear):
+    """Of another process. A dumb terminal has none, and shows control characters."""
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    terminal.say("a line")
+    assert capsys.readouterr().err == f"{clear}a line\n"
 
 
 def test_processes_count_together():
-    seen = []
-    steps = terminal.Steps()
-    steps.advance = seen.append
+    """Also the last steps; a process that replaces a killed one begins anew."""
+    bar = terminal.Bar(1000, 0, 0, 0)
     count = "import sys; from losswatch.sweep.counting import Counted; " + (
-        "counted = Counted(sys.argv[1], int(sys.argv[2])); [counted.advance(3) for _ in range(100)]"
+        "counted = Counted(sys.argv[1], int(sys.argv[2])); counted.skip(10); "
+        "[counted.advance(3) for _ in range(100)]"
     )
-    with collected(steps, 2) as file:
-        for index in range(2):
+    with collected(bar, 2) as file:
+        for index in (0, 1, 0):
             subprocess.run([sys.executable, "-c", count, str(file), str(index)], check=True)
-        time.sleep(3 * terminal.REDRAW_SECONDS)
-    assert sum(seen) == 600
+    task = bar.progress.tasks[0]
+    assert (task.completed + bar.waiting, task.total) == (600, 980)
     assert not file.exists()
 
 
-@pytest.mark.parametrize("width, left_out", [(80, "optimiser, BN, IoU"), (120, None)])
-def test_a_table_fits_its_terminal(width, left_out):
-    """No header or number is broken; what is left out is said."""
+@pytest.mark.parametrize(
+    "width, failed, left_out",
+    [(80, False, "optimiser, BN, IoU"), (120, False, None),
+     (80, True, "optimiser, BN, IoU, seconds, Dice"), (130, True, None)],
+)  # fmt: skip
+def test_a_table_fits_its_terminal(width, failed, left_out):
+    """No word is broken but those of an error; what is left out is said."""
     runs = pd.DataFrame({
         "run": list("ab"), "loss": ["dice_fg_square", "cce"], "theta": 0.5, "optimizer": "adam",
         "lr": [0.001, 0.01], "model": ["unet", "convnet"], "batch_norm": True, "seed": [0, 1],
-        "accuracy": 0.98765, "dice": 0.5, "iou": 0.5, "seconds": 12.34, "status": "done",
-        "error": None,
+        "accuracy": 0.98765, "dice": 0.5, "iou": 0.5, "seconds": 12.34,
+        "status": ["done", "unfinished"], "error": [None, "too long a line" * failed or None],
     })  # fmt: skip
     console = Console(width=width, color_system=None)
     with console.capture() as printed:
@@ -176,6 +270,10 @@ def test_a_table_fits_its_terminal(width, left_out):
     assert ("optimiser" in lines[0]) == (not left_out)
     for word in ("loss", "θ", "lr", "model", "seed", "accuracy", "status"):
         assert word in lines[0].split()
-    row = next(line for line in lines if line.startswith("dice_fg_square "))
-    assert row.split()[-1] == "done" and "0.9877" in row
-    assert lines[4:] == ([f"Left out for want of width: {left_out}"] if left_out else [])
+    first, second = (
+        next(li for li in lines if li.startswith(f"{n} ")) for n in ("dice_fg_square", "cce")
+    )
+    assert "done" in first.split() and "0.9877" in first.split()
+    assert "unfinished" in second.split() and "convnet" in second.split()
+    shown = [line for line in lines if line.startswith("Left out")]
+    assert shown == ([f"Left out for want of width: {left_out}"] if left_out else [])

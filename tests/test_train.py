@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -21,6 +22,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
+from losswatch import task
 from losswatch.events.series import read_scalars
 from losswatch.train.hparams import add_hparams, swept
 
@@ -134,6 +136,9 @@ def test_hparams_of_other_settings(tmp_path):
     common = {"hydra": {"overrides": {"task": ["+trainer.max_time=null", "data.low=0,-0.5"]}}}
     (tmp_path / "multirun.yaml").write_text(json.dumps(common))
     assert swept(tmp_path / "run") == wanted
+    (tmp_path / "deep").mkdir()
+    shutil.copytree(tmp_path / "run", tmp_path / "deep" / "run")
+    assert swept(tmp_path / "deep" / "run") == wanted
     cfg = OmegaConf.create({
         "model": {"_target_": "a.Net"}, "theta": [0.3, 0.6], "optimizer": {"_target_": "b.SGD",
         "lr": 0.1}, "seed": 3, "data": {"low": -0.5}, "scheduler": {"_target_": "c"},
@@ -417,3 +422,20 @@ def test_interrupted_run_loses_nothing(tmp_path):
     assert arguments[-1] == f"resume={folder.relative_to(tmp_path)}"
     again = run_train(*arguments, "+trainer.max_time=00:00:00:00", cwd=tmp_path, status=1)
     assert f"resumed from step {validated.max()}" in again.stderr
+
+
+def test_the_command_that_resumes_in_another_working_directory(tmp_path):
+    options = ["experiment=smoke", "hydra.job.chdir=true", "+trainer.max_time=00:00:00:00"]
+    done = run_train(*options, "hydra.run.dir=a b,c", cwd=tmp_path, status=1)
+    assert "unfinished after 0 of 30 steps: a b,c" in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("Resume")]
+    *_, last = shlex.split(line)
+    assert last == "resume=a b,c"
+    run_train("experiment=smoke", last, cwd=tmp_path)
+    assert read_result(tmp_path / "a b,c")["status"] == "done"
+
+
+def test_curves_without_an_event_file(tmp_path):
+    """A finished run whose event file somebody removed is done all the same."""
+    task._draw_curves(tmp_path, "dice", step=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]

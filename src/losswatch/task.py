@@ -46,10 +46,10 @@ def run_task(cfg: DictConfig) -> float | None:
     """Check a run, and train or test it unless it is done.
 
     Returns:
-        the score, for sweepers; None if the run failed in a sweep, or was stopped.
+        the score, for sweepers; None if the run failed in a sweep, or is unfinished.
 
     Raises:
-        SystemExit: the config cannot work; or a single run failed or was stopped.
+        SystemExit: the config cannot work; or a single run failed or is unfinished.
         KeyboardInterrupt: after Ctrl-C.
     """
     job = HydraConfig.get()
@@ -221,7 +221,11 @@ def _fail(
         if is_first:
             _say_how_to_resume(cfg, folder)
         raise KeyboardInterrupt from error
-    log.error("failed: %s (traceback in %s)", text, nearby(folder / f"{job.job.name}.log"))
+    log.error(
+        "failed: %s (traceback in %s)",
+        text,
+        nearby(folder / f"{job.job.name}.log", Path(job.runtime.cwd)),
+    )
     log.debug("".join(traceback.format_exception(error)))
     if job.mode == RunMode.RUN:
         raise SystemExit(1) from error
@@ -240,12 +244,14 @@ def _stop_early(reached: Reached, cfg: DictConfig, folder: Path, seconds: float)
 def _say_how_to_resume(cfg: DictConfig, folder: Path) -> None:
     """Of a single run; a sweep says it below its table."""
     if HydraConfig.get().mode == RunMode.RUN and cfg.mode == "train":
-        say(f"Resume   {again('resume', folder)}")
+        say(f"Resume   {again('resume', _called(folder))}")
 
 
 def _called(folder: Path) -> str:
-    """A run as lines call it: by the name of its folder in a sweep, else by where that is."""
-    return folder.name if HydraConfig.get().mode == RunMode.MULTIRUN else nearby(folder)
+    """A run as lines call it: its folder, seen from that of the sweep or of the command."""
+    job = HydraConfig.get()
+    base = Path(job.runtime.cwd, job.sweep.dir if job.mode == RunMode.MULTIRUN else "")
+    return nearby(folder, base)
 
 
 def _draw_curves(folder: Path, trained: str, step: int) -> None:
@@ -255,4 +261,5 @@ def _draw_curves(folder: Path, trained: str, step: int) -> None:
 
     file = folder / "curves.png"
     plot_curves(read_scalars(folder), file, title=folder.name, trained=trained)
-    append_picture(max(event_files(folder)), CURVES, file.read_bytes(), step)
+    if events := event_files(folder):
+        append_picture(max(events), CURVES, file.read_bytes(), step)

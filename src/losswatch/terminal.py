@@ -12,8 +12,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TextIO
 
 from rich.console import Console, Group
@@ -45,12 +45,25 @@ def open_streams() -> None:
 
 def say(message: str) -> None:
     """Print a line to the user. An error in printing is ignored: it is no reason to end a run."""
-    # A bar of another process may stand on the terminal's last line. The line takes its place, and
-    # the bar is drawn anew below.
-    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    with suppress(OSError):
-        print(f"{clear}{message}", file=sys.stderr)
-    flush(sys.stderr)
+    # A line of `say_for_now`, or a bar of another process, may stand on the terminal's last line.
+    # This line takes its place, and the bar is drawn anew below.
+    clear = "\r\x1b[K" if _redraws() else ""
+    with _current.hidden() if _current else nullcontext():
+        with suppress(OSError):
+            print(f"{clear}{message}", file=sys.stderr)
+        flush(sys.stderr)
+
+
+def say_for_now(message: str) -> None:
+    """Show a line that the next one replaces, on a terminal only."""
+    if _redraws():
+        with suppress(OSError):
+            print(message, end="", file=sys.stderr, flush=True)
+
+
+def _redraws() -> bool:
+    """Whether standard error is a terminal on which lines can be drawn anew."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def flush(stream: TextIO) -> OSError | None:
@@ -71,7 +84,10 @@ class Lines(logging.StreamHandler):
     """Shows the messages of a log by `say` (conf/config.yaml)."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
+        try:
+            say(self.format(record))
+        except Exception:  # a message that does not fit its arguments
+            self.handleError(record)
 
 
 # --- Steps ---------------------------------------------------------------------------------------
@@ -88,8 +104,16 @@ class Steps:
     def advance(self, count: int) -> None:
         """So many more steps are done."""
 
+    def skip(self, count: int) -> None:
+        """So many steps of the total were done before."""
+
     def show(self, beside: str, below: str = "") -> None:
         """Text beside the bar and below it, from its next redrawing on."""
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """While this is open, a line can be printed."""
+        yield
 
 
 class Bar(Steps):
@@ -104,31 +128,39 @@ class Bar(Steps):
     """
 
     def __init__(self, total: int, done: int, runs: int, all_steps: int) -> None:
-        console = Console(stderr=True)
-        is_ours = sys.stderr.isatty() and multiprocessing.parent_process() is None
-        self.is_shown = is_ours and not console.is_dumb_terminal
+        # Without markup: what others print while the bar is shown goes through this console.
+        console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        self.is_shown = _redraws() and multiprocessing.parent_process() is None
         self.progress = Progress(
             TextColumn("step {task.completed:,.0f} of {task.total:,.0f}"),
-            BarColumn(bar_width=16),
+            *([BarColumn(bar_width=16)] if console.width >= 60 else []),
             TimeRemainingColumn(compact=True),
             TextColumn("left  {task.description}", markup=False),
         )
         self.task = self.progress.add_task("", total=total, completed=done)
-        self.live = Live(console=console, transient=True, auto_refresh=False)
+        self.live = Live(
+            console=console, transient=True, auto_refresh=False, redirect_stdout=sys.stdout.isatty()
+        )
         self.runs, self.todo = runs, all_steps - done
         self.below, self.waiting = "", 0
         self.begin: tuple[float, float] | None = None  # the time, and the steps done until then
         self.drawn = -math.inf
 
     def __enter__(self) -> Bar:
-        if self.is_shown:
-            self.live.start()
+        self._draw(self.live.start)
         self.advance(0)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._draw(self.live.stop)
+
+    def _draw(self, function: Callable[[], object]) -> None:
+        """Call a function that draws. A terminal that was closed is no reason to end a run."""
         if self.is_shown:
-            self.live.stop()
+            try:
+                function()
+            except OSError:
+                self.is_shown = False
 
     @property
     def is_due(self) -> bool:
@@ -143,22 +175,53 @@ class Bar(Steps):
             self.progress.advance(self.task, self.waiting)
             self.waiting = 0
             self._estimate(self.progress.tasks[0].completed)
-        if self.is_shown:
-            lines = [self.progress, Text(self.below)] if self.below else [self.progress]
-            self.live.update(Group(*lines), refresh=True)
+        lines = [self.progress, Text(self.below)] if self.below else [self.progress]
+        self._draw(lambda: self.live.update(Group(*lines), refresh=True))
 
     def _estimate(self, done: float) -> None:
         """Say once how long all runs take."""
         if self.begin is None:  # from now on, since the first steps are slow
             self.begin = self.drawn, done
         seconds, steps = self.drawn - self.begin[0], done - self.begin[1]
-        if self.runs and seconds > ESTIMATE_SECONDS:
+        if self.runs > 1 and seconds > ESTIMATE_SECONDS:
             say(f"{self.runs} runs take about {duration(self.todo * seconds / steps)}")
             self.runs = 0
+
+    def skip(self, count: int) -> None:
+        self.progress.update(self.task, total=(self.progress.tasks[0].total or 0) - count)
+        self.todo -= count
 
     def show(self, beside: str, below: str = "") -> None:
         self.progress.update(self.task, description=beside)
         self.below = below
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        self._draw(self.live.stop)
+        try:
+            yield
+        finally:
+            self._draw(self.live.start)
+
+
+class Part(Steps):
+    """Steps that are part of those that another object shows."""
+
+    def __init__(self, whole: Steps, skipped: int) -> None:
+        self.whole, self.done, self.skipped = whole, 0, skipped
+        whole.skip(skipped)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        self.whole.advance(count)
+
+    def show(self, beside: str, below: str = "") -> None:
+        self.whole.show(beside, below)
+
+    def undo(self) -> None:
+        """These steps failed, so they will be done again or never."""
+        self.whole.advance(-self.done)
+        self.whole.skip(-self.skipped)
 
 
 _current: Steps | None = None  # what the steps of this process are part of
@@ -169,7 +232,7 @@ expected = 0
 
 @contextmanager
 def steps(total: int, done: int = 0, runs: int = 0) -> Iterator[Steps]:
-    """A bar of steps; or the one under way, whose steps they are, too.
+    """A bar of steps; or part of the one under way.
 
     Args:
         total, done: as of `Bar`.
@@ -177,8 +240,12 @@ def steps(total: int, done: int = 0, runs: int = 0) -> Iterator[Steps]:
     """
     global expected
     if _current is not None:
-        _current.advance(done)
-        yield _current
+        part = Part(_current, done)
+        try:
+            yield part
+        except BaseException:
+            part.undo()
+            raise
         return
     bar = Bar(total, done, runs or expected, total * (1 if runs else expected))
     with bar, part_of(bar):

@@ -42,14 +42,14 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def nearby(path: str | Path) -> str:
-    """The path of a file or folder as a user of the working directory would type it.
+def nearby(path: Path, base: Path | None = None) -> str:
+    """A path as seen from a folder, if it lies in it; without one, from the working directory.
 
-    >>> nearby("outputs/a"), nearby(Path.cwd() / "outputs/a"), nearby("/a")
+    >>> nearby(Path("outputs/a")), nearby(Path.cwd() / "outputs/a"), nearby(Path("/a"))
     ('outputs/a', 'outputs/a', '/a')
     """
-    path = Path(path)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    base = base or Path.cwd()
+    return str(path.relative_to(base) if path.is_relative_to(base) else path)
 
 
 def one_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from joblib import Memory
 from losswatch.data.labels import counts_of_classes
 from losswatch.data.layouts import Case, Classes, Layout
 from losswatch.data.reading import read
+from losswatch.terminal import say
 
 
 @dataclass(frozen=True)
@@ -159,5 +160,6 @@ def show(found: Survey, root: Any) -> None:
         table.add_row(str(name), *cells)
     low, high = found.splits["low"].min(), found.splits["high"].max()
     console = Console(stderr=True)
-    console.print(table)
-    console.print(f"intensities from {low:g} to {high:g}", highlight=False)
+    with console.capture() as printed:
+        console.print(table)
+    say(printed.get() + f"intensities from {low:g} to {high:g}")

@@ -87,7 +87,9 @@ def show(arguments: list[str]) -> None:
     if parser.parse_args(arguments).markdown:
         print(markdown(rows()), end="")
         return
-    table = Table(HEAD.name, HEAD.formula, HEAD.settings, title="loss=…")
+    table = Table(title="loss=…")
+    for name in (HEAD.name, HEAD.formula, HEAD.settings):
+        table.add_column(name, overflow="fold")
     table.add_column(HEAD.value, justify="right")
     for row in rows():
         table.add_row(*map(escape, (row.name, row.formula, row.settings, row.value)))

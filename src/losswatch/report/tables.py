@@ -116,7 +116,7 @@ def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
     """
     cells, left_out = run_table(runs), []
     shared = [LABELS.get(c, c) for c in ("optimizer", "batch_norm") if c not in swept(runs)]
-    for name in [*shared, *(LABELS.get(c, c) for c in ("iou", "seconds", "dice"))]:
+    for name in [*shared, *(LABELS.get(c, c) for c in ("iou", "seconds", "dice", "error"))]:
         if name in cells and width and _width(cells) > width:
             cells = cells.drop(columns=name)
             left_out.append(name)
@@ -127,13 +127,13 @@ def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
     return table
 
 
-ERROR_WIDTH = 16  # characters a line of an error, at least
+UNBROKEN = 14  # words of a table are not broken that have so many characters, or fewer
 
 
 def _width(cells: pd.DataFrame) -> int:
     """Characters that a row of `rich_table` needs; errors may be folded."""
     widths = [max(map(cell_len, [name, *cells[name]])) for name in cells if name != "error"]
-    widths += [ERROR_WIDTH] * ("error" in cells)
+    widths += [UNBROKEN] * ("error" in cells)
     return sum(widths) + 2 * (len(widths) - 1)
 
 
@@ -146,7 +146,7 @@ def rich_table(cells: pd.DataFrame) -> Table:
             Text(printable(name)),
             justify="right" if numbers else "left",
             overflow="fold",
-            min_width=max(map(cell_len, printable(name).split()), default=1),
+            min_width=min(UNBROKEN, max(map(cell_len, [printable(name), *cells[name]]))),
         )
     for row in cells.itertuples(index=False):
         # Text, since rich takes a str for markup.

@@ -19,7 +19,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from losswatch import compat
-from losswatch.text import nearby
 
 
 @dataclass
@@ -41,12 +40,12 @@ def current_sweep() -> Sweep:
     return _current
 
 
-def again(key: str, folder: Path) -> str:
+def again(key: str, folder: str) -> str:
     """This command as text for a shell, with `key`, which resumes or continues, set to a folder."""
     program, *arguments = sys.argv
     start = ["python", program] if program.endswith(".py") else [Path(program).name]
     given = [a for a in arguments if a.partition("=")[0] not in (key, "hydra.run.dir")]
-    return shlex.join([*start, *given, f"{key}={nearby(folder)}"])
+    return shlex.join([*start, *given, f"{key}={folder}"])
 
 
 @contextmanager

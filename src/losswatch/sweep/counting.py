@@ -1,4 +1,4 @@
-"""Steps counted by several processes, for one bar."""
+"""Steps of groups of runs, counted in processes of their own, for one bar."""
 
 from __future__ import annotations
 
@@ -14,28 +14,39 @@ from losswatch.terminal import REDRAW_SECONDS, Steps
 
 
 class Counted(Steps):
-    """Steps of one of several processes: number `index` in a file that one of them collects."""
+    """Steps of one group of runs: number `index` in a file that another process collects.
+
+    A group that begins again, because its process was killed, counts from 0.
+    """
 
     def __init__(self, file: Path, index: int) -> None:
-        self.counts, self.index = np.memmap(file, np.int64, "r+"), index
+        self.counts = np.memmap(file, np.int64, "r+").reshape(-1, 2)[index]  # done, skipped
+        self.counts[:] = 0
 
     def advance(self, count: int) -> None:
-        self.counts[self.index] += count
+        self.counts[0] += count
+
+    def skip(self, count: int) -> None:
+        self.counts[1] += count
 
 
 @contextmanager
 def collected(into: Steps, count: int) -> Iterator[Path]:
-    """A file in which `count` processes count their steps (`Counted`); `into` shows the sum."""
+    """A file in which the steps of `count` groups are counted (`Counted`); `into` shows the sum."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "steps")
-        counts, ended = np.memmap(file, np.int64, "w+", shape=count), threading.Event()
+        counts, ended = np.memmap(file, np.int64, "w+", shape=(count, 2)), threading.Event()
 
         def collect() -> None:
-            seen = 0
-            while not ended.wait(REDRAW_SECONDS):
-                total = int(counts.sum())
-                into.advance(total - seen)
-                seen = total
+            done = skipped = 0
+            while True:
+                is_last = ended.wait(REDRAW_SECONDS)
+                now = counts.sum(axis=0).tolist()
+                into.skip(now[1] - skipped)
+                into.advance(now[0] - done)
+                done, skipped = now
+                if is_last:
+                    return
 
         thread = threading.Thread(target=collect, daemon=True)
         thread.start()

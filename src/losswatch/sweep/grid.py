@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from losswatch import compat
+from losswatch.terminal import say_for_now
 from losswatch.train.config import ConfigError
 from losswatch.train.names import run_name
 
@@ -42,15 +42,15 @@ def check_grid(config: DictConfig, runs: Sequence[Sequence[str]]) -> list[DictCo
             )
     folder = Path(config.hydra.sweep.dir)
     configs = []
-    with Console(stderr=True).status(f"checking {len(runs)} runs"):
-        for overrides, name in zip(runs, names, strict=True):
-            run_config = compat.config_loader().load_sweep_config(config, list(overrides))
-            try:
-                _check_run(run_config, folder / name)
-            except ConfigError as error:
-                run = " ".join(overrides)
-                raise ConfigError(f"{error} (in the run {run}; nothing was started)") from error
-            configs.append(run_config)
+    say_for_now(f"checking {len(runs)} run{'s' * (len(runs) > 1)}")
+    for overrides, name in zip(runs, names, strict=True):
+        run_config = compat.config_loader().load_sweep_config(config, list(overrides))
+        try:
+            _check_run(run_config, folder / name)
+        except ConfigError as error:
+            run = " ".join(overrides)
+            raise ConfigError(f"{error} (in the run {run}; nothing was started)") from error
+        configs.append(run_config)
     return configs
 
 

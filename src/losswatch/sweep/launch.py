@@ -101,9 +101,9 @@ def launch(
 
     returns: list[Returned] = []
     if parts and launcher is None:
-        options = todo[0].task.trainer
-        total = options.max_steps * len(todo)
-        shown = terminal.steps(total, runs=len(todo)) if options.enable_progress_bar else None
+        total = sum(job.task.trainer.max_steps for job in todo)
+        is_wanted = todo[0].task.trainer.enable_progress_bar
+        shown = terminal.steps(total, runs=len(todo)) if is_wanted else None
         with shown or nullcontext(terminal.Steps()) as steps:
             returns += _run_here(parts, context, at_once, steps)
     elif parts and launcher is not None:
@@ -140,58 +140,55 @@ def _run_here(
     if at_once == 1 or len(parts) == 1:
         return [returned for part in parts for returned in run_group(part, context)]
     returns: list[Returned] = []
-    waiting = list(parts)
-    while waiting:
-        with suppress(BrokenProcessPool):
-            for returned in _in_processes(waiting, context, at_once, steps):
-                returns += returned
-        returned_runs = {index for index, _ in returns}
-        waiting = [part for part in waiting if part[0].index not in returned_runs]
-        for part in waiting[:at_once]:
-            try:
-                for returned in _in_processes([part], context, at_once, steps):
+    with collected(steps, len(parts)) as file:
+        waiting = [_Group(part, file, i, context) for i, part in enumerate(parts)]
+        while waiting:
+            with suppress(BrokenProcessPool):
+                for returned in _in_processes(waiting, at_once):
                     returns += returned
-            except BrokenProcessPool:
-                killed = Failure(RuntimeError(KILLED))
-                FINISHED.update({job.folder: killed for job in part})
-                returns += [(job.index, _finish(job, context)) for job in part]
-        waiting = waiting[at_once:]
+            returned_runs = {index for index, _ in returns}
+            waiting = [group for group in waiting if group.jobs[0].index not in returned_runs]
+            for group in waiting[:at_once]:
+                try:
+                    for returned in _in_processes([group], at_once):
+                        returns += returned
+                except BrokenProcessPool:
+                    killed = Failure(RuntimeError(KILLED))
+                    FINISHED.update({job.folder: killed for job in group.jobs})
+                    returns += [(job.index, _finish(job, context)) for job in group.jobs]
+            waiting = waiting[at_once:]
     return returns
 
 
-def _in_processes(
-    parts: Sequence[Sequence[Job]], context: Context, at_once: int, steps: terminal.Steps
-) -> Iterator[list[Returned]]:
+@dataclass
+class _Group:
+    """A group of runs for a process of its own."""
+
+    jobs: Sequence[Job]
+    file: Path  # where the process counts its steps
+    index: int  # of the group there
+    context: Context
+
+    def __call__(self, singletons: Any) -> list[Returned]:
+        """`run_group` in that process; `singletons` is Hydra's state."""
+        setup_globals()
+        schema.register()
+        Singleton.set_state(singletons)
+        with terminal.part_of(Counted(self.file, self.index)):
+            return run_group(self.jobs, self.context)
+
+
+def _in_processes(groups: Sequence[_Group], at_once: int) -> Iterator[list[Returned]]:
     """What `run_group` returns for each group, as soon as it is there.
 
     Raises:
         BrokenProcessPool: one of the processes was killed.
     """
     singletons = Singleton.get_state()
-    with (
-        collected(steps, len(parts)) as file,
-        joblib.parallel_config(backend="loky", inner_max_num_threads=1),
-    ):
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
         yield from joblib.Parallel(n_jobs=at_once, return_as="generator_unordered")(
-            joblib.delayed(_run_group_of)(singletons, file, i, part, context)
-            for i, part in enumerate(parts)
+            joblib.delayed(group)(singletons) for group in groups
         )
-
-
-def _run_group_of(
-    singletons: Any, file: Path, index: int, jobs: Sequence[Job], context: Context
-) -> list[Returned]:
-    """`run_group` in a process that was started for this group, the one of this index.
-
-    Args:
-        singletons: Hydra's state.
-        file: where the process counts its steps.
-    """
-    setup_globals()
-    schema.register()
-    Singleton.set_state(singletons)
-    with terminal.part_of(Counted(file, index)):
-        return run_group(jobs, context)
 
 
 @dataclass

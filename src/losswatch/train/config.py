@@ -137,7 +137,7 @@ _AT_LEAST = {
 _FULL_LENGTH = {
     "fast_dev_run": (False, "experiment=one_step tries everything"),
     "limit_train_batches": (1.0, "set trainer.max_steps instead"),
-    "overfit_batches": (0.0, "data.batches repeats batches"),
+    "overfit_batches": (0.0, "with data=random and data=folder, data.batches repeats batches"),
 }
 
 

@@ -58,14 +58,15 @@ def add_hparams(writer: SummaryWriter, cfg: DictConfig, loss: str, folder: Path)
 def swept(folder: Path) -> dict[str, str]:
     """The overrides of a run that are not those of all runs of its sweep; of a single run, all.
 
-    Both are read from the files that Hydra writes before the first run starts.
+    They are read from the files that Hydra has written when the run starts.
     """
     try:
         own = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
     except OSError:  # `hydra.output_subdir=null`
         return {}
-    sweep = folder.parent / "multirun.yaml"
-    common = _overrides_of_all(sweep, sweep.stat().st_mtime) if sweep.exists() else frozenset()
+    files = (parent / "multirun.yaml" for parent in folder.absolute().parents)
+    sweep = next(filter(Path.exists, files), None)
+    common = _overrides_of_all(sweep, sweep.stat().st_mtime) if sweep else frozenset()
     pairs = [override.lstrip("+~").partition("=") for override in own if override not in common]
     return {key: value for key, _, value in pairs if key != "resume"}
 

@@ -77,25 +77,30 @@ def run_folder(resume: str | None, overrides: Sequence[str]) -> str:
     return resume or str(Path("outputs", sweep_name(), run_name(overrides)))
 
 
+PATHS = ("resume", "checkpoint", "hydra.run.dir", "hydra.sweep.dir")
+
+
 def quoted(argument: str) -> str:
     """A command-line argument in the form that Hydra reads as it is meant.
 
-    A value with "=" is quoted, since Hydra would split it there, and so is the name of a run's
-    folder, which has commas. A setting of the loss may be one that its file does not name.
+    A value with "=" is quoted, since Hydra would split it there, and so is the path of a folder,
+    which may have commas. A setting of the loss may be one that its file does not name.
 
     >>> quoted("resume=outputs/a/loss=dice,theta=0.5"), quoted("theta=0.5")
     ("resume='outputs/a/loss=dice,theta=0.5'", 'theta=0.5')
     >>> quoted("hydra.run.dir=a=b"), quoted("loss.alpha=0.3")
     ("hydra.run.dir='a=b'", '++loss.alpha=0.3')
+    >>> quoted("hydra.sweep.dir=a,b (1)")
+    "hydra.sweep.dir='a,b (1)'"
     """
     key, is_override, value = argument.partition("=")
     if not is_override or key.startswith("-"):
         return argument
     if key.startswith("loss."):
         argument = f"++{argument}"
-    is_path = key in ("resume", "checkpoint") and value not in ("", "null")
+    is_path = key in PATHS and value not in ("", "null")
     if value[:1] in ("'", '"') or not (is_path or "=" in value and value[:1] not in ("[", "{")):
         return argument
     if is_path or "," not in value:
-        return f"{key}='{value}'"
+        return f"{key}='" + value.replace("'", r"\'") + "'"
     return f"{key}=" + ",".join(f"'{part}'" if "=" in part else part for part in value.split(","))
