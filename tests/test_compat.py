@@ -519,15 +519,14 @@ def test_not_a_choice(multirun, override):
 # --- joblib --------------------------------------------------------------------------------------
 
 
-def set_up():
-    os.environ["SET_UP"] = "yes"
-
-
-def is_set_up(_):
-    return os.environ.get("SET_UP")
-
-
 def test_initialize_workers():
+    # Local, so that the processes get them by value and need not import this file.
+    def set_up():
+        os.environ["SET_UP"] = "yes"
+
+    def is_set_up(_):
+        return os.environ.get("SET_UP")
+
     before = joblib.parallel.BACKENDS["loky"]
     compat.initialize_workers(set_up)
     try:

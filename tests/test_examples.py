@@ -48,6 +48,7 @@ def test_a_lightning_module(tmp_path):
         assert steps == (0, 10, 20) and min(values) > 0
 
 
+@pytest.mark.slow
 def test_monais_trainer(tmp_path):
     done = run("monai_trainer", tmp_path, "3")
     assert re.search(r"\{'cce': 0\.\d+, 'dice': 0\.\d+, 'dice_monai': 0\.\d+\}", done.stdout)

@@ -704,6 +704,7 @@ def test_a_volume(tmp_path):
     assert read_result(folder)["status"] == "done"
 
 
+@pytest.mark.slow
 def test_resume_is_bit_identical(tmp_path):
     """A run that is killed (kill -9) and goes on is that of an uninterrupted one."""
     make_folder(tmp_path / "a")

@@ -406,6 +406,7 @@ for arguments in (
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
     """Three sweeps in one process: one is done, one refused, one done by the fused launcher."""
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
