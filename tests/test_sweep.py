@@ -137,8 +137,8 @@ def case(name, preexec_fn, encoding, printed, last, slow=True):
         case("cp1252", None, "cp1252", r"loss \| +\? \|", ".*failed: Floating"),
         case("ascii", None, "ascii", r"loss \| +\? \|", ".*failed: Floating"),
         case("closed output", closed(1), "utf-8", "", ".*failed: Floating"),
-        case("closed messages", closed(2), "utf-8", " loss +\u03b8", ""),
-        case("full messages", full(2), "utf-8", " loss +\u03b8", ""),
+        case("closed messages", closed(2), "utf-8", "(?m)^loss +\u03b8", ""),
+        case("full messages", full(2), "utf-8", "(?m)^loss +\u03b8", ""),
         case("all full", full(1, 2), "utf-8", "", ""),
     ],
 )
@@ -199,7 +199,7 @@ def test_the_disk_fills_during_a_sweep(tmp_path, launcher, size):
         assert "Traceback" not in done.stderr and "Logging error" not in done.stderr
         assert "leaked" not in done.stderr
         assert sum("No space left" in line for line in lines) <= done.stdout.count("loss=") + 16
-        assert " loss " in done.stdout and "unfinished" in done.stdout
+        assert re.search(r"(?m)^loss |^ +trainer", done.stdout) and "unfinished" in done.stdout
         subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
         run_train(*command, cwd=tmp_path)
         summary = pd.read_csv(disk / "s" / "summary.csv")
@@ -211,7 +211,7 @@ def test_the_disk_fills_during_a_sweep(tmp_path, launcher, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 def test_a_disk_that_is_read_only(tmp_path, before):
-    """One line and exit status 1, for a new sweep and for one that is resumed."""
+    """One line after the prompt, and exit status 1, for a new sweep and for a resumed one."""
     disk = tmp_path / "disk"
     mounted(disk, "9m")
     try:
@@ -220,7 +220,8 @@ def test_a_disk_that_is_read_only(tmp_path, before):
             run_train(*command, cwd=tmp_path)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         done = run_train(*command, cwd=tmp_path, status=1)
-        [line] = done.stderr.splitlines()
+        prompt, line = done.stderr.splitlines()
+        assert prompt == "2 runs; table and runs go to disk/s"
         assert re.match("losswatch: .*cannot be .*written: .*Read-only file system: ", line)
         assert done.stdout.count(" done ") == (2 if before else 0)
         if not before:  # where the folder's name is made along with it

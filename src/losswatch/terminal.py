@@ -183,7 +183,7 @@ class Bar(Steps):
         if self.begin is None:  # from now on, since the first steps are slow
             self.begin = self.drawn, done
         seconds, steps = self.drawn - self.begin[0], done - self.begin[1]
-        if self.runs > 1 and seconds > ESTIMATE_SECONDS:
+        if self.runs > 1 and seconds > ESTIMATE_SECONDS and steps > 0:
             say(f"{self.runs} runs take about {duration(self.todo * seconds / steps)}")
             self.runs = 0
 
