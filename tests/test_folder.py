@@ -600,6 +600,7 @@ def curves(folder):
     return scalars, tags["images"]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_users_jpegs(tmp_path):
     """With the toy task's curves, table and comparison."""
     make_folder(tmp_path / "cells", image=".jpg", channels=3)
@@ -776,6 +777,7 @@ def test_a_users_data_module(tmp_path, as_dict):
     assert [step for step, _ in scalars["loss/cce"]] == list(range(12))
 
 
+@pytest.mark.slow
 def test_modes_that_need_images(tmp_path):
     make_folder(tmp_path / "a", 5)
     folder, _ = train(tmp_path, "data.root=a", "data.test_share=0")
