@@ -38,7 +38,7 @@ def watch(*args, cwd, interrupt_at=None, columns=80, **options):
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), below)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, start_new_session=True,
-        # A shell lets what it starts in the background ignore Ctrl-C, and so all below that.
+        # A shell makes a background process ignore Ctrl-C, and child processes inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **{**streams, "env": ENVIRONMENT | size, **options},
     )  # fmt: skip

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 REDRAW_SECONDS = 0.2
-ESTIMATE_SECONDS = 2.0  # a bar that has been shown for so long knows how long the rest takes
+ESTIMATE_SECONDS = 2.0  # after the first steps, until the time for all of them is estimated
 
 # --- Lines ---------------------------------------------------------------------------------------
 
@@ -225,20 +225,24 @@ class Part(Steps):
 
 
 _current: Steps | None = None  # what the steps of this process are part of
-# How many runs like the next one are to come, in a sweep of one run after the other, as long as
-# nobody was told how long they take.
+# How many runs are left, of a sweep that trains one run after the other. It is 0 in other sweeps,
+# and once the time for them has been estimated.
 expected = 0
 
 
 @contextmanager
-def steps(total: int, done: int = 0, runs: int = 0) -> Iterator[Steps]:
+def steps(total: int, done: int = 0, runs: int = 0, is_shown: bool = True) -> Iterator[Steps]:
     """A bar of steps; or part of the one under way.
 
     Args:
         total, done: as of `Bar`.
         runs: how many runs take these steps, if more than one does.
+        is_shown: False shows nothing.
     """
     global expected
+    if not is_shown:
+        yield Steps()
+        return
     if _current is not None:
         part = Part(_current, done)
         try:

@@ -52,6 +52,15 @@ def nearby(path: Path, base: Path | None = None) -> str:
     return str(path.relative_to(base) if path.is_relative_to(base) else path)
 
 
+def number_of(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> number_of(1, "run"), number_of(2, "run")
+    ('1 run', '2 runs')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def one_line(error: BaseException) -> str:
     r"""The type and the text of an error.
 

@@ -19,6 +19,7 @@ from losswatch.data.labels import counts_of_classes
 from losswatch.data.layouts import Case, Classes, Layout
 from losswatch.data.reading import read
 from losswatch.terminal import say
+from losswatch.text import number_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Look:
 
     def describe(self) -> str:
         channels, dims = self.shape[0], len(self.shape) - 1
-        return f"{channels} channel{'s' * (channels > 1)} and {dims} dimensions"
+        return f"{number_of(channels, 'channel')} and {dims} dimensions"
 
 
 @cache

@@ -46,11 +46,8 @@ def loss_looks(names: Iterable[str]) -> Looks:
     ordered = loss_order(set(names))
     known = dict(zip(KNOWN_LOSSES, LOOKS, strict=False))
     looks = {name: known[name] for name in ordered if name in known}
-    fixed, solid, dashed = (
-        len(KNOWN_LOSSES),
-        LOOKS[len(KNOWN_LOSSES) : len(HUES)],
-        LOOKS[len(HUES) :],
-    )
+    fixed = len(KNOWN_LOSSES)
+    solid, dashed = LOOKS[fixed : len(HUES)], LOOKS[len(HUES) :]
     for name in ordered:
         if name not in looks:
             place = crc32(name.encode(errors="replace"))

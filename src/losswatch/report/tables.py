@@ -115,8 +115,9 @@ def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
             then metrics are left out, which the caption says; `summary.csv` has them all.
     """
     cells, left_out = run_table(runs), []
-    shared = [LABELS.get(c, c) for c in ("optimizer", "batch_norm") if c not in swept(runs)]
-    for name in [*shared, *(LABELS.get(c, c) for c in ("iou", "seconds", "dice", "error"))]:
+    shared = [c for c in ("optimizer", "batch_norm") if c not in swept(runs)]
+    for column in [*shared, "iou", "seconds", "dice", "error"]:
+        name = LABELS.get(column, column)
         if name in cells and width and _width(cells) > width:
             cells = cells.drop(columns=name)
             left_out.append(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,7 @@ def fit(
         first = members[0].start
         compat.count_steps(trainer, first)
         count, is_shown = len(members), trainer_options["enable_progress_bar"]
-        bar = terminal.steps(count * steps, count * first) if is_shown else None
-        with bar or nullcontext(terminal.Steps()) as module.shown:
+        with terminal.steps(count * steps, count * first, is_shown=is_shown) as module.shown:
             trainer.fit(module, Blocks(first, steps, block), range(1))  # type: ignore[arg-type]
         if trainer.global_step < steps:
             raise RuntimeError(f"training ended at step {trainer.global_step} of {steps}")

@@ -28,7 +28,7 @@ from losswatch.stack.parameters import State, joined, splitter, trained_paramete
 from losswatch.stack.refusal import NotStackable, is_refusal
 from losswatch.stack.step import make_gradient
 from losswatch.terminal import Steps, say
-from losswatch.text import one_line
+from losswatch.text import number_of, one_line
 from losswatch.train.callbacks import Images
 from losswatch.train.checkpoints import checkpoint_path, save
 from losswatch.train.content import add_record, as_of_lightning
@@ -135,8 +135,7 @@ class StackedModule(pl.LightningModule):
             NotStackable: there is such an operation, or the compiler cannot compile the step.
         """
         if self.is_compiled:
-            count = len(self.members)
-            say(f"compiling the step of {count} run{'s' * (count > 1)}")
+            say(f"compiling the step of {number_of(len(self.members), 'run')}")
         chunk = self.chunks[0]
         step = torch.zeros((), dtype=torch.int64, device=self.device)
         try:

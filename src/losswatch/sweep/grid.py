@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from losswatch import compat
 from losswatch.terminal import say_for_now
+from losswatch.text import number_of
 from losswatch.train.config import ConfigError
 from losswatch.train.names import run_name
 
@@ -42,7 +43,7 @@ def check_grid(config: DictConfig, runs: Sequence[Sequence[str]]) -> list[DictCo
             )
     folder = Path(config.hydra.sweep.dir)
     configs = []
-    say_for_now(f"checking {len(runs)} run{'s' * (len(runs) > 1)}")
+    say_for_now(f"checking {number_of(len(runs), 'run')}")
     for overrides, name in zip(runs, names, strict=True):
         run_config = compat.config_loader().load_sweep_config(config, list(overrides))
         try:

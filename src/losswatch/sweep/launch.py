@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from losswatch.sweep.exit import stop
 from losswatch.sweep.groups import group_jobs, order_groups
 from losswatch.sweep.jobs import Context, Job, make_job
 from losswatch.terminal import say
-from losswatch.text import one_line
+from losswatch.text import number_of, one_line
 from losswatch.train import config as schema
 from losswatch.train.build import describe_data, make_losses, trainer_options
 from losswatch.train.locks import hold
@@ -95,16 +95,15 @@ def launch(
     reason = f" (they differ in {', '.join(differ)})" if differ else ""
     earlier = f", {len(done)} done before" if done else ""
     say(
-        f"fused: {_count(len(todo), 'run')} in {_count(len(parts), 'group')} of up to "
+        f"fused: {number_of(len(todo), 'run')} in {number_of(len(parts), 'group')} of up to "
         f"{max(map(len, parts), default=0)}, {place}{reason}{earlier}"
     )
 
     returns: list[Returned] = []
     if parts and launcher is None:
         total = sum(job.task.trainer.max_steps for job in todo)
-        is_wanted = todo[0].task.trainer.enable_progress_bar
-        shown = terminal.steps(total, runs=len(todo)) if is_wanted else None
-        with shown or nullcontext(terminal.Steps()) as steps:
+        is_shown = todo[0].task.trainer.enable_progress_bar
+        with terminal.steps(total, runs=len(todo), is_shown=is_shown) as steps:
             returns += _run_here(parts, context, at_once, steps)
     elif parts and launcher is not None:
         returns += _run_by(launcher, len(parts))
@@ -119,10 +118,6 @@ def launch(
 def split(jobs: list[Job], size: int) -> list[list[Job]]:
     """The jobs in order, in lists of at most `size`."""
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 # --- Where groups are trained --------------------------------------------------------------------
@@ -267,7 +262,7 @@ def run_group(jobs: Sequence[Job], context: Context) -> list[Returned]:
                 HydraConfig.instance().set_config(todo[0].config)
                 _train(todo)
         except NotStackable as error:
-            say(f"{_count(len(todo), 'run')} trained one by one: {error}")
+            say(f"{number_of(len(todo), 'run')} trained one by one: {error}")
         except Exception as error:
             for job in todo:
                 FINISHED.setdefault(job.folder, Failure(error))
@@ -312,7 +307,7 @@ def _train(jobs: Sequence[Job]) -> None:
     if not members:
         return
     if start := members[0].start:  # the same in all of a group
-        say(f"{_count(len(members), 'run')} resumed from step {start}")
+        say(f"{number_of(len(members), 'run')} resumed from step {start}")
     try:
         fit(
             members, losses, options, first.task.threads,

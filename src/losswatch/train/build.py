@@ -201,7 +201,8 @@ def make_data(cfg: DictConfig) -> pl.LightningDataModule:
 
 def describe_data(cfg: DictConfig) -> Form:
     """The form of the images that `cfg.data` describes. One look serves all runs of a sweep."""
-    key = OmegaConf.to_yaml(OmegaConf.create([plain(cfg)["data"], plain(cfg)["theta"]]))
+    known = plain(cfg)
+    key = repr((known["data"], known["theta"]))
     if key not in _forms:
         try:
             _forms[key] = form_of(make_data(cfg))

@@ -17,6 +17,7 @@ from pytorch_lightning.accelerators import CPUAccelerator
 
 from losswatch import compat
 from losswatch.data.folder import FolderImages
+from losswatch.data.form import Form
 from losswatch.data.modules import first_batch
 from losswatch.data.survey import show
 from losswatch.losses import LossSet
@@ -67,7 +68,8 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
                     f"got {images}"
                 )
         _show_data(cfg, _ranks(trainer))
-        _check_metric(cfg, trained)
+        form = describe_data(cfg)
+        _check_metric(cfg, trained, form)
         for name, make in (("logger", make_loggers), ("callbacks", make_callbacks)):
             if cfg[name] and str(cfg[name]) not in _passed:
                 with tempfile.TemporaryDirectory() as folder:
@@ -75,18 +77,17 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
                 _passed.add(str(cfg[name]))
         make_scheduler(cfg)
         # Runs that differ only in these two do the same in their first step.
-        same = plain(cfg) | {"theta": describe_data(cfg).channels, "seed": 0}
+        same = plain(cfg) | {"theta": form.channels, "seed": 0}
         nodes = loss_nodes(cfg, trained)
         step = OmegaConf.to_yaml(OmegaConf.create([same, trained, nodes]))
         if step not in _passed:
-            _try(cfg, trained, make_losses(nodes, describe_data(cfg)), trainer)
+            _try(cfg, trained, make_losses(nodes, form), trainer, form)
             _passed.add(step)
 
 
-def _check_metric(cfg: DictConfig, trained: str) -> None:
+def _check_metric(cfg: DictConfig, trained: str, form: Form) -> None:
     """See that `cfg.metric` is one that each validation computes."""
-    classes = describe_data(cfg).classes
-    scores = [f"{name}/{label}" for name in ("dice", "iou") for label in classes]
+    scores = [f"{name}/{label}" for name in ("dice", "iou") for label in form.classes]
     losses = [f"loss/{name}" for name in dict.fromkeys((*cfg.watch, trained))]
     known = [f"val/{name}" for name in ("accuracy", "dice", "iou", *scores, *losses)]
     if cfg.metric not in known:
@@ -195,10 +196,9 @@ def _check_trainer(options: str, multirun: bool) -> pl.Trainer:
     return trainer
 
 
-def _try(cfg: DictConfig, trained: str, losses: LossSet, trainer: pl.Trainer) -> None:
+def _try(cfg: DictConfig, trained: str, losses: LossSet, trainer: pl.Trainer, form: Form) -> None:
     """Do a run's first step, with the share of the batch that its last rank gets."""
     precision, device = trainer.strategy.precision_plugin, trainer.strategy.root_device
-    form = describe_data(cfg)
     try:
         images, target = first_batch(make_data(cfg), _ranks(trainer))
     except ValueError as error:
