@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import tifffile
 import torch
 import torch.nn.functional as F
@@ -757,16 +758,22 @@ class Cells(pl.LightningDataModule):
 """
 
 
+def train_cells(folder, *options, module=MODULE, **kwargs):
+    """Train with a module as above, which has three batches of four images."""
+    (folder / "cells.py").write_text(module)
+    (folder / "mine/data").mkdir(parents=True, exist_ok=True)
+    (folder / "mine/data/cells.yaml").write_text("_target_: cells.Cells\nsize: 16\n")
+    return run_train(
+        "--config-dir", "mine", "data=cells", "model=convnet", *options, cwd=folder,
+        env=ENVIRONMENT | {"PYTHONPATH": f"{ENVIRONMENT.get('PYTHONPATH', '')}:{folder}"}, **kwargs
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_a_users_data_module(tmp_path, as_dict):
-    (tmp_path / "cells.py").write_text(MODULE)
-    save_yaml = tmp_path / "mine/data/cells.yaml"
-    save_yaml.parent.mkdir(parents=True)
-    save_yaml.write_text("_target_: cells.Cells\nsize: 16\n")
-    done = run_train(
-        "--config-dir", "mine", "data=cells", f"+data.as_dict={as_dict}", 
-        "trainer.max_steps=12", "trainer.val_check_interval=5", "seed=4", cwd=tmp_path,
-        env=ENVIRONMENT | {"PYTHONPATH": f"{ENVIRONMENT.get('PYTHONPATH', '')}:{tmp_path}"},
+    done = train_cells(
+        tmp_path, f"+data.as_dict={as_dict}", 
+        "trainer.max_steps=12", "trainer.val_check_interval=5", "seed=4",
     )  # fmt: skip
     [folder] = run_folders(tmp_path).values()
     metrics = read_result(folder)["metrics"]
@@ -775,6 +782,73 @@ def test_a_users_data_module(tmp_path, as_dict):
     scalars, _ = curves(folder)
     assert [step for step, _ in scalars["val/dice"]] == [5, 10, 12]
     assert [step for step, _ in scalars["loss/cce"]] == list(range(12))
+
+
+def steps_of_lightning(batches, epochs, accumulated):
+    """How many steps Lightning does in so many epochs."""
+
+    class Net(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch):
+            return (self.scale * batch).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = pl.Trainer(
+        max_epochs=epochs, accumulate_grad_batches=accumulated, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Net(), torch.utils.data.DataLoader(torch.rand(batches, 1)))
+    return trainer.global_step
+
+
+def test_epochs_of_a_users_data_module(tmp_path):
+    """They are as long as Lightning's, for a schedule and a resumed run, too."""
+    options = ["trainer.max_epochs=4", "trainer.accumulate_grad_batches=2", "scheduler=cosine"]
+    done = train_cells(
+        tmp_path, *options, "hydra.run.dir=run", "+trainer.max_time=00:00:00:00", status=1
+    )
+    steps = steps_of_lightning(3, epochs=4, accumulated=2)
+    assert f"trainer.max_epochs=4 sets trainer.max_steps={steps}\n" in done.stderr
+    assert f"of {steps} steps" in read_result(tmp_path / "run")["error"]
+    # With twice as many images the schedule would be another one.
+    more = MODULE.replace("12,", "24,")
+    done = train_cells(tmp_path, *options, "resume=run", module=more, status=2)
+    assert f"T_max was {steps}, now {steps_of_lightning(6, 4, 2)}" in done.stderr
+    train_cells(tmp_path, *options, "resume=run")
+    result = read_result(tmp_path / "run")
+    assert (result["status"], result["steps"]) == ("done", steps)
+    assert result["config"]["scheduler"]["T_max"] == steps
+    assert curves(tmp_path / "run")[0]["val/accuracy"][-1][0] == steps
+
+
+def test_batches_that_cannot_be_counted_have_no_epochs(tmp_path):
+    module = MODULE.replace(
+        "return DataLoader(self.data, batch_size=4, shuffle=True)",
+        "return ((x[None], y[None]) for x, y in self.data)",
+    )
+    done = train_cells(tmp_path, "trainer.max_epochs=4", module=module, status=2)
+    assert done.stderr.splitlines()[-1].startswith(
+        "losswatch: trainer.max_epochs=4 needs training batches that can be counted"
+    )
+
+
+def test_epochs_of_a_folder(tmp_path):
+    """As many patches as there are training images; a sweep over epochs."""
+    make_folder(tmp_path / "a", 10)
+    images = len(FolderImages(str(tmp_path / "a"), patch_size=16).layout.cases["train"])
+    run_train(
+        "-m", *SHORT, "data.root=a", "data.batch_size=4", "trainer.max_epochs=1,3",
+        "hydra/launcher=fused", "hydra.launcher.workers=1", cwd=tmp_path,
+    )  # fmt: skip
+    steps = {read_result(run)["steps"] for run in run_folders(tmp_path).values()}
+    assert images % 4 and steps == {-(-images // 4), 3 * -(-images // 4)}
+    [sweep] = {folder.parent for folder in run_folders(tmp_path).values()}
+    assert set(pd.read_csv(sweep / "summary.csv")["trainer.max_epochs"]) == {1, 3}
 
 
 @pytest.mark.slow

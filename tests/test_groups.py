@@ -200,7 +200,9 @@ REFUSED = {
     "+probe.x=1": "probe.x is read by nothing; probe has every_n_steps, cosines",
     "+trainer.x=1": "trainer: .* unexpected keyword argument 'x'",
     "+trainer.logger=true": "trainer.logger is set by losswatch; loggers are chosen by logger=",
-    "+trainer.max_epochs=3": "trainer.max_epochs is set by losswatch; trainer.max_steps is",
+    "trainer.max_epochs=3": "trainer.max_epochs=3 needs training batches that can be counted, ",
+    "trainer.max_epochs=0": "trainer.max_epochs must be a whole number of at least 1, got 0",
+    "trainer.max_epochs=1.5": "trainer.max_epochs must be a whole number of at least 1, got 1.5",
     "+callbacks=early": "there is no callbacks=early; callbacks is one of best, early_stopping, ",
     "logger=tensorbord": "there is no logger=tensorbord; logger is one of csv, mlflow, ",
     "loss.alhpa=0.3": "loss dice: .*alhpa",
@@ -236,6 +238,13 @@ def test_paths_with_an_equals_sign(tmp_path):
     assert read_result(tmp_path / "a=b/c=d")["status"] == "done"
     config = json.dumps(read_result(tmp_path / "a=b/c=d")["config"])
     assert "max_steps" in config
+
+
+def test_validations_are_counted_in_steps_not_in_batches(tmp_path):
+    folder, _ = train(
+        tmp_path, "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=5"
+    )
+    assert [step for step, _ in curve(folder, "val/accuracy")] == [5, 10, 12]
 
 
 # --- Presets for finding bugs --------------------------------------------------------------------

@@ -840,8 +840,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_p
 
 @pytest.mark.parametrize("end", [{"stop": 25}, {"die": 35}])
 def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
-    """A validation or the end of the time may fall within a step: no checkpoint is saved there."""
-    accumulate = ["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=10"]
+    """The end of the time may fall within a step: no checkpoint is saved there."""
+    accumulate = ["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=5"]
     accumulate += ["trainer.max_steps=12"]
     train_here(tmp_path / "whole", *accumulate)
     folder = tmp_path / "run"

@@ -113,6 +113,20 @@ def test_a_fused_sweep_with_two_processes(tmp_path):
     assert "Browse   tensorboard --logdir s" in shown
 
 
+@pytest.mark.slow
+def test_an_estimate_of_runs_side_by_side(tmp_path):
+    """By joblib: 3 runs, 2 at once, take as long as 2. The command ends at the estimate."""
+    status, screens = watch(
+        "-m", "experiment=smoke", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        "trainer.max_steps=20000", "trainer.val_check_interval=20000", "seed=0,1,2",
+        "hydra.sweep.dir=s", cwd=tmp_path, interrupt_at="runs take about",
+    )  # fmt: skip
+    assert status == 130
+    text = "\n".join(screens[-1])
+    assert text.startswith("3 runs; table and runs go to s\n")
+    assert len(re.findall("^3 runs take about [0-9]+ (seconds|minutes)$", text, re.MULTILINE)) == 1
+
+
 def test_interrupted(tmp_path):
     """The bar goes, the table comes, and how to go on."""
     command = ["-m", "experiment=smoke", "loss=dice,cce", "trainer.max_steps=5000"]
@@ -175,14 +189,15 @@ def work(steps, count, clock):
         steps.advance(1)
 
 
-def test_the_estimate_is_said_once(capsys, monkeypatch, clock):
+@pytest.mark.parametrize("at_once, seconds", [(1, 80), (2, 40)])
+def test_the_estimate_is_said_once(capsys, monkeypatch, clock, at_once, seconds):
     """After the first seconds of the first run: four runs of 20 s."""
-    monkeypatch.setattr(terminal, "expected", 4)
+    monkeypatch.setattr(terminal, "expected", terminal.Runs(4, 4 // at_once))
     for _ in range(2):
         with terminal.steps(200) as steps:
             work(steps, 100, clock)
-    assert capsys.readouterr().err == "4 runs take about 80 seconds\n"
-    assert terminal.expected == 0
+    assert capsys.readouterr().err == f"4 runs take about {seconds} seconds\n"
+    assert terminal.expected.runs == 0
     with terminal.steps(200, runs=1) as steps:  # whose bar says it
         work(steps, 100, clock)
     assert capsys.readouterr().err == ""

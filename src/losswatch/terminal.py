@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -124,7 +124,7 @@ class Bar(Steps):
     Args:
         total: steps, `done` of them before.
         runs: how many runs there are; how long they take is said once, after the first steps.
-        all_steps: how many steps they take.
+        all_steps: how many steps that is at the pace of these.
     """
 
     def __init__(self, total: int, done: int, runs: int, all_steps: int) -> None:
@@ -225,9 +225,17 @@ class Part(Steps):
 
 
 _current: Steps | None = None  # what the steps of this process are part of
-# How many runs are left, of a sweep that trains one run after the other. It is 0 in other sweeps,
-# and once the time for them has been estimated.
-expected = 0
+
+
+class Runs(NamedTuple):
+    """Runs of a sweep that are left."""
+
+    runs: int
+    in_turn: int  # how many of them are trained one after the other, where others are beside them
+
+
+# What the time is still to be estimated for.
+expected = Runs(0, 0)
 
 
 @contextmanager
@@ -251,11 +259,11 @@ def steps(total: int, done: int = 0, runs: int = 0, is_shown: bool = True) -> It
             part.undo()
             raise
         return
-    bar = Bar(total, done, runs or expected, total * (1 if runs else expected))
+    bar = Bar(total, done, runs or expected.runs, total * (1 if runs else expected.in_turn))
     with bar, part_of(bar):
         yield bar
     if not bar.runs:
-        expected = 0
+        expected = Runs(0, 0)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,10 +52,8 @@ def form_of(data: pl.LightningDataModule) -> Form:
     """
     if isinstance(form := getattr(data, "form", None), Form):
         return form
-    data.prepare_data()
-    data.setup("fit")
     channels, dims, largest, has_ignored = 0, 0, 0, False
-    for batch in data.train_dataloader():
+    for batch in _training_batches(data):
         images, labels = as_pair(batch)
         channels, dims = images.shape[1], images.ndim - 2
         if labels.is_floating_point() or labels.ndim == images.ndim and labels.shape[1] > 1:
@@ -76,9 +75,28 @@ def first_batch(data: pl.LightningDataModule, ranks: int) -> tuple[Tensor, Tenso
         images, labels = data.first_batch()
         share = len(images) // ranks
         return images[:share], labels[:share]
+    return as_pair(next(iter(_training_batches(data))))
+
+
+def batches_per_epoch(data: pl.LightningDataModule) -> int | None:
+    """How many batches are one pass over the training images; None if no number is known.
+
+    A folder's patches are drawn at random: a pass is as many of them as there are images.
+    """
+    if isinstance(data, ThresholdedImages):
+        return data.batches or None
+    if isinstance(data, FolderImages):
+        return data.batches or math.ceil(len(data.layout.cases["train"]) / data.batch_size)
+    try:
+        return len(_training_batches(data))
+    except TypeError:  # of an iterable data set
+        return None
+
+
+def _training_batches(data: pl.LightningDataModule) -> Any:
     data.prepare_data()
     data.setup("fit")
-    return as_pair(next(iter(data.train_dataloader())))
+    return data.train_dataloader()
 
 
 def has_steps(data: pl.LightningDataModule) -> bool:

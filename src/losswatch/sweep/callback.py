@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 import multiprocessing
 import os
 import threading
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import joblib
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -22,7 +24,7 @@ from losswatch.sweep.command import current_sweep, silence_logging
 from losswatch.sweep.exit import escaping, stop
 from losswatch.sweep.grid import check_grid, grid
 from losswatch.terminal import say
-from losswatch.text import one_line
+from losswatch.text import number_of, one_line
 from losswatch.train.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -33,15 +35,15 @@ class SweepCallback(Callback):
 
     Args:
         total: the number of runs of the sweep, if it is known.
+        at_once: how many of them are trained at once, if that is known.
     """
 
-    def __init__(self, total: int | None = None) -> None:
-        self.total = total
-        self.is_serial = False  # whether one run follows the other
+    def __init__(self, total: int | None = None, at_once: int | None = None) -> None:
+        self.total, self.at_once = total, at_once
 
     def __reduce__(self) -> Any:
         """Launchers send the callback along with each job that they give to another process."""
-        return _in_other_process, (self.total,)
+        return _in_other_process, (self.total, self.at_once)
 
     @escaping()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -63,9 +65,13 @@ class SweepCallback(Callback):
         sweep, folder = current_sweep(), Path(config.hydra.sweep.dir)
         # For ${hydra:...} in folders' names. A copy, because `set_config` makes it read-only.
         HydraConfig.instance().set_config(copy.deepcopy(config))
-        self.is_serial = config.hydra.launcher._target_.endswith("BasicLauncher")
-        if not self.is_serial:
+        launcher = config.hydra.launcher
+        if launcher._target_.endswith("BasicLauncher"):
+            self.at_once = 1
+        else:
             compat.initialize_workers(end_with_parent)
+        if launcher._target_.endswith("JoblibLauncher"):
+            self.at_once = joblib.effective_n_jobs(launcher.n_jobs)
         # A sweeper that searches chooses its runs as it goes; train.py checks each of them.
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):
             if config.resume is not None:
@@ -79,10 +85,10 @@ class SweepCallback(Callback):
             except ConfigError as error:
                 stop(str(error))
             sweep.is_checked = True
-            if config.hydra.launcher._target_.endswith("FusedLauncher"):
+            if launcher._target_.endswith("FusedLauncher"):
                 sweep.configs = dict(zip(map(tuple, runs), configs, strict=True))
         sweep.folder = folder
-        runs_known = f"{self.total} runs" if self.total else "a search"
+        runs_known = number_of(self.total, "run") if self.total else "a search"
         say(f"{runs_known}; table and runs go to {folder}")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -94,8 +100,10 @@ class SweepCallback(Callback):
         if config.hydra.mode.name == "MULTIRUN":
             of_total = f" of {self.total}" if self.total else ""
             number = f" {config.hydra.job.num + 1}{of_total}"
-            if self.is_serial and self.total and (config.hydra.job.num == 0 or terminal.expected):
-                terminal.expected = self.total - config.hydra.job.num
+            is_first = config.hydra.job.num == 0
+            if self.total and self.at_once and (is_first or terminal.expected.runs):
+                left = self.total - config.hydra.job.num
+                terminal.expected = terminal.Runs(left, math.ceil(left / self.at_once))
         say(f"run{number}: {overrides}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -111,10 +119,10 @@ class SweepCallback(Callback):
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
 
-def _in_other_process(total: int | None) -> SweepCallback:
+def _in_other_process(total: int | None, at_once: int | None) -> SweepCallback:
     """Construct the callback in a process that a launcher started, and set up that process."""
     silence_logging()
-    return SweepCallback(total)
+    return SweepCallback(total, at_once)
 
 
 @functools.cache  # one thread a process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 from losswatch.data.form import IGNORED, Form
-from losswatch.data.modules import form_of
+from losswatch.data.modules import batches_per_epoch, form_of
 from losswatch.losses import LossSet
 from losswatch.train.arguments import check_arguments
-from losswatch.train.config import RANDOM, ConfigError, thresholds
+from losswatch.train.config import RANDOM, ConfigError, check_values, thresholds
 from losswatch.train.randomness import seed_everything
 from losswatch.train.settings import plain
 from losswatch.watch.outputs import form as reads
@@ -201,17 +202,43 @@ def make_data(cfg: DictConfig) -> pl.LightningDataModule:
 
 def describe_data(cfg: DictConfig) -> Form:
     """The form of the images that `cfg.data` describes. One look serves all runs of a sweep."""
+    return _look(cfg)[0]
+
+
+def _look(cfg: DictConfig) -> tuple[Form, int | None]:
+    """The form of the images, and the number of batches in an epoch."""
     known = plain(cfg)
     key = repr((known["data"], known["theta"]))
-    if key not in _forms:
+    if key not in _looks:
         try:
-            _forms[key] = form_of(make_data(cfg))
+            data = make_data(cfg)
+            _looks[key] = form_of(data), batches_per_epoch(data)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    return _forms[key]
+    return _looks[key]
 
 
-_forms: dict[str, Form] = {}  # of the data that this process has looked at
+_looks: dict[str, tuple[Form, int | None]] = {}  # of the data that this process has looked at
+
+
+def set_length(cfg: DictConfig) -> None:
+    """Set `cfg.trainer.max_steps` to the steps of `max_epochs`, if these are given.
+
+    From then on `max_steps` alone says how long the training is.
+
+    Raises:
+        ConfigError: the data have no epochs, or a value of the config cannot work.
+    """
+    if (epochs := cfg.trainer.max_epochs) is None:
+        return
+    check_values(cfg)
+    batches = _look(cfg)[1]
+    if not batches:
+        raise ConfigError(
+            f"trainer.max_epochs={epochs} needs training batches that can be counted, which these "
+            "data do not have; set trainer.max_steps"
+        )
+    cfg.trainer.max_steps = epochs * math.ceil(batches / cfg.trainer.accumulate_grad_batches)
 
 
 def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
@@ -225,7 +252,8 @@ def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:
 
 
 def trainer_options(cfg: DictConfig) -> dict[str, Any]:
-    """`cfg.trainer`, with a validation interval of at most the training's length."""
+    """`cfg.trainer` after `set_length`, with a validation interval of at most its length."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
+    options.pop("max_epochs", None)
     options["val_check_interval"] = min(options["val_check_interval"], options["max_steps"])
     return options

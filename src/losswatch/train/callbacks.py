@@ -84,6 +84,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         self.folder, self.config, self.data, self.random = folder, config, data, random
         self.saved = 0  # the step of the last checkpoint
+        self.validated = 0  # the step of the last validation
 
     def on_train_batch_start(self, *_: Any) -> None:
         # Not earlier: each of Lightning's loaders draws a random number when it begins.
@@ -118,6 +119,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.validated = trainer.global_step
         # In the middle of a step there are gradients that a checkpoint does not hold.
         if not compat.is_accumulating(trainer):
             self.save(trainer)

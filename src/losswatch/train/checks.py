@@ -31,6 +31,7 @@ from losswatch.train.build import (
     make_net,
     make_optimizer,
     make_scheduler,
+    set_length,
     trainer_options,
 )
 from losswatch.train.config import ConfigError, check_values
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
-    """See that a run can work before anything of it is done.
+    """See that a run can work before anything of it is done; set its length (`set_length`).
 
     Args:
         cfg: of the run.
@@ -58,6 +59,7 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
     with quiet():
         _check_names()
         check_values(cfg)
+        set_length(cfg)
         options = trainer_options(cfg)
         check_arguments("trainer", pl.Trainer, options)
         trainer = _check_trainer(json.dumps(options), multirun)
@@ -97,7 +99,7 @@ def _check_metric(cfg: DictConfig, trained: str, form: Form) -> None:
 
 
 def _show_data(cfg: DictConfig, ranks: int) -> None:
-    """Say once how rare each class is in the user's images, and what a split lacks.
+    """Say once how long epochs are, how rare each class is, and what a split lacks.
 
     Raises:
         ConfigError: a split has fewer images than there are devices.
@@ -105,6 +107,11 @@ def _show_data(cfg: DictConfig, ranks: int) -> None:
     # Not in the processes of a launcher: the first process has said it.
     if multiprocessing.parent_process() or compat.process_rank():
         return
+    if (epochs := cfg.trainer.max_epochs) is not None:
+        length = f"trainer.max_epochs={epochs} sets trainer.max_steps={cfg.trainer.max_steps}"
+        if length not in _passed:
+            _passed.add(length)
+            log.info(length)
     # A data module of the user's is made once for this, and not for each run of a sweep.
     key = f"{plain(cfg)['data']} on {ranks}"
     if key in _passed:

@@ -129,6 +129,7 @@ _AT_LEAST = {
     "data.num_workers": 0,
     "probe.every_n_steps": 0,
     "trainer.max_steps": 1,
+    "trainer.max_epochs": 1,
     "trainer.val_check_interval": 1,
     "trainer.accumulate_grad_batches": 1,
 }
@@ -151,7 +152,6 @@ _OWN = {
     "num_sanity_val_steps": "the first step is tried before training",
     "enable_model_summary": "callbacks are chosen by callbacks=[...]",
     "check_val_every_n_epoch": "trainer.val_check_interval counts steps",
-    "max_epochs": "trainer.max_steps is the length of the training",
 }
 
 
@@ -169,6 +169,8 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if key.startswith("data.") and not is_random:
             continue  # its class checks its settings
+        if key == "trainer.max_epochs" and value is None:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{key} must be a whole number of at least {least}, got {value}")
     if cfg.seed >= 2**63:

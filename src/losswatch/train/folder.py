@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from losswatch.text import printable, shortened
+from losswatch.train.build import set_length
 from losswatch.train.checkpoints import readable
 from losswatch.train.config import ConfigError
 from losswatch.train.content import Content, config_of, events_of, random_of, step_of
@@ -97,6 +99,8 @@ def check_run(folder: Path) -> None:
 def check_folder(folder: Path, cfg: DictConfig) -> None:
     """See that what the folder holds of an earlier attempt was made with the same config.
 
+    Epochs must also be as long as they were (`set_length`).
+
     Raises:
         ConfigError: it was not, with the differences; or a checkpoint is of another program.
     """
@@ -112,6 +116,9 @@ def check_folder(folder: Path, cfg: DictConfig) -> None:
                     "give another folder"
                 )
             configs.append(config_of(content))
+    if configs:
+        cfg = copy.deepcopy(cfg)
+        set_length(cfg)
     for config in configs:
         if differ := differences(config, cfg):
             raise ConfigError(

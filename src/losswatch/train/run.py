@@ -66,9 +66,9 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
             log_survey(logger, data.survey)
         trainer = _make_trainer(cfg, data, module, logger, checkpoints)
         trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
-        steps, options = trainer.global_step, trainer_options(cfg)
-        is_done = steps >= options["max_steps"] or is_ended_early(trainer)
-        if is_done and steps % options["val_check_interval"]:  # validate the final weights, too
+        steps = trainer.global_step
+        is_done = steps >= cfg.trainer.max_steps or is_ended_early(trainer)
+        if is_done and checkpoints.validated != steps:  # validate the final weights, too
             trainer.validate(module, data, verbose=False)
         metrics = _metrics(trainer)
         if is_done:
@@ -177,6 +177,8 @@ def _make_trainer(
         options["max_epochs"] = 1  # the whole training is one epoch
     else:
         options |= {"max_epochs": -1, "check_val_every_n_epoch": None}
+    # Lightning counts batches.
+    options["val_check_interval"] *= options["accumulate_grad_batches"]
     if cfg.callbacks:  # Lightning's write every 50 steps otherwise
         options.setdefault("log_every_n_steps", 1)
     callbacks = [checkpoints, Images(together=module.is_random), *make_callbacks(cfg, folder)]
