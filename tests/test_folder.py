@@ -837,16 +837,19 @@ def test_batches_that_cannot_be_counted_have_no_epochs(tmp_path):
     )
 
 
-def test_epochs_of_a_folder(tmp_path):
-    """As many patches as there are training images; a sweep over epochs."""
+def test_the_fused_launcher_trains_them_one_by_one(tmp_path):
+    """In a sweep over epochs: a folder's epoch is as many patches as there are training images."""
     make_folder(tmp_path / "a", 10)
     images = len(FolderImages(str(tmp_path / "a"), patch_size=16).layout.cases["train"])
-    run_train(
+    done = run_train(
         "-m", *SHORT, "data.root=a", "data.batch_size=4", "trainer.max_epochs=1,3",
         "hydra/launcher=fused", "hydra.launcher.workers=1", cwd=tmp_path,
     )  # fmt: skip
-    steps = {read_result(run)["steps"] for run in run_folders(tmp_path).values()}
-    assert images % 4 and steps == {-(-images // 4), 3 * -(-images // 4)}
+    assert "trained one by one: images that are read from files need" in done.stderr
+    results = [read_result(folder) for folder in run_folders(tmp_path).values()]
+    assert {result["status"] for result in results} == {"done"}
+    epoch = -(-images // 4)
+    assert images % 4 and {result["steps"] for result in results} == {epoch, 3 * epoch}
     [sweep] = {folder.parent for folder in run_folders(tmp_path).values()}
     assert set(pd.read_csv(sweep / "summary.csv")["trainer.max_epochs"]) == {1, 3}
 
@@ -885,18 +888,3 @@ def test_refused_in_one_line(tmp_path, case):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("losswatch: ") and re.search(message, last), done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_the_fused_launcher_trains_them_one_by_one(tmp_path):
-    make_folder(tmp_path / "a", 5)
-    done = run_train(
-        "-m",
-        *SHORT,
-        "data.root=a",
-        "loss=dice,cce",
-        "hydra/launcher=fused",
-        "hydra.launcher.workers=1",
-        cwd=tmp_path,
-    )
-    assert "trained one by one: images that are read from files need" in done.stderr
-    assert {read_result(f)["status"] for f in run_folders(tmp_path).values()} == {"done"}
