@@ -241,9 +241,7 @@ def test_paths_with_an_equals_sign(tmp_path):
 
 
 def test_validations_are_counted_in_steps_not_in_batches(tmp_path):
-    folder, _ = train(
-        tmp_path, "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=5"
-    )
+    folder, _ = train(tmp_path, "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=5")
     assert [step for step, _ in curve(folder, "val/accuracy")] == [5, 10, 12]
 
 
