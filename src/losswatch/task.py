@@ -27,7 +27,7 @@ from losswatch.stack.refusal import NotStackable
 from losswatch.sweep.command import again
 from losswatch.sweep.exit import stop
 from losswatch.terminal import say
-from losswatch.text import nearby, one_line
+from losswatch.text import nearby, one_line, parse_overrides
 from losswatch.train import checkpoints, locks, run
 from losswatch.train.build import describe_data, make_net
 from losswatch.train.checks import check
@@ -92,9 +92,8 @@ def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
     job = HydraConfig.get()
     content = None
     if cfg.checkpoint is not None:
-        given = [override.split("=")[0].lstrip("+~") for override in job.overrides.task]
         content = checkpoints.find(cfg.checkpoint)
-        adopt(cfg, content, given)
+        adopt(cfg, content, given=parse_overrides(job.overrides.task))
     if cfg.mode == "predict":
         check_values(cfg)
     elif job.mode == RunMode.RUN:

@@ -6,6 +6,7 @@ Names and contents of a run's files come from the disk, so anybody may have writ
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -89,6 +90,20 @@ def show(value: Any, digits: int | None = None) -> str:
     if isinstance(value, float):
         return f"{value:g}" if digits is None else f"{value:.{digits}f}"
     return printable(value)
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
+    """The value that each key was set to, printable. Each key of a mapping counts for itself.
+
+    >>> parse_overrides(["loss=dice", "+note=a=b", "data={low:1,high:0}"])
+    {'loss': 'dice', 'note': 'a=b', 'data.low': '1', 'data.high': '0'}
+    """
+    values: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = printable(override).lstrip("+~").partition("=")
+        inner = re.findall(r"[{,]\s*([\w.]+)\s*:([^,{}]*)", value) if value[:1] == "{" else []
+        values |= {f"{key}.{name}": text.strip() for name, text in inner} or {key: value}
+    return values
 
 
 def csv_escape(text: str) -> str:

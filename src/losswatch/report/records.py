@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from losswatch.files import read_file
-from losswatch.text import printable, reason
+from losswatch.text import parse_overrides, printable, reason
 
 log = logging.getLogger(__name__)
 
@@ -128,17 +126,3 @@ def get(tree: Any, place: str) -> Any:
     for key in place.split("."):
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
-    """The value that each key was set to, printable. Each key of a mapping counts for itself.
-
-    >>> parse_overrides(["loss=dice", "+note=a=b", "data={low:1,high:0}"])
-    {'loss': 'dice', 'note': 'a=b', 'data.low': '1', 'data.high': '0'}
-    """
-    values: dict[str, str] = {}
-    for override in overrides:
-        key, _, value = printable(override).lstrip("+~").partition("=")
-        inner = re.findall(r"[{,]\s*([\w.]+)\s*:([^,{}]*)", value) if value[:1] == "{" else []
-        values |= {f"{key}.{name}": text.strip() for name, text in inner} or {key: value}
-    return values

@@ -15,8 +15,8 @@ import pandas as pd
 from losswatch.events.layout import PREFIX
 from losswatch.events.series import read_last_step
 from losswatch.events.tags import GRAD_COSINE, LOSS
-from losswatch.report.records import METRICS, get, parse_overrides, read_record
-from losswatch.text import printable, reason
+from losswatch.report.records import METRICS, get, read_record
+from losswatch.text import parse_overrides, printable, reason
 
 log = logging.getLogger(__name__)
 

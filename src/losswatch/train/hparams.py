@@ -11,6 +11,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from losswatch.text import parse_overrides
+
 METRICS = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
 # The overrides behind the columns that every run has.
 BEHIND = {
@@ -67,8 +69,8 @@ def swept(folder: Path) -> dict[str, str]:
     files = (parent / "multirun.yaml" for parent in folder.absolute().parents)
     sweep = next(filter(Path.exists, files), None)
     common = _overrides_of_all(sweep, sweep.stat().st_mtime) if sweep else frozenset()
-    pairs = [override.lstrip("+~").partition("=") for override in own if override not in common]
-    return {key: value for key, _, value in pairs if key != "resume"}
+    changed = parse_overrides(override for override in own if override not in common)
+    return {key: value for key, value in changed.items() if key != "resume"}
 
 
 @functools.lru_cache(maxsize=1)  # reading it takes longer than all else that is done for a row
