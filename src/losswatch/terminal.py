@@ -231,7 +231,7 @@ class Runs(NamedTuple):
     """Runs of a sweep that are left."""
 
     runs: int
-    in_turn: int  # how many of them are trained one after the other, where others are beside them
+    rounds: int  # so many runs after each other take as long as all of them, some side by side
 
 
 # What the time is still to be estimated for.
@@ -259,7 +259,7 @@ def steps(total: int, done: int = 0, runs: int = 0, is_shown: bool = True) -> It
             part.undo()
             raise
         return
-    bar = Bar(total, done, runs or expected.runs, total * (1 if runs else expected.in_turn))
+    bar = Bar(total, done, runs or expected.runs, total * (1 if runs else expected.rounds))
     with bar, part_of(bar):
         yield bar
     if not bar.runs:
