@@ -34,7 +34,7 @@ from losswatch.report.tables import (
     write_comparison,
     write_summary,
 )
-from losswatch.text import markdown_escape, printable
+from losswatch.text import markdown_escape, number_of, printable
 
 ROWS = 30  # of a comparison that are shown
 
@@ -73,7 +73,7 @@ def main() -> int:
             console.print(rich_table(cells))
         if comparisons:
             print(f"\n{printable(args.sweep / 'comparison.csv')} (all rows)")
-        print(f"{printable(report)} ({len(figures)} figures)")
+        print(f"{printable(report)} ({number_of(len(figures), 'figure')})")
     except OSError as error:  # the folder does not exist, holds no runs, or cannot be written to
         print(f"report.py: {printable(error)}", file=sys.stderr)
         return 2

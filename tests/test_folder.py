@@ -11,7 +11,6 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
-import pytorch_lightning as pl
 import tifffile
 import torch
 import torch.nn.functional as F
@@ -784,46 +783,68 @@ def test_a_users_data_module(tmp_path, as_dict):
     assert [step for step, _ in scalars["loss/cce"]] == list(range(12))
 
 
-def steps_of_lightning(batches, epochs, accumulated):
-    """How many steps Lightning does in so many epochs."""
-
-    class Net(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))
-
-        def training_step(self, batch):
-            return (self.scale * batch).mean()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    trainer = pl.Trainer(
-        max_epochs=epochs, accumulate_grad_batches=accumulated, accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Net(), torch.utils.data.DataLoader(torch.rand(batches, 1)))
-    return trainer.global_step
-
-
 def test_epochs_of_a_users_data_module(tmp_path):
-    """They are as long as Lightning's, for a schedule and a resumed run, too."""
-    options = ["trainer.max_epochs=4", "trainer.accumulate_grad_batches=2", "scheduler=cosine"]
-    done = train_cells(
-        tmp_path, *options, "hydra.run.dir=run", "+trainer.max_time=00:00:00:00", status=1
-    )
-    steps = steps_of_lightning(3, epochs=4, accumulated=2)
-    assert f"trainer.max_epochs=4 sets trainer.max_steps={steps}\n" in done.stderr
-    assert f"of {steps} steps" in read_result(tmp_path / "run")["error"]
+    """Four passes over three batches, also for a schedule; resumed bit for bit."""
+    options = [
+        "trainer.max_epochs=4", "trainer.accumulate_grad_batches=2", "scheduler=cosine",
+        "trainer.val_check_interval=2", "callbacks=lr_monitor",
+    ]  # fmt: skip
+    done = train_cells(tmp_path, *options, "hydra.run.dir=whole")
+    assert "trainer.max_epochs=4 sets trainer.max_steps=6\n" in done.stderr
+    result = read_result(tmp_path / "whole")
+    assert (result["steps"], result["config"]["scheduler"]["T_max"]) == (6, 6)
+    assert [step for step, _ in curves(tmp_path / "whole")[0]["val/accuracy"]] == [2, 4, 6]
+
+    stop = ["hydra.run.dir=half", "+trainer.max_time=00:00:00:00"]
+    train_cells(tmp_path, *options, *stop, status=1)
+    assert "of 6 steps" in read_result(tmp_path / "half")["error"]
     # With twice as many images the schedule would be another one.
     more = MODULE.replace("12,", "24,")
-    done = train_cells(tmp_path, *options, "resume=run", module=more, status=2)
-    assert f"T_max was {steps}, now {steps_of_lightning(6, 4, 2)}" in done.stderr
-    train_cells(tmp_path, *options, "resume=run")
-    result = read_result(tmp_path / "run")
-    assert (result["status"], result["steps"]) == ("done", steps)
-    assert result["config"]["scheduler"]["T_max"] == steps
-    assert curves(tmp_path / "run")[0]["val/accuracy"][-1][0] == steps
+    done = train_cells(tmp_path, *options, "resume=half", module=more, status=2)
+    assert "T_max was 6, now 12" in done.stderr
+    done = train_cells(tmp_path, *options, "resume=half")
+    assert "Warning" not in done.stderr
+    assert curves(tmp_path / "half")[0] == curves(tmp_path / "whole")[0]
+    weights = [
+        torch.load(tmp_path / name / "checkpoints/step=6.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "half")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_plateau_with_a_users_data_module(tmp_path):
+    """Its validations are counted through all passes."""
+    train_cells(
+        tmp_path, "scheduler=plateau", "scheduler.patience=0", "+scheduler.eps=0",
+        "optimizer.lr=1e-9", "callbacks=lr_monitor", "trainer.max_steps=20",
+        "trainer.val_check_interval=5", "trainer.accumulate_grad_batches=2", "hydra.run.dir=run",
+    )  # fmt: skip
+    rates = [*dict(curves(tmp_path / "run")[0]["lr-Adam"]).values()]
+    assert rates == pytest.approx([1e-9] * 10 + [3e-10] * 5 + [9e-11] * 5, rel=1e-4, abs=0)
+
+
+BAD_MODULES = {
+    "no val_dataloader": (
+        MODULE[: MODULE.index("    def val_dataloader")], [],
+        "data: the module needs a val_dataloader"
+    ),
+    "a trainer": (
+        MODULE.replace("shuffle=True", "shuffle=self.trainer.world_size == 1"), [],
+        "data: the module has no training batches before training, without a trainer: Attr",
+    ),
+    "devices": (
+        MODULE, ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp"],
+        "trainer.devices x trainer.num_nodes is 2: a data module of yours is trained on one device",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_MODULES)
+def test_what_a_users_data_module_cannot_do_is_refused(tmp_path, case):
+    module, options, message = BAD_MODULES[case]
+    done = train_cells(tmp_path, *options, module=module, status=2)
+    assert done.stderr.splitlines()[-1].startswith(f"losswatch: {message}"), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_batches_that_cannot_be_counted_have_no_epochs(tmp_path):

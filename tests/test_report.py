@@ -1076,6 +1076,8 @@ def test_formats_of_figures_and_the_studys_axes(tmp_path, main):
     assert (tmp_path / "figures/losses.pdf").read_bytes().startswith(b"%PDF")
     assert b"<svg" in (tmp_path / "figures/losses.svg").read_bytes()
     assert not (tmp_path / "figures/losses.png").exists()
+    assert re.search(r"\n!\[θ = 0.5.*losses.svg", (tmp_path / "report.md").read_text())
+    assert main(tmp_path, "--format", "pdf") == 0
     assert "\n[θ = 0.5" in (tmp_path / "report.md").read_text()  # a link, no image
     assert main(tmp_path) == 0
     fitted = (tmp_path / "figures/losses.png").read_bytes()

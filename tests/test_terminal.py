@@ -113,6 +113,17 @@ def test_a_fused_sweep_with_two_processes(tmp_path):
     assert "Browse   tensorboard --logdir s" in shown
 
 
+def test_runs_that_differ_in_length_count_by_their_steps(tmp_path):
+    """The first of the two runs has a hundredth of the steps; the estimate stays on the screen."""
+    status, screens = watch(
+        "-m", "experiment=smoke", "model=convnet", "trainer.max_steps=3000,300000",
+        "hydra.sweep.dir=s", cwd=tmp_path, interrupt_at="2 runs take about",
+    )  # fmt: skip
+    assert status == 130
+    [said] = [line for line in screens[-1] if "2 runs take about" in line]
+    assert re.search("[0-9]+ (minutes|hours)$", said)
+
+
 @pytest.mark.slow
 def test_an_estimate_of_runs_side_by_side(tmp_path):
     """By joblib: 3 runs, 2 at once, take as long as 2. The command ends at the estimate."""
@@ -171,6 +182,34 @@ def test_a_callback_that_prints(tmp_path):
     assert bars and all(re.fullmatch(r"step \d of 5 [-:\d]+ left( .*)?", bar) for bar in bars)
 
 
+TALKATIVE = """
+import logging
+import time
+import pytorch_lightning as pl
+
+class Talkative(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        time.sleep(0.25)  # the bar is drawn at each step
+        logging.getLogger("other").warning("after step %d", trainer.global_step)
+"""
+
+
+def test_lines_stay_above_the_bar(tmp_path):
+    """A bar of two lines, drawn anew below each of them."""
+    (tmp_path / "talkative.py").write_text(TALKATIVE)
+    (tmp_path / "mine" / "callbacks").mkdir(parents=True)
+    node = "talkative: {_target_: talkative.Talkative}"
+    (tmp_path / "mine" / "callbacks" / "talkative.yaml").write_text(node)
+    status, screens = watch(
+        "--config-dir", "mine", "experiment=smoke", "callbacks=talkative", "trainer.max_steps=6",
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "80", "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert status == 0
+    assert any(re.match("cce 0", line) for screen in screens for line in screen)
+    assert screens[-1][1:-1] == [f"after step {i}" for i in range(1, 7)] + screens[-1][7:-1]
+
+
 # --- One bar -------------------------------------------------------------------------------------
 
 
@@ -192,7 +231,7 @@ def work(steps, count, clock):
 @pytest.mark.parametrize("at_once, seconds", [(1, 80), (2, 40)])
 def test_the_estimate_is_said_once(capsys, monkeypatch, clock, at_once, seconds):
     """After the first seconds of the first run: four runs of 20 s."""
-    monkeypatch.setattr(terminal, "expected", terminal.Runs(4, 4 // at_once))
+    monkeypatch.setattr(terminal, "expected", terminal.Runs(4, 800 // at_once))
     for _ in range(2):
         with terminal.steps(200) as steps:
             work(steps, 100, clock)

@@ -138,13 +138,18 @@ class Bar(Steps):
             TextColumn("left  {task.description}", markup=False),
         )
         self.task = self.progress.add_task("", total=total, completed=done)
-        self.live = Live(
-            console=console, transient=True, auto_refresh=False, redirect_stdout=sys.stdout.isatty()
-        )
+        self.console = console
+        self.live = self._live()
         self.runs, self.todo = runs, all_steps - done
         self.below, self.waiting = "", 0
         self.begin: tuple[float, float] | None = None  # the time, and the steps done until then
         self.drawn = -math.inf
+
+    def _live(self) -> Live:
+        return Live(
+            console=self.console, transient=True, auto_refresh=False,
+            redirect_stdout=sys.stdout.isatty(),
+        )  # fmt: skip
 
     def __enter__(self) -> Bar:
         self._draw(self.live.start)
@@ -201,6 +206,7 @@ class Bar(Steps):
         try:
             yield
         finally:
+            self.live = self._live()  # one that knows nothing of the lines that it drew before
             self._draw(self.live.start)
 
 
@@ -210,6 +216,10 @@ class Part(Steps):
     def __init__(self, whole: Steps, skipped: int) -> None:
         self.whole, self.done, self.skipped = whole, 0, skipped
         whole.skip(skipped)
+
+    @property
+    def is_due(self) -> bool:
+        return self.whole.is_due
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -231,7 +241,7 @@ class Runs(NamedTuple):
     """Runs of a sweep that are left."""
 
     runs: int
-    rounds: int  # so many runs after each other take as long as all of them, some side by side
+    steps: int  # so many steps of one process take as long as all of these runs
 
 
 # What the time is still to be estimated for.
@@ -259,7 +269,7 @@ def steps(total: int, done: int = 0, runs: int = 0, is_shown: bool = True) -> It
             part.undo()
             raise
         return
-    bar = Bar(total, done, runs or expected.runs, total * (1 if runs else expected.rounds))
+    bar = Bar(total, done, runs or expected.runs, total if runs else expected.steps)
     with bar, part_of(bar):
         yield bar
     if not bar.runs:

@@ -28,14 +28,18 @@ class Steps(Sampler[int]):
         return (number % (self.batches or len(self)) for number in range(done, len(self)))
 
 
-class _Loader(DataLoader):
-    """Tells Lightning that it can be resumed; its whole state is the trainer's step (`Steps`)."""
+class Resumable:
+    """Tells Lightning that a loader can be resumed; its whole state is the trainer's step."""
 
     def state_dict(self) -> dict:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+
+class _Loader(Resumable, DataLoader):
+    pass
 
 
 def batch_loader(dataset: Dataset, numbers: Sampler[int] | range, num_workers: int) -> DataLoader:

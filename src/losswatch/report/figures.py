@@ -86,7 +86,8 @@ def plot_sweep(
         into: the folder for the figures, by default the sweep's `figures/`.
 
     Returns:
-        The files of the first format by title, without figures for which there are no scalars.
+        A file of each figure by title, one that Markdown can show if there is one. Figures for
+        which there are no scalars are left out.
 
     Raises:
         OSError: nothing can be written there, or the sweep's `figures` is a link.

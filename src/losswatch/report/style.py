@@ -75,7 +75,8 @@ def draw_files(draw: Callable[[], Figure], stem: Path, formats: Sequence[str]) -
     """Draw a figure into `<stem>.<format>` for each of `formats`.
 
     Returns:
-        The first file; None, with a warning, if the figure cannot be drawn.
+        The first file that Markdown can show, if there is one; None, with a warning, if the figure
+        cannot be drawn.
 
     Raises:
         OSError: a file cannot be written.
@@ -91,7 +92,7 @@ def draw_files(draw: Callable[[], Figure], stem: Path, formats: Sequence[str]) -
         why = printable(f"{type(error).__name__}: {error}")
         log.warning("%s: not drawn (%s)", printable(paths[0]), why)
         return None
-    return paths[0]
+    return min(paths, key=lambda path: path.suffix == ".pdf")
 
 
 def save(figure: Figure, path: str | Path) -> None:

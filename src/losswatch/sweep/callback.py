@@ -35,15 +35,15 @@ class SweepCallback(Callback):
 
     Args:
         total: the number of runs of the sweep, if it is known.
-        at_once: how many of them are trained at once, if that is known.
+        steps: how many steps of one process take as long as all of them, if that is known.
     """
 
-    def __init__(self, total: int | None = None, at_once: int | None = None) -> None:
-        self.total, self.at_once = total, at_once
+    def __init__(self, total: int | None = None, steps: int | None = None) -> None:
+        self.total, self.steps = total, steps
 
     def __reduce__(self) -> Any:
         """Launchers send the callback along with each job that they give to another process."""
-        return _in_other_process, (self.total, self.at_once)
+        return _in_other_process, (self.total, self.steps)
 
     @escaping()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -66,12 +66,13 @@ class SweepCallback(Callback):
         # For ${hydra:...} in folders' names. A copy, because `set_config` makes it read-only.
         HydraConfig.instance().set_config(copy.deepcopy(config))
         launcher = config.hydra.launcher
+        at_once = 0  # unknown
         if launcher._target_.endswith("BasicLauncher"):
-            self.at_once = 1
+            at_once = 1
         else:
             compat.initialize_workers(end_with_parent)
         if launcher._target_.endswith("JoblibLauncher"):
-            self.at_once = joblib.effective_n_jobs(launcher.n_jobs)
+            at_once = joblib.effective_n_jobs(launcher.n_jobs)
         # A sweeper that searches chooses its runs as it goes; train.py checks each of them.
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):
             if config.resume is not None:
@@ -85,6 +86,9 @@ class SweepCallback(Callback):
             except ConfigError as error:
                 stop(str(error))
             sweep.is_checked = True
+            if at_once:
+                all_steps = sum(run.trainer.max_steps for run in configs)
+                self.steps = math.ceil(all_steps / min(at_once, len(runs)))
             if launcher._target_.endswith("FusedLauncher"):
                 sweep.configs = dict(zip(map(tuple, runs), configs, strict=True))
         sweep.folder = folder
@@ -101,9 +105,9 @@ class SweepCallback(Callback):
             of_total = f" of {self.total}" if self.total else ""
             number = f" {config.hydra.job.num + 1}{of_total}"
             is_first = config.hydra.job.num == 0
-            if self.total and self.at_once and (is_first or terminal.expected.runs):
+            if self.total and self.steps and (is_first or terminal.expected.runs):
                 left = self.total - config.hydra.job.num
-                terminal.expected = terminal.Runs(left, math.ceil(left / self.at_once))
+                terminal.expected = terminal.Runs(left, math.ceil(self.steps * left / self.total))
         say(f"run{number}: {overrides}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -119,10 +123,10 @@ class SweepCallback(Callback):
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
 
-def _in_other_process(total: int | None, at_once: int | None) -> SweepCallback:
+def _in_other_process(total: int | None, steps: int | None) -> SweepCallback:
     """Construct the callback in a process that a launcher started, and set up that process."""
     silence_logging()
-    return SweepCallback(total, at_once)
+    return SweepCallback(total, steps)
 
 
 @functools.cache  # one thread a process

@@ -130,10 +130,12 @@ def explain(error: Exception) -> str:
         return yaml_errors.describe(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
+        # Hydra gives no names for a choice in a list.
         known = ", ".join(error.options or [])
+        allowed = f"{group} is one of {known}" if known else f"--help lists those of {group}"
         extra = choice.partition("_")[0]  # submitit_slurm comes with submitit
         hint = f'; pip install -e ".[{extra}]" adds {choice}' if extra in EXTRAS else ""
-        return f"there is no {group}={choice}; {group} is one of {known}{hint}"
+        return f"there is no {group}={choice}; {allowed}{hint}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         parent, _, _ = cause.full_key.rpartition(".")

@@ -131,6 +131,19 @@ def _renamed(node: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return OmegaConf.create(values), renamed
 
 
+def _nodes(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:
+    """The nodes of a group of which several can be chosen, each with its name.
+
+    Raises:
+        ConfigError: one makes nothing.
+    """
+    nodes = [(str(name), node) for name, node in cfg[group].items() if node is not None]
+    for name, node in nodes:
+        if not OmegaConf.is_dict(node) or "_target_" not in node:
+            raise ConfigError(f"{group}.{name} needs a _target_, the class that makes it")
+    return nodes
+
+
 def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     """The loggers of `cfg.logger` beside the event file, for a run in `folder`.
 
@@ -138,10 +151,8 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     the name that `_arguments_` gives.
     """
     made = []
-    for name, node in cfg.logger.items():
-        if node is None:
-            continue
-        given = {} if "save_dir" in node else {"save_dir": str(folder / str(name))}
+    for name, node in _nodes(cfg, "logger"):
+        given = {} if "save_dir" in node else {"save_dir": str(folder / name)}
         if "run" in node.get("_arguments_", {}):
             given["run"] = folder.name
         node, given = _renamed(node, given)
@@ -152,9 +163,12 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
 def make_callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:
     """The callbacks of `cfg.callbacks`, for a run in `folder`."""
     made = []
-    for name, node in cfg.callbacks.items():
-        if node is None:
-            continue
+    for name, node in _nodes(cfg, "callbacks"):
+        if "every_n_epochs" in node:
+            raise ConfigError(
+                f"callbacks.{name}.every_n_epochs has no use: a training is one epoch here, with a "
+                "validation every trainer.val_check_interval steps"
+            )
         uses = "checkpoints" in node.get("_arguments_", {})
         node, given = _renamed(node, {"checkpoints": str(folder / "checkpoints")} if uses else {})
         made.append(_instantiate(f"callbacks.{name}", node, pl.Callback, **given))
@@ -172,10 +186,13 @@ def make_scheduler(cfg: DictConfig) -> Callable[[torch.optim.Optimizer], dict[st
     _check_target("scheduler", cfg.scheduler)
     make = hydra.utils.instantiate(cfg.scheduler, _partial_=True, _convert_="all")
     is_plateau = cfg.scheduler._target_.endswith("ReduceLROnPlateau")
-    steps = trainer_options(cfg)["val_check_interval"] if is_plateau else 1
+    options = trainer_options(cfg)
+    # Lightning counts batches for a plateau, and steps otherwise.
+    between = options["val_check_interval"] * options["accumulate_grad_batches"]
+    frequency = between if is_plateau else 1
 
     def scheduler(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        settings = {"interval": "step", "frequency": steps, "monitor": cfg.metric}
+        settings = {"interval": "step", "frequency": frequency, "monitor": cfg.metric}
         return {"scheduler": make(optimizer)} | settings
 
     return scheduler
@@ -238,7 +255,7 @@ def set_length(cfg: DictConfig) -> None:
             f"trainer.max_epochs={epochs} needs training batches that can be counted, which these "
             "data do not have; set trainer.max_steps"
         )
-    cfg.trainer.max_steps = epochs * math.ceil(batches / cfg.trainer.accumulate_grad_batches)
+    cfg.trainer.max_steps = math.ceil(epochs * batches / cfg.trainer.accumulate_grad_batches)
 
 
 def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:

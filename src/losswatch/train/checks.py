@@ -9,16 +9,22 @@ import multiprocessing
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from losswatch import compat
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
-from losswatch.data.modules import first_batch
+from losswatch.data.modules import first_batch, is_ours
 from losswatch.data.survey import show
 from losswatch.losses import LossSet
 from losswatch.train.arguments import check_arguments
@@ -71,13 +77,18 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
                 )
         _show_data(cfg, _ranks(trainer))
         form = describe_data(cfg)
-        _check_metric(cfg, trained, form)
+        known = _metrics(cfg, trained, form)
+        if cfg.metric not in known:
+            raise ConfigError(
+                f"metric={cfg.metric} is computed by no validation; it has {', '.join(known)}"
+            )
         for name, make in (("logger", make_loggers), ("callbacks", make_callbacks)):
             if cfg[name] and str(cfg[name]) not in _passed:
                 with tempfile.TemporaryDirectory() as folder:
-                    make(cfg, Path(folder))
+                    made = make(cfg, Path(folder))
+                _check_monitors(made, known)
                 _passed.add(str(cfg[name]))
-        make_scheduler(cfg)
+        _check_scheduler(cfg)
         # Runs that differ only in these two do the same in their first step.
         same = plain(cfg) | {"theta": form.channels, "seed": 0}
         nodes = loss_nodes(cfg, trained)
@@ -87,14 +98,54 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
             _passed.add(step)
 
 
-def _check_metric(cfg: DictConfig, trained: str, form: Form) -> None:
-    """See that `cfg.metric` is one that each validation computes."""
+def _metrics(cfg: DictConfig, trained: str, form: Form) -> list[str]:
+    """The metrics that each validation computes."""
     scores = [f"{name}/{label}" for name in ("dice", "iou") for label in form.classes]
     losses = [f"loss/{name}" for name in dict.fromkeys((*cfg.watch, trained))]
-    known = [f"val/{name}" for name in ("accuracy", "dice", "iou", *scores, *losses)]
-    if cfg.metric not in known:
+    return [f"val/{name}" for name in ("accuracy", "dice", "iou", *scores, *losses)]
+
+
+def _check_monitors(callbacks: Sequence[object], known: Sequence[str]) -> None:
+    """See that callbacks go by metrics that there are, and keep apart the checkpoints they write.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for callback in callbacks:
+        monitor, kind = getattr(callback, "monitor", None), type(callback).__name__
+        if str(monitor).startswith("val/") and monitor not in known:
+            raise ConfigError(
+                f"callbacks: the {kind} goes by {monitor}, which is computed by no validation; it "
+                f"has {', '.join(known)}"
+            )
+        if isinstance(callback, ModelCheckpoint) and callback.save_top_k not in (0, 1):
+            if "{" not in (callback.filename or "{"):
+                raise ConfigError(
+                    f"callbacks: with save_top_k={callback.save_top_k} each checkpoint needs a "
+                    f"name of its own, such as filename='{callback.filename}-{{step}}'"
+                )
+
+
+def _check_scheduler(cfg: DictConfig) -> None:
+    """See that the scheduler can be made, take a step, and last as long as the training.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    make = make_scheduler(cfg)
+    if make is None:
+        return
+    optimizer = make_optimizer(cfg)([nn.Parameter(torch.zeros(1))])
+    try:
+        scheduler = make(optimizer)["scheduler"]
+        optimizer.step()
+        scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+    except Exception as error:
+        raise ConfigError(f"scheduler: {' '.join(str(error).split())}") from error
+    last = getattr(scheduler, "total_steps", cfg.trainer.max_steps)  # of OneCycleLR
+    if last < cfg.trainer.max_steps:
         raise ConfigError(
-            f"metric={cfg.metric} is computed by no validation; it has {', '.join(known)}"
+            f"scheduler.total_steps={last} ends before trainer.max_steps={cfg.trainer.max_steps}"
         )
 
 
@@ -117,6 +168,8 @@ def _show_data(cfg: DictConfig, ranks: int) -> None:
     if key in _passed:
         return
     data = make_data(cfg)
+    if not is_ours(data):
+        _check_module(data, ranks)
     if isinstance(data, FolderImages):
         for split, cases in data.layout.cases.items():
             if len(cases) < ranks:
@@ -131,6 +184,22 @@ def _show_data(cfg: DictConfig, ranks: int) -> None:
                     "no image of %s has class %s; its metrics leave the class out", split, name
                 )
     _passed.add(key)
+
+
+def _check_module(data: pl.LightningDataModule, ranks: int) -> None:
+    """See that a data module of the user's can be trained with.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not is_overridden("val_dataloader", data, pl.LightningDataModule):
+        raise ConfigError("data: the module needs a val_dataloader, with images to validate on")
+    if ranks > 1:
+        raise ConfigError(
+            f"trainer.devices x trainer.num_nodes is {ranks}: a data module of yours is trained on "
+            "one device; data=random and data=folder share their batches among devices, and "
+            "losswatch.Watch works in a Trainer of yours"
+        )
 
 
 def _check_names() -> None:

@@ -103,6 +103,7 @@ def register() -> None:
     # `use_cache` keeps the names in the config, which Hydra sends to the processes of a launcher:
     # so all of them write to the folder of the one sweep.
     OmegaConf.register_new_resolver("sweep_name", names.sweep_name, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("mode_of", mode_of, replace=True)
     OmegaConf.register_new_resolver("run_name", names.run_name, replace=True)
     OmegaConf.register_new_resolver("run_folder", names.run_folder, use_cache=True, replace=True)
 
@@ -152,6 +153,7 @@ _OWN = {
     "num_sanity_val_steps": "the first step is tried before training",
     "enable_model_summary": "callbacks are chosen by callbacks=[...]",
     "check_val_every_n_epoch": "trainer.val_check_interval counts steps",
+    "min_epochs": "a training is one epoch; trainer.min_steps counts steps",
 }
 
 
@@ -173,6 +175,8 @@ def check_values(cfg: DictConfig) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{key} must be a whole number of at least {least}, got {value}")
+        if key != "seed" and value >= 2**31:
+            raise ConfigError(f"{key} must be less than 2^31, got {value}")
     if cfg.seed >= 2**63:
         raise ConfigError(f"seed must be less than 2^63, got {cfg.seed}")
     if not cfg.watch:
@@ -191,6 +195,15 @@ def check_values(cfg: DictConfig) -> None:
     _check_training(cfg)
 
 
+def mode_of(metric: str) -> str:
+    """Whether a metric is better the larger or the smaller it is.
+
+    >>> mode_of("val/dice"), mode_of("val/loss/cce")
+    ('max', 'min')
+    """
+    return "min" if metric.startswith("val/loss/") else "max"
+
+
 def _check_keys(cfg: DictConfig) -> None:
     """See that each key is one that something reads; `+` can add any."""
     schemas: list[tuple[str, type]] = [("", Config), ("probe", ProbeConfig)]
@@ -203,6 +216,11 @@ def _check_keys(cfg: DictConfig) -> None:
                 has = ", ".join(setting for setting in known if setting[0] != "_")
                 full = f"{name}.{key}" if name else key
                 raise ConfigError(f"{full} is read by nothing; {name or 'the config'} has {has}")
+    if cfg.scheduler and "_target_" not in cfg.scheduler:
+        raise ConfigError(
+            f"scheduler.{next(iter(cfg.scheduler))} is read by nothing; choose a scheduler, such "
+            "as scheduler=cosine"
+        )
     for key in _OWN:
         if key in cfg.trainer:
             raise ConfigError(f"trainer.{key} is set by losswatch; {_OWN[key]}")

@@ -9,7 +9,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from losswatch.data.form import IGNORED, Form
 from losswatch.data.modules import as_pair
@@ -92,6 +94,11 @@ class SegmentationModule(pl.LightningModule):
         if self.trainer.precision != "16-mixed":  # whose scaler skips steps that are not finite
             self.finite.check_step(self, self.parameters())
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        # Lightning would step a plateau after a validation's checkpoint, which would miss it.
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
     def on_train_batch_end(self, *_: object) -> None:
         self.finite.forget()
 
@@ -109,12 +116,12 @@ class SegmentationModule(pl.LightningModule):
         self.scores.add(logits, self._as_target(target, logits), self.losses)
         return logits
 
-    def _report(self, stage: str) -> None:
+    def _report(self, stage: str) -> dict[str, Tensor]:
         found = self.scores.take(self.trainer.strategy)
         scalars = {f"{stage}/{name}": value for name, value in found.items()}
         self.log_dict(scalars, logger=False)
         if not self.trainer.is_global_zero:
-            return
+            return scalars
         values = torch.stack(list(scalars.values())).cpu().numpy()
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -123,12 +130,17 @@ class SegmentationModule(pl.LightningModule):
             else:
                 numbers = dict(zip(scalars, values.tolist(), strict=True))
                 logger.log_metrics(numbers, step=self.trainer.global_step)
+        return scalars
 
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        found = self._report("val")
+        if self.trainer.state.fn is TrainerFn.FITTING:
+            for config in self.trainer.lr_scheduler_configs:
+                if isinstance(config.scheduler, ReduceLROnPlateau):
+                    config.scheduler.step(found[str(config.monitor)])
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._evaluate(batch)

@@ -6,27 +6,33 @@ For code that must leave the state as it is there is pytorch_lightning.utilities
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities.seed import isolate_rng
 
 
 def seed_everything(seed: int) -> None:
     """Seed PyTorch's, numpy's and Python's generators with a number from 0 to 2^63 - 1."""
     torch.manual_seed(seed)
+    _seed_others(seed)
+
+
+def _seed_others(seed: int) -> None:
     np.random.seed(seed % 2**32)  # numpy takes no larger number
     random.seed(seed)
 
 
-def get_state() -> dict[str, Any]:
+def get_state(cuda: bool = True) -> dict[str, Any]:
     """The state of all generators as tensors and plain data, which a checkpoint can hold."""
     numpy: Any = np.random.get_state()
     kind, keys, position, has_gauss, gauss = numpy
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if cuda and torch.cuda.is_initialized() else [],
         "numpy": [kind, torch.from_numpy(keys), position, has_gauss, gauss],
         "python": list(random.getstate()),
     }
@@ -41,6 +47,28 @@ def set_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy(), *rest))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
+
+
+class Stream:
+    """The CPU's generators for one part of the program. What it draws, no other part misses.
+
+    Args:
+        seed: as of `seed_everything`.
+    """
+
+    def __init__(self, seed: int) -> None:
+        with isolate_rng(include_cuda=False):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds GPUs, too
+            _seed_others(seed)
+            self.state = get_state(cuda=False)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """While this is open, the global generators are those of the stream."""
+        with isolate_rng(include_cuda=False):
+            set_state(self.state)
+            yield
+            self.state = get_state(cuda=False)
 
 
 def draws(function: Callable[..., Any], *args: Any) -> bool:

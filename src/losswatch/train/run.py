@@ -15,7 +15,7 @@ from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from losswatch import compat
 from losswatch.data.folder import FolderImages, UnlabelledImages
 from losswatch.data.form import Form
-from losswatch.data.modules import has_steps, has_test
+from losswatch.data.modules import has_test, is_ours
 from losswatch.data.random import ThresholdedImages
 from losswatch.text import nearby
 from losswatch.train.build import (
@@ -37,6 +37,7 @@ from losswatch.train.eventlog import EventLog, log_survey, open_log
 from losswatch.train.folder import announce, take_up
 from losswatch.train.module import SegmentationModule
 from losswatch.train.outcome import Reached
+from losswatch.train.passes import repeat
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import run_process
 from losswatch.train.settings import flat, plain
@@ -60,6 +61,8 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     net = make_net(cfg, form)
     with run_process(net, cfg.threads, cfg.seed):
         module = _make_module(cfg, trained, net, data, form)
+        if not is_ours(data):
+            repeat(data, cfg.seed)
         checkpoints = Checkpoints(folder, plain(cfg), _about(data, form), start.random)
         logger = open_log(cfg, trained, folder, start.events)
         if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
@@ -67,7 +70,9 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         trainer = _make_trainer(cfg, data, module, logger, checkpoints)
         trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
         steps = trainer.global_step
-        is_done = steps >= cfg.trainer.max_steps or is_ended_early(trainer)
+        if early := why_ended_early(trainer):
+            log.info("early stopping after %d of %d steps: %s", steps, cfg.trainer.max_steps, early)
+        is_done = steps >= cfg.trainer.max_steps or early is not None
         if is_done and checkpoints.validated != steps:  # validate the final weights, too
             trainer.validate(module, data, verbose=False)
         metrics = _metrics(trainer)
@@ -173,10 +178,7 @@ def _make_trainer(
 ) -> pl.Trainer:
     folder = checkpoints.folder
     options = _options(cfg, folder)
-    if has_steps(data):
-        options["max_epochs"] = 1  # the whole training is one epoch
-    else:
-        options |= {"max_epochs": -1, "check_val_every_n_epoch": None}
+    options["max_epochs"] = 1  # the whole training is one epoch
     # Lightning counts batches.
     options["val_check_interval"] *= options["accumulate_grad_batches"]
     if cfg.callbacks:  # Lightning's write every 50 steps otherwise
@@ -215,10 +217,11 @@ def _make_trainer(
     )
 
 
-def is_ended_early(trainer: pl.Trainer) -> bool:
-    """Whether early stopping has ended the training; a run whose time is up is to be resumed."""
+def why_ended_early(trainer: pl.Trainer) -> str | None:
+    """Why early stopping has ended the training; None if it has not. It counts as done then."""
     stoppers = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore
-    return any(stopper.stopping_reason_message is not None for stopper in stoppers)
+    reasons = [stopper.stopping_reason_message for stopper in stoppers]
+    return next((" ".join(reason.split()) for reason in reasons if reason is not None), None)
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float]:
