@@ -12,6 +12,7 @@ from conftest import read_result, run_folders, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from losswatch.data.steps import Steps
+from losswatch.train.config import ConfigError
 
 QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
 
@@ -207,26 +208,13 @@ REFUSED = {
     "+probe.x=1": "probe.x is read by nothing; probe has every_n_steps, cosines",
     "+trainer.x=1": "trainer: .* unexpected keyword argument 'x'",
     "+trainer.logger=true": "trainer.logger is set by losswatch; loggers are chosen by logger=",
-    "trainer.max_epochs=3": "trainer.max_epochs=3 needs training batches that can be counted, ",
     "trainer.max_epochs=0": "trainer.max_epochs must be a whole number of at least 1, got 0",
-    "trainer.max_epochs=1.5": "trainer.max_epochs must be a whole number of at least 1, got 1.5",
     "+callbacks=early": "there is no callbacks=early; callbacks is one of best, early_stopping, ",
     "logger=tensorbord": "there is no logger=tensorbord; logger is one of csv, mlflow, ",
     "loss.alhpa=0.3": "loss dice: .*alhpa",
     "metric=val/dise": "metric=val/dise is computed by no validation; it has val/accuracy, ",
     "callbacks=[best] callbacks.best.save_top_k=many": "callbacks.best.save_top_k must be ",
-    "scheduler=cosine scheduler.T_max=0": "scheduler: ",
-    "scheduler=cosine +scheduler.x=1": "scheduler: .*'x'",
-    "scheduler=one_cycle scheduler.total_steps=10": "scheduler.total_steps=10 ends before ",
-    "+scheduler.x=1": "scheduler.x is read by nothing; choose a scheduler, such as ",
-    "+logger.x=1": "logger.x needs a _target_, the class that makes it",
-    "+callbacks.x=1": "callbacks.x needs a _target_, the class that makes it",
     "callbacks=[best,nosuch]": "there is no callbacks=nosuch; --help lists those of callbacks",
-    "callbacks=best callbacks.best.monitor=val/x": "callbacks: the ModelCheckpoint goes by val/x, ",
-    "callbacks=best callbacks.best.save_top_k=3": "callbacks: with save_top_k=3 each checkpoint ",
-    "callbacks=best +callbacks.best.every_n_epochs=2": "callbacks.best.every_n_epochs has no use: ",
-    "+trainer.min_epochs=2": "trainer.min_epochs is set by losswatch; a training is one epoch; ",
-    "data.batches=3 trainer.max_epochs=100000000000": "trainer.max_epochs must be less than 2.31,",
     "scheduler=cosine scheduler.T_max=x": "scheduler.T_max must be a whole number, got 'x'",
 }
 
@@ -237,6 +225,31 @@ def test_refused_in_one_line(tmp_path, overrides):
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(f"losswatch: {REFUSED[overrides]}", last), last
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+CANNOT_WORK = {
+    "trainer.max_epochs=3": "trainer.max_epochs=3 needs training batches that can be counted, ",
+    "trainer.max_epochs=1.5": "trainer.max_epochs must be a whole number of at least 1, got 1.5",
+    "scheduler=cosine scheduler.T_max=0": "scheduler: ",
+    "scheduler=cosine +scheduler.x=1": "scheduler: .*'x'",
+    "scheduler=one_cycle scheduler.total_steps=10": "scheduler.total_steps=10 ends before ",
+    "+scheduler.x=1": "scheduler.x is read by nothing; choose a scheduler, such as ",
+    "+logger.x=1": "logger.x needs a _target_, the class that makes it",
+    "+callbacks.x=1": "callbacks.x needs a _target_, the class that makes it",
+    "callbacks=best callbacks.best.monitor=val/x": "callbacks: the ModelCheckpoint goes by val/x, ",
+    "callbacks=best callbacks.best.save_top_k=3": "callbacks: with save_top_k=3 each checkpoint ",
+    "callbacks=best +callbacks.best.every_n_epochs=2": "callbacks.best.every_n_epochs has no use: ",
+    "+trainer.min_epochs=2": "trainer.min_epochs is set by losswatch; a training is one epoch; ",
+    "data.batches=3 trainer.max_epochs=100000000000": "trainer.max_epochs must be less than 2.31,",
+}
+
+
+@pytest.mark.parametrize("overrides", CANNOT_WORK)
+def test_what_cannot_work_is_found_before_training(compose, overrides):
+    run = compose(*QUICK, *overrides.split())
+    with pytest.raises(ConfigError, match=f"^{CANNOT_WORK[overrides]}") as raised:
+        run.check()
+    assert "\n" not in str(raised.value)
 
 
 def test_each_knob_of_a_loss_can_be_changed(tmp_path):

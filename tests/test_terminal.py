@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import pickle
 import pty
 import re
 import select
@@ -14,10 +15,13 @@ import pandas as pd
 import pyte
 import pytest
 from conftest import ENVIRONMENT, ROOT
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from losswatch import terminal
 from losswatch.report.tables import summary_table
+from losswatch.sweep.callback import SweepCallback
 from losswatch.sweep.counting import collected
 
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
@@ -113,6 +117,7 @@ def test_a_fused_sweep_with_two_processes(tmp_path):
     assert "Browse   tensorboard --logdir s" in shown
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_length_count_by_their_steps(tmp_path):
     """The first of the two runs has a hundredth of the steps; the estimate stays on the screen."""
     status, screens = watch(
@@ -226,6 +231,21 @@ def work(steps, count, clock):
     for _ in range(count):
         clock[0] += 0.1
         steps.advance(1)
+
+
+def test_what_the_time_is_estimated_for(monkeypatch):
+    """From the first run to the one whose steps are measured, also in another process."""
+    monkeypatch.setattr(terminal, "expected", terminal.Runs(0, 0))
+    callback = pickle.loads(pickle.dumps(SweepCallback(total=4, steps=300)))
+    job = OmegaConf.create({"hydra": {"overrides": {"task": []}, "job": {"num": 0}}})
+    job.hydra.mode = RunMode.MULTIRUN
+    for number, expected in ((0, (4, 300)), (2, (2, 150))):
+        job.hydra.job.num = number
+        callback.on_job_start(job)
+        assert terminal.expected == expected
+    terminal.expected = terminal.Runs(0, 0)
+    callback.on_job_start(job)
+    assert terminal.expected == (0, 0)
 
 
 @pytest.mark.parametrize("at_once, seconds", [(1, 80), (2, 40)])

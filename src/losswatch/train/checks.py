@@ -137,9 +137,10 @@ def _check_scheduler(cfg: DictConfig) -> None:
         return
     optimizer = make_optimizer(cfg)([nn.Parameter(torch.zeros(1))])
     try:
-        scheduler = make(optimizer)["scheduler"]
-        optimizer.step()
-        scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimiser has taken no step
+            scheduler = make(optimizer)["scheduler"]
+            scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
     except Exception as error:
         raise ConfigError(f"scheduler: {' '.join(str(error).split())}") from error
     last = getattr(scheduler, "total_steps", cfg.trainer.max_steps)  # of OneCycleLR
