@@ -83,11 +83,11 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
                 f"metric={cfg.metric} is computed by no validation; it has {', '.join(known)}"
             )
         for name, make in (("logger", make_loggers), ("callbacks", make_callbacks)):
-            if cfg[name] and str(cfg[name]) not in _passed:
+            if cfg[name] and (key := f"{cfg[name]} of {known}") not in _passed:
                 with tempfile.TemporaryDirectory() as folder:
                     made = make(cfg, Path(folder))
                 _check_monitors(made, known)
-                _passed.add(str(cfg[name]))
+                _passed.add(key)
         _check_scheduler(cfg)
         # Runs that differ only in these two do the same in their first step.
         same = plain(cfg) | {"theta": form.channels, "seed": 0}
