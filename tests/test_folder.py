@@ -830,7 +830,7 @@ BAD_MODULES = {
     ),
     "a trainer": (
         MODULE.replace("shuffle=True", "shuffle=self.trainer.world_size == 1"), [],
-        "data: the module has no training batches before training, without a trainer: Attr",
+        "data: the look at its batches before training, without a trainer: AttributeError: ",
     ),
     "devices": (
         MODULE, ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp"],

@@ -13,7 +13,6 @@ from torch import Tensor
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import IGNORED, Form
 from losswatch.data.random import ThresholdedImages
-from losswatch.text import one_line
 
 IMAGES = ("image", "images", "pixel_values", "img")
 LABELS = ("label", "labels", "mask", "masks", "target")
@@ -71,11 +70,7 @@ def form_of(data: pl.LightningDataModule) -> Form:
 
 
 def first_batch(data: pl.LightningDataModule, ranks: int) -> tuple[Tensor, Tensor]:
-    """The share of the first training batch that the last of `ranks` devices gets.
-
-    Raises:
-        ValueError: the module cannot give it.
-    """
+    """The share of the first training batch that the last of `ranks` devices gets."""
     if isinstance(data, ThresholdedImages | FolderImages):
         images, labels = data.first_batch()
         share = len(images) // ranks
@@ -99,15 +94,9 @@ def batches_per_epoch(data: pl.LightningDataModule) -> int | None:
 
 
 def _training_batches(data: pl.LightningDataModule) -> Any:
-    try:
-        data.prepare_data()
-        data.setup("fit")
-        return data.train_dataloader()
-    except Exception as error:
-        raise ValueError(
-            f"data: the module has no training batches before training, without a trainer: "
-            f"{one_line(error)}"
-        ) from error
+    data.prepare_data()
+    data.setup("fit")
+    return data.train_dataloader()
 
 
 def is_ours(data: pl.LightningDataModule) -> bool:

@@ -16,10 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from losswatch.data.form import IGNORED, Form
 from losswatch.data.modules import batches_per_epoch, form_of
 from losswatch.losses import LossSet
+from losswatch.text import one_line
 from losswatch.train.arguments import check_arguments
 from losswatch.train.config import RANDOM, ConfigError, check_values, thresholds
 from losswatch.train.randomness import seed_everything
@@ -185,15 +187,15 @@ def make_scheduler(cfg: DictConfig) -> Callable[[torch.optim.Optimizer], dict[st
         return None
     _check_target("scheduler", cfg.scheduler)
     make = hydra.utils.instantiate(cfg.scheduler, _partial_=True, _convert_="all")
-    is_plateau = cfg.scheduler._target_.endswith("ReduceLROnPlateau")
     options = trainer_options(cfg)
-    # Lightning counts batches for a plateau, and steps otherwise.
+    # In batches: when Lightning looks for the metric of a plateau, there must be one.
     between = options["val_check_interval"] * options["accumulate_grad_batches"]
-    frequency = between if is_plateau else 1
 
     def scheduler(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        made = make(optimizer)
+        frequency = between if isinstance(made, ReduceLROnPlateau) else 1
         settings = {"interval": "step", "frequency": frequency, "monitor": cfg.metric}
-        return {"scheduler": make(optimizer)} | settings
+        return {"scheduler": made} | settings
 
     return scheduler
 
@@ -223,15 +225,24 @@ def describe_data(cfg: DictConfig) -> Form:
 
 
 def _look(cfg: DictConfig) -> tuple[Form, int | None]:
-    """The form of the images, and the number of batches in an epoch."""
+    """The form of the images, and the number of batches in an epoch.
+
+    Raises:
+        ConfigError: they cannot be trained with.
+    """
     known = plain(cfg)
     key = repr((known["data"], known["theta"]))
     if key not in _looks:
+        data = make_data(cfg)
         try:
-            data = make_data(cfg)
             _looks[key] = form_of(data), batches_per_epoch(data)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        except Exception as error:  # of a module of the user's
+            raise ConfigError(
+                f"data: the look at its batches before training, without a trainer: "
+                f"{one_line(error)}"
+            ) from error
     return _looks[key]
 
 
