@@ -234,11 +234,33 @@ def test_search(tmp_path, experiment):
     assert [found.best_params[v] for v in values] == pytest.approx(list(wanted))
 
 
+@pytest.mark.parametrize("sweeper", [plugin("hydra_optuna_sweeper", "optuna")])
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        (
+            [],
+            "a search by metric=val/accuracy needs hydra.sweeper.direction=maximize, got minimize",
+        ),
+        (
+            ["metric=val/loss/cce", "hydra.sweeper.direction=maximize"],
+            "a search by metric=val/loss/cce needs hydra.sweeper.direction=minimize, got maximize",
+        ),
+    ],
+)
+def test_a_search_for_the_worst(tmp_path, sweeper, options, wanted):
+    done = run_train("-m", f"hydra/sweeper={sweeper}", *options, *SHORT, cwd=tmp_path, status=2)
+    assert done.stderr.splitlines()[-1] == f"losswatch: {wanted}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sweeper", [plugin("hydra_optuna_sweeper", "optuna")])
 def test_a_search_goes_on_after_a_failed_trial(failing, tmp_path, sweeper):
     """A failed trial has no score. If no trial has one, there is the table and a line."""
-    search = ["-m", *failing.arguments, f"hydra/sweeper={sweeper}", "hydra.sweeper.n_jobs=1"]
+    search = [
+        "-m", *failing.arguments, f"hydra/sweeper={sweeper}", "hydra.sweeper.n_jobs=1",
+        "hydra.sweeper.direction=maximize",
+    ]  # fmt: skip
     done = run_train(
         *search, "hydra.sweeper.n_trials=5", "loss=choice(boom,dice)", "seed=range(0,100)",
         "hydra.sweeper.sampler.seed=0", "hydra.sweeper.max_failure_rate=1",

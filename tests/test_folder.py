@@ -812,6 +812,18 @@ def test_epochs_of_a_users_data_module(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+HOOK = """
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0].float() / 255, batch[1]
+"""
+
+
+def test_a_module_that_changes_batches_after_their_transfer(tmp_path):
+    module = MODULE.replace("TensorDataset(images,", "TensorDataset((255 * images).byte(),") + HOOK
+    train_cells(tmp_path, "trainer.max_steps=3", "hydra.run.dir=run", module=module)
+    assert read_result(tmp_path / "run")["status"] == "done"
+
+
 def test_a_plateau_with_a_users_data_module(tmp_path):
     """Its validations are counted through all passes."""
     train_cells(
@@ -826,11 +838,15 @@ def test_a_plateau_with_a_users_data_module(tmp_path):
 BAD_MODULES = {
     "no val_dataloader": (
         MODULE[: MODULE.index("    def val_dataloader")], [],
-        "data: the module needs a val_dataloader"
+        "data: its val_dataloader gives no batch to validate on: "
+    ),
+    "two val loaders": (
+        MODULE.replace("return DataLoader(self.data, batch_size=6)", "return [self.data]"),
+        [], "data: its val_dataloader gives no batch to validate on: ValueError: data: a batch ",
     ),
     "a trainer": (
         MODULE.replace("shuffle=True", "shuffle=self.trainer.world_size == 1"), [],
-        "data: the look at its batches before training, without a trainer: AttributeError: ",
+        "data: before training, without a trainer, its batches cannot be looked at: AttributeErr",
     ),
     "devices": (
         MODULE, ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp"],

@@ -1,5 +1,6 @@
 """The groups logger, callbacks and scheduler, `metric`, and keys that nothing reads."""
 
+import functools
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from conftest import read_result, run_folders, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from losswatch.data.steps import Steps
+from losswatch.train.build import make_scheduler
 from losswatch.train.config import ConfigError
 
 QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
@@ -236,9 +238,13 @@ CANNOT_WORK = {
     "+scheduler.x=1": "scheduler.x is read by nothing; choose a scheduler, such as ",
     "+logger.x=1": "logger.x needs a _target_, the class that makes it",
     "+callbacks.x=1": "callbacks.x needs a _target_, the class that makes it",
-    "callbacks=best callbacks.best.monitor=val/x": "callbacks: the ModelCheckpoint goes by val/x, ",
+    "callbacks=best callbacks.best.monitor=val/x": "callbacks: the ModelCheckpoint monitors val/x",
     "callbacks=best callbacks.best.save_top_k=3": "callbacks: with save_top_k=3 each checkpoint ",
     "callbacks=best +callbacks.best.every_n_epochs=2": "callbacks.best.every_n_epochs has no use: ",
+    "callbacks=early_stopping callbacks.early_stopping.monitor=val_loss": "callbacks: the EarlySt",
+    "scheduler=cosine optimizer.weight_decay=-1": "optimizer: Invalid weight_decay value: -1",
+    "+trainer.reload_dataloaders_every_n_epochs=1": "trainer.reload_dataloaders_every_n_epochs is ",
+    "data.batches=4 trainer.max_epochs=2000000000": "trainer.max_steps must be less than 2.31, got",
     "+trainer.min_epochs=2": "trainer.min_epochs is set by losswatch; a training is one epoch; ",
     "data.batches=3 trainer.max_epochs=100000000000": "trainer.max_epochs must be less than 2.31,",
 }
@@ -250,6 +256,36 @@ def test_what_cannot_work_is_found_before_training(compose, overrides):
     with pytest.raises(ConfigError, match=f"^{CANNOT_WORK[overrides]}") as raised:
         run.check()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "options, mode",
+    [
+        (["metric=val/loss/cce"], "min"),
+        (["metric=val/dice"], "max"),
+        (["metric=val/dice", "callbacks.best.monitor=val/loss/cce"], "min"),
+    ],
+)
+def test_a_loss_is_better_the_smaller_it_is(compose, options, mode):
+    assert compose("callbacks=best", *options).cfg.callbacks.best.mode == mode
+
+
+@pytest.mark.parametrize("kind", ["subclass", "without an end"])
+def test_schedulers_of_the_users(compose, monkeypatch, kind):
+    """A plateau is one by its class; `total_steps` means something to OneCycleLR alone."""
+
+    class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+        pass
+
+    class Endless(torch.optim.lr_scheduler.ExponentialLR):
+        total_steps = None
+
+    chosen = Plateau if kind == "subclass" else functools.partial(Endless, gamma=0.9)
+    monkeypatch.setattr(torch.optim.lr_scheduler, "Own", chosen, raising=False)
+    compose(*QUICK, "+scheduler._target_=torch.optim.lr_scheduler.Own").check()
+    run = compose(*QUICK, "+scheduler._target_=torch.optim.lr_scheduler.Own")
+    settings = make_scheduler(run.cfg)(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    assert (settings["frequency"] > 2**31) == (kind == "subclass")
 
 
 def test_each_knob_of_a_loss_can_be_changed(tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from losswatch.train.passes import Passes
 
@@ -83,15 +83,18 @@ def test_loaders_of_other_kinds(load, done):
     assert found == [[0, 1, 2], [3], [0, 1, 2], [3], [0, 1, 2]][done:]
 
 
-def test_a_sampler_is_told_the_pass():
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_sampler_is_told_the_pass(inner):
     told = []
 
     class Sampler(list):
         def set_epoch(self, epoch):
             told.append(epoch)
 
-    batches(lambda: DataLoader(Numbers(), batch_size=3, sampler=Sampler(range(7))), steps=7)
-    assert told == [0, 1, 2]
+    sampler = Sampler(range(7))
+    given = {"batch_sampler": BatchSampler(sampler, 3, False)} if inner else {"sampler": sampler}
+    batches(lambda: DataLoader(Numbers(), **given), steps=7 if inner else 15)
+    assert [*dict.fromkeys(told)] == [0, 1, 2]
 
 
 def test_a_loader_without_batches():

@@ -838,6 +838,35 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_p
     assert_same_training(folder, straight)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        # A rate that falls at each validation but the first.
+        ["scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=1.0"],
+        # The first validation is the best one: the metric is better the smaller it is.
+        ["callbacks=best", "callbacks.best.mode=min"],
+        ["callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2"],
+    ],
+)
+def test_a_kill_between_validations(train_here, tmp_path, options, accumulated):
+    """What goes by validations knows those before the kill, also that of the last checkpoint."""
+    options = [*options, f"trainer.accumulate_grad_batches={accumulated}"]
+    train_here(tmp_path / "whole", *options)
+    with suppress(SystemError):
+        train_here(tmp_path / "run", *options, die=15 * accumulated)
+    train_here(tmp_path / "run", *options)
+    assert_same_training(tmp_path / "run", tmp_path / "whole")
+    states = [newest(tmp_path / name)[1] for name in ("run", "whole")]
+    assert states[0]["lr_schedulers"] == states[1]["lr_schedulers"]
+    if "best" in options[0]:
+        run, whole = (
+            torch.load(tmp_path / name / "checkpoints/best.ckpt", weights_only=True)
+            for name in ("run", "whole")
+        )
+        assert run["global_step"] == whole["global_step"]
+
+
 @pytest.mark.parametrize("end", [{"stop": 25}, {"die": 35}])
 def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
     """The end of the time may fall within a step: no checkpoint is saved there."""

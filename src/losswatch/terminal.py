@@ -124,7 +124,7 @@ class Bar(Steps):
     Args:
         total: steps, `done` of them before.
         runs: how many runs there are; how long they take is said once, after the first steps.
-        all_steps: how many steps that is at the pace of these.
+        all_steps: how many steps are done one after the other in all these runs.
     """
 
     def __init__(self, total: int, done: int, runs: int, all_steps: int) -> None:
@@ -241,10 +241,10 @@ class Runs(NamedTuple):
     """Runs of a sweep that are left."""
 
     runs: int
-    steps: int  # so many steps of one process take as long as all of these runs
+    steps: int  # that are done one after the other in these runs
 
 
-# What the time is still to be estimated for.
+# The runs whose time is not yet estimated.
 expected = Runs(0, 0)
 
 

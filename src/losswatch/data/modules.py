@@ -53,8 +53,8 @@ def form_of(data: pl.LightningDataModule) -> Form:
     if isinstance(form := getattr(data, "form", None), Form):
         return form
     channels, dims, largest, has_ignored = 0, 0, 0, False
-    for batch in _training_batches(data):
-        images, labels = as_pair(batch)
+    for batch in _batches(data, "train"):
+        images, labels = _as_trained(data, batch)
         channels, dims = images.shape[1], images.ndim - 2
         if labels.is_floating_point() or labels.ndim == images.ndim and labels.shape[1] > 1:
             raise ValueError(
@@ -75,7 +75,12 @@ def first_batch(data: pl.LightningDataModule, ranks: int) -> tuple[Tensor, Tenso
         images, labels = data.first_batch()
         share = len(images) // ranks
         return images[:share], labels[:share]
-    return as_pair(next(iter(_training_batches(data))))
+    return _as_trained(data, next(iter(_batches(data, "train"))))
+
+
+def validation_batch(data: pl.LightningDataModule) -> tuple[Tensor, Tensor]:
+    """The first validation batch of a module of the user's."""
+    return _as_trained(data, next(iter(_batches(data, "val"))))
 
 
 def batches_per_epoch(data: pl.LightningDataModule) -> int | None:
@@ -88,15 +93,20 @@ def batches_per_epoch(data: pl.LightningDataModule) -> int | None:
     if isinstance(data, FolderImages):
         return data.batches or math.ceil(len(data.layout.cases["train"]) / data.batch_size)
     try:
-        return len(_training_batches(data))
-    except TypeError:  # of an iterable data set
+        return len(_batches(data, "train"))
+    except (TypeError, NotImplementedError):  # of an iterable data set
         return None
 
 
-def _training_batches(data: pl.LightningDataModule) -> Any:
+def _batches(data: pl.LightningDataModule, split: str) -> Any:
     data.prepare_data()
     data.setup("fit")
-    return data.train_dataloader()
+    return getattr(data, f"{split}_dataloader")()
+
+
+def _as_trained(data: pl.LightningDataModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels as they come out of the module's hooks, on the CPU."""
+    return as_pair(data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0))
 
 
 def is_ours(data: pl.LightningDataModule) -> bool:

@@ -24,8 +24,8 @@ from losswatch.sweep.command import current_sweep, silence_logging
 from losswatch.sweep.exit import escaping, stop
 from losswatch.sweep.grid import check_grid, grid
 from losswatch.terminal import say
-from losswatch.text import number_of, one_line
-from losswatch.train.config import ConfigError
+from losswatch.text import number_of, one_line, parse_overrides
+from losswatch.train.config import ConfigError, mode_of
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class SweepCallback(Callback):
 
     Args:
         total: the number of runs of the sweep, if it is known.
-        steps: how many steps of one process take as long as all of them, if that is known.
+        steps: how many steps are done one after the other in the whole sweep, if that is known.
+            Steps of runs that are trained side by side count once.
     """
 
     def __init__(self, total: int | None = None, steps: int | None = None) -> None:
@@ -87,10 +88,11 @@ class SweepCallback(Callback):
                 stop(str(error))
             sweep.is_checked = True
             if at_once:
-                all_steps = sum(run.trainer.max_steps for run in configs)
-                self.steps = math.ceil(all_steps / min(at_once, len(runs)))
+                lengths = [run.trainer.max_steps for run in configs]
+                self.steps = max(math.ceil(sum(lengths) / at_once), *lengths, 0)
             if launcher._target_.endswith("FusedLauncher"):
                 sweep.configs = dict(zip(map(tuple, runs), configs, strict=True))
+        _check_direction(config)
         sweep.folder = folder
         runs_known = number_of(self.total, "run") if self.total else "a search"
         say(f"{runs_known}; table and runs go to {folder}")
@@ -121,6 +123,16 @@ class SweepCallback(Callback):
             log.debug("", exc_info=error)
             # A sweeper that searches gets no score for this run.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+
+
+def _check_direction(config: DictConfig) -> None:
+    """See that a search, such as optuna's, goes to the better end of its metric."""
+    metric = parse_overrides(config.hydra.overrides.task).get("metric", config.metric)
+    wanted = {"max": "maximize", "min": "minimize"}[mode_of(metric)]
+    found = config.hydra.sweeper.get("direction")
+    found = getattr(found, "name", found)
+    if found in ("maximize", "minimize") and found != wanted:
+        stop(f"a search by metric={metric} needs hydra.sweeper.direction={wanted}, got {found}")
 
 
 def _in_other_process(total: int | None, steps: int | None) -> SweepCallback:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -187,13 +188,11 @@ def make_scheduler(cfg: DictConfig) -> Callable[[torch.optim.Optimizer], dict[st
         return None
     _check_target("scheduler", cfg.scheduler)
     make = hydra.utils.instantiate(cfg.scheduler, _partial_=True, _convert_="all")
-    options = trainer_options(cfg)
-    # In batches: when Lightning looks for the metric of a plateau, there must be one.
-    between = options["val_check_interval"] * options["accumulate_grad_batches"]
 
     def scheduler(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         made = make(optimizer)
-        frequency = between if isinstance(made, ReduceLROnPlateau) else 1
+        # The module steps a plateau at each validation, so Lightning must never do so.
+        frequency = sys.maxsize if isinstance(made, ReduceLROnPlateau) else 1
         settings = {"interval": "step", "frequency": frequency, "monitor": cfg.metric}
         return {"scheduler": made} | settings
 
@@ -221,32 +220,32 @@ def make_data(cfg: DictConfig) -> pl.LightningDataModule:
 
 def describe_data(cfg: DictConfig) -> Form:
     """The form of the images that `cfg.data` describes. One look serves all runs of a sweep."""
-    return _look(cfg)[0]
+    return _look(cfg, form_of)
 
 
-def _look(cfg: DictConfig) -> tuple[Form, int | None]:
-    """The form of the images, and the number of batches in an epoch.
+def _look(cfg: DictConfig, function: Callable[[pl.LightningDataModule], Any]) -> Any:
+    """What a function finds in the images that `cfg.data` describes.
 
     Raises:
         ConfigError: they cannot be trained with.
     """
     known = plain(cfg)
-    key = repr((known["data"], known["theta"]))
+    key = repr((known["data"], known["theta"], function.__name__))
     if key not in _looks:
         data = make_data(cfg)
         try:
-            _looks[key] = form_of(data), batches_per_epoch(data)
+            _looks[key] = function(data)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         except Exception as error:  # of a module of the user's
             raise ConfigError(
-                f"data: the look at its batches before training, without a trainer: "
+                f"data: before training, without a trainer, its batches cannot be looked at: "
                 f"{one_line(error)}"
             ) from error
     return _looks[key]
 
 
-_looks: dict[str, tuple[Form, int | None]] = {}  # of the data that this process has looked at
+_looks: dict[str, Any] = {}  # what this process has found in the images
 
 
 def set_length(cfg: DictConfig) -> None:
@@ -257,16 +256,17 @@ def set_length(cfg: DictConfig) -> None:
     Raises:
         ConfigError: the data have no epochs, or a value of the config cannot work.
     """
-    if (epochs := cfg.trainer.max_epochs) is None:
+    if (epochs := cfg.trainer.max_epochs) is None or cfg.mode != "train":
         return
     check_values(cfg)
-    batches = _look(cfg)[1]
+    batches = _look(cfg, batches_per_epoch)
     if not batches:
         raise ConfigError(
             f"trainer.max_epochs={epochs} needs training batches that can be counted, which these "
             "data do not have; set trainer.max_steps"
         )
     cfg.trainer.max_steps = math.ceil(epochs * batches / cfg.trainer.accumulate_grad_batches)
+    check_values(cfg)
 
 
 def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:

@@ -17,16 +17,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from losswatch import compat
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
-from losswatch.data.modules import first_batch, is_ours
+from losswatch.data.modules import first_batch, is_ours, validation_batch
 from losswatch.data.survey import show
 from losswatch.losses import LossSet
+from losswatch.text import one_line
 from losswatch.train.arguments import check_arguments
 from losswatch.train.build import (
     describe_data,
@@ -88,13 +88,13 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
                     made = make(cfg, Path(folder))
                 _check_monitors(made, known)
                 _passed.add(key)
-        _check_scheduler(cfg)
         # Runs that differ only in these two do the same in their first step.
         same = plain(cfg) | {"theta": form.channels, "seed": 0}
         nodes = loss_nodes(cfg, trained)
         step = OmegaConf.to_yaml(OmegaConf.create([same, trained, nodes]))
         if step not in _passed:
             _try(cfg, trained, make_losses(nodes, form), trainer, form)
+            _check_scheduler(cfg)
             _passed.add(step)
 
 
@@ -106,23 +106,26 @@ def _metrics(cfg: DictConfig, trained: str, form: Form) -> list[str]:
 
 
 def _check_monitors(callbacks: Sequence[object], known: Sequence[str]) -> None:
-    """See that callbacks go by metrics that there are, and keep apart the checkpoints they write.
+    """See that each callback monitors a known metric, and that checkpoints have different names.
 
     Raises:
-        ConfigError: one does not.
+        ConfigError: they do not.
     """
+    # A callback of the user's may log a metric of its own.
+    are_lightnings = all("lightning" in type(c).__module__.split(".")[0] for c in callbacks)
     for callback in callbacks:
         monitor, kind = getattr(callback, "monitor", None), type(callback).__name__
-        if str(monitor).startswith("val/") and monitor not in known:
+        is_ours = are_lightnings or str(monitor).startswith("val/")
+        if monitor is not None and monitor not in known and is_ours:
             raise ConfigError(
-                f"callbacks: the {kind} goes by {monitor}, which is computed by no validation; it "
+                f"callbacks: the {kind} monitors {monitor}, which is computed by no validation; it "
                 f"has {', '.join(known)}"
             )
         if isinstance(callback, ModelCheckpoint) and callback.save_top_k not in (0, 1):
             if "{" not in (callback.filename or "{"):
                 raise ConfigError(
                     f"callbacks: with save_top_k={callback.save_top_k} each checkpoint needs a "
-                    f"name of its own, such as filename='{callback.filename}-{{step}}'"
+                    f"name of its own, such as \"callbacks.best.filename='best-{{step}}'\""
                 )
 
 
@@ -143,10 +146,10 @@ def _check_scheduler(cfg: DictConfig) -> None:
             scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
     except Exception as error:
         raise ConfigError(f"scheduler: {' '.join(str(error).split())}") from error
-    last = getattr(scheduler, "total_steps", cfg.trainer.max_steps)  # of OneCycleLR
-    if last < cfg.trainer.max_steps:
+    steps = cfg.trainer.max_steps
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
         raise ConfigError(
-            f"scheduler.total_steps={last} ends before trainer.max_steps={cfg.trainer.max_steps}"
+            f"scheduler.total_steps={scheduler.total_steps} ends before trainer.max_steps={steps}"
         )
 
 
@@ -159,7 +162,7 @@ def _show_data(cfg: DictConfig, ranks: int) -> None:
     # Not in the processes of a launcher: the first process has said it.
     if multiprocessing.parent_process() or compat.process_rank():
         return
-    if (epochs := cfg.trainer.max_epochs) is not None:
+    if (epochs := cfg.trainer.max_epochs) is not None and cfg.mode == "train":
         length = f"trainer.max_epochs={epochs} sets trainer.max_steps={cfg.trainer.max_steps}"
         if length not in _passed:
             _passed.add(length)
@@ -193,8 +196,12 @@ def _check_module(data: pl.LightningDataModule, ranks: int) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    if not is_overridden("val_dataloader", data, pl.LightningDataModule):
-        raise ConfigError("data: the module needs a val_dataloader, with images to validate on")
+    try:
+        validation_batch(data)
+    except Exception as error:
+        raise ConfigError(
+            f"data: its val_dataloader gives no batch to validate on: {one_line(error)}"
+        ) from error
     if ranks > 1:
         raise ConfigError(
             f"trainer.devices x trainer.num_nodes is {ranks}: a data module of yours is trained on "

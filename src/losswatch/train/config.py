@@ -154,6 +154,7 @@ _OWN = {
     "enable_model_summary": "callbacks are chosen by callbacks=[...]",
     "check_val_every_n_epoch": "trainer.val_check_interval counts steps",
     "min_epochs": "a training is one epoch; trainer.min_steps counts steps",
+    "reload_dataloaders_every_n_epochs": "a training is one epoch",
 }
 
 

@@ -94,11 +94,6 @@ class SegmentationModule(pl.LightningModule):
         if self.trainer.precision != "16-mixed":  # whose scaler skips steps that are not finite
             self.finite.check_step(self, self.parameters())
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        # Lightning would step a plateau after a validation's checkpoint, which would miss it.
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()
-
     def on_train_batch_end(self, *_: object) -> None:
         self.finite.forget()
 
@@ -137,6 +132,7 @@ class SegmentationModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         found = self._report("val")
+        # Here, because the checkpoint of this validation is to hold the plateau's new state.
         if self.trainer.state.fn is TrainerFn.FITTING:
             for config in self.trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, ReduceLROnPlateau):

@@ -60,9 +60,10 @@ class Passes(Resumable):
         """The batches of a pass."""
         if number and isinstance(self.loader, Iterator):  # which gives its batches once
             self.loader = self.load()
-        set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(number)
+        for holder in (self.loader, getattr(self.loader, "batch_sampler", None)):
+            sampler: Any = getattr(holder, "sampler", None)
+            if hasattr(sampler, "set_epoch"):  # as of DistributedSampler
+                sampler.set_epoch(number)
         mixed = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
         stream, batches = Stream(int(mixed[0])), None
         while True:

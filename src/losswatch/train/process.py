@@ -29,6 +29,7 @@ _IGNORED = (
     ".*configure_optimizers.*returned `None`.*",  # the step of a stack holds the optimiser
     "The `srun` command is available.*",  # a sweep's jobs are sent by its launcher
     "Grad strides do not match bucket view strides.*",  # DDP with channels_last: PyTorch copies
+    "Checkpoint directory .* exists and is not empty.*",  # of a run that is resumed
     ".*LeafSpec.*is deprecated.*",  # in Lightning's own code
 )
 

@@ -50,7 +50,7 @@ def set_state(state: dict[str, Any]) -> None:
 
 
 class Stream:
-    """The CPU's generators for one part of the program. What it draws, no other part misses.
+    """The CPU's generators for one part of the program, apart from those of all other parts.
 
     Args:
         seed: as of `seed_everything`.

@@ -183,7 +183,8 @@ def _make_trainer(
     options["val_check_interval"] *= options["accumulate_grad_batches"]
     if cfg.callbacks:  # Lightning's write every 50 steps otherwise
         options.setdefault("log_every_n_steps", 1)
-    callbacks = [checkpoints, Images(together=module.is_random), *make_callbacks(cfg, folder)]
+    # In this order: the state of the user's checkpoint callbacks is to be in ours.
+    callbacks = [Images(together=module.is_random), *make_callbacks(cfg, folder), checkpoints]
     watch = (
         Watch(
             module.losses,
