@@ -143,11 +143,10 @@ def test_a_plateau_lowers_the_rate(tmp_path, metric):
     assert rates == pytest.approx([1e-12] * 8 + [3e-13] * 4, rel=1e-4, abs=0)
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", "plateau"])
-def test_resuming_keeps_scheduler_and_patience(tmp_path, scheduler):
+def test_resuming_keeps_scheduler_and_patience(tmp_path):
     """Bit for bit: the optimiser's rate and the count of validations go on where they were."""
     options = [
-        f"scheduler={scheduler}", "callbacks=[early_stopping,best]", "trainer.max_steps=24",
+        "scheduler=cosine", "callbacks=[early_stopping,best]", "trainer.max_steps=24",
         "callbacks.early_stopping.patience=50",
     ]  # fmt: skip
     whole = run_train(*QUICK, *options, "hydra.run.dir=whole", cwd=tmp_path)
