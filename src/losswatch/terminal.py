@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 REDRAW_SECONDS = 0.2
-ESTIMATE_SECONDS = 2.0  # after the first steps, until the time for all of them is estimated
+ESTIMATE_SECONDS = 2.0  # between the first steps and the estimate of the whole time
 
 # --- Lines ---------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -71,7 +71,7 @@ def form_of(data: pl.LightningDataModule) -> Form:
 
 def first_batch(data: pl.LightningDataModule, ranks: int) -> tuple[Tensor, Tensor]:
     """The share of the first training batch that the last of `ranks` devices gets."""
-    if isinstance(data, ThresholdedImages | FolderImages):
+    if is_ours(data):
         images, labels = data.first_batch()
         share = len(images) // ranks
         return images[:share], labels[:share]
@@ -109,7 +109,7 @@ def _as_trained(data: pl.LightningDataModule, batch: Any) -> tuple[Tensor, Tenso
     return as_pair(data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0))
 
 
-def is_ours(data: pl.LightningDataModule) -> bool:
+def is_ours(data: pl.LightningDataModule) -> TypeGuard[ThresholdedImages | FolderImages]:
     """Whether its training batches are functions of seed and step, shared by the devices."""
     return isinstance(data, ThresholdedImages | FolderImages)
 

@@ -23,9 +23,13 @@ class Steps(Sampler[int]):
     def __len__(self) -> int:
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
+    @property
+    def done(self) -> int:
+        """How many batches have been trained with."""
+        return self.trainer.global_step * self.trainer.accumulate_grad_batches
+
     def __iter__(self) -> Iterator[int]:
-        done = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        return (number % (self.batches or len(self)) for number in range(done, len(self)))
+        return (number % (self.batches or len(self)) for number in range(self.done, len(self)))
 
 
 class Resumable:

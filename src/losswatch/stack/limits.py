@@ -13,7 +13,7 @@ from losswatch.data.random import TRAIN
 from losswatch.losses import LossSet
 from losswatch.stack.member import Member
 from losswatch.stack.refusal import NotStackable
-from losswatch.train.build import trainer_options
+from losswatch.train.build import chosen, trainer_options
 from losswatch.train.config import RANDOM
 from losswatch.train.trial import try_step
 
@@ -55,9 +55,8 @@ def check_config(cfg: DictConfig) -> None:
     if cfg.scheduler:
         raise NotStackable("a scheduler needs the ordinary step")
     for group in ("logger", "callbacks"):
-        for name, node in cfg[group].items():
-            if node is not None:
-                raise NotStackable(f"{group}={name} needs the ordinary step")
+        for name in chosen(cfg, group):
+            raise NotStackable(f"{group}={name} needs the ordinary step")
 
 
 def check_traits(members: Sequence[Member], losses: LossSet) -> None:

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import joblib
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -73,6 +72,8 @@ class SweepCallback(Callback):
         else:
             compat.initialize_workers(end_with_parent)
         if launcher._target_.endswith("JoblibLauncher"):
+            import joblib  # imported late: single runs need no joblib
+
             at_once = joblib.effective_n_jobs(launcher.n_jobs)
         # A sweeper that searches chooses its runs as it goes; train.py checks each of them.
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):
@@ -89,7 +90,7 @@ class SweepCallback(Callback):
             sweep.is_checked = True
             if at_once:
                 lengths = [run.trainer.max_steps for run in configs]
-                self.steps = max(math.ceil(sum(lengths) / at_once), *lengths, 0)
+                self.steps = max([math.ceil(sum(lengths) / at_once), *lengths])
             if launcher._target_.endswith("FusedLauncher"):
                 sweep.configs = dict(zip(map(tuple, runs), configs, strict=True))
         _check_direction(config)

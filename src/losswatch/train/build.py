@@ -55,13 +55,17 @@ def _check_target(what: str, node: Any) -> None:
     check_arguments(what, target, {k: v for k, v in values.items() if not k.startswith("_")})
 
 
+def _has_target(node: Any) -> bool:
+    return OmegaConf.is_dict(node) and "_target_" in node
+
+
 def _instantiate(what: str, node: Any, kind: type = nn.Module, **kwargs: Any) -> Any:
     """hydra.utils.instantiate, with one line about the config for each of its errors.
 
     Raises:
         ConfigError: also if it makes anything but an object of this kind.
     """
-    if not OmegaConf.is_dict(node) or "_target_" not in node:
+    if not _has_target(node):
         raise ConfigError(f"{what} needs a _target_, the class or function that makes it")
     _check_target(what, node)
     try:
@@ -134,15 +138,20 @@ def _renamed(node: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return OmegaConf.create(values), renamed
 
 
-def _nodes(cfg: DictConfig, group: str) -> list[tuple[str, DictConfig]]:
-    """The nodes of a group of which several can be chosen, each with its name.
+def chosen(cfg: DictConfig, group: str) -> dict[str, Any]:
+    """The nodes of a group of which several can be chosen, by name."""
+    return {str(name): node for name, node in cfg[group].items() if node is not None}
+
+
+def _nodes(cfg: DictConfig, group: str) -> dict[str, DictConfig]:
+    """The nodes that are `chosen`.
 
     Raises:
         ConfigError: one makes nothing.
     """
-    nodes = [(str(name), node) for name, node in cfg[group].items() if node is not None]
-    for name, node in nodes:
-        if not OmegaConf.is_dict(node) or "_target_" not in node:
+    nodes = chosen(cfg, group)
+    for name, node in nodes.items():
+        if not _has_target(node):
             raise ConfigError(f"{group}.{name} needs a _target_, the class that makes it")
     return nodes
 
@@ -154,7 +163,7 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     the name that `_arguments_` gives.
     """
     made = []
-    for name, node in _nodes(cfg, "logger"):
+    for name, node in _nodes(cfg, "logger").items():
         given = {} if "save_dir" in node else {"save_dir": str(folder / name)}
         if "run" in node.get("_arguments_", {}):
             given["run"] = folder.name
@@ -166,7 +175,7 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
 def make_callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:
     """The callbacks of `cfg.callbacks`, for a run in `folder`."""
     made = []
-    for name, node in _nodes(cfg, "callbacks"):
+    for name, node in _nodes(cfg, "callbacks").items():
         if "every_n_epochs" in node:
             raise ConfigError(
                 f"callbacks.{name}.every_n_epochs has no use: a training is one epoch here, with a "

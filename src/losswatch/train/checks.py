@@ -115,8 +115,8 @@ def _check_monitors(callbacks: Sequence[object], known: Sequence[str]) -> None:
     are_lightnings = all("lightning" in type(c).__module__.split(".")[0] for c in callbacks)
     for callback in callbacks:
         monitor, kind = getattr(callback, "monitor", None), type(callback).__name__
-        is_ours = are_lightnings or str(monitor).startswith("val/")
-        if monitor is not None and monitor not in known and is_ours:
+        must_be_known = are_lightnings or str(monitor).startswith("val/")
+        if monitor is not None and monitor not in known and must_be_known:
             raise ConfigError(
                 f"callbacks: the {kind} monitors {monitor}, which is computed by no validation; it "
                 f"has {', '.join(known)}"

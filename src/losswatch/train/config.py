@@ -176,10 +176,9 @@ def check_values(cfg: DictConfig) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{key} must be a whole number of at least {least}, got {value}")
-        if key != "seed" and value >= 2**31:
-            raise ConfigError(f"{key} must be less than 2^31, got {value}")
-    if cfg.seed >= 2**63:
-        raise ConfigError(f"seed must be less than 2^63, got {cfg.seed}")
+        power = 63 if key == "seed" else 31
+        if value >= 2**power:
+            raise ConfigError(f"{key} must be less than 2^{power}, got {value}")
     if not cfg.watch:
         raise ConfigError("watch must name at least one loss, got []")
     if cfg.mode not in ("train", "test", "predict"):

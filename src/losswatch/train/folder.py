@@ -116,8 +116,8 @@ def check_folder(folder: Path, cfg: DictConfig) -> None:
                     "give another folder"
                 )
             configs.append(config_of(content))
-    if configs:
-        cfg = copy.deepcopy(cfg)
+    if configs and cfg.trainer.max_epochs is not None:
+        cfg = copy.deepcopy(cfg)  # Hydra writes this config to the folder as it was given
         set_length(cfg)
     for config in configs:
         if differ := differences(config, cfg):

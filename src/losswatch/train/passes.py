@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 
-from losswatch.data.steps import Resumable
+from losswatch.data.steps import Resumable, Steps
 from losswatch.train.randomness import Stream
 
 _END = object()
@@ -28,33 +29,29 @@ class Passes(Resumable):
     """
 
     def __init__(self, load: Callable[[], Iterable], trainer: pl.Trainer, seed: int) -> None:
-        self.load, self.trainer, self.seed = load, trainer, seed
+        self.load, self.steps, self.seed = load, Steps(trainer), seed
         self.loader = load()
 
     def __len__(self) -> int:
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return len(self.steps)
 
     def __iter__(self) -> Iterator[Any]:
-        done = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        done = self.steps.done
         try:
-            number, skipped = divmod(done, len(self.loader))  # type: ignore[arg-type]
+            first, skipped = divmod(done, len(self.loader))  # type: ignore[arg-type]
         except (TypeError, ZeroDivisionError):  # no length: all passes are gone through again
-            number, skipped = 0, done
-        left = len(self) - done
-        while left:
+            first, skipped = 0, done
+        return islice(self._from(first), skipped, skipped + len(self) - done)
+
+    def _from(self, first: int) -> Iterator[Any]:
+        """The batches of a pass and of all that follow."""
+        for number in count(first):
             is_empty = True
             for batch in self._one(number):
                 is_empty = False
-                if skipped:
-                    skipped -= 1
-                    continue
                 yield batch
-                left -= 1
-                if not left:
-                    return
             if is_empty:
                 raise ValueError(f"data: pass {number + 1} over the training images has no batch")
-            number += 1
 
     def _one(self, number: int) -> Iterator[Any]:
         """The batches of a pass."""

@@ -67,7 +67,7 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         logger = open_log(cfg, trained, folder, start.events)
         if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
             log_survey(logger, data.survey)
-        trainer = _make_trainer(cfg, data, module, logger, checkpoints)
+        trainer = _make_trainer(cfg, module, logger, checkpoints)
         trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
         steps = trainer.global_step
         if early := why_ended_early(trainer):
@@ -170,11 +170,7 @@ def _about(data: pl.LightningDataModule, form: Form) -> dict[str, Any]:
 
 
 def _make_trainer(
-    cfg: DictConfig,
-    data: pl.LightningDataModule,
-    module: SegmentationModule,
-    logger: EventLog,
-    checkpoints: Checkpoints,
+    cfg: DictConfig, module: SegmentationModule, logger: EventLog, checkpoints: Checkpoints
 ) -> pl.Trainer:
     folder = checkpoints.folder
     options = _options(cfg, folder)
