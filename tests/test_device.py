@@ -137,6 +137,8 @@ def test_a_stack_reads_twice_a_block(compose, tmp_path):
     one = compose("experiment=smoke", "data.image_size=8", "compile=true")
     members = [make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]
     losses = make_losses(loss_nodes(one.cfg, one.trained), describe_data(one.cfg))
+    # Settings become tensors of the device once, which torch.func does not do under `Transfers`.
+    losses.rows(torch.zeros(1, 2, 8, 8, device=META), torch.zeros(1, 8, 8, device=META).long())
     module = StackedModule(members, losses, compile=False, cosines=True)
     strategy = SingleDeviceStrategy(META, accelerator=MetaAccelerator())
     trainer = pl.Trainer(

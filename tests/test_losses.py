@@ -863,7 +863,7 @@ def test_bad_data(loss):
         Dice(smooth_nr=[1, 2, 3])(logits, target)
     with pytest.raises(ValueError, match="over='row'"):
         Dice(over="row")(logits[..., 0, 0], target[..., 0, 0])
-    with pytest.raises(ValueError, match="ignore_index needs class indices"):
+    with pytest.raises(ValueError, match="ignore_index=1 cannot be told from a label; give class"):
         Dice(ignore_index=1)(logits, one_hot(target, 2))
     with pytest.raises(ValueError, match="class 7.*0 to 1 or ignore_index=9"):
         check_inputs(logits, target + torch.tensor([7]) - target, 9)

@@ -133,8 +133,10 @@ class Seen(Watch):
         self.rows.append(self.record.newest.numpy())
         self.at.append(self.record.step)
 
-    def table(self):
-        return np.stack(self.rows)
+    def table(self, names=LOSSES):
+        """What was seen of the losses of these names."""
+        tags = watched_tags(names, self.record.cosines)
+        return np.stack(self.rows)[:, [self.record.tags.index(tag) for tag in tags]]
 
 
 def seen(losses=LOSSES, criterion="loss_fn", every_n_steps=1, strict=True, **options):
@@ -167,25 +169,28 @@ def test_exact(kind, clip):
 
 @pytest.mark.parametrize("reused", [True, False])
 def test_the_trained_gradient_is_reused_only_where_it_is_that_of_the_loss(monkeypatch, reused):
-    """Then one backward pass less is needed; a regulariser forbids it."""
+    """Then one backward pass less is needed, after the first observation; a regulariser forbids it.
+
+    The first observation has all passes and two more, which test the backward pass itself.
+    """
     passes = []
     grad = torch.autograd.grad
 
     def count(*args, **options):
-        passes.append(args)
+        passes[-1] += args[0].ndim == 4
         return grad(*args, **options)
+
+    class Batches(pl.Callback):
+        def on_train_batch_start(self, *_):
+            passes.append(0)
 
     loss = load_loss("dice")
     watch = seen({**{name: load_loss(name) for name in ("cce", "dice_fg", "dice_square")},
                   "dice": loss, "dice_fg_square": load_loss("dice_fg_square")})  # fmt: skip
     module = Plain(small(), loss, decay=0.0 if reused else 0.1)
     monkeypatch.setattr("losswatch.watch.span.torch.autograd.grad", count)
-    fit(module, watch, batches=1)
-    rows = [args for args in passes if args[0].ndim == 4]
-    assert len(rows) == (3 if reused else 4)
-    # The hook of the watch on the criterion keeps it from sharing nothing.
-    [losses] = watch.observer.views.sets.values()
-    assert not losses.foreign
+    fit(module, Batches(), watch, batches=3)
+    assert passes == [6, 3, 3] if reused else [6, 4, 4]
 
 
 def test_accumulated_batches():
@@ -206,7 +211,7 @@ def test_accumulated_batches():
 
     watch = seen(["cce_stable"])
     fit(Plain(small()), watch, Grads(), accumulate_grad_batches=2)
-    np.testing.assert_allclose(watch.table()[:, 1], Grads.found, rtol=1e-9)
+    np.testing.assert_allclose(watch.table(["cce_stable"])[:, 1], Grads.found, rtol=1e-9)
 
 
 def test_several_calls_are_heads():
@@ -219,10 +224,10 @@ def test_several_calls_are_heads():
 
     watch = seen(["cce_stable", "dice"], heads="all")
     fit(Deep(small()), watch, batches=2)
-    assert watch.record.tags == watched_tags(
-        ["cce_stable.0", "dice.0", "cce_stable.1", "dice.1"], cosines=False
-    )
-    assert watch.table().shape == (2, 8)
+    names = ["cce_stable.0", "dice.0", "cce_stable.1", "dice.1", "loss_fn.0", "loss_fn.1"]
+    assert watch.record.tags == watched_tags(names, cosines=False)
+    for trained, preset in (("loss_fn.0", "cce_stable.0"), ("loss_fn.1", "cce_stable.1")):
+        np.testing.assert_allclose(watch.table([trained]), watch.table([preset]), rtol=1e-9)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
@@ -429,7 +434,7 @@ def test_loggers_of_services(tmp_path, monkeypatch, name):
     fit(Plain(small()), watch, logger=logger)
     rows = {step: metrics for step, metrics in given if "grad_norm/cce" in metrics}
     assert list(rows) == [0, 3]
-    np.testing.assert_allclose([*rows[3].values()], watch.table()[1], rtol=1e-6)
+    np.testing.assert_allclose([*rows[3].values()], watch.rows[1], rtol=1e-6)
     if name == "mlflow":
         [file] = tmp_path.glob("**/metrics/grad_norm/cce")
         assert [line.split()[2] for line in file.read_text().splitlines()] == ["0", "3"]
@@ -515,9 +520,14 @@ def test_a_loss_that_trains_and_draws_is_called_once():
         (Dice, r"loss_fn \(Dice\) gets; its value 0\.\d+ equals that of dice(, .*)?$"),
         (
             lambda: nn.CrossEntropyLoss(),
-            r"loss_fn \(CrossEntropyLoss\) gets; .* equals that of cce(, .*)?$",
+            r"loss_fn \(CrossEntropyLoss\) gets; .* equals that of cce(, .*)?; the loss that trains "
+            "is recorded as loss_fn$",
         ),
-        (Focal, r"loss_fn \(Focal\) gets; its value 0\.\d+ equals that of none of them$"),
+        (
+            Focal,
+            r"loss_fn \(Focal\) gets; its value 0\.\d+ equals that of none of them, so it is another "
+            "loss; the loss that trains is recorded as loss_fn$",
+        ),
     ],
 )
 def test_the_first_observation_says_what_is_watched(caplog, criterion, line):
@@ -623,7 +633,9 @@ def test_lightning_under_its_other_name():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", OTHER_NAME], capture_output=True, text=True
     )
-    assert done.stdout.splitlines()[-1] == "['loss/cce', 'loss/dice'] False", done.stderr
+    assert done.stdout.splitlines()[-1] == "['loss/cce', 'loss/dice', 'loss/loss_fn'] False", (
+        done.stderr
+    )
 
 
 def test_resumed_training_observes_the_same_steps():

@@ -28,7 +28,7 @@ def watched_step(
     trainer: Any = SimpleNamespace(
         global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true", loggers=[],
         fit_loop=SimpleNamespace(_should_accumulate=lambda: False), is_global_zero=True,
-        precision_plugin=Precision(), lightning_module=module,
+        precision_plugin=Precision(), lightning_module=module, callbacks=[watch],
     )  # fmt: skip
     watch.on_fit_start(trainer, module)
 

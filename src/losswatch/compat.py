@@ -7,6 +7,8 @@ the report and the start of Hydra import this file without needing PyTorch or Li
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -88,9 +90,48 @@ def has_hooks(module: nn.Module) -> bool:
     return acting or "forward" in module.__dict__
 
 
-def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Whether a hook may change the gradient of a parameter, or act on it."""
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+def has_gradient_hooks(x: Tensor) -> bool:
+    """Whether a hook may change the gradient of a tensor, or act on it."""
+    return bool(x._backward_hooks or x._post_accumulate_grad_hooks)
+
+
+# The tensors for which `retain_grad` was called, by id; see `watch_kept_gradients`.
+_keeping: dict[int, weakref.ref[Tensor]] = {}
+
+
+def watch_kept_gradients() -> None:
+    """From now on remember the tensors for which `Tensor.retain_grad` is called.
+
+    Each backward pass adds to the gradient that such a tensor keeps, and PyTorch tells nobody which
+    tensors of a graph do so.
+    """
+    import torch
+
+    original = torch.Tensor.retain_grad
+    if hasattr(original, "is_watched"):
+        return
+
+    @functools.wraps(original)
+    def retain_grad(self: Tensor) -> None:
+        original(self)
+        if self.retains_grad:
+            key = id(self)
+            _keeping[key] = weakref.ref(self, lambda _: _keeping.pop(key, None))
+
+    retain_grad.is_watched = True  # type: ignore[attr-defined]
+    torch.Tensor.retain_grad = retain_grad  # type: ignore
+
+
+def note_kept_gradients() -> Callable[[], None]:
+    """What puts back the gradients that tensors keep now."""
+    kept = [x for reference in list(_keeping.values()) if (x := reference()) is not None]
+    gradients = [x.grad for x in kept]
+
+    def restore() -> None:
+        for x, gradient in zip(kept, gradients, strict=True):
+            x.grad = gradient
+
+    return restore
 
 
 # --- PyTorch: errors -----------------------------------------------------------------------------
@@ -365,6 +406,15 @@ def initialize_workers(function: Callable[[], None]) -> None:
 
     make = partial(LokyBackend, initializer=function)
     joblib.register_parallel_backend("loky", make)
+
+
+# --- Ignite --------------------------------------------------------------------------------------
+
+
+def is_handled_by_others(engine: Any, event: Any, kind: type) -> bool:
+    """Whether an event of an engine has a handler that is not a method of an object of `kind`."""
+    handlers = [handler for handler, *_ in engine._event_handlers[event]]
+    return any(not isinstance(getattr(h, "__self__", None), kind) for h in handlers)
 
 
 # --- TensorBoard ---------------------------------------------------------------------------------

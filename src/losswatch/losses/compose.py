@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from losswatch.compat import has_hooks, recorded
+from losswatch.compat import has_hooks, recorded, traced
 from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
 from losswatch.losses.groups import Group, copies, form, make_group, values, values_and_jacobian
@@ -158,12 +157,20 @@ class LossSet(nn.Module):
         found += [wide(loss(logits, target)).view(1) for loss in self.foreign]
         return self._as_named(torch.cat(found))
 
+    def check(self, logits: Tensor, target: Tensor) -> None:
+        """Check that logits and target have shapes and types that the shared losses can take.
+
+        Raises:
+            ValueError: they have not.
+        """
+        check_shapes(self.parts, logits, target)
+
     @torch.no_grad()
     def rows(
         self,
         logits: Tensor,
         target: Tensor,
-        known: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+        failed: dict[str, Exception] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """values [K], rows [M, *logits.shape] and coefficients [K, M], with
 
@@ -175,8 +182,13 @@ class LossSet(nn.Module):
         2. The rows are a transposed view of one contiguous [N, M, C, *space] buffer.
 
         Args:
-            known: the value and the derivative by the logits of foreign losses that have been
-                called for these logits already. They are not called again.
+            failed: if it is given, it takes the errors of foreign losses by name. The value and
+                the coefficient of such a loss are NaN, and its row is 0.
+
+        Raises:
+            ValueError: the shared losses cannot take these shapes; or a foreign loss returns no
+                scalar.
+            Exception: whatever a foreign loss raises.
         """
         self._see_hooks()
         logits = logits.detach()
@@ -186,14 +198,17 @@ class LossSet(nn.Module):
             found, slopes, blocks = [value], [slope], [block]
         names = {id(loss): name for name, loss in zip(self.names, self.losses, strict=True)}
         for loss in self.foreign:
-            name = names[id(loss)]
-            value, row = known.get(name) or value_and_slope(loss, logits, target)
-            if value.numel() != 1:
-                raise ValueError(
-                    f"loss {name} must return a scalar, it returns {tuple(value.shape)}"
-                )
-            found.append(wide(value).view(1))
-            slopes.append(found[-1].new_ones(1, 1))
+            try:
+                value, row = _scalar_and_slope(loss, names[id(loss)], logits, target)
+                slope = torch.ones_like(value)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[names[id(loss)]] = error
+                row = torch.zeros_like(logits)
+                value = slope = wide(logits).new_full((1,), math.nan)
+            found.append(value)
+            slopes.append(slope.view(1, 1))
             blocks.append(wide(row).unsqueeze(1))
         value, block = torch.cat(found), torch.cat(blocks, 1).transpose(0, 1)
         slope = torch.block_diag(*slopes) if self.foreign else slopes[0]
@@ -251,6 +266,24 @@ class LossSet(nn.Module):
             elif weight and isinstance(part, Dice) and part.is_steady:
                 steady.append(labels.index((("yp", 1.0), 1)))  # class 1 counts in every Dice
         return max(steady, default=None)  # a cross entropy's row before one of a Dice
+
+
+def _scalar_and_slope(
+    loss: nn.Module, name: str, logits: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The value [1] of a loss, and its derivative by the logits.
+
+    Raises:
+        ValueError: the loss returns no scalar, or changes the target.
+    """
+    version = None if traced(target) else target._version
+    value, row = value_and_slope(loss, logits, target)
+    if version is not None and target._version != version:
+        raise ValueError(f"loss {name} changes the target in place; let it work on a clone")
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"loss {name} must return a scalar tensor, it returns {what}")
+    return wide(value).view(1), row
 
 
 def weighted_parts(loss: nn.Module, weight: float = 1.0) -> list[tuple[float, nn.Module]]:

@@ -21,8 +21,8 @@ class CrossEntropy(TableLoss):
             never needs it.
         weight: one factor per class; the mean is then over the pixels' total weight.
         label_smoothing: this share of y is spread evenly over the classes.
-        ignore_index: pixels of this label count nowhere (class indices only); with all ignored the
-            loss is 0.
+        ignore_index: pixels of this label count nowhere; of labels [N, C, *space], those with such
+            a label in any channel. With all ignored the loss is 0.
         count_ignored: divide by the number of all pixels, with the ignored ones.
 
     Raises:
@@ -76,6 +76,6 @@ class CrossEntropy(TableLoss):
         if self.weight and not self.count_ignored:
             count = (weight * table.y()).sum()
         elif self.ignore_index is not None and not self.count_ignored:
-            count = table.y().sum()
+            count = table.counted
         # Where no pixel counts, the likelihood is 0, and so is the loss.
         return -likelihood.sum(-1) / (count.clamp_min(TINY) if isinstance(count, Tensor) else count)

@@ -49,7 +49,8 @@ class Dice(TableLoss):
             ("smooth"), as 0 ("zero"), or not at all in the mean ("skip").
         intersection: tp is the sum of the "product" y·p or of the "minimum" min(y, p). The minimum
             gives loss 0 at p = y for soft labels too. Both are equal for hard labels.
-        ignore_index: pixels of this label count nowhere (class indices only).
+        ignore_index: pixels of this label count nowhere. Of labels [N, C, *space], a softmax
+            ignores the pixels with such a label in any channel, a sigmoid the single labels.
 
     At the edges: a group whose pixels are all ignored, or that has no class to average, has loss 0.
     Where all sums and smoothings are 0, d is 0.
@@ -171,7 +172,7 @@ class Dice(TableLoss):
         if self.absent == "skip":
             value = value / share.sum(-1).clamp_min(TINY)
         if self.ignore_index is not None:
-            value = torch.where(table.y().sum(-1) > 0, value, 0.0)
+            value = torch.where(table.counted > 0, value, 0.0)
         return value if self.recipe.over == "batch" else self._over_groups(value)
 
     @cache  # noqa: B019 - a handful of losses in a process

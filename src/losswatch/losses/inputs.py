@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,24 +22,26 @@ def check_inputs(logits: Tensor, target: Tensor, ignore_index: int | None = None
     Raises:
         ValueError: a logit is NaN or infinite, or a label of the target lies outside [0, C).
     """
-    for what, bad in (("NaN", logits.isnan()), ("infinite", logits.isinf())):
-        if bad.any():
-            count = f"{int(bad.sum())} of {logits.numel()}"
-            raise ValueError(f"logits: {count} are {what}, none is allowed")
+    check_logits(logits)
     if target.ndim == logits.ndim:
         if target.is_floating_point() and target.isnan().any():
             raise ValueError("target: holds NaN, none is allowed")
         return
-    target = target if target.dtype in _ORDERED else target.long()
-    counted = target if ignore_index is None else target[target != ignore_index]
-    if counted.numel():
-        (low, high), classes = counted.aminmax(), logits.shape[1]
-        if low < 0 or high >= classes:
-            alternative = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-            wrong = int(low if low < 0 else high)
-            raise ValueError(
-                f"target: holds class {wrong}, allowed are 0 to {classes - 1}{alternative}"
-            )
+    fault = index_fault(target, logits.shape[1], ignore_index)[1].tolist()
+    if fault[0]:
+        raise ValueError(explain(fault, logits.shape[1], ignore_index))
+
+
+def check_logits(logits: Tensor) -> None:
+    """Look for logits that no loss can take.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    for what, bad in (("NaN", logits.isnan()), ("infinite", logits.isinf())):
+        if bad.any():
+            count = f"{int(bad.sum())} of {logits.numel()}"
+            raise ValueError(f"logits: {count} are {what}, none is allowed")
 
 
 def explained(
@@ -62,3 +65,108 @@ def explained(
     if value.isnan():
         check_inputs(logits, target, ignore_index)
     return value
+
+
+# -- faults, found on the device and explained later ----------------------------------------------
+#
+# A fault is a float32 vector [3]: a number of `_REASONS`, 0 for none, and the smallest and the
+# largest label that counts. Nothing here reads a number, so a GPU is not made to wait.
+
+CLASS, FRACTION, LABEL, SHARES, PROBABILITIES = 1, 2, 3, 4, 5
+NEAR = 0.01  # how far shares may be from adding to 1, as in half precision
+
+
+def index_fault(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Class indices that a loss can read, int64, and the fault of those given, [3].
+
+    Args:
+        target: class indices of any type, floating point included.
+        classes: their number; indices outside of [0, classes) become 0 in what is returned.
+    """
+    index = target.long()
+    counts = index if ignore_index is None else torch.where(index == ignore_index, 0, index)
+    low, high = _range(counts)
+    bad = [(CLASS, (low < 0) | (high >= classes))]
+    if target.is_floating_point():
+        counted = target if ignore_index is None else torch.where(index == ignore_index, 0, target)
+        low, high = _range(counted)
+        bad.insert(0, (FRACTION, (counted != counts).any()))  # NaN is one
+    clean = counts.clamp(0, classes - 1)
+    if ignore_index is not None:
+        clean = torch.where(index == ignore_index, index, clean)
+    return clean, _fault(bad, low, high)
+
+
+def label_fault(labels: Tensor, ignore_index: int | None, *, are_shares: bool) -> Tensor:
+    """The fault of labels [N, C, *space], [3].
+
+    Args:
+        are_shares: whether they must add to 1 over the channels, as for a softmax.
+    """
+    x = labels if labels.is_floating_point() else labels.float()
+    ignored = None if ignore_index is None else labels == ignore_index
+    counted = x if ignored is None else torch.where(ignored, 0, x)
+    low, high = _range(counted)
+    bad = [(LABEL, ~((low >= -1e-4) & (high <= 1 + 1e-4)))]  # NaN is neither
+    if are_shares:
+        sums = x.sum(1)
+        if ignored is not None:
+            sums = torch.where(ignored.any(1), 1, sums)
+        bad.append((SHARES, _are_off(sums)))
+    return _fault(bad, low, high)
+
+
+def probability_fault(p: Tensor) -> Tensor:
+    """The fault of probabilities [N, C, *space] of classes, or of one, [3]."""
+    low, high = _range(p)
+    outside = ~((low >= 0) & (high <= 1))
+    bad = [(PROBABILITIES, outside | _are_off(p.sum(1)) if p.shape[1] > 1 else outside)]
+    return _fault(bad, low, high)
+
+
+def first_fault(faults: Sequence[Tensor]) -> Tensor:
+    """The first of several faults that is one."""
+    found = faults[0]
+    for other in faults[1:]:
+        found = torch.where(found[0] > 0, found, other)
+    return found
+
+
+def explain(fault: Sequence[float], classes: int, ignore_index: int | None) -> str:
+    """The line about a fault, its three numbers read."""
+    number, low, high = fault
+    if math.isnan(low):
+        return "target: holds NaN, none is allowed"
+    hint = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+    wrong = low if low < 0 else high
+    return {
+        CLASS: f"target: holds class {wrong:.0f}, allowed are 0 to {classes - 1}{hint}",
+        FRACTION: "target: class indices must be whole numbers; soft labels of two and more "
+        f"classes have the shape of the output, [N, {classes}, *space]",
+        LABEL: f"target: holds labels from {low:g} to {high:g}, allowed are 0 to 1{hint}",
+        SHARES: "target: its labels do not add to 1 over the classes, as a softmax needs; for "
+        "classes that overlap take activation='sigmoid'",
+        PROBABILITIES: "activation='none' is for probabilities of classes, which lie in [0, 1] and "
+        "add to 1 over the channels; for logits take softmax, or sigmoid where classes overlap",
+    }[int(number)]
+
+
+def _range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number; 0 of none."""
+    if not x.numel():
+        return x.new_zeros(()), x.new_zeros(())
+    low, high = x.aminmax()
+    return low, high
+
+
+def _are_off(sums: Tensor) -> Tensor:
+    """Whether sums over the channels are not 1."""
+    low, high = _range(sums)
+    return ~((low >= 1 - NEAR) & (high <= 1 + NEAR)) if sums.numel() else low > 0
+
+
+def _fault(bad: Sequence[tuple[int, Tensor]], low: Tensor, high: Tensor) -> Tensor:
+    number: Tensor = torch.zeros_like(low, dtype=torch.float32)
+    for reason, is_so in reversed(bad):  # the first one counts
+        number = torch.where(is_so, float(reason), number)
+    return torch.stack([number, low.float(), high.float()])

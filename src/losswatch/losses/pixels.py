@@ -17,7 +17,7 @@ class Pixels(NamedTuple):
 
     p: Tensor  # [N, C, *space] probabilities
     y: Tensor  # [N, C, *space] labels, 0 where ignored
-    valid: Tensor | None  # [N, 1, *space] 0 where ignored, else 1; None: no pixel is ignored
+    valid: Tensor | None  # [N, 1 or C, *space] 0 where ignored, else 1; None: no pixel is ignored
     log_p: Tensor | None = None  # [N, C, *space] by log-softmax; None: not asked for
     p_of_label: Tensor | None = None  # [N, 1, *space], 0 where ignored; of the fast form alone
 
@@ -45,9 +45,25 @@ def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> Pixels:
     else:
         p = x.softmax(1) if log_p is None else log_p.exp()
     if not is_hard(logits, target):
-        return Pixels(p, target.to(p.dtype).view(p.shape), None, log_p)
+        y, valid = counted_labels(target, p, recipe)
+        return Pixels(p, y, valid, log_p)
     label, valid = counted(target, p, recipe)
     return Pixels(p, one_hot(label, p, valid), valid, log_p)
+
+
+def counted_labels(target: Tensor, p: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
+    """Labels [N, C, *space], 0 where ignored, and which count (None: all of them).
+
+    A softmax ignores a pixel whole, where any of its labels is `ignore_index`. Otherwise each
+    channel ignores its own.
+    """
+    y = target.to(p.dtype).view(p.shape)
+    if recipe.ignore_index is None:
+        return y, None
+    keep = y.ne(recipe.ignore_index)
+    if recipe.activation == "softmax":
+        keep = keep.all(1, keepdim=True)
+    return torch.where(keep, y, 0), keep.to(p.dtype)
 
 
 def counted(target: Tensor, p: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
@@ -105,7 +121,9 @@ def measure(pixels: Pixels, recipe: Recipe, hard: bool) -> tuple[Tensor, Tensor]
         return total(log) if recipe.by_class else shared_out(log.sum(1).sum(-1).sum(), p)
 
     groups = {"row": (len(p), *p.shape[2:-1]), "sample": (len(p),)}.get(recipe.over, ())
-    labels = [total(y if e == 1 else y**e) for e in recipe.label_exponents(hard)]
+    counts = p.new_ones(()) if valid is None else valid
+    powers = {0.0: counts.expand_as(p), 1.0: y}
+    labels = [total(powers[e] if e in powers else y**e) for e in recipe.label_exponents(hard)]
     return stack_sums([entry(*key) for key in recipe.keys()], groups, p), stack_sums(
         labels, groups, p
     )

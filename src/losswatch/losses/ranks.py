@@ -24,6 +24,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def highest(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each number over all ranks; it waits for them."""
+    found = torch.tensor(numbers, dtype=torch.float32, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
 class _OverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -67,10 +67,15 @@ class Recipe(NamedTuple):
 
     @cache  # noqa: B019
     def label_exponents(self, hard: bool) -> tuple[float, ...]:
-        """e of the sums Σ y^e, in the table's order; of hard labels all of them are Σ y."""
+        """e of the sums Σ y^e, in the table's order; of hard labels all of them are Σ y.
+
+        Of labels [N, C, *space], e = 0 stands for the number of pixels that are not ignored.
+        """
         exponents = set() if hard else set(self.exponents)
         if self.by_class or self.ignore_index is not None or (hard and self.exponents):
             exponents |= {1.0}
+        if self.ignore_index is not None and not hard:
+            exponents |= {0.0}
         return tuple(sorted(exponents))
 
 
@@ -78,7 +83,7 @@ class Sums(NamedTuple):
     """The sums of a batch by name, each [*groups, C]; groups is (), [N] or [N, *space[:-1]]."""
 
     moving: dict[Key, Tensor]  # those of `Recipe.keys`
-    labels: dict[float, Tensor]  # Σ y^e by e; for class indices Σ y alone
+    labels: dict[float, Tensor]  # Σ y^e by e (`Recipe.label_exponents`)
     pixels: float | Tensor  # their number, with ignored ones
 
     @property
@@ -93,6 +98,14 @@ class Sums(NamedTuple):
     def y(self, exponent: float = 1.0) -> Tensor:
         """Σ y^exponent."""
         return self.labels[exponent] if exponent in self.labels else self.labels[1.0]
+
+    @property
+    def counted(self) -> Tensor:
+        """How many pixels are not ignored, [*groups]; of any channel, where each ignores its own.
+
+        Only with an `ignore_index`.
+        """
+        return self.labels[0.0].amax(-1) if 0.0 in self.labels else self.y().sum(-1)
 
     def log(self, clip: float) -> Tensor:
         """Σ y·log p; where `Recipe.by_class` is off, a C-th of the total for each class."""

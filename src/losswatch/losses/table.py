@@ -11,7 +11,7 @@ from torch import Tensor
 from losswatch.compat import grad_levels, is_functorch_active, traced
 from losswatch.losses import fast
 from losswatch.losses import pixels as plain
-from losswatch.losses.pixels import Pixels, counted, is_hard, one_hot
+from losswatch.losses.pixels import Pixels, counted, counted_labels, is_hard, one_hot
 from losswatch.losses.sums import Recipe, Sums
 
 ONCE = "second derivatives: the gradient of a loss cannot be differentiated again"
@@ -89,8 +89,10 @@ class _Table(torch.autograd.Function):
         if torch.is_grad_enabled() and not is_functorch_active():
             raise NotImplementedError(ONCE)
         (target, p, y, p_of_label), recipe = ctx.saved_tensors, ctx.recipe
-        valid = counted(target, p, recipe)[1] if ctx.hard else None
-        y = y if ctx.hard else target.to(p.dtype).view(p.shape)
+        if ctx.hard:
+            valid = counted(target, p, recipe)[1]
+        else:
+            y, valid = counted_labels(target, p, recipe)
         pixels = Pixels(p, y, valid, p_of_label=p_of_label if p_of_label.numel() else None)
         with torch.no_grad():
             gradient = by_logits(g, pixels, target, recipe)

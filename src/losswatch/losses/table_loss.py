@@ -87,9 +87,10 @@ def check_shapes(losses: Sequence[TableLoss], logits: Tensor, target: Tensor) ->
     if target.is_complex():
         raise ValueError(f"target: {target.dtype} {given}, allowed are integers or real labels")
     if given == shape:
-        if any(loss.recipe.ignore_index is not None for loss in losses):
+        for index in {loss.recipe.ignore_index for loss in losses} & {0, 1}:
             raise ValueError(
-                f"target: {given} is one-hot or soft, ignore_index needs class indices"
+                f"target: among one-hot or soft labels ignore_index={index} cannot be told from a "
+                "label; give class indices, or mark ignored pixels by another number"
             )
         if target.requires_grad:
             raise ValueError("target: it requires a gradient, which no loss here gives; detach it")
@@ -115,6 +116,8 @@ def gradient(
     with torch.enable_grad():  # torch.func would not take every autograd.Function
         leaves = [x.detach().requires_grad_() for x in inputs]
         values = function(leaves)
+        if not isinstance(values, Tensor) or not values.requires_grad:  # as after an argmax
+            return values, [torch.zeros_like(leaf) for leaf in leaves]
         slopes = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)
     return values.detach(), slopes
 

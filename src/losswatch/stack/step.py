@@ -19,6 +19,7 @@ from losswatch.data.random import TRAIN, draw
 from losswatch.losses import LossSet
 from losswatch.stack.parameters import State, splitter
 from losswatch.watch.record import as_row
+from losswatch.watch.span import contained
 
 
 def make_gradient(
@@ -59,14 +60,16 @@ def make_gradient(
         values, rows, coefficients = losses.rows(logits, label)
 
         if observed:
-            gradients = coefficients @ vmap(pull)(rows)[0]
+            gradients, _ = contained(coefficients, vmap(pull)(rows)[0])
             norms = torch.linalg.vector_norm(gradients, dim=1)
             unit = gradients / norms[:, None]
             seen = as_row(values, norms, unit @ unit.T if cosines else None)
             # Not a product with `trained`: another loss may be infinite, and 0 times that is NaN.
             own = torch.where(numbers["trained"][:, None] > 0, gradients, 0).sum(0)
             return own, buffers, seen
-        row = torch.tensordot(numbers["trained"] @ coefficients, rows, dims=1)
+        own = torch.where(numbers["trained"][:, None] > 0, coefficients, 0).sum(0)
+        own = own.view(-1, *[1] * logits.ndim)
+        row = torch.where(own != 0, own * rows, 0).sum(0)  # other losses' rows may hold NaN
         return pull(row)[0], buffers, values.new_zeros(0)
 
     return gradient

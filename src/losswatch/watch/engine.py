@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
 from losswatch.watch.observer import Observer, Seen
-from losswatch.watch.outputs import Losses
+from losswatch.watch.outputs import Losses, unused
 from losswatch.watch.record import Record
+from losswatch.watch.span import joined
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -54,9 +55,10 @@ class WatchHandler:
     ) -> None:
         self.observer = Observer(
             losses, [torch.empty(0)], activation=activation, ignore_index=ignore_index, heads=heads
-        )  # the parameters come with the engine, in `attach`
+        )  # the network comes with the engine, in `attach`
         self.record, self.strict = Record(every_n_steps, cosines), strict
         self.writer, self.network = writer, network
+        self.kept: compat.KeptBuffers | None = None
         self.seen: Seen | None = None
         if writer is not None:
             add_charts(writer, cosines=cosines)
@@ -67,12 +69,12 @@ class WatchHandler:
         Raises:
             ValueError: the engine has no network, or does not say when the loss is computed.
         """
-        from ignite.engine import Events  # imported late: only its users need to have it
+        from ignite.engine import Events  # imported late: only its users have it
 
         network = self.network or getattr(engine, "network", None)
         if not isinstance(network, nn.Module):
             raise ValueError("the engine has no attribute network: give WatchHandler(network=...)")
-        self.observer.parameters = list(network.parameters())
+        self.observer.network, self.observer.strict = network, self.strict
         try:
             engine.add_event_handler(_loss_completed(engine), self)
         except ValueError:
@@ -82,9 +84,16 @@ class WatchHandler:
                 "engine.state.output = {'pred': ..., 'label': ...} and call "
                 "engine.fire_event('loss_completed')"
             ) from None
-        kept = compat.KeptBuffers() if compat.is_compiled(network) else None
-        engine.add_event_handler(Events.COMPLETED, self._end, kept)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._raise, kept)
+        engine.add_event_handler(Events.STARTED, self._start, network)
+        engine.add_event_handler(Events.COMPLETED, self._end)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    def _start(self, engine: Any, network: nn.Module) -> None:
+        """At the beginning of each `run` of the engine."""
+        self.record.begin(engine.state.iteration)
+        self.observer.begin()
+        if compat.is_compiled(network):
+            self.kept = compat.KeptBuffers()
 
     def __call__(self, engine: Any) -> None:
         """Observe the batch of this iteration."""
@@ -92,29 +101,59 @@ class WatchHandler:
         if not self.record.is_due:
             return
         try:
-            output = engine.state.output
-            self.seen = self.observer(output["pred"], output["label"])
-            if not self.record.tags:
-                self.record.open(self.seen.names, self.seen.values.device)
-            if self.record.add(self.seen.values, self.seen.norms, self.seen.cosines):
-                self.flush()
+            self._observe(engine)
         except Exception as error:
             self.record.give_up(error, self.strict)
 
+    def _observe(self, engine: Any) -> None:
+        output, observer = engine.state.output, self.observer
+        observer.forget()
+        found = observer.observe(output["pred"], output["label"])
+        names = observer.names(len(found.values) // len(observer.views.names))
+        loss, criterion = output.get("loss"), getattr(engine, "loss_function", None)
+        # What trains is recorded, too, unless it is one of the watched losses.
+        if isinstance(loss, Tensor) and not observer.views.name_of(criterion):
+            name = "trained" if criterion is None else type(criterion).__name__
+            scaler = getattr(engine, "scaler", None)
+            scale = None if scaler is None else scaler.scale(loss.new_ones(()))
+            found = joined([found, observer.span_of([loss], scale)])
+            names = *names, unused(name, names)
+        self.seen = Seen(names, *observer.measure(found))
+        if not self.record.tags:
+            self.record.open(names, found.values.device, observer.explain)
+        if self.record.add(*self.seen[1:], fault=observer.fault, failed=observer.failed):
+            self.flush()
+
     def flush(self) -> None:
         """Write what was observed since the last time."""
-        steps, values = self.record.take()
-        if len(steps) and self.writer is not None:
-            self.record.write(self.writer, steps, values)
+        try:
+            steps, values = self.record.take()
+            if len(steps) and self.writer is not None:
+                self.record.write(self.writer, steps, values)
+        except Exception as error:
+            self.record.give_up(error, self.strict)
 
-    def _end(self, engine: Any, kept: compat.KeptBuffers | None) -> None:
-        self.flush()
-        if kept:
-            kept.remove()
+    def _end(self, engine: Any) -> None:
+        try:
+            self.flush()
+        finally:
+            if self.kept:
+                self.kept.remove()
+            self.kept = None
 
-    def _raise(self, engine: Any, error: BaseException, kept: compat.KeptBuffers | None) -> None:
-        self._end(engine, kept)
-        raise error  # a handler of this event decides what becomes of the error
+    def _fail(self, engine: Any, error: BaseException) -> None:
+        """After an error of the training.
+
+        Ignite raises an error only where nobody handles this event. So it is raised here, unless
+        somebody else handles it and decides what becomes of it.
+        """
+        strict, self.strict = self.strict, False  # an error here would replace the first one
+        self._end(engine)
+        self.strict = strict
+        from ignite.engine import Events
+
+        if not compat.is_handled_by_others(engine, Events.EXCEPTION_RAISED, WatchHandler):
+            raise error
 
 
 def _loss_completed(engine: Any) -> Any:

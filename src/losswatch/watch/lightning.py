@@ -6,7 +6,7 @@ import functools
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,10 +14,19 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
-from losswatch.watch.observer import Observer, measure
-from losswatch.watch.outputs import Losses
+from losswatch.losses.ranks import highest
+from losswatch.watch.observer import Head, Observer, in_order
+from losswatch.watch.outputs import Losses, tensors, unused
 from losswatch.watch.record import Record
-from losswatch.watch.span import CHUNK, Span, blocks, joined, norms_and_cosines, with_trained
+from losswatch.watch.span import (
+    Span,
+    added,
+    blocks,
+    contained,
+    is_gradient,
+    joined,
+    with_trained,
+)
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -34,7 +43,15 @@ class Call(NamedTuple):
 
     output: Any
     target: Any
-    value: Tensor | None  # None: not known
+    value: Tensor | None  # a scalar; None: not known
+
+
+class Pending(NamedTuple):
+    """An observation that needs the gradient which the training computes."""
+
+    found: Span
+    place: int  # of the loss that trains
+    spare: int | None  # the row that comes with the gradient; None: the two are to be compared
 
 
 class Watch(Callback):
@@ -80,14 +97,19 @@ class Watch(Callback):
     ) -> None:
         self.observer = Observer(
             losses, [torch.empty(0)], activation=activation, ignore_index=ignore_index, heads=heads
-        )  # the parameters come with the module, in `on_fit_start`
+        )  # the network comes in `on_fit_start`
         self.criterion, self.strict = criterion, strict
         self.record = Record(every_n_steps, cosines)
         self.module: nn.Module | None = None  # the criterion
+        self.order = ""  # which arguments of the criterion are output and target
         self.calls: list[Call] = []
-        self.sums: tuple[Tensor, Tensor] | None = None  # values and gradients of a step so far
-        self.spare: tuple[str, int, Span] | None = None  # a row that the training computes
-        self.error: Exception | None = None  # of this step
+        self._forget()
+
+    def _forget(self) -> None:
+        """End an observation."""
+        self.sums: Span | None = None  # of a step so far
+        self.pending: Pending | None = None  # what the backward pass completes
+        self.error: Exception | None = None
 
     def __reduce__(self) -> Any:
         return _remake, (Watch, self.__dict__)
@@ -96,23 +118,24 @@ class Watch(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.hooks: list[Any] = []
-        self.begin = trainer.global_step
-        self.record.begin(self.begin)
+        self.reuses: bool | None = None  # whether the training's own gradient is right for a row
+        self.first = trainer.global_step
+        self.record.begin(self.first)
         try:
             if self.criterion is not None:
                 self.module = find_criterion(module, self.criterion)
                 hook = self.module.register_forward_hook(self._hear, with_kwargs=True)
                 self.hooks.append(hook)
-        except ValueError as error:
+            for logger in self._tensorboards(trainer):
+                if not getattr(logger, "has_charts", False):  # that of train.py has them
+                    add_charts(logger.experiment, cosines=self.record.cosines)
+        except Exception as error:
             self.record.give_up(error, self.strict)
-        own = set(self.module.parameters()) if self.module else set()
-        self.observer.parameters = [p for p in module.parameters() if p not in own]
-        self.observer.is_new = True
+        self.observer.network, self.observer.apart = module, self.module
+        self.observer.strict = self.strict
+        self.observer.begin()
         if compat.is_compiled(module):
             self.hooks.append(compat.KeptBuffers())
-        for logger in self._tensorboards(trainer):
-            if not getattr(logger, "has_charts", False):  # that of train.py has them
-                add_charts(logger.experiment, cosines=self.record.cosines)
 
     def _tensorboards(self, trainer: pl.Trainer) -> list[Any]:
         """The loggers that write to TensorBoard, on the rank that does."""
@@ -120,21 +143,25 @@ class Watch(Callback):
         return [x for x in trainer.loggers if isinstance(x, kind) and trainer.is_global_zero]
 
     def _end(self, trainer: pl.Trainer) -> None:
-        self.flush(trainer)
-        if not self.record.tags and not self.record.is_off and trainer.global_step > self.begin:
+        try:
+            self.flush(trainer)
+        finally:
+            for hook in self.hooks:
+                hook.remove()
+            self.hooks = []
+        if not self.record.tags and not self.record.is_off and trainer.global_step > self.first:
             what = f"{self.criterion} was not called with (output, target)"
             what = "watch.see(logits, target) was not called" if self.module is None else what
             log.warning("losswatch: nothing was watched: %s before a backward pass", what)
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._end(trainer)
 
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         if hasattr(self, "hooks"):
+            strict, self.strict = self.strict, False  # an error here would replace the first one
             self._end(trainer)
+            self.strict = strict
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -144,9 +171,10 @@ class Watch(Callback):
 
     def _hear(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         """The hook of the criterion."""
-        given = [*args, *kwargs.values()]
-        if len(given) > 1:
-            self.see(given[0], given[1], value if isinstance(value, Tensor) else None)
+        if self.record.is_due and torch.is_grad_enabled() and (found := roles(args, kwargs)):
+            output, target, self.order = found
+            is_scalar = isinstance(value, Tensor) and value.numel() == 1
+            self.calls.append(Call(output, target, value if is_scalar else None))
 
     _hear.only_looks = True  # type: ignore[attr-defined] # for `compat.has_hooks`
 
@@ -154,8 +182,9 @@ class Watch(Callback):
         """Take what a loss that is a function gets in `training_step`: `watch.see(logits, target)`.
 
         Args:
-            output, target: as of `Observer`.
-            value: of the loss that trains. It is compared with those of the watched losses once.
+            output, target: see `Observer`.
+            value: of the loss that trains, a scalar. Unless it is given, that is what
+                `training_step` returns.
         """
         if self.record.is_due and torch.is_grad_enabled():
             self.calls.append(Call(output, target, value))
@@ -164,67 +193,112 @@ class Watch(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor
     ) -> None:
         calls, self.calls = self.calls, []  # no graph outlives its step
-        if not self.record.is_due or not calls or self.error:
+        if not self.record.is_due or (trainer.world_size == 1 and (not calls or self.error)):
             return
+        heads, error = None, self.error
         try:
-            self._observe(trainer, calls, loss)
-        except Exception as error:
-            self.error, self.sums = error, None
+            calls = calls[-1:] if self.observer.heads == "first" else calls
+            if calls and error is None:
+                heads = self._prepare(calls)
+        except Exception as raised:
+            error = raised
+        try:
+            if self.observer.agree(heads, error) and heads is not None:
+                self._observe(trainer, calls, heads, loss)
+        except Exception as raised:
+            self._forget()
+            self.error = raised
 
-    def _observe(self, trainer: pl.Trainer, calls: list[Call], loss: Tensor) -> None:
-        calls = calls[-1:] if self.observer.heads == "first" else calls
+    def _prepare(self, calls: Sequence[Call]) -> list[Head]:
+        """Check what is observed, and decide which loss is apart: the criterion's own call is used.
+
+        So a criterion that draws random numbers or keeps a state is not called again.
+        """
         pairs = [pair for call in calls for pair in self.observer.pairs(call.output, call.target)]
-        [pair, *more], value = pairs, calls[-1].value
-        known, spare = {}, None
-        trained = None if more or value is None else self._trained()
-        if trained and value is not None:
-            if self.observer.views.is_foreign(trained, *pair) and pair[0].dtype != torch.float16:
-                # A loss that draws random numbers or keeps state would differ in another call.
-                slope = torch.autograd.grad(value, pair[0], retain_graph=True)[0]
-                known[trained] = (value.detach(), slope)
-            if self._is_alone(trainer, value, loss):
-                spare = self.observer.views.pivot(trained, *pair)
+        if self.sums is None:
+            self.observer.forget()
+        self.apart = None
+        if len(pairs) == 1 and calls[0].value is not None and self.module is not None:
+            watched = self.observer.views.name_of(self.module)
+            if watched and self.module in self.observer.views.foreign:
+                self.apart = watched
+        return self.observer.prepare(pairs, self.apart)
+
+    def _trained(
+        self, trainer: pl.Trainer, calls: Sequence[Call], loss: Tensor, scale: Tensor | None
+    ) -> tuple[list[str], list[Tensor]]:
+        """The names and values of what trains; no values where it shares rows with other losses."""
+        views = self.observer.views
+        if watched := views.name_of(self.module):
+            [name] = [self.observer.names(1)[views.names.index(watched)]]
+            if self.apart is None:
+                return ([name] if len(calls) == 1 else []), []
+            return [name], [calls[0].value]  # type: ignore[list-item]
+        values = [call.value for call in calls if call.value is not None]
+        if len(values) < len(calls):
+            total = loss * trainer.accumulate_grad_batches
+            return [unused("trained", views.names)], [total if scale is None else total / scale]
+        name = unused(self.criterion or "trained", views.names)
+        return [name] if len(calls) == 1 else [f"{name}.{i}" for i in range(len(calls))], values
+
+    def _observe(
+        self, trainer: pl.Trainer, calls: Sequence[Call], heads: Sequence[Head], loss: Tensor
+    ) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = None if scaler is None else scaler.scale(loss.new_ones(()))
+        names, values = self._trained(trainer, calls, loss, scale)
+        is_alone = len(heads) == len(names) == 1 and self._is_alone(trainer, calls[-1].value, loss)
+        comes = bool(is_alone and self.reuses)  # with the training's own backward pass
         with trainer.precision_plugin.forward_context():  # as the trained loss is called
-            found = joined([self.observer.span(*pair, known, spare) for pair in pairs])
+            spared = self.observer.views.name_of(self.module) if comes and not values else None
+            spans = [self.observer.span(head, spared) for head in heads]
+            spare = self.observer.spare
+            if values:
+                spare = sum(len(span.rows) for span in spans) if comes else None
+                spans.append(self.observer.span_of(values, scale, comes))
+        watched = self.observer.names(len(heads))
+        there = [name for name in watched if not values or name not in names]
+        known = [*watched, *(name for name in names if name not in watched)]
+        found = in_order(joined(spans), there + (names if values else []), known)
         if not self.record.tags:
-            names = self.observer.names(len(pairs))
-            self.record.open(names, found.values.device)
-            self._announce(dict(zip(names, found.values, strict=True)), value)
-        if trained and spare is not None:
-            self.spare = trained, spare, found
+            self.record.open(known, found.values.device, self.observer.explain)
+            self._announce(watched, found.values, names[-1] if values else None, calls[-1].value)
+        if is_alone and (spare is not None or self.reuses is None):
+            self.pending = Pending(found, known.index(names[0]), spare)
         elif trainer.accumulate_grad_batches == 1 and trainer.world_size == 1:
-            self._keep(trainer, *measure(found))
+            self._keep(trainer, *self.observer.measure(found))
         else:
             # Summed over accumulated batches, as the optimiser's gradient is.
             share = 1 / trainer.accumulate_grad_batches
-            values = share * found.values
-            shares = share * found.coefficients
-            gradients = torch.cat([shares @ part.to(shares) for part in blocks(found)], 1)
-            before = self.sums or (0, 0)
-            self.sums = values + before[0], gradients + before[1]
+            found = Span(share * found.values, share * found.coefficients, found.rows)
+            self.sums = found if self.sums is None else added(self.sums, found)
 
-    def _trained(self) -> str | None:
-        """The name of the watched loss that is the criterion itself."""
-        losses = self.observer.views.losses
-        return next((name for name, loss in losses.items() if loss is self.module), None)
+    def _is_alone(self, trainer: pl.Trainer, value: Tensor | None, loss: Tensor) -> bool:
+        """Whether the training's gradient can be that of a loss of this batch alone.
 
-    def _is_alone(self, trainer: pl.Trainer, value: Tensor, loss: Tensor) -> bool:
-        """Whether the gradient that the training computes is the criterion's of this batch alone.
+        So no other term, batch, rank, scale or hook is in it, as far as that can be seen. The first
+        observation compares the numbers.
 
-        So no other term, batch, rank or scale is in it. Lightning divides the loss by the number of
-        accumulated batches.
+        Args:
+            value: of the loss; None for `loss` itself.
+            loss: what Lightning sends back, divided by the number of accumulated batches.
         """
         source = loss.grad_fn
-        if source is not None and source.name() == "DivBackward0":
-            source = source.next_functions[0][0]
+        if value is not None:
+            if source is not None and source.name() == "DivBackward0":
+                source = source.next_functions[0][0]
+            if source is not value.grad_fn or compat.has_gradient_hooks(value):
+                return False
+        parameters = self.observer.trained
         return (
-            source is value.grad_fn
-            and trainer.lightning_module.automatic_optimization
+            trainer.lightning_module.automatic_optimization
             and trainer.accumulate_grad_batches == 1
             and trainer.world_size == 1
             and trainer.precision != "16-mixed"
-            and all(p.grad is None for p in self.observer.parameters)
-            and not any(map(compat.has_gradient_hooks, self.observer.parameters))
+            and not _have_hooks_around_backward(trainer)
+            and not compat.has_gradient_hooks(loss)
+            and all(p.grad is None for p in parameters)
+            and not any(map(compat.has_gradient_hooks, parameters))
         )
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -234,55 +308,69 @@ class Watch(Callback):
             self._finish(trainer)
         except Exception as error:
             self.record.give_up(error, self.strict)
-        self.spare = self.sums = self.error = None
+        finally:
+            self._forget()
 
     def _finish(self, trainer: pl.Trainer) -> None:
         """End an observation that needed the backward pass, or raise the error that it met."""
+        parameters = self.observer.trained
         if trainer.world_size > 1:
-            self._agree(trainer.strategy.reduce_boolean_decision)
+            [failing] = highest([self.error is not None], trainer.strategy.root_device)
+            if failing and self.error is None:
+                raise RuntimeError("another rank could not observe its batch")
         if self.error is not None:
             raise self.error
-        if self.spare is not None:
-            name, row, found = self.spare
-            parameters = [p for p in self.observer.parameters if p.requires_grad]
-            place = self.observer.views.names.index(name)
-            found = with_trained(found, [p.grad for p in parameters], place, row)
-            self._keep(trainer, *measure(found))
+        if self.pending is not None:
+            found, place, spare = self.pending
+            gradient = [p.grad for p in parameters]
+            if spare is None:
+                self.reuses = is_gradient(gradient, found, place)
+            else:
+                found = with_trained(found, gradient, place, spare)
+            self._keep(trainer, *self.observer.measure(found))
+        elif self.sums is not None and trainer.world_size == 1:
+            self._keep(trainer, *self.observer.measure(self.sums))
         elif self.sums is not None:
             # A loss of a rank's own batch has a value on each rank; the optimiser follows their
             # mean.
-            values, gradients = (trainer.strategy.reduce(x, reduce_op="mean") for x in self.sums)
-            one = torch.eye(len(values), dtype=values.dtype, device=values.device)
-            self._keep(trainer, values, *norms_and_cosines(one, gradients.split(CHUNK, 1)))
-
-    def _agree(self, reduce: Callable[..., bool]) -> None:
-        """See that all ranks go on, or none: a rank would wait for the others for ever.
-
-        Raises:
-            RuntimeError: another rank has no observation to share.
-        """
-        if reduce(self.sums is not None, all=True):
-            return
-        idle = self.sums is None and self.error is None
-        if not reduce(idle, all=True) and self.error is None:
-            raise RuntimeError("another rank could not observe its batch")
+            values, c, rows = self.sums
+            mean = functools.partial(trainer.strategy.reduce, reduce_op="mean")
+            parts = (mean(contained(c, part)[0]) for part in blocks(rows, parameters, c.dtype))
+            found = Span(mean(values), torch.eye(len(c), dtype=c.dtype, device=c.device), [])
+            self._keep(trainer, *self.observer.measure(found, parts))
 
     # -- what is written ---------------------------------------------------------------------------
 
-    def _announce(self, values: Mapping[str, Tensor], value: Tensor | None) -> None:
-        """Say once what is watched, and which watched loss the criterion is."""
-        what = f"losswatch: watching {len(values)} losses"
+    def _announce(
+        self, names: Sequence[str], values: Tensor, trained: str | None, value: Tensor | None
+    ) -> None:
+        """Say once what is watched, and which watched loss the criterion is.
+
+        Args:
+            names, values: of the watched losses; further values may follow.
+            trained: the name of the loss that trains, if its own call is recorded.
+            value: of the loss that trains, if it is known.
+        """
+        what = f"losswatch: watching {len(names)} losses"
         if self.module is not None:
-            what += f" of what {self.criterion} ({type(self.module).__name__}) gets"
-        if value is not None and value.numel() == 1 and not value.is_meta:
+            what += f" of what {self.criterion} ({type(self.module).__name__}) gets{self.order}"
+        if value is not None and not value.is_meta:
             near = 1e-4 if value.dtype in (torch.float32, torch.float64) else 1e-2
             number = float(value.detach())
-            equal = [n for n, v in values.items() if abs(float(v) - number) <= near * abs(number)]
+            pairs = zip(names, values.tolist(), strict=False)
+            equal = [n for n, v in pairs if abs(v - number) <= near * abs(number)]
             what += f"; its value {number:.4g} equals that of {', '.join(equal) or 'none of them'}"
+            if not equal:
+                what += ", so it is another loss"
+        if trained is not None and trained not in names:
+            what += f"; the loss that trains is recorded as {trained}"
         _library().utilities.rank_zero_info(what)
 
     def _keep(self, trainer: pl.Trainer, *seen: Tensor) -> None:
-        if self.record.add(*seen):
+        values, norms, cosines = seen
+        if self.record.add(
+            values, norms, cosines, fault=self.observer.fault, failed=self.observer.failed
+        ):
             self.flush(trainer)
 
     def latest(self) -> dict[str, float]:
@@ -291,6 +379,12 @@ class Watch(Callback):
 
     def flush(self, trainer: pl.Trainer) -> None:
         """Write what was observed since the last time to all loggers."""
+        try:
+            self._write(trainer)
+        except Exception as error:
+            self.record.give_up(error, self.strict)
+
+    def _write(self, trainer: pl.Trainer) -> None:
         steps, values = self.record.take()
         if not len(steps) or not trainer.is_global_zero:
             return
@@ -334,6 +428,42 @@ def find_criterion(module: nn.Module, name: str) -> nn.Module:
         else:
             hint = "no module looks like a loss: call watch.see(logits, target) in training_step"
         raise ValueError(f"criterion={name!r} is no submodule; {hint}") from None
+
+
+def roles(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, str] | None:
+    """Output and target among the arguments of a criterion, and a text if the target comes first.
+
+    The output is the first argument that carries a gradient. None: there are no two arguments with
+    tensors.
+    """
+    named = [*((f"argument {i}", x) for i, x in enumerate(args, 1)), *kwargs.items()]
+    found = []
+    for name, value in named:
+        try:
+            found.append((name, value, any(x.requires_grad for x in tensors(name, value))))
+        except TypeError:  # a number, or a list of something else
+            continue
+    if len(found) < 2:
+        return None
+    output = next((x for x in found if x[2]), found[0])
+    target = next(x for x in found if x is not output)
+    order = "" if output is found[0] else f" (output: {output[0]}, target: {target[0]})"
+    return output[1], target[1], order
+
+
+def _have_hooks_around_backward(trainer: pl.Trainer) -> bool:
+    """Whether code of the user may compute or change gradients around the backward pass."""
+    library = _library()
+
+    def overrides(x: Any, base: type, *names: str) -> bool:
+        return any(getattr(type(x), name) is not getattr(base, name) for name in names)
+
+    callbacks = [c for c in trainer.callbacks if not isinstance(c, Watch)]  # type: ignore
+    return overrides(
+        trainer.lightning_module, library.LightningModule, "on_before_backward", "backward"
+    ) or any(
+        overrides(c, library.Callback, "on_before_backward", "on_after_backward") for c in callbacks
+    )
 
 
 # -- Lightning under both of its names ------------------------------------------------------------

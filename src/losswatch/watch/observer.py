@@ -5,20 +5,36 @@ Needs nothing but PyTorch. lightning.py and engine.py call it in the loops of ot
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from types import MappingProxyType
+import inspect
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from losswatch.compat import why_not_differentiated
-from losswatch.watch.outputs import Losses, Views, check_values, tensors
-from losswatch.watch.span import Span, blocks, joined, norms_and_cosines, span
+from losswatch import compat
+from losswatch.losses.inputs import first_fault
+from losswatch.losses.pixels import is_hard, wide
+from losswatch.losses.ranks import highest, world_size
+from losswatch.text import reason
+from losswatch.watch.outputs import Losses, Part, Views, check_outputs, tensors
+from losswatch.watch.record import Record
+from losswatch.watch.span import (
+    Row,
+    Span,
+    blocks,
+    by_loss,
+    is_linear,
+    joined,
+    norms_and_cosines,
+    scaled,
+    send_back,
+    without_autocast,
+)
+from losswatch.watch.unchanged import functions_in, unchanged
+
+log = logging.getLogger(__name__)
 
 
 class Seen(NamedTuple):
@@ -30,14 +46,26 @@ class Seen(NamedTuple):
     cosines: Tensor  # [K, K], of the angles between the gradients; NaN where one vanishes
 
 
+class Head(NamedTuple):
+    """One output of a network, ready to be observed."""
+
+    output: Tensor
+    parts: list[Part]
+    fault: Tensor  # [3], see `losses.inputs`
+
+
 class Observer:
     """Observes losses of a network's output before the backward pass, and changes nothing.
+
+    The first observation raises errors. Later ones never do, because they would end a training:
+    what cannot be observed is NaN then, and a warning says why, once.
 
     Args:
         losses: names of presets (`list_losses`) and modules (logits, target) -> scalar, or a
             mapping from names to modules.
-        parameters: those of the network, `net.parameters()`. Those that require no gradient at the
-            time of an observation do not count in it.
+        parameters: the network, or some of its parameters, such as `net.decoder.parameters()`. A
+            network is asked for its parameters at each observation. Those that require no gradient
+            then do not count in it.
         activation: what makes probabilities of the network's output: "softmax"; "sigmoid", of each
             channel by itself; "none" where the output holds probabilities already. Presets and
             losses of this package follow it. Other modules get output and target as they are.
@@ -50,7 +78,7 @@ class Observer:
         TypeError: a loss is neither a name nor a module, or `parameters` holds something else.
 
     >>> net = nn.Conv2d(1, 2, 1)
-    >>> observer = Observer(["cce", "dice"], net.parameters())
+    >>> observer = Observer(["cce", "dice"], net)
     >>> seen = observer(net(torch.rand(1, 1, 4, 4)), torch.ones(1, 4, 4, dtype=torch.int64))
     >>> seen.names, len(seen.values), len(seen.norms), tuple(seen.cosines.shape)
     (('cce', 'dice'), 2, 2, (2, 2))
@@ -59,7 +87,7 @@ class Observer:
     def __init__(
         self,
         losses: Losses,
-        parameters: Iterable[Tensor],
+        parameters: nn.Module | Iterable[Tensor],
         *,
         activation: str = "softmax",
         ignore_index: int | None = None,
@@ -69,13 +97,26 @@ class Observer:
             raise ValueError(f"heads={heads!r}: allowed are first, all")
         self.heads = heads
         self.views = Views(losses, activation, ignore_index)
-        self.parameters = list(parameters)
-        for p in self.parameters:
-            if not isinstance(p, Tensor):
-                raise TypeError(f"parameters: tensors are needed, got a {type(p).__name__}")
-        if not self.parameters:
-            raise ValueError("parameters: there are none; net.parameters() can be read only once")
-        self.is_new = True  # until the first observation
+        self.network, self.given = _network_or_parameters(parameters)
+        self.apart: nn.Module | None = None  # its parameters are not the network's
+        self.strict = False  # whether later observations raise errors, too
+        self.warned: set[str] = set()
+        self.begin()
+        compat.watch_kept_gradients()
+
+    def begin(self) -> None:
+        """Begin a training: the next observation is the first one."""
+        self.is_new = True
+        self.is_linear: bool | None = None  # None: not known
+        self.own: dict[tuple[int, torch.device], Tensor] = {}
+        self.functions: set[type] = set()
+        self.trained: list[Tensor] = []  # the parameters, at the newest observation
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin an observation."""
+        self.fault: Tensor | None = None  # of output and target so far
+        self.failed: dict[str, str] = {}  # why losses failed so far, by name
 
     def __call__(self, output: Any, target: Any) -> Seen:
         """Observe one batch. Call it before `backward()`, which frees the graph.
@@ -86,12 +127,52 @@ class Observer:
                 shape of the output; or a list with one of these for each output.
 
         Raises:
-            ValueError: output, target and losses do not fit, or the graph cannot be used.
+            ValueError: at the first observation, if output, target and losses do not fit, or the
+                graph cannot be used.
         """
-        pairs = self.pairs(output, target)
-        names = self.names(len(pairs))
-        spans = [self.span(*pair) for pair in pairs]
-        return Seen(names, *measure(joined(spans)))
+        is_new, names = self.is_new, self.names(1)
+        self.forget()
+        try:
+            outputs = tensors("output", output)
+            names = self.names(1 if self.heads == "first" else len(outputs))
+            seen = Seen(names, *self.measure(self.observe(output, target)))
+        except Exception as error:
+            if is_new or self.strict:
+                raise
+            self._warn(f"nothing could be observed, so all is NaN: {reason(error)}")
+            one = torch.full((len(names),), torch.nan)
+            return Seen(names, one, one, one.outer(one))
+        for name, why in self.failed.items():
+            self._warn(f"loss {name} failed, so it is NaN: {why}")
+        if self.fault is not None and self.fault.is_cpu and self.fault[0]:  # a GPU would wait
+            self._warn(f"{self.explain(self.fault.tolist())}; {Record.SPOILT}")
+        return seen
+
+    def observe(self, output: Any, target: Any) -> Span:
+        """The gradients of all losses by output and target of one batch; arguments of `__call__`.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        heads, error = None, None
+        try:
+            heads = self.prepare(self.pairs(output, target))
+        except Exception as raised:
+            error = raised
+        self.agree(heads, error)
+        assert heads is not None
+        return joined([self.span(head) for head in heads])
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warned:
+            self.warned.add(text)
+            log.warning("losswatch: %s", text)
+
+    def explain(self, fault: Sequence[float]) -> str:
+        """The line about a fault, its three numbers read."""
+        return self.views.explain(fault, self.channels)
+
+    # -- before the first number -------------------------------------------------------------------
 
     def names(self, heads: int) -> tuple[str, ...]:
         """The names of what is observed for a number of observed heads."""
@@ -109,88 +190,256 @@ class Observer:
         pairs = list(zip(outputs, targets, strict=True))
         return pairs[:1] if self.heads == "first" else pairs
 
-    def span(
-        self,
-        output: Tensor,
-        target: Tensor,
-        known: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
-        spare: int | None = None,
-    ) -> Span:
-        """The gradients of all losses by one output; arguments as of `span.span`."""
-        parameters = [p for p in self.parameters if p.requires_grad]
-        if not output.requires_grad or not parameters:
-            raise ValueError(
-                "the output carries no gradient: the network ran under torch.no_grad(), or all of "
-                "its parameters are frozen"
-            )
+    def parameters(self) -> list[Tensor]:
+        """The parameters that require a gradient now, each once."""
+        given = self.given if self.network is None else self.network.parameters()
+        own = {id(p) for p in self.apart.parameters()} if self.apart else set()
+        return list({id(p): p for p in given if p.requires_grad and id(p) not in own}.values())
+
+    def prepare(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], skipped: str | None = None
+    ) -> list[Head]:
+        """Check outputs and targets, as far as this rank can without the others.
+
+        Args:
+            skipped: a loss that is not observed.
+
+        Raises:
+            ValueError: they do not fit, or the graph cannot be used.
+        """
+        self.trained, heads = self.parameters(), []
+        for output, target in pairs:
+            if not output.requires_grad or not self.trained:
+                swapped = "; the target carries one: give the output first"
+                raise ValueError(
+                    "the output carries no gradient: the network ran under torch.no_grad(), or all "
+                    f"of its parameters are frozen{swapped if target.requires_grad else ''}"
+                )
+            if self.is_new:
+                check_outputs(output, self.views.activation)
+            heads.append(Head(output, *self.views.parts(output, target, skipped)))
+            self.channels = output.shape[1]
+            self._add_fault(heads[-1].fault)
+            if self.is_new and not output.is_meta and heads[-1].fault[0]:
+                raise ValueError(self.explain(heads[-1].fault.tolist()))
+            for part in heads[-1].parts if world_size() > 1 else ():
+                part.losses.check(part.logits, part.target)
+        if self.is_new and torch.distributed.is_available() and torch.distributed.is_initialized():
+            _check_whole(self.trained, self.network)
+        return heads
+
+    def _add_fault(self, fault: Tensor) -> None:
+        if fault.is_cpu and not fault[0]:  # a look at a GPU's number would wait
+            return
+        self.fault = fault if self.fault is None else first_fault([self.fault, fault])
+
+    def agree(self, heads: Sequence[Head] | None, error: Exception | None) -> bool:
+        """Whether there is something to observe: on all ranks, or on none of them.
+
+        A rank that stopped here alone would let the others wait for its sums for ever.
+
+        Raises:
+            Exception: `error`.
+            RuntimeError: of several ranks, one could not observe its batch or has nothing to
+                observe.
+        """
+        if world_size() > 1:
+            device = next(iter(self.parameters()), torch.empty(0)).device
+            number, low, high = [0.0] * 3 if self.fault is None else self.fault.tolist()
+            state = [error is not None, heads is None, heads is not None, number, -low, high]
+            failing, idle, ready, number, low, high = highest(state, device)
+            if error is None and failing:
+                raise RuntimeError("another rank could not observe its batch")
+            if error is None and idle and ready:
+                raise RuntimeError("some ranks have something to observe in this step, others not")
+            if number:  # losses are functions of sums over all ranks
+                self.fault = torch.tensor([number, -low, high], device=device)
+        if error is not None:
+            raise error
+        return heads is not None
+
+    # -- gradients ---------------------------------------------------------------------------------
+
+    def span(self, head: Head, spared: str | None = None) -> Span:
+        """The gradients of all losses by one output.
+
+        Args:
+            spared: a loss whose gradient comes later (`span.with_trained`). Afterwards `spare` is
+                the row that was left out for it, or None.
+
+        Raises:
+            ValueError: the graph cannot be used, or a loss fails at the first observation.
+        """
+        output, parts, _ = head
         if self.is_new:
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                _check_whole(parameters)
-            check_values(output, target, self.views)
-            self.is_new = False
-        with _nothing_changed(output.device, self.views.are_foreign):
+            self.functions = functions_in(output)
+        failed: dict[str, Exception] = {}
+        with unchanged(output.device, self.network, self.views.foreign, self.functions):
             try:
-                parts = [
-                    span(losses, *pair, parameters, known, spare)
-                    for losses, pair in self.views.of(output, target)
-                ]
+                tables = [part.losses.rows(part.logits, part.target, failed) for part in parts]
+                found = self._passes(parts, tables, spared)
+                if self.is_linear is None:
+                    self._test_linearity(parts, tables, found)
+                if self.is_linear is False and not self.is_by_loss:
+                    found = self._passes(parts, tables, spared)
             except RuntimeError as error:
-                if reason := why_not_differentiated(error):
-                    raise ValueError(reason) from error
+                if why := compat.why_not_differentiated(error):
+                    raise ValueError(why) from error
                 raise
-        return self.views.in_order(parts)
+        for name, failure in failed.items():
+            if self.is_new or self.strict:
+                raise failure
+            self.failed[name] = reason(failure)
+        self.is_new = False
+        there = [name for part in parts for name in part.losses.names]
+        return in_order(joined(found), there, [name for name in self.views.names if name in there])
+
+    def span_of(self, values: Sequence[Tensor], scale: Tensor | None, comes: bool = False) -> Span:
+        """The gradients of losses that have been called, each by a pass of its own.
+
+        Args:
+            values: scalars with their graph.
+            scale: of the loss in float16, which its backward pass needs.
+            comes: whether the gradient comes later (`span.with_trained`).
+        """
+        device = values[0].device
+        rows: list[Row] = [[None] * len(self.trained) for _ in values]
+        if not comes:
+            with unchanged(device, self.network, [], self.functions), without_autocast(device):
+                for i, value in enumerate(values):
+                    if value.requires_grad:
+                        seed = torch.ones_like(value) if scale is None else scale.to(value.dtype)
+                        rows[i] = torch.autograd.grad(
+                            value, self.trained, seed.view_as(value),
+                            retain_graph=True, allow_unused=True,
+                        )  # fmt: skip
+        found = torch.stack([wide(value.detach()).reshape(()) for value in values])
+        one = torch.eye(len(values), dtype=found.dtype, device=device)
+        return Span(found, one if scale is None else one / scale, rows)
+
+    def _passes(
+        self,
+        parts: Sequence[Part],
+        tables: Sequence[Table],
+        spared: str | None,
+    ) -> list[Span]:
+        """The backward passes of all rows."""
+        found: list[Span] = []
+        self.spare: int | None = None
+        self.is_by_loss = self.is_linear is False
+        for part, (values, rows, coefficients) in zip(parts, tables, strict=True):
+            half, skipped = part.logits.dtype == torch.float16, None
+            if self.is_by_loss and half:
+                raise ValueError(
+                    "a hook or an autograd.Function of the network makes its backward pass one "
+                    "that is not linear; in float16 its gradients cannot be watched"
+                )
+            if self.is_by_loss:
+                rows, coefficients = by_loss(rows, coefficients)
+            elif spared in part.losses.names and is_hard(part.logits, part.target):
+                skipped = part.losses.pivot(spared, part.logits.shape[1])
+            if half:
+                rows, coefficients = scaled(rows, coefficients)
+            if skipped is not None:
+                self.spare = sum(len(span.rows) for span in found) + skipped
+            gradients = send_back(part.logits, self.trained, rows, skipped)
+            found.append(Span(values, coefficients, gradients))
+        return found
+
+    def _test_linearity(
+        self,
+        parts: Sequence[Part],
+        tables: Sequence[Table],
+        found: Sequence[Span],
+    ) -> None:
+        """Set `is_linear`, by the first set of losses that share rows; this reads numbers."""
+        shared = [
+            (part.logits, self.trained, rows, span.rows)
+            for part, (_, rows, _), span in zip(parts, tables, found, strict=True)
+            if len(rows) > 1 and not part.logits.is_meta and part.logits.dtype != torch.float16
+        ]
+        self.is_linear = is_linear(*shared[0]) if shared else True
+        if world_size() > 1:
+            [fails] = highest([self.is_linear is False], parts[0].logits.device)
+            self.is_linear = False if fails else self.is_linear
+        if self.is_linear is False:
+            self._warn(
+                "a hook or an autograd.Function of the network makes its backward pass one that is "
+                "not linear, so each loss gets a pass of its own"
+            )
+
+    def measure(self, found: Span, parts: Iterable[Tensor] | None = None) -> Measured:
+        """Values [K], norms [K] and cosines [K, K] of the losses of a span.
+
+        Args:
+            parts: its J in blocks; that of its rows unless given.
+        """
+        parts = blocks(found.rows) if parts is None else parts
+        norms, cosines = norms_and_cosines(found.coefficients, parts)
+        values = found.values
+        if self.fault is not None and len(self.views.foreign) < len(self.views.names):
+            bad = self._own(len(values), values.device) & (self.fault[0] > 0)
+            values, norms = (torch.where(bad, torch.nan, x) for x in (values, norms))
+            cosines = torch.where(bad | bad[:, None], torch.nan, cosines)
+        return values, norms.to(values.dtype), cosines.to(values.dtype)
+
+    def _own(self, count: int, device: torch.device) -> Tensor:
+        """Which of K observed losses are of this package, [K]."""
+        key = count, device
+        if key not in self.own:
+            foreign = {id(loss) for loss in self.views.foreign}
+            own = [id(loss) not in foreign for loss in self.views.losses.values()]
+            heads, more = divmod(count, len(own))
+            self.own[key] = torch.tensor(own * heads + [False] * more, device=device)
+        return self.own[key]
 
 
-def measure(found: Span) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [K], norms [K] and cosines [K, K] of the losses of a span."""
-    norms, cosines = norms_and_cosines(found.coefficients, blocks(found))
-    return found.values, norms.to(found.values.dtype), cosines.to(found.values.dtype)
+Measured = tuple[Tensor, Tensor, Tensor]
+Table = tuple[Tensor, Tensor, Tensor]  # of `LossSet.rows`
 
 
-def _check_whole(parameters: Sequence[Tensor]) -> None:
-    """See that this rank has whole parameters.
+def in_order(found: Span, names: Sequence[str], wanted: Sequence[str]) -> Span:
+    """A span with its losses, of these names, in another order."""
+    if list(names) == list(wanted):
+        return found
+    order = [names.index(name) for name in wanted]
+    values, coefficients = (
+        torch.stack([x[i] for i in order]) for x in (found.values, found.coefficients)
+    )
+    return Span(values, coefficients, found.rows)
+
+
+def _network_or_parameters(given: Any) -> tuple[nn.Module | None, list[Tensor]]:
+    """A network, also where only its `parameters()` are given; or some parameters.
+
+    Raises:
+        TypeError: something else is given.
+        ValueError: there are no parameters.
+    """
+    if inspect.isgenerator(given) and given.gi_code is nn.Module.parameters.__code__:
+        given = inspect.getgeneratorlocals(given).get("self", given)  # finished ones have none
+    network = given if isinstance(given, nn.Module) else None
+    parameters: list[Tensor] = list(given if network is None else network.parameters())
+    for p in parameters:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"parameters: tensors are needed, got a {type(p).__name__}")
+    if not parameters:
+        raise ValueError("parameters: there are none; net.parameters() can be read only once")
+    return network, [] if network else parameters
+
+
+def _check_whole(parameters: Sequence[Tensor], network: nn.Module | None) -> None:
+    """Check that this rank has whole parameters.
 
     Raises:
         ValueError: they are spread over ranks.
     """
-    from torch.distributed.fsdp import FlatParameter
+    from torch.distributed.fsdp import FlatParameter, FSDPModule
     from torch.distributed.tensor import DTensor
 
-    if any(isinstance(p, FlatParameter | DTensor) or not p.numel() for p in parameters):
+    # Between the forward and the backward pass the parameters of `fully_shard` are whole.
+    modules = [] if network is None else network.modules()
+    if any(isinstance(module, FSDPModule) for module in modules) or any(
+        isinstance(p, FlatParameter | DTensor) or not p.numel() for p in parameters
+    ):
         raise ValueError("the parameters are spread over ranks (FSDP); DDP can be watched")
-
-
-@contextmanager
-def _nothing_changed(device: torch.device, are_foreign: bool) -> Iterator[None]:
-    """While this is open, random states and buffers of modules change in no lasting way.
-
-    A foreign loss may draw random numbers or keep a state. And a network with activation
-    checkpointing computes its layers again in each backward pass: its batch norms would count the
-    batch once more each time.
-    """
-    kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-    known: set[nn.Module] = set()
-
-    def keep(module: nn.Module, args: Any) -> None:
-        if module not in known:
-            known.add(module)
-            for name, buffer in module.named_buffers(recurse=False):
-                kept.append((module, name, buffer, buffer.clone()))
-
-    with ExitStack() as stack:
-        devices = [device] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        if are_foreign:
-            stack.callback(random.setstate, random.getstate())
-        if are_foreign and (numpy := sys.modules.get("numpy")) is not None:
-            stack.callback(numpy.random.set_state, numpy.random.get_state())
-        stack.callback(register_module_forward_pre_hook(keep).remove)
-        try:
-            yield
-        finally:
-            for module, name, buffer, value in kept:
-                if getattr(module, name) is not buffer:
-                    setattr(module, name, buffer)
-                # `data`, since the graph may hold the buffer: its value there is this one, but
-                # autograd would only see that the buffer was written to.
-                buffer.data.copy_(value)

@@ -8,16 +8,26 @@ log p. So these losses can watch such networks, too, and the chain rule does the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from losswatch.losses import CrossEntropy, Dice, LossSet, Sum, check_inputs
+from losswatch.compat import has_hooks
+from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
+from losswatch.losses.compose import table_parts
+from losswatch.losses.inputs import (
+    check_logits,
+    explain,
+    first_fault,
+    index_fault,
+    label_fault,
+    probability_fault,
+)
 from losswatch.losses.pixels import is_hard, one_hot, wide
 from losswatch.presets import load_loss
-from losswatch.watch.span import Span, joined
 
 Losses = Mapping[str, str | nn.Module] | Sequence[str | nn.Module] | LossSet
 ACTIVATIONS = ("softmax", "sigmoid", "none")
@@ -51,51 +61,79 @@ def as_softmax(output: Tensor, activation: str) -> Tensor:
     return output
 
 
-def as_target(target: Tensor, output: Tensor) -> Tensor:
+def as_target(target: Tensor, output: Tensor, ignore_index: int | None = None) -> Tensor:
     """Class indices [N, *space], or labels [N, C, *space] with the channels of `as_softmax`.
 
     Args:
         target: class indices [N, *space] or [N, 1, *space], also as floating point; or labels
             [N, C, *space], where C = 1 is the foreground of two classes.
         output: of the network, [N, C, *space].
+        ignore_index: of labels of one channel; it marks both classes in what is returned.
     """
-    if target.ndim == output.ndim and target.shape[1] > 1:
+    if is_labels(target, output):
         return target
-    indices = target.squeeze(1) if target.ndim == output.ndim else target
+    indices = as_indices(target, output)
     if output.shape[1] > 1 or not target.is_floating_point():
         return indices.long()
-    return torch.stack([1 - indices, indices], 1)
+    return two_classes(indices.unsqueeze(1), ignore_index)
 
 
-def as_labels(target: Tensor, output: Tensor) -> Tensor:
+def is_labels(target: Tensor, output: Tensor) -> bool:
+    """Whether a target has labels for several channels."""
+    return target.ndim == output.ndim and target.shape[1] > 1
+
+
+def as_indices(target: Tensor, output: Tensor) -> Tensor:
+    """Class indices without an axis of channels, [N, *space]."""
+    return target.squeeze(1) if target.ndim == output.ndim else target
+
+
+def two_classes(labels: Tensor, ignore_index: int | None) -> Tensor:
+    """Labels of foreground [N, 1, *space] as those of background and foreground."""
+    both = torch.cat([1 - labels, labels], 1)
+    return both if ignore_index is None else torch.where(labels == ignore_index, labels, both)
+
+
+def as_labels(target: Tensor, output: Tensor, ignore_index: int | None = None) -> Tensor:
     """The target for losses that read each channel by itself; arguments as of `as_target`."""
     if output.shape[1] == 1 and target.numel() == output.numel():
         return target.view_as(output)
-    return as_target(target, output)
+    return as_target(target, output, ignore_index)
 
 
-def check_values(output: Tensor, target: Tensor, views: Views) -> None:
-    """Look once at the numbers of output and target; on a GPU this waits for them.
+def clean_target(
+    target: Tensor, output: Tensor, activation: str, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """A target that losses of this package can read, and the fault of the one given, [3].
+
+    No number is read (`losses.inputs`). Class indices that are not allowed become 0.
+
+    Args:
+        target, output: as given by the user.
+    """
+    several = output.shape[1] > 1
+    # One channel may have soft labels, whatever the shape of the target.
+    if is_labels(target, output) or (not several and target.is_floating_point()):
+        are_shares = several and activation != "sigmoid"
+        fault = label_fault(target, ignore_index, are_shares=are_shares)
+        return target, fault
+    indices = as_indices(target, output)
+    clean, fault = index_fault(indices, max(2, output.shape[1]), ignore_index)
+    return clean, fault
+
+
+def check_outputs(output: Tensor, activation: str) -> None:
+    """Look at the numbers of an output; on a GPU this waits for them.
 
     Raises:
         ValueError: they are none that losses can take.
     """
-    if output.device.type == "meta":
-        return
-    p = output.detach()
-    if views.activation == "none":
-        sums = p.sum(1) if p.shape[1] > 1 else torch.ones_like(p)
-        if p.min() < 0 or p.max() > 1 or (sums - 1).abs().max() > 0.01:
-            raise ValueError(
-                "activation='none' is for probabilities of classes, which lie in [0, 1] and add to "
-                "1 over the channels; for logits take softmax, or sigmoid where classes overlap"
-            )
-    elif views.activation == "softmax" and p.shape[1] == 1:
+    if activation == "softmax" and output.shape[1] == 1:
         raise ValueError(
             "the output has one channel, whose softmax is 1 everywhere; take activation='sigmoid'"
         )
-    if views.activation == "softmax":
-        check_inputs(p, as_target(target, p), views.ignore_index)
+    if not output.is_meta:
+        check_logits(output.detach())
 
 
 # -- losses ---------------------------------------------------------------------------------------
@@ -120,14 +158,19 @@ def named(losses: Losses, ignore_index: int | None) -> dict[str, nn.Module]:
             raise TypeError(
                 f"losses: names of presets and modules are needed, got a {type(loss).__name__}"
             )
-        name = name or type(loss).__name__
-        if name in found:
-            number = sum(other.split("_")[0] == name for other in found) + 1
-            name = f"{name}_{number}"
-        found[name] = loss
+        found[unused(name or type(loss).__name__, found)] = loss
     if not found:
         raise ValueError("losses: at least one is needed")
     return found
+
+
+def unused(name: str, taken: Container[str]) -> str:
+    """A name that is not taken: the name itself, or with the first free number."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(n for n in itertools.chain([name], numbered) if n not in taken)
+
+
+MARK = -1  # of ignored pixels among the labels of single channels
 
 
 class EachChannel(nn.Module):
@@ -139,16 +182,23 @@ class EachChannel(nn.Module):
     True
     """
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: CrossEntropy) -> None:
         super().__init__()
+        self.ignore_index = loss.ignore_index
+        if loss.ignore_index is not None:
+            loss = CrossEntropy(**loss.settings | {"ignore_index": MARK})
         self.loss = loss
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The value for logits [N, C, *space] and labels of that shape, or class indices."""
-        if is_hard(logits, target):
-            target = one_hot(target.unsqueeze(1), logits)
-        z, y = (x.to(logits.dtype).flatten(0, 1).unsqueeze(1) for x in (logits, target))
-        return self.loss(as_softmax(z, "sigmoid"), torch.cat([1 - y, y], 1))
+        index = self.ignore_index
+        given = target.unsqueeze(1) if is_hard(logits, target) else target
+        labels = one_hot(given, logits) if is_hard(logits, target) else given.to(logits.dtype)
+        if index is not None:
+            labels = torch.where(given == index, MARK, labels)
+        z, y = (x.flatten(0, 1).unsqueeze(1) for x in (logits, labels))
+        mark = None if index is None else MARK
+        return self.loss(as_softmax(z, "sigmoid"), two_classes(y, mark))
 
 
 def of_each_channel(loss: nn.Module) -> nn.Module:
@@ -157,6 +207,7 @@ def of_each_channel(loss: nn.Module) -> nn.Module:
         return Dice(**loss.settings | {"activation": "sigmoid"})
     if type(loss) is Sum:
         return Sum([of_each_channel(part) for part in loss.losses], loss.weights)
+    assert type(loss) is CrossEntropy  # `form`
     return EachChannel(loss)
 
 
@@ -171,71 +222,95 @@ def form(loss: nn.Module) -> str:
     return "given"
 
 
+def is_same(loss: nn.Module | None, other: nn.Module) -> bool:
+    """Whether two losses are one module, or a Dice or cross entropy of equal settings."""
+    if loss is other:
+        return True
+    are_plain = type(loss) is type(other) and type(loss) in (Dice, CrossEntropy)
+    return are_plain and not has_hooks(loss) and loss.settings == other.settings  # type: ignore
+
+
+def ignored_by(loss: nn.Module) -> int | None:
+    """The label that a loss of this package ignores."""
+    indices = (part.recipe.ignore_index for part in table_parts(loss))
+    return next((index for index in indices if index is not None), None)
+
+
+class Part(NamedTuple):
+    """Losses that read a network's output in one form, and what they read."""
+
+    losses: LossSet
+    logits: Tensor
+    target: Tensor
+
+
 class Views:
     """The observed losses, sorted by the form in which they read a network's output.
 
-    Args as of `Observer`.
+    Args:
+        losses, activation, ignore_index: see `Observer`.
 
     Attributes:
         names: of the losses, in the order of the observation.
-        are_foreign: whether some are not of this package.
+        foreign: the losses that are not of this package.
     """
 
     def __init__(self, losses: Losses, activation: str, ignore_index: int | None) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: allowed are {', '.join(ACTIVATIONS)}")
-        self.activation, self.ignore_index = activation, ignore_index
+        self.activation = activation
         self.losses = named(losses, ignore_index)
         self.names = tuple(self.losses)
-        self.are_foreign = "given" in map(form, self.losses.values())
-        self.key: tuple[bool, bool] | None = None  # for which `sets` was made
-        self.sets: dict[str, LossSet] = {}
+        self.foreign = [loss for loss in self.losses.values() if form(loss) == "given"]
+        self.plans: dict[tuple[bool, str | None], dict[tuple[str, int | None], LossSet]] = {}
 
-    def of(self, output: Tensor, target: Tensor) -> list[tuple[LossSet, tuple[Tensor, Tensor]]]:
-        """Sets of losses, and the logits and the target that each reads."""
-        self._plan(output, target)
-        pairs = {
-            "softmax": lambda: (as_softmax(output, self.activation), as_target(target, output)),
-            "labels": lambda: (output, as_labels(target, output)),
-            "given": lambda: (output, target),
-        }
-        return [(losses, pairs[name]()) for name, losses in self.sets.items()]
+    def name_of(self, loss: nn.Module | None) -> str | None:
+        """The name under which a loss is observed: this very module, or one of equal settings."""
+        return next((name for name, other in self.losses.items() if is_same(loss, other)), None)
 
-    def _plan(self, output: Tensor, target: Tensor) -> None:
-        many = output.shape[1] > 1
-        # Where all losses read the same, one set lets them share more.
-        same = many and self.activation == "softmax" and target.dtype == torch.int64
-        key = (many, same and target.ndim < output.ndim)
-        if key == self.key:
-            return
-        self.key, sets = key, dict[str, dict[str, nn.Module]]()
-        for name, loss in self.losses.items():
-            reads = "given" if key[1] else form(loss)
-            if reads == "softmax" and many and self.activation == "sigmoid":
-                reads, loss = "labels", of_each_channel(loss)
-            sets.setdefault(reads, {})[name] = loss
-        self.sets = {reads: LossSet(losses) for reads, losses in sets.items()}
+    def parts(
+        self, output: Tensor, target: Tensor, skipped: str | None = None
+    ) -> tuple[list[Part], Tensor]:
+        """Sets of losses with what each reads, and the fault of output and target, [3].
 
-    def in_order(self, parts: Sequence[Span]) -> Span:
-        """The spans of the sets as one, with the losses in the order of `names`."""
-        if len(parts) == 1:
-            return parts[0]
-        there = [name for losses in self.sets.values() for name in losses.names]
-        order = [there.index(name) for name in self.names]
-        values, coefficients, rows = joined(parts)
-        values, coefficients = (torch.stack([x[i] for i in order]) for x in (values, coefficients))
-        return Span(values, coefficients, rows)
+        The fault is for the losses of this package (`losses.inputs`).
 
-    def is_foreign(self, name: str, output: Tensor, target: Tensor) -> bool:
-        """Whether a loss is called with output and target as they are, and shares nothing."""
-        self._plan(output, target)
-        losses = self.sets.get("given")
-        return losses is not None and name in losses.names and losses.is_foreign(name)
-
-    def pivot(self, name: str, output: Tensor, target: Tensor) -> int | None:
-        """A row of the span that the gradient of a loss always holds (`LossSet.pivot`).
-
-        None: there is none, or losses read the output in several forms.
+        Args:
+            skipped: a loss that is not among them.
         """
-        self._plan(output, target)
-        return self.sets["given"].pivot(name, output.shape[1]) if self.key == (True, True) else None
+        found, faults = [], [output.new_zeros(3, dtype=torch.float32)]
+        for (reads, index), losses in self._plan(output, skipped).items():
+            if reads == "given":
+                found.append(Part(losses, output, target.clone()))  # a loss may write to it
+                continue
+            clean, fault = clean_target(target, output, self.activation, index)
+            faults.append(fault)
+            if reads == "softmax":
+                pair = as_softmax(output, self.activation), as_target(clean, output, index)
+            else:
+                pair = output, as_labels(clean, output, index)
+            found.append(Part(losses, *pair))
+        if self.activation == "none" and len(faults) > 1:
+            faults.append(probability_fault(output.detach()))
+        return found, first_fault(faults)
+
+    def explain(self, fault: Sequence[float], channels: int) -> str:
+        """The line about a fault, its three numbers read; the output has so many channels."""
+        own = (ignored_by(loss) for loss in self.losses.values() if form(loss) != "given")
+        return explain(fault, max(2, channels), next(own))
+
+    def _plan(self, output: Tensor, skipped: str | None) -> dict[tuple[str, int | None], LossSet]:
+        """The sets of losses by what they read, and by the label that they ignore."""
+        several = output.shape[1] > 1
+        if (several, skipped) not in self.plans:
+            sets: dict[tuple[str, int | None], dict[str, nn.Module]] = {}
+            for name, loss in self.losses.items():
+                if name == skipped:
+                    continue
+                reads = form(loss)
+                index = None if reads == "given" else ignored_by(loss)
+                if reads == "softmax" and several and self.activation == "sigmoid":
+                    reads, loss = "labels", of_each_channel(loss)
+                sets.setdefault((reads, index), {})[name] = loss
+            self.plans[several, skipped] = {key: LossSet(x) for key, x in sets.items()}
+        return self.plans[several, skipped]

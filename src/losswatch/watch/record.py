@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from losswatch.events.tags import GRAD_COSINE, LOSS, watched_tags
+from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS, watched_tags
 from losswatch.text import reason
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Record:
 
     BLOCK = 500  # observations between two writes, at most
     SECONDS = 5.0  # between two writes of blocks that are not full, at least
+    SPOILT = "presets and losses of losswatch are NaN there"
 
     def __init__(self, every_n_steps: int, cosines: bool) -> None:
         n = every_n_steps
@@ -55,6 +57,7 @@ class Record:
         self.step, self.is_due, self.is_off = step - 1, False, False
         self.tags: list[str] = []
         self.steps: list[int] = []
+        self.explain: Callable[[Sequence[float]], str] = str
         self.block = self.newest = torch.empty(0)
         self.written = time.monotonic()
         self.warned: set[str] = set()
@@ -67,25 +70,57 @@ class Record:
             self.step = step
 
     def give_up(self, error: Exception, strict: bool) -> None:
-        """End the training with an error in watching; or give a warning, and no step is due."""
+        """End the training with an error in watching; or give one warning, and no step is due."""
         if strict:
             raise error
+        if not self.is_off:
+            log.warning("losswatch: nothing is watched from here on: %s", reason(error))
         self.is_off, self.is_due = True, False
-        log.warning("losswatch: nothing is watched from here on: %s", reason(error))
 
-    def open(self, names: Sequence[str], device: torch.device) -> None:
-        """Take the names of what is observed, at the first observation."""
-        self.tags = watched_tags(names, self.cosines)
+    def open(
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        explain: Callable[[Sequence[float]], str],
+    ) -> None:
+        """Take the names of what is observed, at the first observation.
+
+        Args:
+            device: of the numbers.
+            explain: from the three numbers of a fault (`losses.inputs`) to a line.
+        """
+        self.tags, self.explain = watched_tags(names, self.cosines), explain
         self.block = torch.empty(self.BLOCK, len(self.tags), device=device)
+        self.faults = torch.zeros(self.BLOCK, 3, device=device)
 
-    def add(self, values: Tensor, norms: Tensor, cosines: Tensor) -> bool:
+    def add(
+        self,
+        values: Tensor,
+        norms: Tensor,
+        cosines: Tensor,
+        fault: Tensor | None = None,
+        failed: Mapping[str, str] = MappingProxyType({}),
+    ) -> bool:
         """Keep the numbers of this step; whether it is time to write.
 
         Args:
-            values, norms, cosines: as of `Seen`.
+            values, norms, cosines: see `Seen`.
+            fault: of output and target, [3] (`losses.inputs`).
+            failed: why losses failed, by name.
+
+        Raises:
+            ValueError: there are other losses than at the first observation.
         """
         self.newest = as_row(values, norms, cosines if self.cosines else None)
+        if len(self.newest) != len(self.tags):
+            raise ValueError(f"the number of heads changed at step {self.step}")
+        for name, why in failed.items():
+            if name not in self.warned:
+                self.warned |= {name, f"{LOSS}{name}", f"{GRAD_NORM}{name}"}
+                log.warning("losswatch: loss %s failed at step %d: %s", name, self.step, why)
         self.block[len(self.steps)] = self.newest
+        if fault is not None:
+            self.faults[len(self.steps)] = fault
         self.steps.append(self.step)
         self.is_due = False
         return len(self.steps) == self.BLOCK or time.monotonic() - self.written > self.SECONDS
@@ -100,9 +135,18 @@ class Record:
         import numpy as np  # imported late: `from losswatch import Watch` needs nothing but PyTorch
 
         steps, self.steps, self.written = np.array(self.steps, int), [], time.monotonic()
+        if not len(steps):
+            return steps, np.empty((0, len(self.tags)))
         values = self.block[: len(steps)].cpu().numpy()
+        faults = self.faults[: len(steps)].cpu().numpy()
+        self.faults.zero_()
+        for step, fault in zip(steps, faults, strict=True):
+            if fault[0] > 0 and (line := self.explain(fault.tolist())) not in self.warned:
+                self.warned.add(line)
+                log.warning("losswatch: step %d: %s; %s", step, line, self.SPOILT)
         for tag, column in zip(self.tags, values.T, strict=True):
-            bad = [(s, v) for s, v in zip(steps, column, strict=True) if not abs(v) < 1e38]
+            rows = zip(steps, column, faults[:, 0], strict=True)
+            bad = [(s, v) for s, v, fault in rows if not abs(v) < 1e38 and not fault > 0]
             if bad and tag not in self.warned and not tag.startswith(GRAD_COSINE):
                 self.warned.add(tag)
                 log.warning("%s is %s at step %d", tag, bad[0][1], bad[0][0])
