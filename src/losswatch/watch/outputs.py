@@ -278,7 +278,7 @@ class Views:
         Args:
             skipped: a loss that is not among them.
         """
-        found, faults = [], [output.new_zeros(3, dtype=torch.float32)]
+        found, faults = [], list[Tensor]()
         for (reads, index), losses in self._plan(output, skipped).items():
             if reads == "given":
                 found.append(Part(losses, output, target.clone()))  # a loss may write to it
@@ -290,9 +290,10 @@ class Views:
             else:
                 pair = output, as_labels(clean, output, index)
             found.append(Part(losses, *pair))
-        if self.activation == "none" and len(faults) > 1:
+        if self.activation == "none" and faults:
             faults.append(probability_fault(output.detach()))
-        return found, first_fault(faults)
+        none = torch.zeros(3, device=output.device)
+        return found, first_fault(faults) if faults else none
 
     def explain(self, fault: Sequence[float], channels: int) -> str:
         """The line about a fault, its three numbers read; the output has so many channels."""
