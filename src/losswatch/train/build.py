@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from losswatch.data.form import IGNORED, Form
 from losswatch.data.modules import batches_per_epoch, form_of
-from losswatch.losses import LossSet
+from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
+from losswatch.presets import load_loss
 from losswatch.text import one_line
 from losswatch.train.arguments import check_arguments
 from losswatch.train.config import RANDOM, ConfigError, check_values, thresholds
@@ -46,13 +47,22 @@ def _check_target(what: str, node: Any) -> None:
         _check_target(f"{what}.{key}", inner)
     if "_target_" not in node:
         return
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    check_arguments(what, _target(what, node), given)
+
+
+def _target(what: str, node: DictConfig) -> Any:
+    """The class or function that the `_target_` of a node names.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     try:
-        target = get_object(node._target_)
+        return get_object(node._target_)
     except Exception as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"{what}._target_={node._target_} cannot be imported: {why}") from error
-    values: Any = OmegaConf.to_container(node, resolve=True)
-    check_arguments(what, target, {k: v for k, v in values.items() if not k.startswith("_")})
 
 
 def _has_target(node: Any) -> bool:
@@ -94,7 +104,7 @@ def make_losses(nodes: Mapping[str, DictConfig], form: Form) -> LossSet:
         seed_everything(0)
         for name, node in nodes.items():
             if form.has_ignored:
-                node = _with_ignored(node)
+                node = _with_ignored(f"loss {name}", node)
             loss = _instantiate(f"loss {name}", node)
             if form.target == "multilabel" and reads(loss) == "softmax":
                 loss = of_each_channel(loss)
@@ -102,16 +112,30 @@ def make_losses(nodes: Mapping[str, DictConfig], form: Form) -> LossSet:
     return LossSet(made)
 
 
-def _with_ignored(node: Any) -> Any:
+def _with_ignored(what: str, node: Any) -> Any:
     """The config of a loss whose parts, as far as they are of losswatch, ignore `IGNORED`."""
     if OmegaConf.is_list(node):
-        return [_with_ignored(part) for part in node]
+        return [_with_ignored(f"{what}[{i}]", part) for i, part in enumerate(node)]
     if not OmegaConf.is_dict(node):
         return node
-    found = {key: _with_ignored(value) for key, value in node.items()}
-    if found.get("_target_") in ("losswatch.losses.Dice", "losswatch.losses.CrossEntropy"):
+    found = {key: _with_ignored(f"{what}.{key}", value) for key, value in node.items()}
+    if "_target_" in node and _can_ignore(_target(what, node)):
         found = {"ignore_index": IGNORED} | found
     return OmegaConf.create(found)
+
+
+def _can_ignore(target: Any) -> bool:
+    """Whether a target makes a loss of losswatch, or of a subclass, that takes `ignore_index`."""
+    if not (inspect.isclass(target) and issubclass(target, Dice | CrossEntropy | Sum)):
+        return target is load_loss
+    for base in target.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            kinds = {parameter.kind for parameter in parameters.values()}
+            # With **kwargs the next constructor decides, to which these go.
+            if "ignore_index" in parameters or inspect.Parameter.VAR_KEYWORD not in kinds:
+                return "ignore_index" in parameters
+    return False
 
 
 def make_net(cfg: DictConfig, form: Form) -> nn.Module:
