@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from losswatch import compat
 from losswatch.data.form import IGNORED, Form
 from losswatch.data.modules import batches_per_epoch, form_of
 from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
 from losswatch.presets import load_loss
 from losswatch.text import one_line
-from losswatch.train.arguments import check_arguments
+from losswatch.train.arguments import check_arguments, check_call
 from losswatch.train.config import RANDOM, ConfigError, check_values, thresholds
 from losswatch.train.randomness import seed_everything
 from losswatch.train.settings import plain
@@ -85,12 +86,19 @@ def _instantiate(what: str, node: Any, kind: type = nn.Module, **kwargs: Any) ->
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ConfigError(f"{what}: {' '.join(str(cause).split())}") from error
-    if not isinstance(made, kind):
-        name = "torch.nn.Module" if kind is nn.Module else kind.__name__
-        raise ConfigError(
-            f"{what}: {node._target_} must make a {name}, it makes a {type(made).__name__}"
-        )
+    _check_kind(what, node, type(made), kind)
     return made
+
+
+def _check_kind(what: str, node: DictConfig, made: type, kind: type) -> None:
+    """See that a node makes an object of a kind.
+
+    Raises:
+        ConfigError: it makes another one.
+    """
+    if not issubclass(made, kind):
+        name = "torch.nn.Module" if kind is nn.Module else kind.__name__
+        raise ConfigError(f"{what}: {node._target_} must make a {name}, it makes a {made.__name__}")
 
 
 def make_losses(nodes: Mapping[str, DictConfig], form: Form) -> LossSet:
@@ -186,14 +194,37 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     Each gets a folder in it as `save_dir`, unless its file says otherwise, and the run's name under
     the name that `_arguments_` gives.
     """
-    made = []
+    return [
+        _instantiate(what, node, Logger, **given)
+        for what, node, given in _logger_nodes(cfg, folder)
+    ]
+
+
+def check_loggers(cfg: DictConfig) -> None:
+    """See that `make_loggers` can make the loggers. None is made: some would begin a remote run.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    for what, node, given in _logger_nodes(cfg, Path("run")):
+        _check_target(what, node)
+        target, values = _target(what, node), OmegaConf.to_container(node, resolve=True)
+        assert isinstance(values, dict)
+        given |= {str(key): value for key, value in values.items() if str(key)[0] != "_"}
+        check_call(what, target, values.get("_args_", []), given)
+        if inspect.isclass(target):
+            _check_kind(what, node, target, Logger)
+            if missing := compat.why_not_installed(target):
+                raise ConfigError(f"{what}: {missing}")
+
+
+def _logger_nodes(cfg: DictConfig, folder: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Of each logger how messages call it, its node, and what else it gets."""
     for name, node in _nodes(cfg, "logger").items():
         given = {} if "save_dir" in node else {"save_dir": str(folder / name)}
         if "run" in node.get("_arguments_", {}):
             given["run"] = folder.name
-        node, given = _renamed(node, given)
-        made.append(_instantiate(f"logger.{name}", node, Logger, **given))
-    return made
+        yield f"logger.{name}", *_renamed(node, given)
 
 
 def make_callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:
