@@ -62,14 +62,15 @@ def open_log(cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int]
         events: the event files and sizes that a checkpoint knows; what an earlier attempt wrote
             beyond them is removed.
     """
-    with ExitStack() as until_complete:
-        logger = until_complete.enter_context(EventLog(str(folder)))
-        if process_rank() == 0:
-            rewind(folder, events)
+    logger = EventLog(str(folder))
+    if process_rank() == 0:
+        rewind(folder, events)
+        with ExitStack() as on_failure:
+            on_failure.enter_context(logger)
             put_last(logger.experiment)
             add_charts(logger.experiment, cosines=cfg.probe.cosines, validation=True)
             add_hparams(logger.experiment, cfg, loss, folder)
-        until_complete.pop_all()
+            on_failure.pop_all()  # it stays open
     return logger
 
 
