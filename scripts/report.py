@@ -6,8 +6,9 @@
     python scripts/report.py outputs/<sweep> --study             axes of the published study
 
 Prints the table of runs and the comparison of losses, in each condition and pooled. Writes
-summary.csv, comparison.csv, report.md and figures/ into the sweep's folder. The report names runs
-that are not finished or that failed. A folder of sweeps is read as one sweep.
+summary.csv, comparison.csv, report.md and figures/ into the sweep's folder. Means, comparisons and
+figures are of the runs that are done, and the others are named. A folder of sweeps is read as one
+sweep.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from losswatch.files import replace_file
 from losswatch.report.compare import compare_losses, conditions
 from losswatch.report.dependence import plot_dependence
 from losswatch.report.figures import plot_sweep
-from losswatch.report.runs import all_losses
+from losswatch.report.runs import all_losses, left_out
 from losswatch.report.style import FORMATS, loss_looks
 from losswatch.report.tables import (
     cell_table,
@@ -71,6 +72,8 @@ def main() -> int:
         for title, cells in comparisons.items():
             console.print(f"\n[bold]{title}[/]", highlight=False)
             console.print(rich_table(cells))
+        if others := left_out(runs):
+            print(f"\nNot done, so in no mean, comparison or figure: {others}")
         if comparisons:
             print(f"\n{printable(args.sweep / 'comparison.csv')} (all rows)")
         print(f"{printable(report)} ({number_of(len(figures), 'figure')})")
@@ -158,6 +161,7 @@ def markdown(
     if len(stopped):
         parts += [
             "## Not finished",
+            "These runs are in no mean, comparison or figure.",
             *(
                 f"- {markdown_escape(run)}: {markdown_escape(status)}"
                 + (f", {markdown_escape(error)}" if isinstance(error, str) else "")
@@ -173,7 +177,8 @@ def markdown(
             "of each watched loss, a moving mean over 201 observed steps (2 % of them in shorter "
             "runs). Below are the losses, moving means over 11 steps, and the validation accuracy "
             "(black, right-hand axis). Lines are means over repeated runs, and shades are their "
-            "ranges. The trained loss is the thicker line.",
+            "ranges, up to the step at which the first of these runs ends. The trained loss is the "
+            "thicker line.",
         ]
     parts += [markdown_image(title, path, sweep) for title, path in figures.items()]
     return "\n\n".join(parts) + "\n"

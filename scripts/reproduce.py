@@ -56,10 +56,12 @@ def main() -> int:
                 if status:
                     return status
     try:
-        write_report(args.runs, out)
+        others = write_report(args.runs, out)
     except OSError as error:  # there are no runs, or nothing can be written
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
+    if others:
+        print(f"Left out, since they are not done: {others}")
     print(out / "report.md")
     return 0
 

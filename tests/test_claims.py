@@ -1,11 +1,13 @@
 """Measures, intervals and verdicts of the study's claims; the script and the notebook."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT
 from torch.utils.tensorboard import SummaryWriter
 
+import reproduce
 from losswatch.events.encode import write_scalars
 from losswatch.losses import Dice
 from study import claims, intervals, measures, report, saturation, symmetry
@@ -21,9 +24,11 @@ from study import claims, intervals, measures, report, saturation, symmetry
 def write_run(folder, steps=3000):
     """A run whose CCE is 0.7, but 1.4 at steps 100 to 200, and whose norms rise with the step."""
     index = np.arange(steps)
-    values = np.stack([0.7 + 0.7 * ((index >= 100) & (index <= 200)), 1 + index, 5.0 + index], 1)
+    cce = 0.7 + 0.7 * ((index >= 100) & (index <= 200))
+    values = np.stack([cce, 1 + index, 5.0 + index, 9.0 + index], 1)
+    tags = ["loss/cce", "grad_norm/cce", "grad_norm/dice_fg", "grad_norm/dice"]
     with SummaryWriter(folder) as writer:
-        write_scalars(writer, ["loss/cce", "grad_norm/cce", "grad_norm/dice_fg"], index, values)
+        write_scalars(writer, tags, index, values)
         for step in range(0, steps, 250):
             writer.add_scalar("val/accuracy", step / 10_000, step)
     return index
@@ -146,6 +151,31 @@ def test_the_published_report_is_what_the_published_measures_give():
     for ours, theirs in different:
         last_digit = 10.0 ** -len(theirs.partition(".")[2])
         assert float(ours) == pytest.approx(float(theirs), abs=1.01 * last_digit)
+
+
+def test_the_reports_runs_are_done_and_the_others_are_named(tmp_path, monkeypatch, capsys):
+    for loss in ("cce", "dice", "dice_fg"):
+        for status in ("done", "failed"):
+            folder = tmp_path / f"runs/article/{loss},{status}"
+            write_run(folder, steps=60)
+            result = {
+                "status": status,
+                "choices": {"loss": loss, "model": "convnet", "optimizer": "adam"},
+                "config": {"theta": 0.5, "seed": 0, "model": {"batch_norm": False}},
+                "metrics": {"val/accuracy": 0.9 if status == "done" else 0.1},
+            }
+            (folder / "result.json").write_text(json.dumps(result))
+    monkeypatch.setattr(report, "plot_sweeps", lambda *_: {})
+    command = ["reproduce.py", "--no-train", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", command)
+    with joblib.parallel_config("threading"):
+        assert reproduce.main() == 0
+    names = ", ".join(f"article/{loss},failed (failed)" for loss in ("cce", "dice", "dice_fg"))
+    line = f"Left out, since they are not done: {names}"
+    assert capsys.readouterr().out.splitlines() == [line, str(tmp_path / "report.md")]
+    page = (tmp_path / "report.md").read_text()
+    assert page.count(f"\n{line}.\n") == 1 and "There are 3 runs" in page and "0.1000" not in page
+    assert len(pd.read_csv(tmp_path / "summary.csv")) == 3
 
 
 @pytest.mark.slow

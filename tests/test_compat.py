@@ -16,6 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
+from lightning_utilities.core.imports import RequirementCache
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
@@ -378,6 +380,20 @@ class Look(pl.Callback):
         self.seen.append(
             (compat.is_accumulating(trainer), compat.batches_between_validations(trainer))
         )
+
+
+def test_why_not_installed(monkeypatch):
+    class Own(WandbLogger):
+        pass
+
+    assert compat.why_not_installed(CSVLogger) is None
+    monkeypatch.setattr(pl.loggers.wandb, "_WANDB_AVAILABLE", RequirementCache("nosuch>=1"))
+    for logger in (WandbLogger, Own):
+        with pytest.raises(ModuleNotFoundError) as raised:
+            logger()
+        assert compat.why_not_installed(logger) == str(raised.value)
+    names = [f"_{name.upper()}_AVAILABLE" for name in ("comet", "mlflow", "wandb")]
+    assert all(hasattr(getattr(pl.loggers, n.split("_")[1].lower()), n) for n in names)
 
 
 def test_the_training_loop():

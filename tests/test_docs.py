@@ -1,9 +1,16 @@
-"""The README files and the comments in YAML, against the files and commands that they name."""
+"""The README files and the comments in YAML, against the files and commands that they name.
 
+And the packages of pyproject.toml, against the imports.
+"""
+
+import ast
 import importlib.util
 import inspect
 import re
 import shlex
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -216,3 +223,51 @@ def test_every_knob_is_explained_with_its_default(cls):
     knobs = inspect.signature(cls).parameters
     defaults = {knob: OmegaConf.create(f"value: {text}").value for knob, text in table.items()}
     assert defaults == {knob: parameter.default for knob, parameter in knobs.items()}
+
+
+# --- Packages ------------------------------------------------------------------------------------
+
+# The benchmarks measure these where they are installed, and an example is skipped without its own.
+PEERS = {"nnunetv2", "segmentation_models_pytorch", "transformers"}
+
+
+def imports(tree: ast.AST, at_start: bool) -> Iterator[str]:
+    """The modules that code imports; `at_start`: as soon as it is imported itself."""
+    for node in ast.iter_child_nodes(tree):
+        if at_start and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if at_start and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+        yield from imports(node, at_start)
+
+
+def test_all_packages_that_are_imported_are_declared():
+    """What the library imports at its start is a dependency; the rest may be one of an extra."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+
+    def distributions(requirements) -> set[str]:
+        names = {re.match(r"[\w.-]+", requirement)[0] for requirement in requirements}
+        return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+    required = distributions(project["dependencies"])
+    extras = distributions(r for extra in project["optional-dependencies"].values() for r in extra)
+    providers = packages_distributions()
+    library = [ROOT / "train.py", *(ROOT / "src").rglob("*.py")]
+    scripts = [*(ROOT / "scripts").rglob("*.py")]
+    ours = {path.stem for path in scripts} | {"losswatch", "hydra_plugins", "study", "benchmarks"}
+    missing = {}
+    for path in [*library, *scripts]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        cases = [(True, required)] if path in library else []
+        for at_start, declared in [*cases, (False, required | extras)]:
+            for module in imports(tree, at_start):
+                top = module.partition(".")[0]
+                found = distributions(providers.get(top, [top]))
+                if not ({top} & (sys.stdlib_module_names | ours | PEERS) or found & declared):
+                    missing[top] = name(path)
+    assert not missing

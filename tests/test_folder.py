@@ -15,11 +15,12 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
+from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from losswatch import Dice, LossSet, Observer
+from losswatch import CrossEntropy, Dice, LossSet, Observer, Sum
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.reading import read, write_mask
@@ -579,6 +580,64 @@ def test_training_values_and_norms(tmp_path, kind, compose):
         slopes = torch.autograd.grad(value, list(net.parameters()), retain_graph=True)
         norm = torch.cat([s.flatten() for s in slopes]).norm()
         torch.testing.assert_close(seen.norms[i], norm, rtol=1e-9, atol=0)
+
+
+class Plain(Dice):
+    """A subclass with the constructor of its base."""
+
+
+class Renamed(CrossEntropy):
+    """A subclass that passes on what it gets."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+
+
+class Closed(Dice):
+    """A subclass that takes no setting."""
+
+    def __init__(self):
+        super().__init__(ignore_index=-1)
+
+
+class Both(Sum):
+    """A sum that makes its parts."""
+
+    def __init__(self, ignore_index=None):
+        super().__init__([Dice(ignore_index=ignore_index), CrossEntropy(ignore_index=ignore_index)])
+
+
+@pytest.mark.parametrize("dice, cross_entropy", [
+    ("losswatch.losses.Dice", "losswatch.losses.CrossEntropy"),
+    ("losswatch.Dice", "losswatch.CrossEntropy"),
+    ("losswatch.losses.compose.Dice", "losswatch.losses.cross_entropy.CrossEntropy"),
+    (f"{__name__}.Plain", f"{__name__}.Renamed"),
+    (f"{__name__}.Closed", "losswatch.CrossEntropy"),
+])  # fmt: skip
+def test_losses_ignore_pixels_under_each_name_of_their_class(dice, cross_entropy):
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 5, 5, generator=rng, dtype=torch.float64)
+    target = torch.randint(-1, 3, (2, 5, 5), generator=rng)
+    nodes = {
+        "dice": {"_target_": dice},
+        "cce": {"_target_": cross_entropy},
+        "sum": {"_target_": "losswatch.Sum", "losses": [{"_target_": dice},
+                                                        {"_target_": cross_entropy}]},
+        "own_sum": {"_target_": f"{__name__}.Both"},
+        "loaded": {"_target_": "losswatch.load_loss", "name": "dice_cce"},
+    }  # fmt: skip
+    nodes = {name: OmegaConf.create(node) for name, node in nodes.items()}
+    losses = build.make_losses(nodes, Form(1, tuple("abc"), 2, has_ignored=True))
+    values = dict(zip(losses.names, losses(logits, target).tolist(), strict=True))
+    counted = target != -1
+    p = logits.softmax(1).movedim(1, -1)[counted]  # [pixels, 3]
+    y = F.one_hot(target[counted], 3)
+    wanted = (1 - 2 * (p * y).sum(0) / (p + y).sum(0)).mean().item()
+    cce = F.cross_entropy(logits, target, ignore_index=-1).item()
+    assert values["dice"] == pytest.approx(wanted, rel=1e-6)
+    assert values["cce"] == pytest.approx(cce, rel=1e-6)
+    for name in ("sum", "own_sum", "loaded"):
+        assert values[name] == pytest.approx(wanted + cce, rel=1e-6), name
 
 
 # --- Runs ----------------------------------------------------------------------------------------

@@ -5,15 +5,21 @@ import json
 import math
 import re
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import read_result, run_folders, run_train
+from lightning_utilities.core.imports import RequirementCache
+from omegaconf import OmegaConf
+from pytorch_lightning import loggers
+from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from losswatch.data.steps import Steps
-from losswatch.train.build import make_scheduler
+from losswatch.train.build import make_loggers, make_scheduler
 from losswatch.train.config import ConfigError
 
 QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
@@ -70,6 +76,50 @@ def test_loggers_of_services(tmp_path, name, monkeypatch):
     assert [(m.step, m.value) for m in history] == [
         (step, pytest.approx(value, rel=1e-6)) for step, value in wanted
     ]
+
+
+class Remote(CSVLogger):
+    """A logger that begins a run on a server as soon as it is made."""
+
+    made: ClassVar[list[str]] = []
+
+    def __init__(self, save_dir, project, name="", group: str | None = None):
+        super().__init__(save_dir, name)
+        self.made.append(project)
+
+
+REMOTE = f"+logger.remote={{_target_:{__name__}.Remote,project:mine}}"
+
+
+def test_the_check_makes_no_logger(compose, tmp_path, monkeypatch):
+    monkeypatch.setattr(Remote, "made", [])
+    composed = compose(*QUICK, REMOTE, "+logger.remote._arguments_={run:name}")
+    for _ in range(2):
+        composed.check()
+    assert Remote.made == []
+    make_loggers(composed.cfg, tmp_path)
+    assert Remote.made == ["mine"]
+
+
+WRONG_LOGGERS = {
+    "+logger.remote.projekt=x": "logger.remote: got an unexpected keyword argument 'projekt'",
+    "~logger.remote.project": "logger.remote: missing a required argument: 'project'",
+    "+logger.remote.group=3": "logger.remote.group must be text or null, got 3",
+    "logger.remote._target_=torch.nn.ReLU": "logger.remote: got an unexpected keyword argument",
+    "+logger.x._target_=torch.nn.Module": "logger.x: .*got an unexpected keyword argument|"
+    "logger.x: torch.nn.Module must make a Logger, it makes a Module",
+    "+logger.comet._target_=pytorch_lightning.loggers.CometLogger": "logger.comet: .*'nosuch",
+}
+
+
+@pytest.mark.parametrize("overrides", WRONG_LOGGERS)
+def test_a_logger_that_cannot_be_made_is_found_before_training(compose, monkeypatch, overrides):
+    monkeypatch.setattr(loggers.comet, "_COMET_AVAILABLE", RequirementCache("nosuch>=1"))
+    monkeypatch.setattr(Remote, "made", [])
+    run = compose(*QUICK, REMOTE, overrides)
+    with pytest.raises(ConfigError, match=f"^{WRONG_LOGGERS[overrides]}") as raised:
+        run.check()
+    assert "\n" not in str(raised.value) and not Remote.made
 
 
 # --- Callbacks -----------------------------------------------------------------------------------
@@ -244,6 +294,10 @@ CANNOT_WORK = {
     "scheduler=cosine optimizer.weight_decay=-1": "optimizer: Invalid weight_decay value: -1",
     "+trainer.reload_dataloaders_every_n_epochs=1": "trainer.reload_dataloaders_every_n_epochs is ",
     "data.batches=4 trainer.max_epochs=2000000000": "trainer.max_steps must be less than 2.31, got",
+    "+trainer.barebones=true": "trainer.barebones is set by losswatch; a run has loggers, ",
+    "+trainer.limit_val_batches=0": "trainer.limit_val_batches must be more than 0, got 0: ",
+    "+trainer.limit_val_batches=0.3": "trainer.limit_val_batches=0.3 of 2 is less than one batch; ",
+    "+trainer.limit_test_batches=0.3": "trainer.limit_test_batches=0.3 of 2 is less than one ",
     "+trainer.min_epochs=2": "trainer.min_epochs is set by losswatch; a training is one epoch; ",
     "data.batches=3 trainer.max_epochs=100000000000": "trainer.max_epochs must be less than 2.31,",
 }
@@ -255,6 +309,37 @@ def test_what_cannot_work_is_found_before_training(compose, overrides):
     with pytest.raises(ConfigError, match=f"^{CANNOT_WORK[overrides]}") as raised:
         run.check()
     assert "\n" not in str(raised.value)
+
+
+class Later(torch.nn.Module):
+    """A loss, or a network, that fails at a later call."""
+
+    def __init__(self, call, **sizes):
+        super().__init__()
+        self.call, self.calls = call, 0
+        self.net = torch.nn.Conv2d(1, 2, 1)
+
+    def forward(self, x, target=None):
+        self.calls += 1
+        if self.calls == self.call:
+            raise RuntimeError("two\nlines")
+        return self.net(x) if target is None else F.cross_entropy(x, target)
+
+
+@pytest.mark.parametrize("what", ["loss", "model"])
+def test_an_error_of_any_call_in_the_check_is_one_line(compose, what):
+    """Found at each call that the check makes, and at no call that it does not make."""
+    refused = []
+    for call in range(1, 9):
+        options = ["model=convnet", "model.width=1"] if what == "loss" else []
+        composed = compose(*QUICK, *options, "watch=[cce]")
+        composed.cfg[what] = OmegaConf.create({"_target_": f"{__name__}.Later", "call": call})
+        try:
+            composed.check()
+        except ConfigError as error:
+            assert str(error) in ("loss dice: two lines", "model: two lines")
+            refused.append(call)
+    assert refused == list(range(1, len(refused) + 1)) and len(refused) >= 2
 
 
 @pytest.mark.parametrize(

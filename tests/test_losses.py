@@ -867,5 +867,6 @@ def test_bad_data(loss):
         Dice(ignore_index=1)(logits, one_hot(target, 2))
     with pytest.raises(ValueError, match="class 7.*0 to 1 or ignore_index=9"):
         check_inputs(logits, target + torch.tensor([7]) - target, 9)
-    with pytest.raises(ValueError, match="weights"):
-        Sum([loss], weights=[1, 2])
+    for weights in ([1, 2], [], ()):
+        with pytest.raises(ValueError, match=r"weights=.*one per loss is needed"):
+            Sum([loss], weights=weights)

@@ -1,6 +1,7 @@
 """Half precision trains as well as float32, and large images fit into memory."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from losswatch.events.series import read_scalars
 from losswatch.losses import CrossEntropy, Dice, LossSet
 from losswatch.nets import ConvNet, UNet
 from losswatch.nets.cpu import fast_on_cpu
+from losswatch.train import run
 from losswatch.train.config import ConfigError
 from losswatch.train.module import SegmentationModule
 from losswatch.watch.lightning import Watch
@@ -25,6 +27,38 @@ def test_float16_is_refused_on_a_cpu(compose, precision):
     """Lightning would train in bfloat16 without a word."""
     with pytest.raises(ConfigError, match=f"precision={precision} needs a GPU; .* bf16-mixed$"):
         compose("trainer.accelerator=cpu", f"trainer.precision={precision}").check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "trainer.precision=16-true",
+        "trainer.precision=16-true optimizer.eps=1e-4",
+        "trainer.precision=16-true optimizer=sgd",
+        "trainer.precision=bf16-true",
+        "trainer.precision=64-true",
+    ],
+)
+def test_the_first_step_fails_in_the_check_where_it_fails_in_the_run(compose, options, tmp_path):
+    composed = compose(
+        "experiment=smoke", "model=convnet", "trainer.max_steps=2", "trainer.accelerator=cpu",
+        "trainer.enable_progress_bar=false", "data.val_size=2", "data.test_size=2",
+        *options.split(),
+    )  # fmt: skip
+    outcomes = []
+    for attempt, kind in (
+        (composed.check, ConfigError),
+        (lambda: run.train(composed.cfg, "dice", tmp_path), FloatingPointError),
+    ):
+        try:
+            attempt()
+            outcomes.append("works")
+        except kind as error:
+            outcomes.append(re.search(r"0\.0\.weight (is|NaN)", str(error)) and "fails")
+    assert (
+        outcomes
+        == ["fails" if options.endswith("16-true") and "bf" not in options else "works"] * 2
+    )
 
 
 def in_float16() -> list[MixedPrecision]:

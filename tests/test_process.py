@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from losswatch.events.series import read_scalars
 from losswatch.nets import ConvNet
+from losswatch.train import run
+from losswatch.train.eventlog import EventLog
 from losswatch.train.process import only_errors, quiet, run_process
 from losswatch.train.randomness import get_state
 
@@ -55,6 +58,31 @@ def test_the_seed_is_that_of_the_run():
         with run_process(ConvNet(1, 2), seed=seed):
             drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert drawn[0] == drawn[2] and len(set(drawn)) == 3
+
+
+def test_a_failed_run_leaves_no_thread(compose, tmp_path):
+    """Of TensorBoard's writer: a sweep of many failing runs would keep one for each."""
+    composed = compose(
+        "experiment=smoke", "model=convnet", "trainer.accelerator=cpu", "optimizer.lr=1e30",
+        "trainer.enable_progress_bar=false",
+    )  # fmt: skip
+    before = set(threading.enumerate())
+    for name in ("a", "b"):
+        with pytest.raises(FloatingPointError, match="step 1: "):
+            run.train(composed.cfg, "dice", tmp_path / name)
+    assert set(threading.enumerate()) == before
+    assert list(read_scalars(tmp_path / "b")["loss/dice"].dropna().index) == [0]
+
+
+def test_an_event_file_that_cannot_be_closed_hides_no_error(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(EventLog, "close", fail)
+    with pytest.raises(FloatingPointError), EventLog(str(tmp_path)):
+        raise FloatingPointError
+    with pytest.raises(OSError, match="No space"), EventLog(str(tmp_path)):
+        pass
 
 
 def failing_thread(error):

@@ -562,7 +562,8 @@ def test_a_config_file_that_hydra_did_not_write_is_survived(tmp_path, caplog, no
 def test_any_folder_name_is_shown_as_text(tmp_path, main, capsys, caplog, name):
     write_result(tmp_path / "a")
     write_result(tmp_path / name, "cce", status="failed", error="x")
-    write_events(tmp_path / name, range(3))
+    for run in ("a", name):
+        write_events(tmp_path / run, range(3))
     assert main(tmp_path) == 0 and not caplog.messages
     [figure] = (tmp_path / "figures").iterdir()
     assert figure.stat().st_size
@@ -917,6 +918,59 @@ def test_a_figure_per_combination_or_per_seed(tmp_path):
     assert all(path.parent == tmp_path / "figures" and path.exists() for path in paths.values())
     paths = figures.plot_sweep(tmp_path, runs[runs["theta"] == 0.05], seeds=True)
     assert [path.name for path in paths.values()] == ["seed=0.png", "seed=1.png"]
+
+
+def test_figures_are_of_the_runs_that_are_done_and_the_others_are_named(
+    tmp_path, main, monkeypatch, capsys
+):
+    for seed in (0, 1):
+        write_result(tmp_path / f"done,{seed}", "dice", seed=seed, accuracy=0.9 + seed / 10)
+        write_events(tmp_path / f"done,{seed}", range(12), scale=1 + seed)
+    write_result(tmp_path / "failed", "dice", seed=2, status="failed", error="NaN")
+    write_result(tmp_path / "short", "cce", seed=0, status="unfinished", error="time is up")
+    (tmp_path / "killed").mkdir()  # without result.json
+    for name in ("failed", "short", "killed"):
+        write_events(tmp_path / name, range(5), scale=100)
+    drawn, draw = [], figures.draw
+    monkeypatch.setattr(figures, "draw", lambda *args, **o: drawn.append(draw(*args, **o)))
+    monkeypatch.setattr(figures, "draw_files", lambda figure, stem, _: figure() or stem)
+    assert main(tmp_path) == 0
+    [figure] = drawn
+    above, below, right = figure.axes
+    assert above.get_title() == "trained with dice"
+    line = lines(above)[loss_looks(NAMES)["cce"]["color"]]
+    assert line.get_ydata().tolist() == [1.5] * 12
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[-1] == "range of 2 runs"
+    # Both end at 1 - 0.3 / 11, whatever result.json says.
+    assert right.get_title() == "final accuracy 0.9727 (0.9727 to 0.9727)"
+    shown = capsys.readouterr().out
+    names = "failed (failed), killed (unfinished), short (unfinished)"
+    assert shown.count(f"\nNot done, so in no mean, comparison or figure: {names}\n") == 1
+    page = (tmp_path / "report.md").read_text()
+    assert "Runs: 2 done, 2 unfinished, 1 failed." in page
+    for name in ("failed: failed, NaN", "killed: unfinished", "short: unfinished, time is up"):
+        assert page.count(f"- {name}\n") == 1
+
+    for name in ("done,0", "done,1"):
+        write_result(tmp_path / name, "dice", status="failed")
+    drawn.clear()
+    assert main(tmp_path) == 0 and not drawn
+
+
+def test_a_mean_ends_where_the_first_of_its_runs_ends():
+    """Early stopping ends runs that are done at different steps."""
+    runs = {"cce": [curves(), curves(300, scale=2.0)], "dice": [curves(200)] * 3}
+    figure = figures.draw(runs)
+    above, _, _, _, right, _ = figure.axes
+    line = lines(above)[loss_looks(NAMES)["cce"]["color"]]
+    assert line.get_xdata().tolist() == list(range(0, 300, 2)) and (line.get_ydata() == 1.5).all()
+    shade = above.collections[0].get_datalim(above.transData)
+    assert (shade.y0, shade.y1, shade.x1) == (1, 2, 298)
+    [accuracy] = right.get_lines()
+    assert accuracy.get_xdata().tolist() == list(range(0, 300, 50))
+    assert right.get_title() == "final accuracy 0.9530 (0.9525 to 0.9535)"
+    assert figure.legends[0].get_texts()[-1].get_text() == "range of 2 to 3 runs"
 
 
 def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):

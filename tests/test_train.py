@@ -435,6 +435,24 @@ def test_the_command_that_resumes_in_another_working_directory(tmp_path):
     assert read_result(tmp_path / "a b,c")["status"] == "done"
 
 
+def test_a_checkout_in_a_folder_of_any_name(tmp_path):
+    """Only what follows the program is quoted: Lightning starts further ranks by its path, too."""
+    program = tmp_path / "a=1,b=2 c" / "train.py"
+    program.parent.mkdir()
+    shutil.copy(ROOT / "train.py", program)
+    options = ["experiment=smoke", "+trainer.max_time=00:00:00:00"]
+    fork = SERVER.start(str(program), *options, "loss.exponent=2", cwd=tmp_path)
+    fork.wait(60)
+    done = fork.result()
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("Resume")]
+    [folder] = run_folders(tmp_path).values()
+    assert shlex.split(line) == [
+        "Resume", "python", str(program), *options, "++loss.exponent=2",
+        f"resume={folder.relative_to(tmp_path)}",
+    ]  # fmt: skip
+
+
 def test_curves_without_an_event_file(tmp_path):
     """A finished run whose event file somebody removed is done all the same."""
     task._draw_curves(tmp_path, "dice", step=3)

@@ -10,7 +10,7 @@ import pandas as pd
 from losswatch.events.series import read_scalars
 from losswatch.events.tags import GRAD_NORM
 from losswatch.report.figures import LOSS_WINDOW, NORM_WINDOW, moving_mean
-from losswatch.report.runs import loss_order, read_runs
+from losswatch.report.runs import done, loss_order
 from study.intervals import Interval, mean_interval, ratio_interval
 
 # A run has converged if its final validation accuracy is at least this: then it gets at most half
@@ -61,10 +61,9 @@ def measure(run_dir: str | Path) -> dict[str, float]:
     return measures
 
 
-def measured_runs(sweep_dir: str | Path) -> pd.DataFrame:
-    """The rows of `read_runs` for runs that are done, with the columns of `measure`."""
-    runs = read_runs(sweep_dir)
-    runs = runs[runs["status"] == "done"].reset_index(drop=True)
+def measured_runs(sweep_dir: str | Path, runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `read_runs(sweep_dir)` for runs that are done, with the columns of `measure`."""
+    runs = done(runs).reset_index(drop=True)
     folders = [Path(sweep_dir, run) for run in runs["run"]]
     measures = joblib.Parallel(n_jobs=-1)(joblib.delayed(measure)(f) for f in folders)
     return pd.concat([runs, pd.DataFrame(measures)], axis=1)

@@ -8,7 +8,9 @@ import jinja2
 import pandas as pd
 
 from losswatch.files import replace_file
+from losswatch.report.runs import left_out, read_runs
 from losswatch.report.tables import csv_text, markdown_image, markdown_table
+from losswatch.text import markdown_escape
 from study import tables
 from study.claims import judge
 from study.figures import plot_ranges, plot_sweeps
@@ -22,15 +24,21 @@ SWEEPS = ("article", "symmetry", "squared", "unet")
 TEMPLATE = Path(__file__).with_name("report.md.j2")
 
 
-def write_report(runs_dir: Path, out: Path) -> None:
+def write_report(runs_dir: Path, out: Path) -> str:
     """Write report.md, summary.csv and figures/ into `out`, from the sweeps below `runs_dir`.
+
+    Returns:
+        the runs that are not done, and so are left out; as text.
 
     Raises:
         FileNotFoundError: `runs_dir` holds no finished runs of the article's grid.
         OSError: nothing can be written into `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    sweeps = {name: measured_runs(runs_dir / name) for name in SWEEPS if (runs_dir / name).is_dir()}
+    read = {name: read_runs(runs_dir / name) for name in SWEEPS if (runs_dir / name).is_dir()}
+    others = [left_out(runs.assign(run=f"{name}/" + runs["run"])) for name, runs in read.items()]
+    left = ", ".join(filter(None, others))
+    sweeps = {name: measured_runs(runs_dir / name, runs) for name, runs in read.items()}
     sweeps = {name: runs for name, runs in sweeps.items() if len(runs)}
     if "article" not in sweeps:
         raise FileNotFoundError(f"holds no finished runs: {runs_dir / 'article'}")
@@ -39,8 +47,9 @@ def write_report(runs_dir: Path, out: Path) -> None:
     cells = range_cells(sweeps)
     if cells:
         plot_ranges(range_panels(cells), out / "figures" / "symmetry.png")
-    replace_file(out / "report.md", render(sweeps, cells, images))
+    replace_file(out / "report.md", render(sweeps, cells, images, left))
     replace_file(out / "summary.csv", summary(sweeps))
+    return left
 
 
 def summary(sweeps: Mapping[str, pd.DataFrame]) -> str:
@@ -51,7 +60,10 @@ def summary(sweeps: Mapping[str, pd.DataFrame]) -> str:
 
 
 def render(
-    sweeps: Mapping[str, pd.DataFrame], cells: Sequence[RangeCell], images: Sequence[str]
+    sweeps: Mapping[str, pd.DataFrame],
+    cells: Sequence[RangeCell],
+    images: Sequence[str],
+    left: str = "",
 ) -> str:
     """The report's text: the template's, with numbers and verdicts computed from the runs.
 
@@ -59,6 +71,7 @@ def render(
         sweeps: the runs of each sweep, from `measured_runs`; the article's at least.
         cells: of C5's comparison of input ranges, if there are runs for it.
         images: of the curves, in Markdown.
+        left: the runs that are left out.
     """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -70,6 +83,7 @@ def render(
         CONVERGED=CONVERGED,
         EARLY=EARLY,
         images=images,
+        left_out=markdown_escape(left),
         runs=len(article),
         seeds=article["seed"].nunique(),
         claims=tables.claim_table(judge(article)),

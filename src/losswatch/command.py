@@ -39,6 +39,6 @@ def main() -> None:
 
         show(sys.argv[2:])
         return
-    sys.argv = [quoted(argument) for argument in sys.argv]
+    sys.argv[1:] = map(quoted, sys.argv[1:])
     with clear_errors():
         train()

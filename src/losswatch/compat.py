@@ -8,6 +8,7 @@ the report and the start of Hydra import this file without needing PyTorch or Li
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -286,6 +287,16 @@ def forks_or_spawns(trainer: pl.Trainer) -> bool:
     from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def why_not_installed(logger: type) -> str | None:
+    """Which package one of Lightning's loggers lacks; its constructor would raise the same."""
+    for module in (base.__module__ for base in logger.__mro__):
+        package, _, name = module.rpartition(".")
+        is_there = getattr(sys.modules[module], f"_{name.upper()}_AVAILABLE", True)
+        if package == "pytorch_lightning.loggers" and not is_there:
+            return str(is_there)
+    return None
 
 
 # --- Lightning: the training loop ----------------------------------------------------------------

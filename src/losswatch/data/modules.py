@@ -98,9 +98,14 @@ def batches_per_epoch(data: pl.LightningDataModule) -> int | None:
         return None
 
 
+def count_batches(data: pl.LightningDataModule, split: str) -> int:
+    """How many batches the validation ("val") or the test has; TypeError: they have no number."""
+    return len(_batches(data, split))
+
+
 def _batches(data: pl.LightningDataModule, split: str) -> Any:
     data.prepare_data()
-    data.setup("fit")
+    data.setup("test" if split == "test" else "fit")
     return getattr(data, f"{split}_dataloader")()
 
 

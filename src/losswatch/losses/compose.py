@@ -28,7 +28,7 @@ class Sum(Frozen):
 
     Args:
         losses: modules (logits, target) -> scalar, at least one.
-        weights: a finite number for each; 1 by default.
+        weights: a finite number for each; None: 1 for each.
 
     Raises:
         ValueError: there is no loss, or the weights do not fit.
@@ -41,7 +41,7 @@ class Sum(Frozen):
     def __init__(self, losses: Sequence[nn.Module], weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.losses = tuple(losses)
-        self.weights = tuple(weights or [1.0] * len(losses))
+        self.weights = tuple([1.0] * len(losses) if weights is None else weights)
         if len(self.weights) != len(losses) or not losses:
             raise ValueError(
                 f"weights={weights!r}: one per loss is needed, and there are {len(losses)} losses"
@@ -50,8 +50,9 @@ class Sum(Frozen):
             if not is_number(weight) or not math.isfinite(weight):
                 raise ValueError(f"weights={weights!r}: allowed are finite numbers")
         self.together = LossSet({str(i): loss for i, loss in enumerate(losses)})
-        indices = [part.recipe.ignore_index for part in table_parts(self)]
-        self.ignore_index = next((index for index in indices if index is not None), None)
+        ours = [loss for loss in losses if isinstance(loss, Dice | CrossEntropy | Sum)]
+        indices = [loss.ignore_index for loss in ours]
+        self.ignore_index: int | None = next((i for i in indices if i is not None), None)
         self.freeze(Sum.__init__)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

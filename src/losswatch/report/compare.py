@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from losswatch.report.runs import loss_order, settings, swept
+from losswatch.report.runs import done, loss_order, settings, swept
 
 COMPARED = ["accuracy", "dice"]
 
@@ -33,11 +33,11 @@ def compare_losses(runs: pd.DataFrame, *, pooled: bool = False) -> pd.DataFrame:
         t test (`_p`), corrected by Holm for all rows of the frame. Interval and p-value are NaN
         below two pairs.
     """
-    done = runs[runs["status"] == "done"]
-    apart = [] if pooled else [c for c in swept(done) if c != "seed"]
-    groups = [done]
+    runs = done(runs)
+    apart = [] if pooled else [c for c in swept(runs) if c != "seed"]
+    groups = [runs]
     if apart:
-        groups = [g for _, g in done.groupby([done[c].map(repr) for c in apart], sort=False)]
+        groups = [g for _, g in runs.groupby([runs[c].map(repr) for c in apart], sort=False)]
     rows = [{c: g[c].iloc[0] for c in apart} | row for g in groups for row in _pairs(g)]
     comparison = pd.DataFrame(rows)
     for metric in COMPARED if rows else ():

@@ -16,7 +16,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from losswatch.report.compare import COMPARED, mean_interval
 from losswatch.report.figures import describe, figures_folder
-from losswatch.report.runs import LABELS, loss_order, swept
+from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes
 from losswatch.text import file_name, matplotlib_escape, show
 
@@ -44,16 +44,16 @@ def plot_dependence(
     Raises:
         OSError: nothing can be written there, or the sweep's `figures` is a link.
     """
-    done = runs[(runs["status"] == "done") & runs["loss"].notna()]
-    number = swept_number(done)
+    runs = done(runs[runs["loss"].notna()])
+    number = swept_number(runs)
     if number is None:
         return {}
     folder = figures_folder(Path(sweep_dir), into)
-    looks = looks or loss_looks(done["loss"])
-    others = [c for c in swept(done) if c not in ("seed", number)]
-    names = [",".join(f"{c}={show(run[c])}" for c in others) for run in done.to_dict("records")]
+    looks = looks or loss_looks(runs["loss"])
+    others = [c for c in swept(runs) if c not in ("seed", number)]
+    names = [",".join(f"{c}={show(run[c])}" for c in others) for run in runs.to_dict("records")]
     paths = {}
-    for name, group in done.groupby(pd.Series(names, index=done.index), sort=False):
+    for name, group in runs.groupby(pd.Series(names, index=runs.index), sort=False):
         if group[number].nunique() > 1:
             what = f"accuracy and Dice over {LABELS.get(number, number)}"
             title = "   ".join([what, *(describe(c, group[c].iloc[0]) for c in others)])

@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from losswatch.events.layout import PREFIX
 from losswatch.events.series import read_scalars
 from losswatch.events.tags import GRAD_NORM, LOSS
-from losswatch.report.runs import LABELS, loss_order, swept
+from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save
 from losswatch.text import file_name, matplotlib_escape, show
 
@@ -77,7 +77,7 @@ def plot_sweep(
     shows the mean over the seeds, with their range shaded.
 
     Args:
-        runs: rows of `read_runs(sweep_dir)`.
+        runs: rows of `read_runs(sweep_dir)`; those that are not done are left out.
         seeds: draw a figure for each seed instead.
         study: give the axes the study's limits, so that figures compare with the study's.
             Otherwise they fit the curves.
@@ -92,7 +92,7 @@ def plot_sweep(
     Raises:
         OSError: nothing can be written there, or the sweep's `figures` is a link.
     """
-    sweep = Path(sweep_dir)
+    sweep, runs = Path(sweep_dir), done(runs)
     apart = [c for c in swept(runs) if c != "seed" or seeds]
     titled = list(dict.fromkeys(["theta", "optimizer", "batch_norm", *apart]))
     folder = figures_folder(sweep, into)
@@ -111,7 +111,7 @@ def plot_sweep(
     events = (f for run in runs["run"] for f in (sweep / run).glob(f"{PREFIX}*"))
     size = sum(f.stat().st_size for f in events if os.path.isfile(f))
     workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**26)
-    if workers == 1:
+    if workers <= 1:
         drawn = list(map(_run_job, jobs))
     else:  # spawned, since forking a process with threads, such as a training process, may hang
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -172,7 +172,8 @@ def draw(
 
     Above are the gradient norms (moving mean over 201 observed steps). Below are the losses (over
     11) and, in black on the right-hand axis, the validation accuracy. Several runs of a loss are
-    shown as their mean, with the range from lowest to highest shaded.
+    shown as their mean, with the range from lowest to highest shaded, up to the step at which the
+    first of them ends: the mean of the others would jump there.
 
     Args:
         runs: for each training loss, the scalars of its runs from `read_scalars`.
@@ -226,7 +227,7 @@ def draw(
         ax.set_visible(False)
 
     _set_limits(grid, twins, study)
-    _add_legend(figure, looks, repeats=max(map(len, runs.values())))
+    _add_legend(figure, looks, [len(frames) for frames in runs.values()])
     # A run's name can be longer than its figure is wide, and has no blanks to break at.
     lines = textwrap.wrap(title.replace(",", ", "), width=60 if len(runs) == 1 else 120)
     figure.suptitle("\n".join(map(matplotlib_escape, lines)), fontsize=12)
@@ -272,8 +273,9 @@ def _draw_accuracy(ax: Axes, frames: Sequence[pd.DataFrame]) -> None:
 
 
 def _over_runs(curves: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Mean, lowest and highest at each step, of frames or series that may differ in length."""
-    steps = pd.concat(curves).groupby(level=0)
+    """Mean, lowest and highest at each step that all curves reach, of frames or series."""
+    end = min((curve.index[-1] for curve in curves if len(curve)), default=0)
+    steps = pd.concat([curve.loc[:end] for curve in curves]).groupby(level=0)
     return steps.mean(), steps.min(), steps.max()
 
 
@@ -292,15 +294,16 @@ def _set_limits(grid: np.ndarray, twins: Sequence[Axes], study: bool) -> None:
         twins[0].set_ylim(lowest - 0.05 * (1 - lowest), ACCURACY_LIMITS[1])
 
 
-def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], repeats: int) -> None:
-    """A legend below the figure; `repeats` is the largest number of runs of a loss."""
+def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], counts: Sequence[int]) -> None:
+    """A legend below the figure; `counts` are the runs of each column."""
     handles: list[Line2D | Patch] = [
         Line2D([], [], label=matplotlib_escape(name), linewidth=2, **look)
         for name, look in looks.items()
     ]
     handles.append(Line2D([], [], label="accuracy", color="black"))
-    if repeats > 1:
-        handles.append(Patch(color="0.8", label=f"range of {repeats} runs"))
+    if repeats := sorted({count for count in counts if count > 1}):
+        few = f"{repeats[0]} to " if len(repeats) > 1 else ""
+        handles.append(Patch(color="0.8", label=f"range of {few}{repeats[-1]} runs"))
     rows = -(-len(handles) // int(figure.get_figwidth() // 1.4))
     figure.legend(
         handles=handles,

@@ -187,6 +187,17 @@ def _natural(name: str) -> list[tuple[float, str]]:
     return [(float(p), "") if i % 2 else (-1.0, p) for i, p in enumerate(parts)]
 
 
+def done(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that are done: means, comparisons and figures are of these alone."""
+    return runs[runs["status"] == "done"]
+
+
+def left_out(runs: pd.DataFrame) -> str:
+    """The other runs, each with its status, as text; empty if all are done."""
+    others = runs.loc[runs["status"] != "done", ["run", "status"]]
+    return ", ".join(f"{printable(run)} ({printable(status)})" for run, status in others.values)
+
+
 def settings(runs: pd.DataFrame) -> list[str]:
     """The columns of settings, except the loss: those before the first metric."""
     before = list(runs.loc[:, : METRICS[0]])[:-1]

@@ -16,7 +16,7 @@ from rich.text import Text
 from losswatch.files import replace_file
 from losswatch.report.compare import COMPARED, conditions
 from losswatch.report.records import METRICS
-from losswatch.report.runs import LABELS, read_runs, swept
+from losswatch.report.runs import LABELS, done, read_runs, swept
 from losswatch.text import csv_escape, markdown_escape, printable, show
 
 STATUS_STYLES = {
@@ -51,10 +51,11 @@ def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for values, cell in runs.groupby([runs[c].map(show) for c in columns], sort=False):
         row = {LABELS.get(c, c): value for c, value in zip(columns, values, strict=True)}
-        done = cell[cell["status"] == "done"]
-        row["runs"] = f"{len(cell)}" if len(done) == len(cell) else f"{len(done)} of {len(cell)}"
+        counted = done(cell)
+        of_all = "" if len(counted) == len(cell) else f" of {len(cell)}"
+        row["runs"] = f"{len(counted)}{of_all}"
         for metric in METRICS:
-            known = done[metric].dropna()
+            known = counted[metric].dropna()
             text = f"{known.mean():.4f}" if len(known) else "–"
             text += f" ({known.min():.4f} to {known.max():.4f})" if len(known) > 1 else ""
             row[LABELS[metric]] = text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,10 @@ def fit(
     Raises:
         NotStackable: they cannot be trained as a stack.
     """
-    with _closed_on_failure(members), run_process(members[0].net, threads):
+    # After an error, too: the next attempt cuts the event files to the last checkpoint.
+    with ExitStack() as logs, run_process(members[0].net, threads):
+        for member in members:
+            logs.enter_context(member.logger)
         if len({member.start for member in members}) > 1:
             raise NotStackable("the runs are at different steps")
         begin = time.perf_counter()
@@ -114,16 +117,4 @@ def fit(
         module.show_images()
         module.report("test", TEST, members[0].data.test_size)
         for member in members:
-            member.logger.close()
             member.seconds = (time.perf_counter() - begin) / len(members)
-
-
-@contextmanager
-def _closed_on_failure(members: Sequence[Member]) -> Iterator[None]:
-    """Close the event files after an error. The next attempt cuts them to the last checkpoint."""
-    try:
-        yield
-    except BaseException:
-        for member in members:
-            member.logger.close()
-        raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from os import PathLike
 from typing import Any
@@ -41,6 +41,34 @@ def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str
         kind = kinds.get(name, Any)
         if not _fits(value, kind):
             raise ConfigError(f"{what}.{name} must be {_describe(kind)}, got {value!r}")
+
+
+def check_call(
+    what: str, function: Callable[..., Any], args: Sequence[Any], values: Mapping[str, Any]
+) -> None:
+    """See that a function can be called with these arguments, without calling it.
+
+    Args:
+        what, function, values: as of `check_arguments`, with all that the function will get.
+        args: arguments by position.
+
+    Raises:
+        ConfigError: a value does not fit, or the function does not take these arguments.
+
+    >>> def scale(factor: float, exact: bool | None = None): ...
+    >>> check_call("model", scale, [], {"factor": 2, "exakt": True})
+    Traceback (most recent call last):
+    losswatch.train.config.ConfigError: model: got an unexpected keyword argument 'exakt'
+    """
+    check_arguments(what, function, values)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some functions written in C
+        return
+    try:
+        signature.bind(*args, **values)
+    except TypeError as error:
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def _kinds(function: Callable[..., Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from losswatch import compat
 from losswatch.data.form import IGNORED, Form
 from losswatch.data.modules import batches_per_epoch, form_of
-from losswatch.losses import LossSet
+from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
+from losswatch.presets import load_loss
 from losswatch.text import one_line
-from losswatch.train.arguments import check_arguments
+from losswatch.train.arguments import check_arguments, check_call
 from losswatch.train.config import RANDOM, ConfigError, check_values, thresholds
 from losswatch.train.randomness import seed_everything
 from losswatch.train.settings import plain
@@ -46,13 +48,22 @@ def _check_target(what: str, node: Any) -> None:
         _check_target(f"{what}.{key}", inner)
     if "_target_" not in node:
         return
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    check_arguments(what, _target(what, node), given)
+
+
+def _target(what: str, node: DictConfig) -> Any:
+    """The class or function that the `_target_` of a node names.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     try:
-        target = get_object(node._target_)
+        return get_object(node._target_)
     except Exception as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"{what}._target_={node._target_} cannot be imported: {why}") from error
-    values: Any = OmegaConf.to_container(node, resolve=True)
-    check_arguments(what, target, {k: v for k, v in values.items() if not k.startswith("_")})
 
 
 def _has_target(node: Any) -> bool:
@@ -75,12 +86,19 @@ def _instantiate(what: str, node: Any, kind: type = nn.Module, **kwargs: Any) ->
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ConfigError(f"{what}: {' '.join(str(cause).split())}") from error
-    if not isinstance(made, kind):
-        name = "torch.nn.Module" if kind is nn.Module else kind.__name__
-        raise ConfigError(
-            f"{what}: {node._target_} must make a {name}, it makes a {type(made).__name__}"
-        )
+    _check_kind(what, node, type(made), kind)
     return made
+
+
+def _check_kind(what: str, node: DictConfig, made: type, kind: type) -> None:
+    """See that a node makes an object of a kind.
+
+    Raises:
+        ConfigError: it makes another one.
+    """
+    if not issubclass(made, kind):
+        name = "torch.nn.Module" if kind is nn.Module else kind.__name__
+        raise ConfigError(f"{what}: {node._target_} must make a {name}, it makes a {made.__name__}")
 
 
 def make_losses(nodes: Mapping[str, DictConfig], form: Form) -> LossSet:
@@ -94,7 +112,7 @@ def make_losses(nodes: Mapping[str, DictConfig], form: Form) -> LossSet:
         seed_everything(0)
         for name, node in nodes.items():
             if form.has_ignored:
-                node = _with_ignored(node)
+                node = _with_ignored(f"loss {name}", node)
             loss = _instantiate(f"loss {name}", node)
             if form.target == "multilabel" and reads(loss) == "softmax":
                 loss = of_each_channel(loss)
@@ -102,16 +120,30 @@ def make_losses(nodes: Mapping[str, DictConfig], form: Form) -> LossSet:
     return LossSet(made)
 
 
-def _with_ignored(node: Any) -> Any:
+def _with_ignored(what: str, node: Any) -> Any:
     """The config of a loss whose parts, as far as they are of losswatch, ignore `IGNORED`."""
     if OmegaConf.is_list(node):
-        return [_with_ignored(part) for part in node]
+        return [_with_ignored(f"{what}[{i}]", part) for i, part in enumerate(node)]
     if not OmegaConf.is_dict(node):
         return node
-    found = {key: _with_ignored(value) for key, value in node.items()}
-    if found.get("_target_") in ("losswatch.losses.Dice", "losswatch.losses.CrossEntropy"):
+    found = {key: _with_ignored(f"{what}.{key}", value) for key, value in node.items()}
+    if "_target_" in node and _can_ignore(_target(what, node)):
         found = {"ignore_index": IGNORED} | found
     return OmegaConf.create(found)
+
+
+def _can_ignore(target: Any) -> bool:
+    """Whether a target makes a loss of losswatch, or of a subclass, that takes `ignore_index`."""
+    if not (inspect.isclass(target) and issubclass(target, Dice | CrossEntropy | Sum)):
+        return target is load_loss
+    for base in target.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            kinds = {parameter.kind for parameter in parameters.values()}
+            # With **kwargs the next constructor decides, to which these go.
+            if "ignore_index" in parameters or inspect.Parameter.VAR_KEYWORD not in kinds:
+                return "ignore_index" in parameters
+    return False
 
 
 def make_net(cfg: DictConfig, form: Form) -> nn.Module:
@@ -162,14 +194,37 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     Each gets a folder in it as `save_dir`, unless its file says otherwise, and the run's name under
     the name that `_arguments_` gives.
     """
-    made = []
+    return [
+        _instantiate(what, node, Logger, **given)
+        for what, node, given in _logger_nodes(cfg, folder)
+    ]
+
+
+def check_loggers(cfg: DictConfig) -> None:
+    """See that `make_loggers` can make the loggers. None is made: some would begin a remote run.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    for what, node, given in _logger_nodes(cfg, Path("run")):
+        _check_target(what, node)
+        target, values = _target(what, node), OmegaConf.to_container(node, resolve=True)
+        assert isinstance(values, dict)
+        given |= {str(key): value for key, value in values.items() if str(key)[0] != "_"}
+        check_call(what, target, values.get("_args_", []), given)
+        if inspect.isclass(target):
+            _check_kind(what, node, target, Logger)
+            if missing := compat.why_not_installed(target):
+                raise ConfigError(f"{what}: {missing}")
+
+
+def _logger_nodes(cfg: DictConfig, folder: Path) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Of each logger how messages call it, its node, and what else it gets."""
     for name, node in _nodes(cfg, "logger").items():
         given = {} if "save_dir" in node else {"save_dir": str(folder / name)}
         if "run" in node.get("_arguments_", {}):
             given["run"] = folder.name
-        node, given = _renamed(node, given)
-        made.append(_instantiate(f"logger.{name}", node, Logger, **given))
-    return made
+        yield f"logger.{name}", *_renamed(node, given)
 
 
 def make_callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:

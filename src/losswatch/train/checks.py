@@ -23,16 +23,22 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from losswatch import compat
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
-from losswatch.data.modules import first_batch, is_ours, validation_batch
+from losswatch.data.modules import (
+    count_batches,
+    first_batch,
+    has_test,
+    is_ours,
+    validation_batch,
+)
 from losswatch.data.survey import show
 from losswatch.losses import LossSet
 from losswatch.text import one_line
 from losswatch.train.arguments import check_arguments
 from losswatch.train.build import (
+    check_loggers,
     describe_data,
     make_callbacks,
     make_data,
-    make_loggers,
     make_losses,
     make_net,
     make_optimizer,
@@ -40,7 +46,9 @@ from losswatch.train.build import (
     set_length,
     trainer_options,
 )
+from losswatch.train.checkpoints import AtomicCheckpoints
 from losswatch.train.config import ConfigError, check_values
+from losswatch.train.eventlog import EventLog
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import quiet
 from losswatch.train.settings import plain
@@ -76,18 +84,18 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
                     f"got {images}"
                 )
         _show_data(cfg, _ranks(trainer))
+        _check_shares(cfg)
         form = describe_data(cfg)
         known = _metrics(cfg, trained, form)
         if cfg.metric not in known:
             raise ConfigError(
                 f"metric={cfg.metric} is computed by no validation; it has {', '.join(known)}"
             )
-        for name, make in (("logger", make_loggers), ("callbacks", make_callbacks)):
-            if cfg[name] and (key := f"{cfg[name]} of {known}") not in _passed:
-                with tempfile.TemporaryDirectory() as folder:
-                    made = make(cfg, Path(folder))
-                _check_monitors(made, known)
-                _passed.add(key)
+        check_loggers(cfg)
+        if cfg.callbacks and (key := f"{cfg.callbacks} of {known}") not in _passed:
+            with tempfile.TemporaryDirectory() as folder:
+                _check_monitors(make_callbacks(cfg, Path(folder)), known)
+            _passed.add(key)
         # Runs that differ only in these two do the same in their first step.
         same = plain(cfg) | {"theta": form.channels, "seed": 0}
         nodes = loss_nodes(cfg, trained)
@@ -138,8 +146,8 @@ def _check_scheduler(cfg: DictConfig) -> None:
     make = make_scheduler(cfg)
     if make is None:
         return
-    optimizer = make_optimizer(cfg)([nn.Parameter(torch.zeros(1))])
     try:
+        optimizer = make_optimizer(cfg)([nn.Parameter(torch.zeros(1))])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the optimiser has taken no step
             scheduler = make(optimizer)["scheduler"]
@@ -188,6 +196,32 @@ def _show_data(cfg: DictConfig, ranks: int) -> None:
                     "no image of %s has class %s; its metrics leave the class out", split, name
                 )
     _passed.add(key)
+
+
+def _check_shares(cfg: DictConfig) -> None:
+    """See that a share of the validation or the test is at least one batch.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    for split in ("val", "test"):
+        option = f"trainer.limit_{split}_batches"
+        share = cfg.trainer.get(f"limit_{split}_batches")
+        if not isinstance(share, float) or not 0 < share < 1:
+            continue
+        data = make_data(cfg)
+        if split == "test" and not has_test(data):
+            continue
+        try:
+            batches = count_batches(data, split)
+        except Exception as error:
+            raise ConfigError(
+                f"{option}={share} needs batches that can be counted: {one_line(error)}"
+            ) from error
+        if share * batches < 1:
+            raise ConfigError(
+                f"{option}={share} of {batches} is less than one batch; whole numbers count batches"
+            )
 
 
 def _check_module(data: pl.LightningDataModule, ranks: int) -> None:
@@ -244,14 +278,16 @@ def _check_trainer(options: str, multirun: bool) -> pl.Trainer:
         ConfigError: with one line for the user.
     """
     asked = json.loads(options)
-    silent = {
-        "logger": False, "enable_checkpointing": False, "enable_model_summary": False,
+    # As in the run, because Lightning refuses some options together with these.
+    ours = {
+        "logger": EventLog("."), "plugins": [AtomicCheckpoints()], "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False, "enable_model_summary": False,
         "enable_progress_bar": False,
     }  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run's own Trainer will give the same
-            trainer = pl.Trainer(**{**asked, **silent})
+            trainer = pl.Trainer(**{**asked, **ours})
     except Exception as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     # Lightning would wait for tasks that never come, or train the whole run in each of them.
@@ -283,13 +319,19 @@ def _check_trainer(options: str, multirun: bool) -> pl.Trainer:
 def _try(cfg: DictConfig, trained: str, losses: LossSet, trainer: pl.Trainer, form: Form) -> None:
     """Do a run's first step, with the share of the batch that its last rank gets."""
     precision, device = trainer.strategy.precision_plugin, trainer.strategy.root_device
+    data = make_data(cfg)
     try:
-        images, target = first_batch(make_data(cfg), _ranks(trainer))
+        images, target = first_batch(data, _ranks(trainer))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except Exception as error:  # of a module of the user's
+        raise ConfigError(f"data: its first batch: {one_line(error)}") from error
     net = make_net(cfg, form)
-    for module in (net, losses):
-        precision.convert_module(module).to(device)
+    for what, module in (("model", net), ("losses", losses)):
+        try:
+            precision.convert_module(module).to(device)
+        except Exception as error:
+            raise ConfigError(f"{what}: {one_line(error)}") from error
     batch = precision.convert_input((images.to(device), target.to(device)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself will give them

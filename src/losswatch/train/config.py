@@ -152,6 +152,7 @@ _OWN = {
     "use_distributed_sampler": "each device draws its own share of a batch",
     "num_sanity_val_steps": "the first step is tried before training",
     "enable_model_summary": "callbacks are chosen by callbacks=[...]",
+    "barebones": "a run has loggers, checkpoints and a progress bar",
     "check_val_every_n_epoch": "trainer.val_check_interval counts steps",
     "min_epochs": "a training is one epoch; trainer.min_steps counts steps",
     "reload_dataloaders_every_n_epochs": "a training is one epoch",
@@ -245,6 +246,12 @@ def _check_training(cfg: DictConfig) -> None:
     if clip is not None and not (_is_number(clip) and 0 <= clip < math.inf):
         raise ConfigError(
             f"trainer.gradient_clip_val must be null or a number of at least 0, got {clip}"
+        )
+    batches = cfg.trainer.get("limit_val_batches")
+    if _is_number(batches) and batches == 0:
+        raise ConfigError(
+            f"trainer.limit_val_batches must be more than 0, got {batches}: each validation gives "
+            "the metrics and a checkpoint; trainer.val_check_interval makes validations rare"
         )
     for option, (harmless, instead) in _FULL_LENGTH.items():
         value = cfg.trainer.get(option)

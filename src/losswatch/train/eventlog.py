@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -39,6 +40,14 @@ class EventLog(TensorBoardLogger):
     def close(self) -> None:
         self.experiment.close()
 
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close it. On a full disk that fails, too; the error that ended the run says more."""
+        with suppress(OSError) if error else nullcontext():
+            self.close()
+
     def sizes(self) -> dict[str, int]:
         """Bytes of each of the run's event files by name, with all that was logged on the disk."""
         self.experiment.flush()
@@ -56,9 +65,12 @@ def open_log(cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int]
     logger = EventLog(str(folder))
     if process_rank() == 0:
         rewind(folder, events)
-        put_last(logger.experiment)
-        add_charts(logger.experiment, cosines=cfg.probe.cosines, validation=True)
-        add_hparams(logger.experiment, cfg, loss, folder)
+        with ExitStack() as on_failure:
+            on_failure.enter_context(logger)
+            put_last(logger.experiment)
+            add_charts(logger.experiment, cosines=cfg.probe.cosines, validation=True)
+            add_hparams(logger.experiment, cfg, loss, folder)
+            on_failure.pop_all()  # it stays open
     return logger
 
 

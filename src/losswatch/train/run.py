@@ -64,24 +64,25 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         if not is_ours(data):
             repeat(data, cfg.seed)
         checkpoints = Checkpoints(folder, plain(cfg), _about(data, form), start.random)
-        logger = open_log(cfg, trained, folder, start.events)
-        if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
-            log_survey(logger, data.survey)
-        trainer = _make_trainer(cfg, module, logger, checkpoints)
-        trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
-        steps = trainer.global_step
-        if early := why_ended_early(trainer):
-            log.info("early stopping after %d of %d steps: %s", steps, cfg.trainer.max_steps, early)
-        is_done = steps >= cfg.trainer.max_steps or early is not None
-        if is_done and checkpoints.validated != steps:  # validate the final weights, too
-            trainer.validate(module, data, verbose=False)
-        metrics = _metrics(trainer)
-        if is_done:
-            checkpoints.save(trainer)
-            if has_test(data):
-                trainer.test(module, data, verbose=False)
-                metrics |= _metrics(trainer)
-        logger.close()
+        with open_log(cfg, trained, folder, start.events) as logger:
+            if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
+                log_survey(logger, data.survey)
+            trainer = _make_trainer(cfg, module, logger, checkpoints)
+            trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
+            steps = trainer.global_step
+            if early := why_ended_early(trainer):
+                log.info(
+                    "early stopping after %d of %d steps: %s", steps, cfg.trainer.max_steps, early
+                )
+            is_done = steps >= cfg.trainer.max_steps or early is not None
+            if is_done and checkpoints.validated != steps:  # validate the final weights, too
+                trainer.validate(module, data, verbose=False)
+            metrics = _metrics(trainer)
+            if is_done:
+                checkpoints.save(trainer)
+                if has_test(data):
+                    trainer.test(module, data, verbose=False)
+                    metrics |= _metrics(trainer)
     return Reached(steps, metrics, is_done)
 
 
@@ -98,13 +99,13 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     with run_process(net, cfg.threads, cfg.seed):
         module = _make_module(cfg, trained, net, data, form)
         load_loss(module.loss, content)
-        logger = EventLog(str(folder))
-        trainer = _make_tester(cfg, folder, logger)
-        if isinstance(data, FolderImages):
-            cases = data.layout.cases["test"]
-            trainer.callbacks.append(Predictions(folder, form, data.values, cases))  # type: ignore
-        trainer.test(module, data, verbose=False)
-        logger.close()
+        with EventLog(str(folder)) as logger:
+            trainer = _make_tester(cfg, folder, logger)
+            if isinstance(data, FolderImages):
+                cases = data.layout.cases["test"]
+                predictions = Predictions(folder, form, data.values, cases)
+                trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
+            trainer.test(module, data, verbose=False)
         return Reached(step_of(content), _metrics(trainer))
 
 

@@ -66,20 +66,21 @@ def try_step(
     with isolate_rng(), torch.enable_grad():
         with autocast or nullcontext():
             logits = _call("model", net, images)
-            if draws(net, images):
+            if _call("model", draws, net, images):
                 random.append("model")
             _check_logits(logits, (len(images), form.channels, *images.shape[2:]), images)
             if form.target == "sigmoid":
                 logits = as_softmax(logits, "sigmoid")
             if form.target != "multilabel":
-                target = as_target(target, logits)
+                target = _call("data", as_target, target, logits)
             for name, loss in zip(losses.names, losses.losses, strict=True):
                 _try_loss(name, loss, logits, target)
                 if not losses.is_foreign(name):
                     continue
-                if draws(loss, logits, target):
+                what = f"loss {name}"
+                if _call(what, draws, loss, logits, target):
                     random.append(name)
-                if _keeps_state(name, loss, logits, target):
+                if _call(what, _keeps_state, name, loss, logits, target):
                     stateful.append(name)
             loss = losses.losses[losses.names.index(trained)]
             value = _call(f"loss {trained}", loss, logits, target)
@@ -90,6 +91,12 @@ def try_step(
             f"optimizer must make a torch.optim.Optimizer, it makes a {type(optimizer).__name__}"
         )
     _call("optimizer", optimizer.step)
+    for name, parameter in [*net.named_parameters(), *loss.named_parameters()]:
+        if not parameter.isfinite().all():
+            hint = ""
+            if parameter.dtype == torch.float16:
+                hint = "; an eps of 1e-8 is 0 in float16: raise it, or trainer.precision=bf16-true"
+            raise ConfigError(f"optimizer: its first step makes {name} NaN or infinite{hint}")
     return Traits(random, stateful)
 
 
@@ -97,6 +104,8 @@ def _call(what: str, function: Callable[..., Any], *args: Any) -> Any:
     """Call a function of `what`, and make one line of any error."""
     try:
         return function(*args)
+    except ConfigError:
+        raise
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{what}: {message}") from error
