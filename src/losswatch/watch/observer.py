@@ -289,7 +289,8 @@ class Observer:
         for name, failure in failed.items():
             if self.is_new or self.strict:
                 raise failure
-            self.failed[name] = reason(failure)
+            if self.fault is None or self.views.losses[name] in self.views.foreign:
+                self.failed[name] = reason(failure)  # the fault explains the other ones
         self.is_new = False
         there = [name for part in parts for name in part.losses.names]
         return in_order(joined(found), there, [name for name in self.views.names if name in there])

@@ -138,7 +138,7 @@ class Record:
         if not len(steps):
             return steps, np.empty((0, len(self.tags)))
         values = self.block[: len(steps)].cpu().numpy()
-        faults = self.faults[: len(steps)].cpu().numpy()
+        faults = self.faults[: len(steps)].cpu().numpy().copy()
         self.faults.zero_()
         for step, fault in zip(steps, faults, strict=True):
             if fault[0] > 0 and (line := self.explain(fault.tolist())) not in self.warned:
