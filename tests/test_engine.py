@@ -159,3 +159,81 @@ def test_an_error_of_the_training_is_raised():
     WatchHandler(["cce"]).attach(trainer)
     with pytest.raises(RuntimeError, match="broken"):
         trainer.run()
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_an_error_that_others_handle_is_theirs(handled):
+    """Ignite raises an error only where nobody handles it."""
+
+    class Broken(nn.Module):
+        def forward(self, output, label):
+            raise RuntimeError("broken")
+
+    trainer, swallowed = monai_trainer(small(), Broken()), []
+    WatchHandler(["cce"]).attach(trainer)
+    if handled:
+        trainer.add_event_handler(
+            ignite.Events.EXCEPTION_RAISED, lambda engine, error: swallowed.append(error)
+        )
+        trainer.run()
+        assert {str(error) for error in swallowed} == {"broken"}
+    else:
+        with pytest.raises(RuntimeError, match="broken"):
+            trainer.run()
+
+
+def test_a_writer_that_fails_ends_the_watching_not_the_training(tmp_path, caplog):
+    class Full(SummaryWriter):
+        @property
+        def file_writer(self):
+            raise OSError(28, "No space left on device")
+
+        @file_writer.setter
+        def file_writer(self, value):
+            pass
+
+        def _get_file_writer(self):
+            return None
+
+    trainer = monai_trainer(small(), dice_ce())
+    handler = WatchHandler(["cce"], every_n_steps=1)
+    handler.writer = Full(tmp_path)
+    handler.attach(trainer)
+    trainer.run()
+    assert trainer.state.iteration == 8
+    [line] = [m for m in caplog.messages if m.startswith("losswatch: ")]
+    assert "nothing is watched from here on" in line and "No space left" in line
+
+
+def test_a_second_run_is_observed_from_its_first_step():
+    net = small()
+    engine = ignite_engine(net)
+    engine.register_events("loss_completed")
+    handler = WatchHandler(LOSSES, every_n_steps=3, strict=True, network=net)
+    handler.attach(engine)
+    steps = []
+    engine.add_event_handler(
+        "loss_completed",
+        lambda e: (handler.seen is not None and steps.append(e.state.iteration - 1),
+                   setattr(handler, "seen", None)),
+    )  # fmt: skip
+    engine.run(batches(), max_epochs=1)
+    engine.run(batches(), max_epochs=1)
+    assert steps == [0, 3, 0, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_second_run_of_a_compiled_network(caplog):
+    """The switch that keeps its buffers is set in each run, and put back after it."""
+    torch._dynamo.reset()
+    net = torch.compile(small())
+    engine = ignite_engine(net)
+    engine.register_events("loss_completed")
+    WatchHandler(LOSSES, every_n_steps=1, strict=True, network=net).attach(engine)
+    before = torch._functorch.config.donated_buffer
+    for _ in range(2):
+        engine.run(batches(), max_epochs=1)
+        assert torch._functorch.config.donated_buffer == before
+        torch._dynamo.reset()
+    assert not caplog.messages

@@ -280,6 +280,35 @@ class Halves(Plain):
         return self.loss_fn(self.net(images), target)
 
 
+class Paths(Plain):
+    """The two images of a batch, which two ranks share, use different layers."""
+
+    def loss(self, batch):
+        r, n = self.trainer.global_rank, self.trainer.world_size
+        images, target = batch
+        first, middle, last = self.net[0], self.net[2], self.net[3]
+        paths = [lambda x: last(first(x)), lambda x: last(middle(first(x)).relu())]
+        logits = torch.cat([paths[i](images[i : i + 1]) for i in range(r, 2, n)])
+        return self.loss_fn(logits, target[r::n])
+
+
+class OneSided(Halves):
+    """The second rank has a bad label, or does not call its criterion, or calls it later."""
+
+    def __init__(self, net, kind):
+        super().__init__(net, nn.CrossEntropyLoss(ignore_index=255))
+        self.kind = kind
+
+    def loss(self, batch):
+        images, target = (x[self.trainer.global_rank :: 2] for x in batch)
+        if self.trainer.global_rank and self.kind == "silent":
+            return F.cross_entropy(self.net(images), target)
+        if self.trainer.global_rank and (self.kind == "label" or self.global_step == 2):
+            target = target.clone()
+            target[:, 0] = 255
+        return self.loss_fn(self.net(images), target)
+
+
 THREE = ["cce", "dice", "dice_square"]
 
 
@@ -307,12 +336,20 @@ def train_ranks(folder, kind):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
+    module = Halves(net)
+    if "paths" in kind:
+        layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+        module = Paths(nn.Sequential(*layers).double())
+    elif kind in ("label", "late label", "silent"):
+        module = OneSided(net, kind)
     logger = CSVLogger(folder, name="", version="")
     losses = [*THREE, Half()] if kind == "failing" else THREE
-    watch = Watch(losses, "loss_fn", every_n_steps=2, strict=kind != "failing", cosines=True)
-    options = {} if kind == "one" else {"strategy": "ddp", "devices": 2}
+    is_strict = kind in ("one", "two", "one, paths", "two, paths")
+    watch = Watch(losses, "loss_fn", every_n_steps=2, strict=is_strict, cosines=True)
+    strategy = "ddp_find_unused_parameters_true" if "paths" in kind else "ddp"
+    options = {} if kind.startswith("one") else {"strategy": strategy, "devices": 2}
     callbacks = [States(folder)] if kind == "unwatched" else [watch, States(folder)]
-    fit(Halves(net), *callbacks, logger=logger, use_distributed_sampler=False, **options)
+    fit(module, *callbacks, logger=logger, use_distributed_sampler=False, **options)
 
 
 RANKS = """
@@ -321,6 +358,7 @@ from test_watch import train_ranks
 
 if __name__ == "__main__":
     for kind in sys.argv[2:]:
+        print("kind", kind, file=sys.stderr)
         train_ranks(f"{sys.argv[1]}/{kind}", kind)
 """
 
@@ -336,8 +374,9 @@ def ranks(tmp_path_factory):
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     shared = os.environ | {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-W", "ignore", folder / "main.py", folder]
-    kinds = ["two", "unwatched", "failing"]
-    for kind in ("one", *kinds):
+    kinds = ["two", "unwatched", "failing", "two, paths", "label", "late label", "silent"]
+    alone = ["one", "one, paths"]
+    for kind in (*alone, *kinds):
         (folder / kind).mkdir()
     # As torchrun starts them: each with its rank.
     processes = [
@@ -347,16 +386,21 @@ def ranks(tmp_path_factory):
         )
         for rank in "01"
     ]  # fmt: skip
-    subprocess.run([*command, "one"], env=shared, check=True, timeout=120)
+    subprocess.run([*command, *alone], env=shared, check=True, timeout=120)
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
-    return folder, "".join(errors)
+    said = {kind: [] for kind in kinds}  # the lines of both ranks
+    for part in "".join(errors).split("kind ")[1:]:
+        kind, *lines = part.splitlines()
+        said[kind] += [line for line in lines if line.startswith("losswatch: ")]
+    return folder, said
 
 
-def test_two_ranks_are_as_one(ranks):
-    """The norms are those of the averaged gradient."""
+@pytest.mark.parametrize("kinds", [("one", "two"), ("one, paths", "two, paths")])
+def test_two_ranks_are_as_one(ranks, kinds):
+    """The norms are those of the averaged gradient, also where ranks use different layers."""
     frames = []
-    for kind in ("one", "two"):
+    for kind in kinds:
         frame = pd.read_csv(ranks[0] / kind / "metrics.csv").set_index("step")
         frames.append(frame[watched_tags(THREE, cosines=True)].dropna())
     assert list(frames[0].index) == list(frames[1].index) == [0, 2, 4]
@@ -374,11 +418,37 @@ def test_two_ranks_are_equal_to_the_bit(ranks, kind, rank):
 
 def test_an_error_on_one_rank_ends_the_watching_on_all(ranks):
     """Otherwise the other rank would wait for it."""
-    lines = [line for line in ranks[1].splitlines() if "nothing is watched" in line]
+    lines = [line for line in ranks[1]["failing"] if "nothing is watched" in line]
     assert len(lines) == 2
     assert {line.split(": ")[-1] for line in lines} == {
         "not here", "another rank could not observe its batch",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, lines",
+    [
+        (
+            "label",
+            {"holds class 255, allowed are 0 to 1", "another rank could not observe its batch"},
+        ),
+        ("silent", {"some ranks have something to observe in this step, others not"}),
+    ],
+)
+def test_a_rank_that_has_nothing_to_observe_ends_the_watching_on_all(ranks, kind, lines):
+    """Before the sums over all ranks, for which the other rank would wait."""
+    said = [line for line in ranks[1][kind] if "nothing is watched from here on: " in line]
+    assert len(said) == 2 and {line.split(": ")[-1] for line in said} == lines
+
+
+def test_a_bad_label_on_one_rank_later(ranks):
+    """Losses are functions of the sums over all ranks: they are NaN in that step alone."""
+    frame = pd.read_csv(ranks[0] / "late label" / "metrics.csv").set_index("step")
+    frame = frame[[f"loss/{name}" for name in (*THREE, "loss_fn")]]
+    assert list(frame.index[frame["loss/loss_fn"].notna()]) == [0, 2, 4]
+    assert list(frame.index[frame["loss/cce"].notna()]) == [0, 4]
+    lines = [line for line in ranks[1]["late label"] if "step 2: target: holds class 255" in line]
+    assert len(lines) == 2
 
 
 # --- Loggers -------------------------------------------------------------------------------------
