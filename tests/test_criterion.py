@@ -1,4 +1,4 @@
-"""How `Watch` finds what a criterion gets, records what trains, and gets out of the way of errors."""
+"""How `Watch` finds what a criterion gets, records what trains, and leaves errors alone."""
 
 import logging
 

@@ -590,13 +590,13 @@ def test_a_loss_that_trains_and_draws_is_called_once():
         (Dice, r"loss_fn \(Dice\) gets; its value 0\.\d+ equals that of dice(, .*)?$"),
         (
             lambda: nn.CrossEntropyLoss(),
-            r"loss_fn \(CrossEntropyLoss\) gets; .* equals that of cce(, .*)?; the loss that trains "
-            "is recorded as loss_fn$",
+            r"loss_fn \(CrossEntropyLoss\) gets; .* equals that of cce(, .*)?; "
+            "the loss that trains is recorded as loss_fn$",
         ),
         (
             Focal,
-            r"loss_fn \(Focal\) gets; its value 0\.\d+ equals that of none of them, so it is another "
-            "loss; the loss that trains is recorded as loss_fn$",
+            r"loss_fn \(Focal\) gets; its value 0\.\d+ equals that of none of them, "
+            "so it is another loss; the loss that trains is recorded as loss_fn$",
         ),
     ],
 )
