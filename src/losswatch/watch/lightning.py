@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,8 +97,8 @@ class Watch(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.hooks: list[Any] = []
-        self.begin = trainer.global_step
-        self.record.begin(self.begin)
+        self.begin = math.inf  # the step at which training begins
+        self.record.begin(trainer.global_step)
         try:
             if self.criterion is not None:
                 self.module = find_criterion(module, self.criterion)
@@ -113,6 +114,11 @@ class Watch(Callback):
         for logger in self._tensorboards(trainer):
             if not getattr(logger, "has_charts", False):  # that of train.py has them
                 add_charts(logger.experiment, cosines=self.record.cosines)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Only now is the step of a checkpoint known.
+        self.begin = trainer.global_step
+        self.record.step = trainer.global_step - 1
 
     def _tensorboards(self, trainer: pl.Trainer) -> list[Any]:
         """The loggers that write to TensorBoard, on the rank that does."""
