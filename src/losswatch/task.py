@@ -24,7 +24,7 @@ from losswatch.events.tags import CURVES
 from losswatch.stack.fit import train_compiled
 from losswatch.stack.member import FINISHED
 from losswatch.stack.refusal import NotStackable
-from losswatch.sweep.command import again
+from losswatch.sweep.command import again, current_sweep
 from losswatch.sweep.exit import stop
 from losswatch.terminal import say
 from losswatch.text import nearby, one_line, parse_overrides
@@ -54,6 +54,8 @@ def run_task(cfg: DictConfig) -> float | None:
         SystemExit: the config cannot work; or a single run failed or is unfinished.
         KeyboardInterrupt: after Ctrl-C.
     """
+    if current_sweep().is_terminated:  # the signal came where Python drops errors
+        raise KeyboardInterrupt
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     trained = job.runtime.choices.get("loss") or ""  # `check` says what is wrong with none
@@ -211,10 +213,13 @@ def _write(
 def _fail(
     error: BaseException, cfg: DictConfig, folder: Path, seconds: float, is_first: bool
 ) -> None:
-    """Record an error, and raise what ends the command: the error of a single run, or Ctrl-C."""
-    job = HydraConfig.get()
+    """Record an error, and raise what ends the command: the error of a single run, or Ctrl-C.
+
+    SIGTERM counts as Ctrl-C.
+    """
+    job, is_terminated = HydraConfig.get(), current_sweep().is_terminated
     # On Ctrl-C Lightning shuts down in order, and then exits.
-    is_interrupt = isinstance(error, KeyboardInterrupt | SystemExit)
+    is_interrupt = isinstance(error, KeyboardInterrupt | SystemExit) or is_terminated
     text = "interrupted" if is_interrupt else one_line(error)
     if is_first:
         status = "unfinished" if is_interrupt else "failed"
