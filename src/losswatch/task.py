@@ -111,7 +111,8 @@ def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
 def _skip(result: dict[str, Any], cfg: DictConfig, trained: str, folder: Path) -> float:
     """Say that the run is done; return its score. Draw its picture if a kill came before that."""
     log.info("done before, skipped: %s", _called(folder))
-    if cfg.mode == "train" and not (folder / PICTURE).exists():
+    is_first = compat.process_rank() == 0
+    if is_first and cfg.mode == "train" and not (folder / PICTURE).exists():
         _draw_curves(folder, trained, result.get("steps") or 0)
     return score(result["metrics"], cfg)
 
