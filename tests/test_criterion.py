@@ -12,7 +12,7 @@ from test_watch import Functional, Manual, Plain, Wanted, fit, half, seen
 from torch import nn
 
 from losswatch import Watch, load_loss
-from losswatch.watch.lightning import roles
+from losswatch.watch.criterion import roles
 
 # --- Which argument is which ---------------------------------------------------------------------
 

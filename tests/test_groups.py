@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from losswatch.data.steps import Steps
 from losswatch.train.build import make_loggers, make_scheduler
+from losswatch.train.checks import check
 from losswatch.train.config import ConfigError
 
 QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
@@ -289,6 +290,14 @@ CANNOT_WORK = {
     "+callbacks.x=1": "callbacks.x needs a _target_, the class that makes it",
     "callbacks=best callbacks.best.monitor=val/x": "callbacks: the ModelCheckpoint monitors val/x",
     "callbacks=best callbacks.best.save_top_k=3": "callbacks: with save_top_k=3 each checkpoint ",
+    "callbacks=best callbacks.best.save_top_k=3 callbacks.best.filename='{epoch}'": (
+        "callbacks: with save_top_k=3 each checkpoint needs a name of its own"
+    ),
+    "callbacks=best callbacks.best.filename='{step:03}'": (
+        "callbacks: filename={step:03} gives checkpoints the names of the run's own, step=001.ckpt;"
+    ),
+    "callbacks=best callbacks.best.filename='{step'": "callbacks: filename={step makes no name: ",
+    "callbacks=best +callbacks.x=${callbacks.best}": "callbacks: two of them write best.ckpt to ",
     "callbacks=best +callbacks.best.every_n_epochs=2": "callbacks.best.every_n_epochs has no use: ",
     "callbacks=early_stopping callbacks.early_stopping.monitor=val_loss": "callbacks: the EarlySt",
     "scheduler=cosine optimizer.weight_decay=-1": "optimizer: Invalid weight_decay value: -1",
@@ -340,6 +349,13 @@ def test_an_error_of_any_call_in_the_check_is_one_line(compose, what):
             assert str(error) in ("loss dice: two lines", "model: two lines")
             refused.append(call)
     assert refused == list(range(1, len(refused) + 1)) and len(refused) >= 2
+
+
+def test_a_folder_of_checkpoints_for_all_runs_of_a_sweep_is_refused(compose, tmp_path):
+    run = compose(*QUICK, "callbacks=best", f"+callbacks.best.dirpath={tmp_path}")
+    with pytest.raises(ConfigError, match=f"^callbacks: all runs of a sweep would .* {tmp_path}; "):
+        check(run.cfg, run.trained, multirun=True)
+    run.check()
 
 
 @pytest.mark.parametrize(

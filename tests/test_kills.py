@@ -273,12 +273,12 @@ def assert_near(sweep, reference):
 
 # Operations on files, by what has not come about when the process is killed before one of them.
 BEFORE_THE_RESULT = {
-    "the picture": r"os\.rename .*/curves\.png$",
     "the result": r"open .*/\.result\.json",
     "the result's name": r"os\.rename .*/result\.json$",
 }
 WINDOWS = BEFORE_THE_RESULT | {
     "the last checkpoint": rf"os\.rename .*/step={STEPS}\.ckpt$",
+    "the picture": r"os\.rename .*/curves\.png$",
     "the removal of the one before": rf"os\.remove .*/step={STEPS - EVERY}\.ckpt$",
     "the table": r"(open|os\.rename) .*summary\.csv",
 }

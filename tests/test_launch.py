@@ -431,19 +431,26 @@ def stopped(cwd, command, by, whom, when, env=None):
         return process.returncode, out, said
 
 
-def interrupted(status, out, said, rows):
+ENDS = {"SIGINT": (130, "losswatch: interrupted"), "SIGTERM": (143, "losswatch: terminated")}
+
+
+def interrupted(status, out, said, rows, by="SIGINT"):
     """The command printed the table of what is finished, how to go on, and one line."""
-    assert status == 130
+    wanted, line = ENDS[by]
+    assert status == wanted
     known = r"checking|run[ :]|fused: |val accuracy|compiling|\d+ runs|Resume   python"
     others = [line for line in said.splitlines() if not re.match(known, line)]
-    assert others == ["losswatch: interrupted"]
+    assert others == [line]
     assert out.count("unfinished") == rows
     assert not rows or re.search(r"^Resume   python .* hydra\.sweep\.dir=s$", out, re.MULTILINE)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processes")
-@pytest.mark.parametrize("by, whom", [("SIGKILL", "first"), ("SIGINT", "first"), ("SIGINT", "all")])
+@pytest.mark.parametrize(
+    "by, whom",
+    [("SIGKILL", "first"), *((by, whom) for by in ENDS for whom in ("first", "all"))],
+)
 @pytest.mark.parametrize(
     "command",
     [
@@ -456,14 +463,14 @@ def interrupted(status, out, said, rows):
     ],
 )
 def test_a_stopped_sweep_leaves_no_process(tmp_path, command, by, whom):
-    """Whether killed or interrupted; its runs are not locked any more."""
+    """Whether killed, interrupted or terminated; its runs are not locked any more."""
 
     def under_way():
         return len(list(tmp_path.glob("s/*/checkpoints/*.ckpt"))) >= 2
 
     status, out, said = stopped(tmp_path, command, getattr(signal, by), whom, under_way)
-    if by == "SIGINT":
-        interrupted(status, out, said, len(list(tmp_path.glob("s/*/events*"))))
+    if by in ENDS:
+        interrupted(status, out, said, len(list(tmp_path.glob("s/*/events*"))), by)
     for run in tmp_path.glob("s/*/.lock"):
         hold(run.parent).close()
     assert "leaked" not in said and "Traceback" not in said

@@ -65,7 +65,6 @@ SMALL = [
 IN_THE_WAY = {
     "config": ".hydra",
     "save": "checkpoints",
-    "curves": "curves.png/",
     "result": "result.json/",
 }
 # What result.json says. None: there can be no such file.
@@ -78,7 +77,6 @@ ERRORS = {
     "validate": "RuntimeError: broken at validate",
     "save": "FileExistsError: .*checkpoints'",
     "test": "RuntimeError: broken at test",
-    "curves": "IsADirectoryError: .*curves.png'",
     "config": None,
     "result": None,
     "member": "ConfigError: model: broken at member",

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import ENVIRONMENT, ROOT, SERVER, read_result, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,6 +42,7 @@ from losswatch.train.content import adopt, load_net
 from losswatch.train.eventlog import open_log
 from losswatch.train.folder import check_folder, check_run, take_up
 from losswatch.train.locks import hold
+from losswatch.train.module import SegmentationModule
 from losswatch.train.outcome import finished, write_result
 from losswatch.train.settings import plain
 
@@ -56,14 +58,18 @@ def whole(tmp_path_factory):
     return cwd / "run"
 
 
+def events_of(folder):
+    """The run's curves, as TensorBoard reads them."""
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+
 def assert_same_training(folder, wanted):
     """Equal bit for bit: curves as the report and TensorBoard read them, weights, moments."""
     curves, reference = read_scalars(folder), read_scalars(wanted)
     pd.testing.assert_frame_equal(curves[reference.columns], reference, check_exact=True)
     seen = []
     for each in (folder, wanted):
-        events = EventAccumulator(str(each), size_guidance={"scalars": 0})
-        events.Reload()
+        events = events_of(each)
         tags = sorted(t for t in events.Tags()["scalars"] if not t.startswith("test/"))
         seen.append({t: [(e.step, e.value) for e in events.Scalars(t) if e.step] for t in tags})
     assert seen[0] == seen[1]
@@ -92,11 +98,14 @@ def checkpoint_names(folder):
 def train_here(compose, monkeypatch):
     """train_here(folder, ...): trains as train.py does, 40 steps with a validation every ten.
 
-    `stop`: the time is up after so many batches. `die`: an error occurs then.
+    `stop`: the time is up after so many batches. `die`: an error occurs then. `kill`: the process
+    ends then, as by kill -9.
     """
 
-    def run(folder, *overrides, stop=None, die=None):
+    def run(folder, *overrides, stop=None, die=None, kill=None):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if index + 1 == kill:
+                os._exit(0)
             if index + 1 == die:
                 raise SystemError("died")
             if stop is not None and index + 1 >= stop:
@@ -118,6 +127,17 @@ def straight(train_here, tmp_path):
     """The folder of such a run that was not interrupted."""
     train_here(tmp_path / "straight")
     return tmp_path / "straight"
+
+
+def in_a_process(function, *args, **kwargs):
+    """Call a function in a process of its own, which may be killed."""
+    process = FORK.Process(target=function, args=args, kwargs=kwargs)
+    process.start()
+    process.join()
+
+
+def no_step(*args):
+    raise AssertionError("a step was trained again")
 
 
 def start(*overrides, cwd, **options):
@@ -349,10 +369,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog,
     for step in (10, 20, 30):
         weights = {f"net.{n}": t + step for n, t in net.state_dict().items()}
         content = {"state_dict": weights, "global_step": step}
-        save(content, tmp_path / "checkpoints" / f"step={step}.ckpt")
+        save(content, tmp_path)
     assert {p.name for p in tmp_path.glob("checkpoints/*")} == {"step=20.ckpt", "step=30.ckpt"}
     assert newest(tmp_path)[1]["global_step"] == 30
-    assert newest(tmp_path, below=30)[1]["global_step"] == 20
     damage(tmp_path / "checkpoints" / "step=30.ckpt")
     assert newest(tmp_path)[1]["global_step"] == 20
     assert "step=30.ckpt cannot be read" in caplog.text and caplog.text.count("\n") == 1
@@ -380,7 +399,7 @@ def write(folder, *steps):
     for step in steps:
         content = {"state_dict": {"net.w": torch.full((3,), float(step))}, "global_step": step}
         content["losswatch"] = {"config": {"theta": 0.5}, "events": {}}
-        save(content, checkpoint_path(folder, step))
+        save(content, folder)
 
 
 def test_damaged_checkpoints_do_not_count_when_old_ones_are_removed(tmp_path, monkeypatch):
@@ -446,22 +465,27 @@ def test_a_checkpoint_takes_the_place_of_one_of_its_name(straight, train_here, t
     assert find(str(folder))["global_step"] == 40
 
 
-def test_a_stack_that_fails_at_its_end_leaves_no_weights(train_here, tmp_path, monkeypatch):
-    """The run is trained alone after that, and its weights replace those of the stack."""
-    stacks = []
-
-    def fail(module):
-        stacks.append(load(checkpoint_path(tmp_path, 40)))
-        raise NotStackable("it needs the ordinary step")
-
+def test_a_stack_that_fails_after_its_last_step_is_tested_alone(train_here, tmp_path, monkeypatch):
+    """Its last checkpoint is that of the run: no step is done twice."""
     monkeypatch.setattr(stack_module, "compiled", lambda function: function)
-    monkeypatch.setattr(stack_module.StackedModule, "show_images", fail)
-    train_here(tmp_path, "compile=true")
-    assert checkpoint_names(tmp_path) == ["step=30.ckpt", "step=40.ckpt"]
-    [stack], alone = stacks, find(str(tmp_path))
-    assert stack["global_step"] == alone["global_step"] == 40
-    assert stack["losswatch"]["events"].keys() != alone["losswatch"]["events"].keys()
-    assert list(read_scalars(tmp_path)["loss/dice"].dropna().index) == list(range(40))
+    whole = train_here(tmp_path / "whole", "compile=true")
+    report = stack_module.StackedModule.report
+
+    def fail(module, stage, *args):
+        if stage == "test":
+            raise NotStackable("it needs the ordinary step")
+        report(module, stage, *args)
+
+    monkeypatch.setattr(stack_module.StackedModule, "report", fail)
+    folder = tmp_path / "run"
+    monkeypatch.setattr(SegmentationModule, "training_step", no_step)
+    alone = train_here(folder, "compile=true")
+    assert alone.steps == whole.steps == 40 and alone.is_done
+    assert alone.metrics == pytest.approx(whole.metrics, abs=1e-5)  # rounded otherwise
+    curves, wanted = read_scalars(folder), read_scalars(tmp_path / "whole")
+    pd.testing.assert_frame_equal(curves[wanted.columns], wanted)
+    weights, wanted = (find(str(run))["state_dict"] for run in (folder, tmp_path / "whole"))
+    assert all(torch.equal(weights[name], weight) for name, weight in wanted.items())
 
 
 def test_runs_at_different_steps_are_no_stack(compose, tmp_path):
@@ -501,7 +525,7 @@ def test_a_checkpoint_that_holds_something_else(compose, tmp_path, change):
     torch.save(load(checkpoint_path(tmp_path, 20)) | {"global_step": 30} | change, path)
     with pytest.raises(ValueError, match="step=30.ckpt cannot be read"):
         load(path)
-    found = take_up(tmp_path, below=40)
+    found = take_up(tmp_path)
     assert found.step == 20 and "step=30.ckpt cannot be read" in found.notice
     with pytest.raises(ConfigError, match="cannot be read"):
         find(str(path))
@@ -528,7 +552,7 @@ def test_what_is_no_file_is_not_read(tmp_path, place):
         (path / "checkpoints").mkdir(parents=True)
         os.mkfifo(checkpoint_path(path, 10))
         os.mkfifo(path / "result.json")
-        assert finished(path) is None and take_up(path, below=40).step == 0
+        assert finished(path) is None and take_up(path).step == 0
     with pytest.raises(ConfigError, match="no readable checkpoint|not a regular file"):
         find(str(path))
 
@@ -602,7 +626,8 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
     ).stderr
     if launcher != "joblib":
         assert said.count("done before, skipped") == 1
-        assert said.count("resumed from step") == 1
+        assert said.count("resumed from step") == 2
+        assert said.count("resumed from step 60") == 1  # the failed one has only its test left
     assert (done / "result.json").stat().st_mtime_ns == stamp
     summary, reference = (pd.read_csv(folder / "summary.csv") for folder in (sweep, swept))
     assert list(summary.status) == ["done"] * 4
@@ -867,6 +892,76 @@ def test_a_kill_between_validations(train_here, tmp_path, options, accumulated):
         assert run["global_step"] == whole["global_step"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer.max_steps=20", "trainer.val_check_interval=15", "logger=csv"],
+        # Early stopping after the second validation.
+        ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=1e-12"],
+    ],
+)
+def test_a_kill_after_the_last_checkpoint(train_here, tmp_path, monkeypatch, options):
+    """The run goes on with its test: no step is trained again, and nothing is in the curves twice.
+
+    What a second logger was given is in its files, too.
+    """
+    whole = train_here(tmp_path / "whole", *options)
+
+    def test(*args, **kwargs):
+        os._exit(0)
+
+    monkeypatch.setattr(pl.Trainer, "test", test)
+    in_a_process(train_here, tmp_path / "run", *options)
+    monkeypatch.undo()
+    last = newest(tmp_path / "run")[1]["global_step"]
+    assert last == whole.steps == 20
+    monkeypatch.setattr(SegmentationModule, "training_step", no_step)
+    assert train_here(tmp_path / "run", *options) == whole
+    assert_same_training(tmp_path / "run", tmp_path / "whole")
+    tested = [e.step for e in events_of(tmp_path / "run").Scalars("test/accuracy")]
+    assert tested == [last]
+    if "logger=csv" in options:
+        read = [
+            pd.concat(
+                map(pd.read_csv, sorted((tmp_path / name).glob("csv/*/metrics.csv"))),
+                ignore_index=True,
+            )
+            for name in ("run", "whole")
+        ]
+        assert len(list((tmp_path / "run").glob("csv/*/metrics.csv"))) == 2
+        pd.testing.assert_frame_equal(*read, check_like=True)
+
+
+def test_a_kill_between_writes_of_a_logger(train_here, tmp_path):
+    """What it was given before the last checkpoint is in its file; the run is watched as before."""
+    folder, options = tmp_path / "run", ["logger=csv", "probe.every_n_steps=15"]
+    in_a_process(train_here, folder, *options, kill=25)
+    rows = pd.read_csv(folder / "csv/version_0/metrics.csv").set_index("step")
+    assert list(rows["val/accuracy"].dropna().index) == [10, 20]
+    assert list(rows["loss/dice"].dropna().index) == [0, 15]
+    train_here(folder, *options)
+    assert list(read_scalars(folder)["loss/dice"].dropna().index) == [0, 15, 30]
+
+
+def test_checkpoints_in_folders_of_the_users(train_here, tmp_path):
+    """They lie in the run's folder. The run's own checkpoints neither replace nor remove them."""
+    train_here(
+        tmp_path / "run", "callbacks=best", "callbacks.best.save_top_k=-1",
+        "+callbacks.best.dirpath=mine/checkpoints", "callbacks.best.filename='{step}'",
+    )  # fmt: skip
+    found = tmp_path.glob("run/mine/checkpoints/*.ckpt")
+    assert {path.name: load(path)["global_step"] for path in found} == {
+        f"step={step}.ckpt": step for step in (10, 20, 30, 40)
+    }
+    assert checkpoint_names(tmp_path / "run") == ["step=30.ckpt", "step=40.ckpt"]
+    train_here(
+        tmp_path / "other", "callbacks=best", "callbacks.best.filename='a/b-{step}'",
+        "trainer.max_steps=10",
+    )  # fmt: skip
+    assert checkpoint_names(tmp_path / "other") == ["a", "step=10.ckpt"]
+    assert load(tmp_path / "other/checkpoints/a/b-step=10.ckpt")["global_step"] == 10
+
+
 @pytest.mark.parametrize("end", [{"stop": 25}, {"die": 35}])
 def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
     """The end of the time may fall within a step: no checkpoint is saved there."""
@@ -994,7 +1089,7 @@ def test_a_damaged_result(compose, tmp_path, content):
     (tmp_path / "result.json").write_bytes(content)
     assert finished(tmp_path) is None
     check_folder(tmp_path, compose("experiment=smoke").cfg)
-    notice = take_up(tmp_path, below=30).notice
+    notice = take_up(tmp_path).notice
     assert "result.json cannot be read (" in notice and "\n" not in notice and len(notice) < 500
 
 
@@ -1003,7 +1098,7 @@ def test_a_run_whose_result_is_damaged_is_taken_up(straight, train_here, tmp_pat
     shutil.copytree(straight, folder := tmp_path / "run")
     train_here(folder)
     [said] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert "metrics are missing" in said and said.endswith("training goes on from step=30.ckpt")
+    assert "metrics are missing" in said and said.endswith("training goes on from step=40.ckpt")
     assert_same_training(folder, straight)
 
 

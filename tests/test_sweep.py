@@ -308,14 +308,14 @@ PARENT = """
 import os, signal, time
 import joblib
 from losswatch import compat
-from losswatch.sweep.callback import end_with_parent
+from losswatch.sweep.callback import end_in_time
 
 def work(number):
     open(f"{number}.{os.getpid()}", "w").close()
     time.sleep(60)
 
 if __name__ == "__main__":
-    compat.initialize_workers(end_with_parent)
+    compat.initialize_workers(end_in_time)
     joblib.Parallel(n_jobs=2)(joblib.delayed(work)(i) for i in range(2))
 """
 

@@ -457,3 +457,20 @@ def test_curves_without_an_event_file(tmp_path):
     """A finished run whose event file somebody removed is done all the same."""
     task._draw_curves(tmp_path, "dice", step=3)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_a_picture_that_cannot_be_drawn(tmp_path):
+    """The run is done all the same; it is drawn when the same command is given again."""
+    (folder := tmp_path / "run" / "curves.png").mkdir(parents=True)
+    command = ["experiment=smoke", "trainer.max_steps=10"]
+    done = run_train(*command, "hydra.run.dir=run", cwd=tmp_path)
+    [said] = [line for line in done.stderr.splitlines() if "cannot be drawn" in line]
+    assert said.startswith("run/curves.png cannot be drawn: IsADirectoryError: ")
+    assert "Traceback" not in done.stderr
+    written = (tmp_path / "run/result.json").read_bytes()
+    assert read_result(tmp_path / "run")["status"] == "done"
+    folder.rmdir()
+    again = run_train(*command, "resume=run", cwd=tmp_path)
+    assert "done before, skipped" in again.stderr and "cannot be drawn" not in again.stderr
+    assert folder.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run/result.json").read_bytes() == written

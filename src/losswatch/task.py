@@ -24,7 +24,7 @@ from losswatch.events.tags import CURVES
 from losswatch.stack.fit import train_compiled
 from losswatch.stack.member import FINISHED
 from losswatch.stack.refusal import NotStackable
-from losswatch.sweep.command import again
+from losswatch.sweep.command import again, current_sweep
 from losswatch.sweep.exit import stop
 from losswatch.terminal import say
 from losswatch.text import nearby, one_line, parse_overrides
@@ -41,6 +41,8 @@ from losswatch.train.settings import plain
 
 log = logging.getLogger(__name__)
 
+PICTURE = "curves.png"
+
 
 def run_task(cfg: DictConfig) -> float | None:
     """Check a run, and train or test it unless it is done.
@@ -52,6 +54,8 @@ def run_task(cfg: DictConfig) -> float | None:
         SystemExit: the config cannot work; or a single run failed or is unfinished.
         KeyboardInterrupt: after Ctrl-C.
     """
+    if current_sweep().is_terminated:  # the signal came where Python drops errors
+        raise KeyboardInterrupt
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     trained = job.runtime.choices.get("loss") or ""  # `check` says what is wrong with none
@@ -62,7 +66,7 @@ def run_task(cfg: DictConfig) -> float | None:
         except ConfigError as error:
             stop(str(error))
         if earlier := finished(folder):
-            return _skip(earlier, cfg, folder)
+            return _skip(earlier, cfg, trained, folder)
         # Lightning starts this program again for each further device. Those processes train, too,
         # and leave everything else to the first one.
         is_first = compat.process_rank() == 0
@@ -71,7 +75,7 @@ def run_task(cfg: DictConfig) -> float | None:
                 # Before it let go, another process may have finished the run, or begun one here.
                 check_folder(folder, cfg)
                 if earlier := finished(folder):
-                    return _skip(earlier, cfg, folder)
+                    return _skip(earlier, cfg, trained, folder)
                 return _attempt(cfg, trained, folder, is_first)
         except ConfigError as error:
             if is_single:
@@ -104,9 +108,12 @@ def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
     check_folder(folder, cfg)
 
 
-def _skip(result: dict[str, Any], cfg: DictConfig, folder: Path) -> float:
-    """Say that the run is done; return its score."""
+def _skip(result: dict[str, Any], cfg: DictConfig, trained: str, folder: Path) -> float:
+    """Say that the run is done; return its score. Draw its picture if a kill came before that."""
     log.info("done before, skipped: %s", _called(folder))
+    is_first = compat.process_rank() == 0
+    if is_first and cfg.mode == "train" and not (folder / PICTURE).exists():
+        _draw_curves(folder, trained, result.get("steps") or 0)
     return score(result["metrics"], cfg)
 
 
@@ -126,8 +133,6 @@ def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> flo
     try:
         with only_errors(not is_first):
             reached, seconds = _work(cfg, trained, folder)
-            if is_first and cfg.mode == "train":
-                _draw_curves(folder, trained, reached.steps)
     except BaseException as error:
         _fail(error, cfg, folder, time.perf_counter() - begin, is_first)
         return None
@@ -135,13 +140,14 @@ def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> flo
     if not is_first:
         return found
     if not reached.is_done:
-        _stop_early(reached, cfg, folder, seconds)
+        _stop_early(reached, cfg, trained, folder, seconds)
         return None
-    # In this order: a run that is done has its picture, and a run that is not has the checkpoints
-    # to go on from.
+    # In this order: a run that is not done has the checkpoints to go on from, and one that is done
+    # stays so whatever becomes of its picture.
     _write(cfg, folder, "done", reached, seconds=seconds)
     if cfg.mode == "train":
         checkpoints.finish(folder, reached.steps)
+        _draw_curves(folder, trained, reached.steps)
     what = "predicted"
     if cfg.mode != "predict":
         stage = "val" if cfg.mode == "train" else "test"
@@ -208,10 +214,13 @@ def _write(
 def _fail(
     error: BaseException, cfg: DictConfig, folder: Path, seconds: float, is_first: bool
 ) -> None:
-    """Record an error, and raise what ends the command: the error of a single run, or Ctrl-C."""
-    job = HydraConfig.get()
+    """Record an error, and raise what ends the command: the error of a single run, or Ctrl-C.
+
+    SIGTERM counts as Ctrl-C.
+    """
+    job, is_terminated = HydraConfig.get(), current_sweep().is_terminated
     # On Ctrl-C Lightning shuts down in order, and then exits.
-    is_interrupt = isinstance(error, KeyboardInterrupt | SystemExit)
+    is_interrupt = isinstance(error, KeyboardInterrupt | SystemExit) or is_terminated
     text = "interrupted" if is_interrupt else one_line(error)
     if is_first:
         status = "unfinished" if is_interrupt else "failed"
@@ -230,10 +239,13 @@ def _fail(
         raise SystemExit(1) from error
 
 
-def _stop_early(reached: Reached, cfg: DictConfig, folder: Path, seconds: float) -> None:
+def _stop_early(
+    reached: Reached, cfg: DictConfig, trained: str, folder: Path, seconds: float
+) -> None:
     """Record that the time was up before the last step, which ends a single run."""
     what = f"after {reached.steps} of {cfg.trainer.max_steps} steps"
     _write(cfg, folder, "unfinished", reached, error=what, seconds=seconds)
+    _draw_curves(folder, trained, reached.steps)
     log.warning("unfinished %s: %s", what, _called(folder))
     if HydraConfig.get().mode == RunMode.RUN:
         _say_how_to_resume(cfg, folder)
@@ -254,11 +266,18 @@ def _called(folder: Path) -> str:
 
 
 def _draw_curves(folder: Path, trained: str, step: int) -> None:
-    """Draw the run's curves into its folder, and for TensorBoard, whose charts colour by run."""
-    # Imported late: Matplotlib takes a second, and a run that is done before draws nothing.
-    from losswatch.report.figures import plot_curves
+    """Draw the run's curves into its folder, and for TensorBoard, whose charts colour by run.
 
-    file = folder / "curves.png"
-    plot_curves(read_scalars(folder), file, title=folder.name, trained=trained)
-    if events := event_files(folder):
-        append_picture(max(events), CURVES, file.read_bytes(), step)
+    An error is no error of the run: a line tells it.
+    """
+    file = folder / PICTURE
+    try:
+        # Imported late: Matplotlib takes a second, and a run that is done before draws nothing.
+        from losswatch.report.figures import plot_curves
+
+        plot_curves(read_scalars(folder), file, title=folder.name, trained=trained)
+        if events := event_files(folder):
+            append_picture(max(events), CURVES, file.read_bytes(), step)
+    except Exception as error:
+        log.warning("%s cannot be drawn: %s", _called(file), one_line(error))
+        log.debug("", exc_info=True)

@@ -113,8 +113,8 @@ def fit(
             raise RuntimeError(f"training ended at step {trainer.global_step} of {steps}")
         if steps % interval:
             module.report("val", VAL, members[0].data.val_size)  # of the final weights, too
-        module.save()
         module.show_images()
+        module.save()
         module.report("test", TEST, members[0].data.test_size)
         for member in members:
             member.seconds = (time.perf_counter() - begin) / len(members)

@@ -12,6 +12,7 @@ from torch import nn
 
 from losswatch.data.random import ThresholdedImages
 from losswatch.stack.parameters import trained_parameters
+from losswatch.stack.refusal import NotStackable
 from losswatch.train.build import make_data, make_net, make_optimizer
 from losswatch.train.content import load_net, load_optimizer
 from losswatch.train.eventlog import EventLog, open_log
@@ -66,12 +67,18 @@ FINISHED: dict[Path, Member | Failure] = {}
 
 
 def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
-    """A run, in the state of its newest checkpoint if its folder holds one."""
+    """A run, in the state of its newest checkpoint if its folder holds one.
+
+    Raises:
+        NotStackable: that is its last one.
+    """
     data = make_data(cfg)
     assert isinstance(data, ThresholdedImages)  # `limits.check_config`
     net = make_net(cfg, data.form)
     optimizer = make_optimizer(cfg)(list(trained_parameters(net).values()))
-    start = take_up(folder, below=cfg.trainer.max_steps)
+    start = take_up(folder)
+    if start.step >= cfg.trainer.max_steps:
+        raise NotStackable("no step is left, only the test")
     if start.path:
         load_net(net, start.content)
         load_optimizer(optimizer, start.content)

@@ -30,7 +30,7 @@ from losswatch.stack.step import make_gradient
 from losswatch.terminal import Steps, say
 from losswatch.text import number_of, one_line
 from losswatch.train.callbacks import Images
-from losswatch.train.checkpoints import checkpoint_path, save
+from losswatch.train.checkpoints import save
 from losswatch.train.content import add_record, as_of_lightning
 from losswatch.train.evaluation import Tally, metrics, tally
 from losswatch.train.eventlog import side_by_side
@@ -212,8 +212,10 @@ class StackedModule(pl.LightningModule):
                 content = as_of_lightning(
                     member.net, self.losses, member.trained, member.optimizer, step, loops
                 )
-                add_record(content, member.config, member.logger.sizes())
-                save(content, checkpoint_path(member.folder, step))
+                add_record(
+                    content, member.config, member.logger.sizes(), metrics=dict(member.metrics)
+                )
+                save(content, member.folder)
         self.saved = time.monotonic()
 
     def _unstack(self, chunk: Chunk, k: int, member: Member, step: int) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -70,7 +71,7 @@ class SweepCallback(Callback):
         if launcher._target_.endswith("BasicLauncher"):
             at_once = 1
         else:
-            compat.initialize_workers(end_with_parent)
+            compat.initialize_workers(end_in_time)
         if launcher._target_.endswith("JoblibLauncher"):
             import joblib  # imported late: single runs need no joblib
 
@@ -143,14 +144,17 @@ def _in_other_process(total: int | None, steps: int | None) -> SweepCallback:
 
 
 @functools.cache  # one thread a process
-def end_with_parent() -> None:
-    """End this process, if joblib started it, when its parent has ended, even by kill -9.
+def end_in_time() -> None:
+    """End this process, if joblib started it, by SIGTERM, or when its parent ends, even by kill -9.
 
     Otherwise it would go on training and keep its runs locked. The jobs of other launchers are
     meant to outlive the command, or their launcher ends them.
     """
     if (parent := multiprocessing.parent_process()) is None:
         return
+    # At once: Lightning, in the place of the default handler, would let the batch end, and a worker
+    # of the loader that the signal ended, too, would make the run a failed one.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
     def watch() -> None:
         while os.getppid() == parent.pid:

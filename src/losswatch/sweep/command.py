@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ class Sweep:
 
     folder: Path | None = None  # set when the runs may start; the table of it ends the command
     is_checked: bool = False  # whether each run has been composed and checked
+    is_terminated: bool = False  # whether SIGTERM ended it
     lacks_runs: bool = False  # whether the table will lack a run, of which no file can be written
     # The composed config of each run, by its overrides, until the fused launcher takes it: to
     # compose one takes 70 ms. Other launchers compose their own, some of them elsewhere.
@@ -63,10 +66,41 @@ def command() -> Iterator[Sweep]:
         switches.enter_context(quiet_logging())
         switches.enter_context(compat.skip_validation(lambda: current_sweep().is_checked))
         _current = Sweep()
+        switches.enter_context(_ended_by_sigterm(_current))
         try:
             yield _current
         finally:
             _current = earlier
+
+
+@contextmanager
+def _ended_by_sigterm(sweep: Sweep) -> Iterator[None]:
+    """While this is open, SIGTERM ends the command as Ctrl-C does.
+
+    `timeout`, schedulers and containers send it, some of them to all processes of the command and
+    more than once. A handler that is there already stays.
+    """
+    process, earlier = os.getpid(), {}
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != process:  # a fork inherits the handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not sweep.is_terminated:
+            sweep.is_terminated = True
+            # PyTorch would raise an error for each worker of a loader that the signal ended, too.
+            if hasattr(signal, "SIGCHLD"):
+                earlier[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+            raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        earlier[signal.SIGTERM] = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

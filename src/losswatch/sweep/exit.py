@@ -1,12 +1,13 @@
 """How the command ends: one line about an error, the table of a sweep, the exit status.
 
 The exit status is 0 if all runs are done; 1 if a run is not, or if a file or the table cannot be
-written; 2 for bad input; 130 after Ctrl-C.
+written; 2 for bad input; 130 after Ctrl-C; 143 after SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,14 +80,16 @@ def clear_errors() -> Iterator[Sweep]:
                 raise
             line, status = known
         if sweep.folder is not None:
+            all_done = False
             try:
                 all_done = show_table(sweep.folder)
-            except (Exception, KeyboardInterrupt) as error:
+            except KeyboardInterrupt as error:
+                line, status = verdict(error) or (line, status)
+            except Exception as error:
                 if is_verbose:
                     raise
                 # What ended the sweep comes first: it is often the cause of this error, too.
                 line = line or f"the sweep's summary cannot be written: {one_line(error)}"
-                all_done = False
             status = status or int(sweep.lacks_runs or not all_done)
         if failure := flush(sys.stdout):
             line, status = line or f"the output cannot be written: {failure}", status or 1
@@ -99,6 +102,8 @@ def clear_errors() -> Iterator[Sweep]:
 
 def verdict(error: BaseException) -> tuple[str, int] | None:
     """The line about an error, and the exit status; None if the error is a bug of losswatch."""
+    if current_sweep().is_terminated:  # the signal often is the cause of another error
+        return "terminated", 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, SystemExit):

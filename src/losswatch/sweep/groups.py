@@ -56,7 +56,7 @@ def _common_settings(job: Job) -> dict[str, Any]:
     config["watched"] = sorted({*config.pop("watch"), job.loss})
     unchanged = OmegaConf.to_container(read_losses([job.loss], job.task)[job.loss])
     config["changed loss"] = None if loss == unchanged else loss
-    config["steps done"] = take_up(job.folder, config["trainer"]["max_steps"]).step
+    config["steps done"] = take_up(job.folder).step
     return config
 
 

@@ -302,6 +302,8 @@ def _train(jobs: Sequence[Job]) -> None:
         try:
             _describe(job)
             members.append(make_member(job.task, job.loss, job.folder))
+        except NotStackable:
+            raise
         except Exception as error:
             FINISHED[job.folder] = Failure(error)
     if not members:

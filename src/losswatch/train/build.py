@@ -228,7 +228,11 @@ def _logger_nodes(cfg: DictConfig, folder: Path) -> Iterator[tuple[str, Any, dic
 
 
 def make_callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:
-    """The callbacks of `cfg.callbacks`, for a run in `folder`."""
+    """The callbacks of `cfg.callbacks`, for a run in `folder`.
+
+    One whose `_arguments_` ask for the folder of checkpoints gets that of the run, unless its file
+    names another one, which lies in the run's folder if it is relative.
+    """
     made = []
     for name, node in _nodes(cfg, "callbacks").items():
         if "every_n_epochs" in node:
@@ -236,8 +240,10 @@ def make_callbacks(cfg: DictConfig, folder: Path) -> list[pl.Callback]:
                 f"callbacks.{name}.every_n_epochs has no use: a training is one epoch here, with a "
                 "validation every trainer.val_check_interval steps"
             )
-        uses = "checkpoints" in node.get("_arguments_", {})
-        node, given = _renamed(node, {"checkpoints": str(folder / "checkpoints")} if uses else {})
+        given = {}
+        if name_there := node.get("_arguments_", {}).get("checkpoints"):
+            given["checkpoints"] = str(folder / (node.get(name_there) or "checkpoints"))
+        node, given = _renamed(node, given)
         made.append(_instantiate(f"callbacks.{name}", node, pl.Callback, **given))
     return made
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from losswatch import compat
@@ -21,7 +21,7 @@ from losswatch.events.tags import LOSS, PICTURES
 from losswatch.terminal import Steps, steps
 from losswatch.train import randomness
 from losswatch.train.checkpoints import checkpoint_path
-from losswatch.train.content import add_record
+from losswatch.train.content import add_record, metrics_of, random_of, step_of
 from losswatch.train.eventlog import EventLog, side_by_side
 from losswatch.watch.lightning import Watch
 
@@ -72,22 +72,36 @@ class Checkpoints(Checkpoint):
     Args:
         folder, config: of the run; the config as plain data.
         data: as of `content.add_record`.
-        random: `randomness.get_state` in the checkpoint from which the run goes on.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        data: dict[str, Any] | None = None,
-        random: dict[str, Any] | None = None,
+        self, folder: Path, config: dict[str, Any], data: dict[str, Any] | None = None
     ) -> None:
-        self.folder, self.config, self.data, self.random = folder, config, data, random
+        self.folder, self.config, self.data = folder, config, data
+        self.random: dict[str, Any] | None = None  # of the checkpoint from which the run goes on
         self.saved = 0  # the step of the last checkpoint
         self.validated = 0  # the step of the last validation
+        self.metrics: dict[str, float] = {}  # of that validation
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.random, self.metrics = random_of(checkpoint), metrics_of(checkpoint)
+        self.saved = step_of(checkpoint)
+        self.validated = self.saved if self.metrics else 0
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if why_ended_early(trainer):  # before the checkpoint from which the run goes on
+            trainer.should_stop = True
 
     def on_train_batch_start(self, *_: Any) -> None:
         # Not earlier: each of Lightning's loaders draws a random number when it begins.
+        self._restore_random()
+
+    def on_fit_end(self, *_: Any) -> None:
+        self._restore_random()  # of a checkpoint after which no step was left
+
+    def _restore_random(self) -> None:
         if self.random is not None:
             randomness.set_state(self.random)
             self.random = None
@@ -120,6 +134,7 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.validated = trainer.global_step
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         # In the middle of a step there are gradients that a checkpoint does not hold.
         if not compat.is_accumulating(trainer):
             self.save(trainer)
@@ -128,8 +143,18 @@ class Checkpoints(Checkpoint):
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.is_global_zero and isinstance(trainer.logger, EventLog):
+            for logger in trainer.loggers:
+                logger.save()  # what a logger of the user's has not written is lost by a kill
             events, random = trainer.logger.sizes(), randomness.get_state()
-            add_record(checkpoint, self.config, events, self.data, random)
+            metrics = self.metrics if self.validated == trainer.global_step else None
+            add_record(checkpoint, self.config, events, self.data, random, metrics)
+
+
+def why_ended_early(trainer: pl.Trainer) -> str | None:
+    """Why early stopping has ended the training; None if it has not. It counts as done then."""
+    stoppers = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore
+    reasons = [stopper.stopping_reason_message for stopper in stoppers]
+    return next((" ".join(reason.split()) for reason in reasons if reason is not None), None)
 
 
 class Images(pl.Callback):

@@ -32,15 +32,20 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step={step}.ckpt"
 
 
-def save(content: Content, path: Path) -> None:
-    """Write a checkpoint as a whole, replace any other of its name, remove the superseded ones."""
+def save(content: Content, folder: Path) -> None:
+    """Write a run's checkpoint as a whole, and remove those that it supersedes."""
+    path = checkpoint_path(folder, step_of(content))
+    write(content, path)
+    _readable[path] = path.stat().st_mtime_ns, True
+    prune(folder, step_of(content))
+
+
+def write(content: Content, path: Path) -> None:
+    """Write a checkpoint as a whole; it replaces any other of its name."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, buffer.getvalue())
-    if (step := step_in_name(path)) >= 0:
-        _readable[path] = path.stat().st_mtime_ns, True
-        prune(path.parent.parent, step)
 
 
 def prune(folder: Path, step: int, keep: int = KEPT) -> None:
@@ -67,12 +72,22 @@ def finish(folder: Path, step: int) -> None:
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Makes Lightning write its checkpoints by `save`."""
+    """Makes Lightning write checkpoints by `save`, those of the user's callbacks by `write`.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        save(checkpoint, Path(path))
+        if Path(path) == checkpoint_path(self.folder, step_of(checkpoint)):
+            save(checkpoint, self.folder)
+        else:
+            write(checkpoint, Path(path))
 
 
 def load(path: Path) -> Content:
@@ -96,16 +111,12 @@ def load(path: Path) -> Content:
     return content
 
 
-def readable(
-    folder: Path, below: float = float("inf"), damaged: list[str] | None = None
-) -> Iterator[tuple[Path, Content]]:
-    """A run's checkpoints before step `below` that can be read, the newest first.
+def readable(folder: Path, damaged: list[str] | None = None) -> Iterator[tuple[Path, Content]]:
+    """A run's checkpoints that can be read, the newest first.
 
     `damaged` gets a line about each of the others that was passed over.
     """
     for path in _files(folder):
-        if step_in_name(path) >= below:
-            continue
         try:
             content = load(path)
         except ValueError as error:
@@ -115,10 +126,10 @@ def readable(
             yield path, content
 
 
-def newest(folder: Path, below: float = float("inf")) -> tuple[Path, Content] | None:
-    """The newest checkpoint before step `below` that can be read; a warning names the others."""
+def newest(folder: Path) -> tuple[Path, Content] | None:
+    """The newest checkpoint that can be read; a warning names the others."""
     damaged: list[str] = []
-    found = next(readable(folder, below, damaged), None)
+    found = next(readable(folder, damaged), None)
     for line in damaged:
         log.warning("%s; the one before it is used", line)
     return found

@@ -46,7 +46,7 @@ from losswatch.train.build import (
     set_length,
     trainer_options,
 )
-from losswatch.train.checkpoints import AtomicCheckpoints
+from losswatch.train.checkpoints import AtomicCheckpoints, step_in_name
 from losswatch.train.config import ConfigError, check_values
 from losswatch.train.eventlog import EventLog
 from losswatch.train.presets import loss_nodes
@@ -94,7 +94,9 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
         check_loggers(cfg)
         if cfg.callbacks and (key := f"{cfg.callbacks} of {known}") not in _passed:
             with tempfile.TemporaryDirectory() as folder:
-                _check_monitors(make_callbacks(cfg, Path(folder)), known)
+                made = make_callbacks(cfg, Path(folder))
+                _check_monitors(made, known)
+                _check_checkpoints(made, known, Path(folder).resolve(), multirun)
             _passed.add(key)
         # Runs that differ only in these two do the same in their first step.
         same = plain(cfg) | {"theta": form.channels, "seed": 0}
@@ -114,10 +116,10 @@ def _metrics(cfg: DictConfig, trained: str, form: Form) -> list[str]:
 
 
 def _check_monitors(callbacks: Sequence[object], known: Sequence[str]) -> None:
-    """See that each callback monitors a known metric, and that checkpoints have different names.
+    """See that each callback monitors a known metric.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: one does not.
     """
     # A callback of the user's may log a metric of its own.
     are_lightnings = all("lightning" in type(c).__module__.split(".")[0] for c in callbacks)
@@ -129,12 +131,59 @@ def _check_monitors(callbacks: Sequence[object], known: Sequence[str]) -> None:
                 f"callbacks: the {kind} monitors {monitor}, which is computed by no validation; it "
                 f"has {', '.join(known)}"
             )
-        if isinstance(callback, ModelCheckpoint) and callback.save_top_k not in (0, 1):
-            if "{" not in (callback.filename or "{"):
-                raise ConfigError(
-                    f"callbacks: with save_top_k={callback.save_top_k} each checkpoint needs a "
-                    f"name of its own, such as \"callbacks.best.filename='best-{{step}}'\""
+
+
+def _check_checkpoints(
+    callbacks: Sequence[object], known: Sequence[str], folder: Path, multirun: bool
+) -> None:
+    """See that no checkpoint of a callback takes the place of another one.
+
+    Args:
+        callbacks, known: as of `_check_monitors`.
+        folder: in the place of the run's.
+        multirun: as of `check`.
+
+    Raises:
+        ConfigError: one does.
+    """
+    taken: set[Path] = set()
+    for callback in callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        metrics = {name: torch.tensor(0.5) for name in known} | {"epoch": torch.tensor(0)}
+        try:
+            path, later = (
+                folder / "checkpoints" / callback.format_checkpoint_name(
+                    metrics | {"step": torch.tensor(step)}
                 )
+                for step in (1, 2)
+            )  # fmt: skip
+        except Exception as error:
+            raise ConfigError(
+                f"callbacks: filename={callback.filename} makes no name: {one_line(error)}"
+            ) from error
+        if path == later and callback.save_top_k not in (0, 1):
+            raise ConfigError(
+                f"callbacks: with save_top_k={callback.save_top_k} each checkpoint needs a "
+                f"name of its own, such as \"callbacks.best.filename='best-{{step}}'\""
+            )
+        if path.parent == folder / "checkpoints" and step_in_name(path) >= 0:
+            raise ConfigError(
+                f"callbacks: filename={callback.filename} gives checkpoints the names of the run's "
+                f"own, {path.name}; give another one, such as "
+                f"\"callbacks.best.filename='best-{{step}}'\""
+            )
+        if path in taken:
+            raise ConfigError(
+                f"callbacks: two of them write {path.name} to one folder; give one of them another "
+                "filename"
+            )
+        taken.add(path)
+        if multirun and not path.is_relative_to(folder):
+            raise ConfigError(
+                f"callbacks: all runs of a sweep would write to {path.parent}; give a relative "
+                "dirpath, which lies in the folder of each run"
+            )
 
 
 def _check_scheduler(cfg: DictConfig) -> None:
@@ -278,9 +327,9 @@ def _check_trainer(options: str, multirun: bool) -> pl.Trainer:
         ConfigError: with one line for the user.
     """
     asked = json.loads(options)
-    # As in the run, because Lightning refuses some options together with these.
+    # As in the run, because Lightning refuses some options together with these. Nothing is written.
     ours = {
-        "logger": EventLog("."), "plugins": [AtomicCheckpoints()], "num_sanity_val_steps": 0,
+        "logger": EventLog("."), "plugins": [AtomicCheckpoints(Path())], "num_sanity_val_steps": 0,
         "use_distributed_sampler": False, "enable_model_summary": False,
         "enable_progress_bar": False,
     }  # fmt: skip

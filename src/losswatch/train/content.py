@@ -1,8 +1,8 @@
 """What a checkpoint holds. This is the one place that knows its keys.
 
 A checkpoint is Lightning's, of a `SegmentationModule`. Under "losswatch" it also holds the run's
-config, the size of each of its event files at that step, and, of an ordinary run, the form of its
-data and the state of the random generators.
+config, the size of each of its event files at that step, the metrics of a validation at that step,
+and, of an ordinary run, the form of its data and the state of the random generators.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def add_record(
     events: dict[str, int],
     data: dict[str, Any] | None = None,
     random: dict[str, Any] | None = None,
+    metrics: dict[str, float] | None = None,
 ) -> None:
     """Put into a checkpoint what resuming needs.
 
@@ -45,8 +46,11 @@ def add_record(
         events: bytes of each of its event files by name.
         data: what `data_of` needs, as plain data.
         random: `randomness.get_state`.
+        metrics: of the validation of these weights; None if there was none.
     """
-    record = {"config": config, "events": events, "data": data, "random": random}
+    record = {
+        "config": config, "events": events, "data": data, "random": random, "metrics": metrics,
+    }  # fmt: skip
     content[_RECORD] = {key: value for key, value in record.items() if value is not None}
     # A run that is resumed has all of its time again.
     states = content.get("callbacks", {})
@@ -107,6 +111,7 @@ def check_types(content: Content) -> None:
             isinstance(record["config"], dict)
             and is_plain(record["config"])
             and all(isinstance(n, str) and _is_count(b) for n, b in record["events"].items())
+            and all(isinstance(value, float) for value in record.get("metrics", {}).values())
         ),
     }.items():  # fmt: skip
         if not is_right:
@@ -145,6 +150,11 @@ def events_of(content: Content) -> dict[str, int]:
 def random_of(content: Content) -> dict[str, Any] | None:
     """The state of the random generators; the checkpoints of a stack hold none."""
     return content.get(_RECORD, {}).get("random")
+
+
+def metrics_of(content: Content) -> dict[str, float]:
+    """The metrics of the validation of these weights; empty if there was none."""
+    return content.get(_RECORD, {}).get("metrics", {})
 
 
 def data_of(content: Content) -> tuple[Form, list[int]]:

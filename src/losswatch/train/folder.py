@@ -7,7 +7,7 @@ import logging
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from omegaconf import DictConfig
 
@@ -15,7 +15,7 @@ from losswatch.text import printable, shortened
 from losswatch.train.build import set_length
 from losswatch.train.checkpoints import readable
 from losswatch.train.config import ConfigError
-from losswatch.train.content import Content, config_of, events_of, random_of, step_of
+from losswatch.train.content import Content, config_of, events_of, step_of
 from losswatch.train.curves import event_files, lost_events
 from losswatch.train.outcome import read_result
 from losswatch.train.settings import differences
@@ -38,19 +38,15 @@ class Start(NamedTuple):
     def events(self) -> dict[str, int]:
         return events_of(self.content)
 
-    @property
-    def random(self) -> dict[str, Any] | None:
-        return random_of(self.content)
 
-
-def take_up(folder: Path, below: int) -> Start:
-    """Where a run goes on: at its newest checkpoint before step `below` with whole event files."""
+def take_up(folder: Path) -> Start:
+    """Where a run goes on: at its newest checkpoint with whole event files."""
     passed: list[str] = []
     try:
         read_result(folder)
     except ValueError as error:
         passed.append(str(error))
-    for path, content in readable(folder, below, passed):
+    for path, content in readable(folder, passed):
         lost = lost_events(folder, events_of(content))
         if not lost:
             break

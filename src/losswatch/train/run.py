@@ -9,7 +9,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from losswatch import compat
@@ -29,7 +28,13 @@ from losswatch.train.build import (
     make_scheduler,
     trainer_options,
 )
-from losswatch.train.callbacks import Checkpoints, Images, Predictions, Progress
+from losswatch.train.callbacks import (
+    Checkpoints,
+    Images,
+    Predictions,
+    Progress,
+    why_ended_early,
+)
 from losswatch.train.checkpoints import AtomicCheckpoints, find
 from losswatch.train.config import ConfigError
 from losswatch.train.content import data_of, load_loss, load_net, step_of
@@ -55,7 +60,7 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         trained: the name of the trained loss.
         folder: where it writes everything.
     """
-    start = take_up(folder, below=cfg.trainer.max_steps)
+    start = take_up(folder)
     announce(start.notice, start.step)
     data, form = make_data(cfg), describe_data(cfg)
     net = make_net(cfg, form)
@@ -63,7 +68,7 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         module = _make_module(cfg, trained, net, data, form)
         if not is_ours(data):
             repeat(data, cfg.seed)
-        checkpoints = Checkpoints(folder, plain(cfg), _about(data, form), start.random)
+        checkpoints = Checkpoints(folder, plain(cfg), _about(data, form))
         with open_log(cfg, trained, folder, start.events) as logger:
             if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
                 log_survey(logger, data.survey)
@@ -77,7 +82,7 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
             is_done = steps >= cfg.trainer.max_steps or early is not None
             if is_done and checkpoints.validated != steps:  # validate the final weights, too
                 trainer.validate(module, data, verbose=False)
-            metrics = _metrics(trainer)
+            metrics = checkpoints.metrics | _metrics(trainer)
             if is_done:
                 checkpoints.save(trainer)
                 if has_test(data):
@@ -201,7 +206,7 @@ def _make_trainer(
     loggers = make_loggers(cfg, folder)
     for other in loggers:
         other.log_hyperparams(dict(flat(plain(cfg))))
-    plugins: list[Any] = [AtomicCheckpoints()]
+    plugins: list[Any] = [AtomicCheckpoints(folder)]
     if options["sync_batchnorm"]:
         plugins.append(LayerSync())
     return pl.Trainer(
@@ -213,13 +218,6 @@ def _make_trainer(
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
-
-
-def why_ended_early(trainer: pl.Trainer) -> str | None:
-    """Why early stopping has ended the training; None if it has not. It counts as done then."""
-    stoppers = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore
-    reasons = [stopper.stopping_reason_message for stopper in stoppers]
-    return next((" ".join(reason.split()) for reason in reasons if reason is not None), None)
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,14 +16,16 @@ from torch import Tensor, nn
 from losswatch import compat
 from losswatch.events.charts import add_charts
 from losswatch.losses.ranks import highest
-from losswatch.watch.observer import Head, Observer, in_order
-from losswatch.watch.outputs import Losses, tensors, unused
+from losswatch.watch.criterion import find_criterion, roles
+from losswatch.watch.observer import Head, Observer
+from losswatch.watch.outputs import Losses, unused
 from losswatch.watch.record import Record
 from losswatch.watch.span import (
     Span,
     added,
     blocks,
     contained,
+    in_order,
     is_gradient,
     joined,
     with_trained,
@@ -119,8 +122,8 @@ class Watch(Callback):
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.hooks: list[Any] = []
         self.reuses: bool | None = None  # whether the training's own gradient is right for a row
-        self.first = trainer.global_step
-        self.record.begin(self.first)
+        self.first = math.inf  # the step at which training begins
+        self.record.begin(trainer.global_step)
         try:
             if self.criterion is not None:
                 self.module = find_criterion(module, self.criterion)
@@ -136,6 +139,11 @@ class Watch(Callback):
         self.observer.begin()
         if compat.is_compiled(module):
             self.hooks.append(compat.KeptBuffers())
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Only now is the step of a checkpoint known.
+        self.first = trainer.global_step
+        self.record.step = trainer.global_step - 1
 
     def _tensorboards(self, trainer: pl.Trainer) -> list[Any]:
         """The loggers that write to TensorBoard, on the rank that does."""
@@ -404,51 +412,6 @@ class Watch(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.flush(trainer)
-
-
-def find_criterion(module: nn.Module, name: str) -> nn.Module:
-    """The submodule of that name.
-
-    Raises:
-        ValueError: there is none; the message names those that could be meant.
-    """
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        words = ("loss", "criterion", "dice", "entropy")
-        near = [
-            f"{path} ({type(part).__name__})"
-            for path, part in module.named_modules()
-            if path and any(word in f"{path} {type(part).__name__}".lower() for word in words)
-        ]
-        if hasattr(module, name) and callable(getattr(module, name)):
-            hint = "it is a function: call watch.see(logits, target) in training_step"
-        elif near:
-            hint = f"modules that could be meant are {', '.join(near[:10])}"
-        else:
-            hint = "no module looks like a loss: call watch.see(logits, target) in training_step"
-        raise ValueError(f"criterion={name!r} is no submodule; {hint}") from None
-
-
-def roles(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, str] | None:
-    """Output and target among the arguments of a criterion, and a text if the target comes first.
-
-    The output is the first argument that carries a gradient. None: there are no two arguments with
-    tensors.
-    """
-    named = [*((f"argument {i}", x) for i, x in enumerate(args, 1)), *kwargs.items()]
-    found = []
-    for name, value in named:
-        try:
-            found.append((name, value, any(x.requires_grad for x in tensors(name, value))))
-        except TypeError:  # a number, or a list of something else
-            continue
-    if len(found) < 2:
-        return None
-    output = next((x for x in found if x[2]), found[0])
-    target = next(x for x in found if x is not output)
-    order = "" if output is found[0] else f" (output: {output[0]}, target: {target[0]})"
-    return output[1], target[1], order
 
 
 def _have_hooks_around_backward(trainer: pl.Trainer) -> bool:

@@ -5,7 +5,6 @@ Needs nothing but PyTorch. lightning.py and engine.py call it in the loops of ot
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,12 +18,14 @@ from losswatch.losses.pixels import is_hard, wide
 from losswatch.losses.ranks import highest, world_size
 from losswatch.text import reason
 from losswatch.watch.outputs import Losses, Part, Views, check_outputs, tensors
+from losswatch.watch.parameters import check_whole, network_or_parameters
 from losswatch.watch.record import Record
 from losswatch.watch.span import (
     Row,
     Span,
     blocks,
     by_loss,
+    in_order,
     is_linear,
     joined,
     norms_and_cosines,
@@ -97,7 +98,7 @@ class Observer:
             raise ValueError(f"heads={heads!r}: allowed are first, all")
         self.heads = heads
         self.views = Views(losses, activation, ignore_index)
-        self.network, self.given = _network_or_parameters(parameters)
+        self.network, self.given = network_or_parameters(parameters)
         self.apart: nn.Module | None = None  # its parameters are not the network's
         self.strict = False  # whether later observations raise errors, too
         self.warned: set[str] = set()
@@ -225,7 +226,7 @@ class Observer:
             for part in heads[-1].parts if world_size() > 1 else ():
                 part.losses.check(part.logits, part.target)
         if self.is_new and torch.distributed.is_available() and torch.distributed.is_initialized():
-            _check_whole(self.trained, self.network)
+            check_whole(self.trained, self.network)
         return heads
 
     def _add_fault(self, fault: Tensor) -> None:
@@ -397,50 +398,3 @@ class Observer:
 
 Measured = tuple[Tensor, Tensor, Tensor]
 Table = tuple[Tensor, Tensor, Tensor]  # of `LossSet.rows`
-
-
-def in_order(found: Span, names: Sequence[str], wanted: Sequence[str]) -> Span:
-    """A span with its losses, of these names, in another order."""
-    if list(names) == list(wanted):
-        return found
-    order = [names.index(name) for name in wanted]
-    values, coefficients = (
-        torch.stack([x[i] for i in order]) for x in (found.values, found.coefficients)
-    )
-    return Span(values, coefficients, found.rows)
-
-
-def _network_or_parameters(given: Any) -> tuple[nn.Module | None, list[Tensor]]:
-    """A network, also where only its `parameters()` are given; or some parameters.
-
-    Raises:
-        TypeError: something else is given.
-        ValueError: there are no parameters.
-    """
-    if inspect.isgenerator(given) and given.gi_code is nn.Module.parameters.__code__:
-        given = inspect.getgeneratorlocals(given).get("self", given)  # finished ones have none
-    network = given if isinstance(given, nn.Module) else None
-    parameters: list[Tensor] = list(given if network is None else network.parameters())
-    for p in parameters:
-        if not isinstance(p, Tensor):
-            raise TypeError(f"parameters: tensors are needed, got a {type(p).__name__}")
-    if not parameters:
-        raise ValueError("parameters: there are none; net.parameters() can be read only once")
-    return network, [] if network else parameters
-
-
-def _check_whole(parameters: Sequence[Tensor], network: nn.Module | None) -> None:
-    """Check that this rank has whole parameters.
-
-    Raises:
-        ValueError: they are spread over ranks.
-    """
-    from torch.distributed.fsdp import FlatParameter, FSDPModule
-    from torch.distributed.tensor import DTensor
-
-    # Between the forward and the backward pass the parameters of `fully_shard` are whole.
-    modules = [] if network is None else network.modules()
-    if any(isinstance(module, FSDPModule) for module in modules) or any(
-        isinstance(p, FlatParameter | DTensor) or not p.numel() for p in parameters
-    ):
-        raise ValueError("the parameters are spread over ranks (FSDP); DDP can be watched")

@@ -43,6 +43,17 @@ def joined(spans: Sequence[Span]) -> Span:
     )
 
 
+def in_order(found: Span, names: Sequence[str], wanted: Sequence[str]) -> Span:
+    """A span with its losses, of these names, in another order."""
+    if list(names) == list(wanted):
+        return found
+    order = [names.index(name) for name in wanted]
+    values, coefficients = (
+        torch.stack([x[i] for i in order]) for x in (found.values, found.coefficients)
+    )
+    return Span(values, coefficients, found.rows)
+
+
 def added(first: Span, second: Span) -> Span:
     """The sums of the losses of two batches.
 
