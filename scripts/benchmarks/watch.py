@@ -70,7 +70,7 @@ def torchjd(module: Training, logits: Tensor, value: Tensor) -> None:
 
 
 def observed(module: Training) -> Job:
-    observer = Observer(module.losses, module.net.parameters())
+    observer = Observer(module.losses, module.net)
     return lambda: module.step(lambda logits, value: observer(logits, module.masks))
 
 

@@ -21,7 +21,7 @@ net, loss_fn = network(), nn.CrossEntropyLoss()
 optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
 loader = DataLoader(TensorDataset(*disks(8 * STEPS)), batch_size=8)
 net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
-observer = Observer(["cce", "dice"], net.parameters())
+observer = Observer(["cce", "dice"], net)
 
 for step, (images, masks) in enumerate(loader):
     logits = net(images)

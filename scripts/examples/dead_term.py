@@ -28,7 +28,7 @@ dice, dead = Dice(activation="sigmoid"), nn.CrossEntropyLoss()
 optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
 # "intended": with activation="sigmoid" the preset cce is binary cross entropy.
 losses: dict[str, str | nn.Module] = {"dice": dice, "cross entropy": dead, "intended": "cce"}
-observer = Observer(losses, net.parameters(), activation="sigmoid")
+observer = Observer(losses, net, activation="sigmoid")
 
 values, norms = [], []
 for _ in range(STEPS):

@@ -34,7 +34,7 @@ class WatchedTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **options):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if model.training and self.state.global_step % 10 == 0:
-            self.observer = self.observer or Observer(["cce", "dice"], model.parameters())
+            self.observer = self.observer or Observer(["cce", "dice"], model)
             seen = self.observer(outputs["logits"], inputs["labels"])
             norms = zip(seen.names, seen.norms.tolist(), strict=True)
             self.log({f"grad_norm/{name}": norm for name, norm in norms})

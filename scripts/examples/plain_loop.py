@@ -16,7 +16,7 @@ STEPS = int(sys.argv[1]) if sys.argv[1:] else 200
 images, masks = disks(64)
 net, loss_fn = network(), nn.CrossEntropyLoss()
 optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-observer = Observer(["cce", "dice", "dice_fg"], net.parameters())
+observer = Observer(["cce", "dice", "dice_fg"], net)
 
 print("step   ", *(f"{name:>18}" for name in observer.names(1)), "  (value, gradient norm)")
 for step in range(STEPS):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from losswatch import compat
 from losswatch.events.charts import add_charts
 from losswatch.losses.ranks import highest
 from losswatch.watch.criterion import find_criterion, roles
+from losswatch.watch.library import as_callback, have_hooks_around_backward, library
 from losswatch.watch.observer import Head, Observer
 from losswatch.watch.outputs import Losses, unused
 from losswatch.watch.record import Record
@@ -84,7 +83,7 @@ class Watch(Callback):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Watch:
-        return super().__new__(_as_callback(cls))  # type: ignore[arg-type]
+        return super().__new__(as_callback(cls))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -147,7 +146,7 @@ class Watch(Callback):
 
     def _tensorboards(self, trainer: pl.Trainer) -> list[Any]:
         """The loggers that write to TensorBoard, on the rank that does."""
-        kind = _library().loggers.TensorBoardLogger
+        kind = library().loggers.TensorBoardLogger
         return [x for x in trainer.loggers if isinstance(x, kind) and trainer.is_global_zero]
 
     def _end(self, trainer: pl.Trainer) -> None:
@@ -303,7 +302,7 @@ class Watch(Callback):
             and trainer.accumulate_grad_batches == 1
             and trainer.world_size == 1
             and trainer.precision != "16-mixed"
-            and not _have_hooks_around_backward(trainer)
+            and not have_hooks_around_backward(trainer, ours=Watch)
             and not compat.has_gradient_hooks(loss)
             and all(p.grad is None for p in parameters)
             and not any(map(compat.has_gradient_hooks, parameters))
@@ -372,7 +371,7 @@ class Watch(Callback):
                 what += ", so it is another loss"
         if trained is not None and trained not in names:
             what += f"; the loss that trains is recorded as {trained}"
-        _library().utilities.rank_zero_info(what)
+        library().utilities.rank_zero_info(what)
 
     def _keep(self, trainer: pl.Trainer, *seen: Tensor) -> None:
         values, norms, cosines = seen
@@ -414,42 +413,8 @@ class Watch(Callback):
         self.flush(trainer)
 
 
-def _have_hooks_around_backward(trainer: pl.Trainer) -> bool:
-    """Whether code of the user may compute or change gradients around the backward pass."""
-    library = _library()
-
-    def overrides(x: Any, base: type, *names: str) -> bool:
-        return any(getattr(type(x), name) is not getattr(base, name) for name in names)
-
-    callbacks = [c for c in trainer.callbacks if not isinstance(c, Watch)]  # type: ignore
-    return overrides(
-        trainer.lightning_module, library.LightningModule, "on_before_backward", "backward"
-    ) or any(
-        overrides(c, library.Callback, "on_before_backward", "on_after_backward") for c in callbacks
-    )
-
-
-# -- Lightning under both of its names ------------------------------------------------------------
-
-
-def _library() -> Any:
-    """The package that the user's Trainer comes from: pytorch_lightning, or lightning.pytorch."""
-    other = "lightning.pytorch" in sys.modules and "pytorch_lightning" not in sys.modules
-    return importlib.import_module("lightning.pytorch" if other else "pytorch_lightning")
-
-
-@functools.cache
-def _as_callback(cls: type) -> type:
-    """The class as one of Lightning's callbacks, too."""
-    library = _library()
-    if issubclass(cls, library.Callback):
-        return cls
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls, library.Callback), body)
-
-
 def _remake(cls: type, state: dict[str, Any]) -> Watch:
-    """For pickle, which does not find the class that `_as_callback` makes."""
+    """For pickle, which does not find the class that `as_callback` makes."""
     watch = Watch.__new__(cls)
     watch.__dict__.update(state)
     return watch

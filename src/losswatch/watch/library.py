@@ -1,0 +1,43 @@
+"""Lightning under both of its names: pytorch_lightning, and lightning.pytorch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from typing import Any
+
+
+def library() -> Any:
+    """The package that the user's Trainer comes from: pytorch_lightning, or lightning.pytorch."""
+    other = "lightning.pytorch" in sys.modules and "pytorch_lightning" not in sys.modules
+    return importlib.import_module("lightning.pytorch" if other else "pytorch_lightning")
+
+
+@functools.cache
+def as_callback(cls: type) -> type:
+    """The class as one of Lightning's callbacks, too."""
+    package = library()
+    if issubclass(cls, package.Callback):
+        return cls
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls, package.Callback), body)
+
+
+def have_hooks_around_backward(trainer: Any, ours: type) -> bool:
+    """Whether code of the user may compute or change gradients around the backward pass.
+
+    Args:
+        ours: the class of callbacks that do not.
+    """
+    package = library()
+
+    def overrides(x: Any, base: type, *names: str) -> bool:
+        return any(getattr(type(x), name) is not getattr(base, name) for name in names)
+
+    callbacks = [c for c in trainer.callbacks if not isinstance(c, ours)]
+    return overrides(
+        trainer.lightning_module, package.LightningModule, "on_before_backward", "backward"
+    ) or any(
+        overrides(c, package.Callback, "on_before_backward", "on_after_backward") for c in callbacks
+    )
