@@ -144,6 +144,41 @@ def test_has_gradient_hooks():
     assert [compat.has_gradient_hooks(p) for p in (x, y, z)] == [False, True, True]
 
 
+def test_gradients_that_tensors_keep():
+    compat.watch_kept_gradients()
+    compat.watch_kept_gradients()  # once more changes nothing
+    leaf = torch.ones(3, requires_grad=True)
+    leaf.retain_grad()  # does nothing for a leaf
+    h = 2 * leaf
+    h.retain_grad()
+    (h**2).sum().backward(retain_graph=True)
+    before = h.grad
+    restore = compat.note_kept_gradients()
+    torch.autograd.grad(h.sum(), leaf)
+    torch.autograd.grad((3 * h).sum(), leaf)
+    assert not torch.equal(h.grad, before)
+    restore()
+    assert h.grad is before and torch.equal(before, torch.full((3,), 4.0))
+    size = len(compat._keeping)
+    del h, restore
+    assert len(compat._keeping) == size - 1
+
+
+def test_is_handled_by_others():
+    ignite = pytest.importorskip("ignite.engine")
+
+    class Ours:
+        def handle(self, engine, error):
+            pass
+
+    engine, ours, event = ignite.Engine(lambda e, b: None), Ours(), ignite.Events.EXCEPTION_RAISED
+    engine.add_event_handler(event, ours.handle)
+    assert not compat.is_handled_by_others(engine, event, Ours)
+    assert compat.is_handled_by_others(engine, event, dict)
+    engine.add_event_handler(event, lambda engine, error: None)
+    assert compat.is_handled_by_others(engine, event, Ours)
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_is_compiled():
     net = nn.Sequential(nn.Linear(1, 1))

@@ -20,6 +20,7 @@ from losswatch.losses import (
     check_inputs,
     saturation,
 )
+from losswatch.presets import list_losses, load_loss
 
 CONFIGS = sorted((Path(__file__).parent.parent / "conf" / "loss").glob("*.yaml"))
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
@@ -870,3 +871,31 @@ def test_bad_data(loss):
     for weights in ([1, 2], [], ()):
         with pytest.raises(ValueError, match=r"weights=.*one per loss is needed"):
             Sum([loss], weights=weights)
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_ignored_pixels_among_labels(name):
+    """One-hot labels with marked pixels give what class indices do."""
+    logits, target = batch()
+    target[0, :2] = 255
+    labels = one_hot(torch.where(target == 255, 0, target), 2).to(logits.dtype)
+    labels = torch.where((target == 255).unsqueeze(1), 255, labels)
+    loss, found = load_loss(name, ignore_index=255), []
+    for given in (target, labels):
+        x = logits.detach().requires_grad_()
+        value = loss(x, given)
+        found.append((value.detach(), torch.autograd.grad(value, x)[0]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_each_channel_of_a_sigmoid_ignores_its_own_labels():
+    """And a batch without foreground is not one in which all is ignored."""
+    logits, _ = batch()
+    labels = torch.zeros_like(logits)
+    loss = Dice(activation="sigmoid", ignore_index=255)
+    assert loss(logits, labels) > 0.99
+    labels[:, 1] = 255
+    p = logits[:, 0].sigmoid().sum()
+    right = 1 - 1e-7 / (p + 1e-7)
+    torch.testing.assert_close(loss(logits, labels), 0.5 * right)
+    assert loss(logits, torch.full_like(logits, 255)) == 0

@@ -367,3 +367,35 @@ def test_nothing_is_compiled_again(fast, monkeypatch):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     _, later = advance(fast, changed, first=12_345, steps=20)
     assert len({tuple(values) for values in later.flatten(1).tolist()}) == 20  # new images
+
+
+class Root(nn.Module):
+    """Its value is finite, its gradient is not."""
+
+    def forward(self, logits, target):
+        return (logits - logits.detach()).abs().sum().sqrt()
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_a_loss_that_is_ill_is_so_alone(observed):
+    """The other losses, and a training with one of them, are as without it."""
+    own, seen = [], []
+    for more in ({}, {"ill": Root()}):
+        torch.manual_seed(0)
+        net, losses = ConvNet(1, 2).double(), load_losses("cce", "dice", **more)
+        net = Wide(net, torch.float64)
+        step = make_gradient(net, losses, (3, 1, 8, 8), observed=observed, cosines=True)
+        flat = torch.cat([p.detach().flatten() for p in trained_parameters(net).values()])
+        numbers = {
+            "seed": torch.tensor(0), "thresholds": torch.tensor([0.5]), "low": torch.tensor(0.0),
+            "high": torch.tensor(1.0),
+            "trained": torch.tensor([float(n == "dice") for n in losses.names]).double(),
+        }  # fmt: skip
+        gradient, _, values = step(flat, {}, numbers, torch.tensor(0))
+        own.append(gradient)
+        seen.append(values)
+    torch.testing.assert_close(*own, rtol=1e-12, atol=0)
+    assert own[1].isfinite().all() and own[1].norm() > 0
+    if observed:  # two or three values, norms, and the cosines of each pair
+        assert not seen[1][5].isfinite() and seen[1][7:].isnan().all()
+        torch.testing.assert_close(seen[1][[0, 1, 3, 4, 6]], seen[0], rtol=1e-12, atol=0)
