@@ -881,9 +881,9 @@ def test_ignored_pixels_among_labels(name):
     labels = one_hot(torch.where(target == 255, 0, target), 2).to(logits.dtype)
     labels = torch.where((target == 255).unsqueeze(1), 255, labels)
     loss, found = load_loss(name, ignore_index=255), []
-    for given in (target, labels):
+    for form in (target, labels):
         x = logits.detach().requires_grad_()
-        value = loss(x, given)
+        value = loss(x, form)
         found.append((value.detach(), torch.autograd.grad(value, x)[0]))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 

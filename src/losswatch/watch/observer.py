@@ -29,7 +29,6 @@ from losswatch.watch.span import (
     is_linear,
     joined,
     norms_and_cosines,
-    scaled,
     send_back,
     without_autocast,
 )
@@ -109,7 +108,8 @@ class Observer:
         """Begin a training: the next observation is the first one."""
         self.is_new = True
         self.is_linear: bool | None = None  # None: not known
-        self.own: dict[tuple[int, torch.device], Tensor] = {}
+        self.ours: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.count = 1  # of heads, at the newest observation
         self.functions: set[type] = set()
         self.trained: list[Tensor] = []  # the parameters, at the newest observation
         self.forget()
@@ -208,7 +208,7 @@ class Observer:
         Raises:
             ValueError: they do not fit, or the graph cannot be used.
         """
-        self.trained, heads = self.parameters(), []
+        self.trained, self.count, heads = self.parameters(), len(pairs), []
         for output, target in pairs:
             if not output.requires_grad or not self.trained:
                 swapped = "; the target carries one: give the output first"
@@ -277,7 +277,7 @@ class Observer:
         failed: dict[str, Exception] = {}
         with unchanged(output.device, self.network, self.views.foreign, self.functions):
             try:
-                tables = [part.losses.rows(part.logits, part.target, failed) for part in parts]
+                tables = [part.rows(failed) for part in parts]
                 found = self._passes(parts, tables, spared)
                 if self.is_linear is None:
                     self._test_linearity(parts, tables, found)
@@ -292,7 +292,6 @@ class Observer:
                 raise failure
             if self.fault is None or self.views.losses[name] in self.views.foreign:
                 self.failed[name] = reason(failure)  # the fault explains the other ones
-        self.is_new = False
         there = [name for part in parts for name in part.losses.names]
         return in_order(joined(found), there, [name for name in self.views.names if name in there])
 
@@ -330,8 +329,8 @@ class Observer:
         self.spare: int | None = None
         self.is_by_loss = self.is_linear is False
         for part, (values, rows, coefficients) in zip(parts, tables, strict=True):
-            half, skipped = part.logits.dtype == torch.float16, None
-            if self.is_by_loss and half:
+            skipped = None
+            if self.is_by_loss and part.logits.dtype == torch.float16:
                 raise ValueError(
                     "a hook or an autograd.Function of the network makes its backward pass one "
                     "that is not linear; in float16 its gradients cannot be watched"
@@ -340,8 +339,6 @@ class Observer:
                 rows, coefficients = by_loss(rows, coefficients)
             elif spared in part.losses.names and is_hard(part.logits, part.target):
                 skipped = part.losses.pivot(spared, part.logits.shape[1])
-            if half:
-                rows, coefficients = scaled(rows, coefficients)
             if skipped is not None:
                 self.spare = sum(len(span.rows) for span in found) + skipped
             gradients = send_back(part.logits, self.trained, rows, skipped)
@@ -358,7 +355,7 @@ class Observer:
         shared = [
             (part.logits, self.trained, rows, span.rows)
             for part, (_, rows, _), span in zip(parts, tables, found, strict=True)
-            if len(rows) > 1 and not part.logits.is_meta and part.logits.dtype != torch.float16
+            if len(rows) > 1 and not part.logits.is_meta
         ]
         self.is_linear = is_linear(*shared[0]) if shared else True
         if world_size() > 1:
@@ -371,29 +368,30 @@ class Observer:
             )
 
     def measure(self, found: Span, parts: Iterable[Tensor] | None = None) -> Measured:
-        """Values [K], norms [K] and cosines [K, K] of the losses of a span.
+        """Values [K], norms [K] and cosines [K, K] of the losses of a span; ends an observation.
 
         Args:
             parts: its J in blocks; that of its rows unless given.
         """
+        self.is_new = False
         parts = blocks(found.rows) if parts is None else parts
         norms, cosines = norms_and_cosines(found.coefficients, parts)
         values = found.values
         if self.fault is not None and len(self.views.foreign) < len(self.views.names):
-            bad = self._own(len(values), values.device) & (self.fault[0] > 0)
+            bad = self._are_ours(len(values), values.device) & (self.fault[0] > 0)
             values, norms = (torch.where(bad, torch.nan, x) for x in (values, norms))
             cosines = torch.where(bad | bad[:, None], torch.nan, cosines)
         return values, norms.to(values.dtype), cosines.to(values.dtype)
 
-    def _own(self, count: int, device: torch.device) -> Tensor:
-        """Which of K observed losses are of this package, [K]."""
-        key = count, device
-        if key not in self.own:
+    def _are_ours(self, count: int, device: torch.device) -> Tensor:
+        """Which of K observed losses are watched ones of this package, [K]."""
+        key = count, self.count, device
+        if key not in self.ours:
             foreign = {id(loss) for loss in self.views.foreign}
-            own = [id(loss) not in foreign for loss in self.views.losses.values()]
-            heads, more = divmod(count, len(own))
-            self.own[key] = torch.tensor(own * heads + [False] * more, device=device)
-        return self.own[key]
+            ours = [id(loss) not in foreign for loss in self.views.losses.values()] * self.count
+            ours += [False] * (count - len(ours))  # what trains
+            self.ours[key] = torch.tensor(ours, device=device)  # once: a copy to a GPU would wait
+        return self.ours[key]
 
 
 Measured = tuple[Tensor, Tensor, Tensor]

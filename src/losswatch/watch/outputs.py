@@ -28,6 +28,7 @@ from losswatch.losses.inputs import (
 )
 from losswatch.losses.pixels import is_hard, one_hot, wide
 from losswatch.presets import load_loss
+from losswatch.watch.span import scaled
 
 Losses = Mapping[str, str | nn.Module] | Sequence[str | nn.Module] | LossSet
 ACTIVATIONS = ("softmax", "sigmoid", "none")
@@ -242,6 +243,13 @@ class Part(NamedTuple):
     losses: LossSet
     logits: Tensor
     target: Tensor
+
+    def rows(self, failed: dict[str, Exception]) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, rows and coefficients, see `LossSet.rows`; the logits' type holds the rows."""
+        values, rows, coefficients = self.losses.rows(self.logits, self.target, failed)
+        if self.logits.dtype == torch.float16:
+            rows, coefficients = scaled(rows, coefficients)
+        return values, rows, coefficients
 
 
 class Views:
