@@ -237,7 +237,7 @@ class Watch(Callback):
         """The names and values of what trains; no values where it shares rows with other losses."""
         views = self.observer.views
         if watched := views.name_of(self.module):
-            [name] = [self.observer.names(1)[views.names.index(watched)]]
+            name = self.observer.names(1)[views.names.index(watched)]
             if self.apart is None:
                 return ([name] if len(calls) == 1 else []), []
             return [name], [calls[0].value]  # type: ignore[list-item]
