@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
 from losswatch.watch import record
 from losswatch.watch.lightning import Watch
+
+# A shell switches Ctrl-C off for what it starts with `&`, and child processes inherit that. Tests
+# send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")

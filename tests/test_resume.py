@@ -121,11 +121,10 @@ def straight(train_here, tmp_path):
 
 
 def start(*overrides, cwd, **options):
-    """train.py in the background. Ctrl-C reaches it even if a shell's `&` has disabled it here."""
+    """train.py in the background."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), stdin=subprocess.DEVNULL,
-        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | options,
     )  # fmt: skip
 
 

@@ -42,8 +42,6 @@ def watch(*args, cwd, interrupt_at=None, columns=80, **options):
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), below)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, start_new_session=True,
-        # A shell makes a background process ignore Ctrl-C, and child processes inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **{**streams, "env": ENVIRONMENT | size, **options},
     )  # fmt: skip
     os.close(below)
