@@ -14,7 +14,7 @@ import time
 import pandas as pd
 import pyte
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, PATIENCE, ROOT
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -45,7 +45,7 @@ def watch(*args, cwd, interrupt_at=None, columns=80, **options):
         **{**streams, "env": ENVIRONMENT | size, **options},
     )  # fmt: skip
     os.close(below)
-    screens, deadline = [], time.monotonic() + 120
+    screens, deadline = [], time.monotonic() + PATIENCE
     try:
         while time.monotonic() < deadline:
             select.select([above], [], [], 1)
