@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ from losswatch.train.eventlog import EventLog
 from losswatch.train.module import SegmentationModule
 from losswatch.watch import record
 from losswatch.watch.lightning import Watch
+
+# A shell switches Ctrl-C off for what it starts with `&`, and child processes inherit that. Tests
+# send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Seconds after which a test takes a process to hang. How long it needs depends on what else the
+# machine does.
+PATIENCE = 600
 
 ROOT = Path(__file__).parents[1]
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
@@ -162,16 +171,16 @@ READ_AT_START = re.compile("PYTHON(?!PATH$)|OMP_|MKL_|TORCH").match
 def run_train(*args: str, cwd: Path, status: int | None = 0, fresh: bool = False, **options):
     """`python train.py ...` as a user would, its outputs in `cwd`; checks the exit status.
 
-    In a forked process (forks.py); in a fresh one where that is asked for, where options other than
-    the timeout are given, or variables that are read when Python starts or imports packages.
+    In a forked process (forks.py); in a fresh one where that is asked for, where options are
+    given, or variables that are read when Python starts or imports packages.
     """
     command = [str(ROOT / "train.py"), *args]
-    timeout, env = options.pop("timeout", 180), options.pop("env", ENVIRONMENT)
+    env = options.pop("env", ENVIRONMENT)
     changed = {k: env.get(k) for k in {**env, **ENVIRONMENT} if env.get(k) != ENVIRONMENT.get(k)}
     if not (fresh or options or any(map(READ_AT_START, changed))):
         fork = SERVER.start(*command, cwd=cwd, env=changed)
         try:
-            fork.wait(timeout)
+            fork.wait(PATIENCE)
         finally:
             fork.kill()
             done = fork.result()
@@ -179,7 +188,7 @@ def run_train(*args: str, cwd: Path, status: int | None = 0, fresh: bool = False
         options = {"stdin": subprocess.DEVNULL} | options
         done = subprocess.run(
             [sys.executable, *command],
-            cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, **options,
+            cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE, **options,
         )  # fmt: skip
     if status is not None and done.returncode != status:
         pytest.fail(f"exit status {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}")

@@ -113,7 +113,6 @@ def serve() -> dict:
 
 def become(request: dict) -> None:
     """Give this process the arguments, the folder, the environment and the streams of a request."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` shuts it off
     os.chdir(request["cwd"])
     for name, value in request["env"].items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, PATIENCE, ROOT
 from torch.utils.tensorboard import SummaryWriter
 
 import reproduce
@@ -220,7 +220,7 @@ def test_the_notebook_runs_and_is_stored_without_outputs(smoke, tmp_path, monkey
     monkeypatch.setenv("LOSSWATCH_SWEEP", str(sweep))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), *sys.path]))
     resources = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=PATIENCE, resources=resources).execute()
     shown = [out for cell in cells for out in cell.outputs if "image/png" in out.get("data", {})]
     assert len(shown) == 2  # the sweep's figure and the comparison
     assert {file: file.stat().st_mtime_ns for file in sweep.rglob("*")} == before

@@ -7,7 +7,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, PATIENCE, ROOT
 from test_watch import read_tensorboard
 
 NEEDS = {
@@ -22,7 +22,7 @@ def run(name, cwd, *arguments):
         pytest.importorskip(module)
     return subprocess.run(
         [sys.executable, "-W", "ignore", FOLDER / f"{name}.py", *arguments], cwd=cwd, check=True,
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=PATIENCE,
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_a_users_type_checker(tmp_path):
 def test_the_wheel(tmp_path):
     """Installed without this repository: it holds conf/, the command and the marker of types."""
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True, timeout=300)
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True, timeout=PATIENCE)
     [wheel] = tmp_path.glob("losswatch-*.whl")
     there = tmp_path / "there"
     subprocess.run([*pip, "install", "--no-deps", "--target", there, wheel], check=True)
@@ -118,7 +118,7 @@ def test_the_wheel(tmp_path):
     environment = ENVIRONMENT | {"PYTHONPATH": str(there)}
     done = subprocess.run(
         [there / "bin/losswatch", "-m", "experiment=smoke", "loss=dice,cce"], cwd=tmp_path,
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0 and "done" in done.stdout, done.stderr
     code = "import losswatch; print(losswatch.__file__, len(losswatch.list_losses()))"

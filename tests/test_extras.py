@@ -56,7 +56,7 @@ def test_a_sweep_is_the_basic_launchers(six, tmp_path, launcher):
     """Six runs: the same table, summary.csv and curves, in one folder that all processes share."""
     done = run_train(
         "-m", f"hydra/launcher={launcher}", "experiment=smoke", "loss=dice,cce",
-        "theta=0.05,0.5,0.95", cwd=tmp_path, env=ENVIRONMENT, timeout=600,
+        "theta=0.05,0.5,0.95", cwd=tmp_path, env=ENVIRONMENT,
     )  # fmt: skip
     [folder] = (tmp_path / "outputs").iterdir()
     assert len(table(done.stdout)) == 7 and table(done.stdout) == table(six.done.stdout)
@@ -76,7 +76,7 @@ def test_a_sweep_is_the_basic_launchers(six, tmp_path, launcher):
 def test_a_failing_run_is_seen_from_outside(failing, tmp_path, launcher):
     done = run_train(
         "-m", *failing.arguments, f"hydra/launcher={launcher}", "loss=dice,boom", cwd=tmp_path,
-        env=failing.env, status=1, timeout=600,
+        env=failing.env, status=1,
     )  # fmt: skip
     rows = [row for row in table(done.stdout) if row[0] in ("dice", "boom")]
     assert [row[:1] + row[7:] for row in rows] == [
@@ -113,7 +113,7 @@ def fused_line(said):
 def grouped(tmp_path_factory):
     """Six runs in three groups by the fused launcher alone."""
     cwd = tmp_path_factory.mktemp("grouped")
-    done = run_train(*GROUPED, *GRID, "hydra.launcher.workers=1", cwd=cwd, timeout=600)
+    done = run_train(*GROUPED, *GRID, "hydra.launcher.workers=1", cwd=cwd)
     folder, summary = outcome(cwd)
     return SimpleNamespace(done=done, folder=folder, runs=run_folders(cwd), summary=summary)
 
@@ -123,7 +123,7 @@ def grouped(tmp_path_factory):
 def test_groups_through_another_launcher(grouped, tmp_path, outer):
     """Three jobs for six runs give the same files and numbers as the fused launcher alone."""
     done = run_train(
-        *GROUPED, *GRID, f"hydra.launcher.outer={outer}", cwd=tmp_path, env=ENVIRONMENT, timeout=600
+        *GROUPED, *GRID, f"hydra.launcher.outer={outer}", cwd=tmp_path, env=ENVIRONMENT
     )
     line = fused_line(done.stderr)
     assert line.startswith("fused: 6 runs in 3 groups of up to 2, jobs of ")
@@ -146,7 +146,7 @@ def test_groups_through_another_launcher(grouped, tmp_path, outer):
 def test_a_failing_run_within_a_group_of_another_launcher(tmp_path, outer):
     done = run_train(
         *GROUPED, "optimizer.lr=1e-3,1e30,1e-2", f"hydra.launcher.outer={outer}",
-        cwd=tmp_path, env=ENVIRONMENT, status=1, timeout=600,
+        cwd=tmp_path, env=ENVIRONMENT, status=1,
     )  # fmt: skip
     _, summary = outcome(tmp_path)
     assert dict(zip(summary.lr, summary.status, strict=True)) == {

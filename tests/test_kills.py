@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, read_result
+from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result
 from forks import Fork, ForkServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch import session
@@ -138,7 +138,7 @@ def whole(server, tmp_path_factory):
                 cwd = tmp_path_factory.mktemp("whole")
                 begin = time.monotonic()
                 fork = server.start(str(ROOT / "train.py"), *command, cwd=cwd)
-                fork.wait(timeout=600)
+                fork.wait(PATIENCE)
                 seconds = time.monotonic() - begin
             made[key] = complete(fork, cwd), seconds
         return made[key]
@@ -238,7 +238,7 @@ def attempt(server, command, cwd, kill, seconds) -> Fork:
     environment = {"KILL_AT": f"{cwd}/s\n{kill.count}\n{at}"} if at else {}
     fork = server.start(str(ROOT / "train.py"), *command, cwd=cwd, env=environment)
     try:
-        fork.wait(timeout=kill.share * seconds if kill and not at else 600)
+        fork.wait(timeout=kill.share * seconds if kill and not at else PATIENCE)
     except subprocess.TimeoutExpired:
         fork.kill(kill.group if kill else True)
     deadline = time.monotonic() + 20

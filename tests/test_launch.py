@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
+from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_folders, run_train
 from omegaconf import OmegaConf
 
 from losswatch.events.series import read_scalars
@@ -344,7 +344,7 @@ def test_compiled(tmp_path, launcher):
         cwd = tmp_path / compiled
         cwd.mkdir()
         plain = [a for a in launcher if compiled == "true" or "launcher" not in a]
-        done = run_train(*plain, "experiment=smoke", f"compile={compiled}", cwd=cwd, timeout=500)
+        done = run_train(*plain, "experiment=smoke", f"compile={compiled}", cwd=cwd)
         said = done.stderr.replace("DeprecationWarning: `torch.jit.script_method`", "")  # PyTorch's
         assert "Warning" not in said and "not compiled" not in said
         runs.append([
@@ -366,9 +366,7 @@ def test_compiled(tmp_path, launcher):
 
 @pytest.mark.slow
 def test_compiled_with_another_optimizer_falls_back(tmp_path):
-    done = run_train(
-        *SMALL, "compile=true", "optimizer._target_=torch.optim.RAdam", cwd=tmp_path, timeout=500
-    )
+    done = run_train(*SMALL, "compile=true", "optimizer._target_=torch.optim.RAdam", cwd=tmp_path)
     said = [line for line in done.stderr.splitlines() if "not compiled" in line]
     assert len(said) == 1 and said[0].endswith("RAdam is not written out for stacked runs")
     [folder] = run_folders(tmp_path).values()
@@ -413,12 +411,12 @@ def stopped(cwd, command, by, whom, when, env=None):
         env=ENVIRONMENT | {"PYTHONWARNINGS": ""} | (env or {}),
     ) as process:  # fmt: skip
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + PATIENCE
             while not when():
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)
             {"all": os.killpg, "first": os.kill}[whom](process.pid, by)
-            process.wait(timeout=60)
+            process.wait(PATIENCE)
             deadline = time.monotonic() + 10
             while left := session(process.pid):
                 assert time.monotonic() < deadline, left

@@ -98,7 +98,7 @@ def sweep(tmp_path):
             "-m", "--config-dir", str(tmp_path), *SMALL, *overrides, "seed=1,2",
             "watch=" + ",".join(f"[cce,{name}]" for name in names), "hydra.sweep.dir=s",
             "hydra/launcher=fused", "hydra.launcher.workers=2", cwd=tmp_path, status=status,
-            env=ENVIRONMENT | {"PYTHONPATH": path, "FAULTS": " ".join(faults)}, timeout=600,
+            env=ENVIRONMENT | {"PYTHONPATH": path, "FAULTS": " ".join(faults)},
         )  # fmt: skip
 
     def folder(name, seed, *overrides):

@@ -1,5 +1,7 @@
 import copy
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -418,6 +420,20 @@ def test_a_set_takes_other_libraries_losses():
     assert loss(logits, target).item() == pytest.approx(
         load("dice_monai")(logits, target).item(), abs=1e-6
     )
+
+
+def test_losses_out_of_use_are_freed():
+    """Nothing in the process keeps them, so that memory does not grow with the runs of a sweep."""
+    losses = zoo(2)
+    logits, target = batch()
+    joint = LossSet(losses)
+    joint(logits, target), joint.rows(logits, target)
+    kept = {name: weakref.ref(loss) for name, loss in losses.items()}
+    for loss in losses.values():
+        loss(logits, target)
+    del losses, joint, loss
+    gc.collect()
+    assert [name for name, loss in kept.items() if loss() is not None] == []
 
 
 # -- transforms ------------------------------------------------------------------------------------

@@ -437,6 +437,35 @@ def test_table_names_what_was_swept_and_colours_the_status(tmp_path):
     assert "\x1b[32mdone" in text and "\x1b[1;31mfailed" in text
 
 
+@pytest.mark.parametrize("width", [80, 160])
+def test_each_status_is_shown_however_many_settings_were_swept(tmp_path, width):
+    names = [f"trainer.setting_number_{i}" for i in range(20)]
+    for seed, status in enumerate(["done", "failed", "unfinished"]):
+        overrides = [f"{name}={seed}" for name in names]
+        write_result(tmp_path / f"{seed}", seed=seed, overrides=overrides, status=status)
+    console = Console(width=width)
+    with console.capture() as printed:
+        console.print(summary_table(read_runs(tmp_path), width))
+    words = printed.get().split()
+    assert {"done", "failed", "unfinished", "accuracy"} <= set(words)
+    left_out = " ".join(words).partition("Left out for want of width: ")[2].split(", ")
+    assert names[-1] in left_out and "accuracy" not in left_out
+    assert max(map(len, printed.get().splitlines())) <= width
+
+
+def test_a_run_without_a_config_sweeps_nothing(tmp_path):
+    """It was killed before it wrote one. What the others share is no column because of it."""
+    common = ["loss=dice", "data.image_size=8", "trainer.max_steps=60"]
+    for seed in (1, 2):
+        write_result(tmp_path / f"{seed}", seed=seed, overrides=[*common, f"seed={seed}"])
+    before = list(read_runs(tmp_path)), swept(read_runs(tmp_path))
+    write_events(tmp_path / "killed", range(3))
+    runs = read_runs(tmp_path)
+    assert list(runs["status"]) == ["done", "done", "unfinished"]
+    assert (list(runs), swept(runs)) == before
+    assert swept(runs) == ["seed"]
+
+
 def test_strings_from_disk_are_shown_as_text(tmp_path):
     evil = "[red]x[/red]|<b>\x1b[2J\x1b]0;title\x07\r\nnext"
     write_result(tmp_path / "a", loss=evil, error=evil, status="failed")

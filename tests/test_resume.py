@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ENVIRONMENT, ROOT, SERVER, read_result, run_train
+from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, read_result, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -141,11 +141,10 @@ def no_step(*args):
 
 
 def start(*overrides, cwd, **options):
-    """train.py in the background. Ctrl-C reaches it even if a shell's `&` has disabled it here."""
+    """train.py in the background."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), stdin=subprocess.DEVNULL,
-        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | options,
     )  # fmt: skip
 
 
@@ -161,7 +160,7 @@ def killed(cwd, overrides, by, checkpoints):
                 process.wait(timeout=0.002)
                 break
         process.send_signal(by)
-        return process.wait(timeout=60) != 0
+        return process.wait(PATIENCE) != 0
     finally:
         process.kill()
         process.result()
@@ -245,7 +244,7 @@ def test_a_sweep_leaves_a_run_that_another_process_took(tmp_path, fused):
     taken = tmp_path / "s" / first[0].parent.name.replace("seed=0", "seed=1")
     taken.mkdir()
     with hold(taken):
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert said.count(f"{taken.name}: another process is training this run") == 1
     assert "Traceback" not in said
@@ -269,7 +268,7 @@ def test_the_same_command_beside_itself(tmp_path):
         assert "another process is training this run" in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(PATIENCE) == 130
     steps = read_scalars(folder)["loss/dice"].dropna().index
     assert list(steps) == list(range(len(steps))) and len(steps) >= 100
 
@@ -307,10 +306,10 @@ def test_killed_at_random(tmp_path, compiled):
     command += ["trainer.val_check_interval=200", "data.val_size=4"]
     command += [f"trainer.max_steps={60_000 if compiled else 2000}"]
     command += ["compile=true", "probe.every_n_steps=50"] if compiled else []
-    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path, timeout=300)  # also fills the caches
+    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path)  # also fills the caches
     (tmp_path / "whole").rename(tmp_path / "first")
     begin = time.monotonic()
-    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path, timeout=300)
+    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path)
     seconds = time.monotonic() - begin
     assert_same(tmp_path / "first", tmp_path / "whole")
 
@@ -328,7 +327,7 @@ def test_killed_at_random(tmp_path, compiled):
                 continue
             except subprocess.TimeoutExpired:
                 process.send_signal(by)
-                assert process.wait(timeout=60) or finished(folder)
+                assert process.wait(PATIENCE) or finished(folder)
             kills += 1
             resumed += before is not None
             after, curves = newest(folder), read_scalars(folder)
@@ -671,7 +670,7 @@ def test_a_fused_sweep_is_killed_and_taken_up_again(tmp_path, compiled):
             time.sleep(0.05)
         assert process.poll() is None
         os.killpg(process.pid, by)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=PATIENCE)
         reached.append(newest())
         print(by.name, process.returncode, reached[-1], said, sep="\n")
         assert "Traceback" not in said
@@ -681,7 +680,7 @@ def test_a_fused_sweep_is_killed_and_taken_up_again(tmp_path, compiled):
     assert "runs resumed from step" in said and "losswatch: interrupted" in said
     assert 0 < reached[0] < reached[1] < steps
 
-    done = run_train(*command, cwd=tmp_path, timeout=600)
+    done = run_train(*command, cwd=tmp_path)
     print(done.stderr, done.stdout)
     assert "runs resumed from step" in done.stderr
     summary = pd.read_csv(sweep / "summary.csv")
@@ -1042,7 +1041,7 @@ def test_a_run_that_ended_while_the_lock_was_waited_for(whole, tmp_path):
     (tmp_path / "script.py").write_text(script)
     before = {p.name: p.read_bytes() for p in whole.glob("*") if p.suffix != ".log" and p.is_file()}
     process = SERVER.start("script.py", *RUN, "hydra.run.dir=run", cwd=tmp_path)
-    process.wait(timeout=120)
+    process.wait(PATIENCE)
     done = process.result()
     assert done.returncode == 0, done.stderr
     assert "done before, skipped" in done.stderr and "resumed" not in done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 import hydra
 import pandas as pd
 import pytest
-from conftest import ENVIRONMENT, ROOT, read_result, run_train
+from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_train
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
@@ -336,7 +336,7 @@ def test_joblibs_processes_end_with_the_one_that_began_them(tmp_path):
         env=BUFFERED | {"PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             while len(begun := list(tmp_path.glob("[01].*"))) < 2:
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)
@@ -412,7 +412,7 @@ def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
     """Three sweeps in one process: one is done, one refused, one done by the fused launcher."""
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", IN_PROCESS, str(ROOT / "train.py")], cwd=tmp_path, timeout=180,
+        [sys.executable, "-c", IN_PROCESS, str(ROOT / "train.py")], cwd=tmp_path, timeout=PATIENCE,
         env=BUFFERED | {"PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

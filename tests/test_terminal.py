@@ -14,7 +14,7 @@ import time
 import pandas as pd
 import pyte
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, PATIENCE, ROOT
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -42,12 +42,10 @@ def watch(*args, cwd, interrupt_at=None, columns=80, **options):
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), below)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, start_new_session=True,
-        # A shell makes a background process ignore Ctrl-C, and child processes inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **{**streams, "env": ENVIRONMENT | size, **options},
     )  # fmt: skip
     os.close(below)
-    screens, deadline = [], time.monotonic() + 120
+    screens, deadline = [], time.monotonic() + PATIENCE
     try:
         while time.monotonic() < deadline:
             select.select([above], [], [], 1)

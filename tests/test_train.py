@@ -14,7 +14,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ARTICLE, ENVIRONMENT, ROOT, SERVER, read_result, run_folders, run_train
+from conftest import (
+    ARTICLE,
+    ENVIRONMENT,
+    PATIENCE,
+    ROOT,
+    SERVER,
+    read_result,
+    run_folders,
+    run_train,
+)
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -395,7 +404,7 @@ def test_interrupted_run_loses_nothing(tmp_path):
         "trainer.val_check_interval=500", cwd=tmp_path,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         # After the first validation training is under way, and the next validation is far off.
         while not list(tmp_path.rglob("*.ckpt")):
             with pytest.raises(subprocess.TimeoutExpired):
@@ -403,7 +412,7 @@ def test_interrupted_run_loses_nothing(tmp_path):
             assert time.monotonic() < deadline
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        process.wait(PATIENCE)
     finally:
         process.kill()
         done = process.result()

@@ -16,6 +16,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from conftest import PATIENCE
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_observer import LOSSES, Checkpointed, Drawing, Focal, expected, small
@@ -386,8 +387,8 @@ def ranks(tmp_path_factory):
         )
         for rank in "01"
     ]  # fmt: skip
-    subprocess.run([*command, *alone], env=shared, check=True, timeout=120)
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    subprocess.run([*command, *alone], env=shared, check=True, timeout=PATIENCE)
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     said = {kind: [] for kind in kinds}  # the lines of both ranks
     for part in "".join(errors).split("kind ")[1:]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -175,7 +174,6 @@ class Dice(TableLoss):
             value = torch.where(table.counted > 0, value, 0.0)
         return value if self.recipe.over == "batch" else self._over_groups(value)
 
-    @cache  # noqa: B019 - a handful of losses in a process
     def shares(self, classes: int) -> tuple[float, ...]:
         """How much each class counts."""
         kept = [1.0] * classes

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def read_runs(sweep_dir: str | Path, *, details: bool = False) -> pd.DataFrame:
         raise FileNotFoundError(f"holds no runs: {sweep}")
     records = [read_record(folder) for folder in folders]
     overrides = [parse_overrides(record.get("overrides") or []) for record in records]
-    others = _other_settings(overrides)
+    # A run that was killed before it wrote its config says nothing of what was swept.
+    known = [record.get("overrides") is not None for record in records]
+    others = _other_settings(list(compress(overrides, known)))
     runs = pd.DataFrame([
         {"run": folder.relative_to(sweep).as_posix()} | _row(record, others, values)
         for folder, record, values in zip(folders, records, overrides, strict=True)
@@ -205,8 +208,9 @@ def settings(runs: pd.DataFrame) -> list[str]:
 
 
 def swept(runs: pd.DataFrame) -> list[str]:
-    """The settings, except the loss, that differ between runs."""
-    return [c for c in settings(runs) if runs[c].nunique(dropna=False) > 1]
+    """The settings, except the loss, that differ between runs whose config is known."""
+    known = runs[settings(runs)].dropna(how="all")
+    return [c for c in known if known[c].nunique(dropna=False) > 1]
 
 
 def all_losses(runs: pd.DataFrame) -> list[str]:

@@ -113,13 +113,16 @@ def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
 
     Args:
         width: characters of a line. Where the columns need more, settings that all runs share and
-            then metrics are left out, which the caption says; `summary.csv` has them all.
+            then metrics are left out. Where they are too wide even with broken words, the last
+            swept settings are, too. The caption says so; `summary.csv` has them all.
     """
-    cells, left_out = run_table(runs), []
-    shared = [c for c in ("optimizer", "batch_norm") if c not in swept(runs)]
-    for column in [*shared, "iou", "seconds", "dice", "error"]:
+    cells, left_out, differ = run_table(runs), [], swept(runs)
+    shared = [c for c in ("optimizer", "batch_norm") if c not in differ]
+    droppable = [(c, np.inf) for c in [*shared, "iou", "seconds", "dice", "error"]]
+    droppable += [(c, UNBROKEN) for c in reversed(differ)]
+    for column, longest in droppable:
         name = LABELS.get(column, column)
-        if name in cells and width and _width(cells) > width:
+        if name in cells and width and _width(cells, longest) > width:
             cells = cells.drop(columns=name)
             left_out.append(name)
     table = rich_table(cells)
@@ -132,10 +135,10 @@ def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
 UNBROKEN = 14  # words of a table are not broken that have so many characters, or fewer
 
 
-def _width(cells: pd.DataFrame) -> int:
-    """Characters that a row of `rich_table` needs; errors may be folded."""
-    widths = [max(map(cell_len, [name, *cells[name]])) for name in cells if name != "error"]
-    widths += [UNBROKEN] * ("error" in cells)
+def _width(cells: pd.DataFrame, longest: float) -> float:
+    """Characters that a row of `rich_table` needs if longer texts are broken; errors may be."""
+    limits = {name: UNBROKEN if name == "error" else longest for name in cells}
+    widths = [min(limits[name], max(map(cell_len, [name, *cells[name]]))) for name in cells]
     return sum(widths) + 2 * (len(widths) - 1)
 
 
