@@ -53,7 +53,7 @@ class Pending(NamedTuple):
 
     found: Span
     place: int  # of the loss that trains
-    spare: int | None  # the row that comes with the gradient; None: the two are to be compared
+    spare: int  # the row that the gradient can replace
 
 
 class Watch(Callback):
@@ -225,10 +225,8 @@ class Watch(Callback):
         if self.sums is None:
             self.observer.forget()
         self.apart = None
-        if len(pairs) == 1 and calls[0].value is not None and self.module is not None:
-            watched = self.observer.views.name_of(self.module)
-            if watched and self.module in self.observer.views.foreign:
-                self.apart = watched
+        if len(pairs) == 1 and calls[0].value is not None:
+            self.apart = self.observer.views.name_apart(self.module)
         return self.observer.prepare(pairs, self.apart)
 
     def _trained(
@@ -257,11 +255,11 @@ class Watch(Callback):
         is_alone = len(heads) == len(names) == 1 and self._is_alone(trainer, calls[-1].value, loss)
         comes = bool(is_alone and self.reuses)  # with the training's own backward pass
         with trainer.precision_plugin.forward_context():  # as the trained loss is called
-            spared = self.observer.views.name_of(self.module) if comes and not values else None
-            spans = [self.observer.span(head, spared) for head in heads]
+            shares = self.observer.views.name_of(self.module) if is_alone and not values else None
+            spans = [self.observer.span(head, shares, comes) for head in heads]
             spare = self.observer.spare
             if values:
-                spare = sum(len(span.rows) for span in spans) if comes else None
+                spare = sum(len(span.rows) for span in spans)
                 spans.append(self.observer.span_of(values, scale, comes))
         watched = self.observer.names(len(heads))
         there = [name for name in watched if not values or name not in names]
@@ -270,7 +268,7 @@ class Watch(Callback):
         if not self.record.tags:
             self.record.open(known, found.values.device, self.observer.explain)
             self._announce(watched, found.values, names[-1] if values else None, calls[-1].value)
-        if is_alone and (spare is not None or self.reuses is None):
+        if is_alone and spare is not None and self.reuses is not False:
             self.pending = Pending(found, known.index(names[0]), spare)
         elif trainer.accumulate_grad_batches == 1 and trainer.world_size == 1:
             self._keep(trainer, *self.observer.measure(found))
@@ -330,9 +328,9 @@ class Watch(Callback):
         if self.pending is not None:
             found, place, spare = self.pending
             gradient = [p.grad for p in parameters]
-            if spare is None:
+            if self.reuses is None:
                 self.reuses = is_gradient(gradient, found, place)
-            else:
+            if self.reuses:  # at the first time, too: a resumed training repeats it to the bit
                 found = with_trained(found, gradient, place, spare)
             self._keep(trainer, *self.observer.measure(found))
         elif self.sums is not None and trainer.world_size == 1:

@@ -261,28 +261,32 @@ class Observer:
 
     # -- gradients ---------------------------------------------------------------------------------
 
-    def span(self, head: Head, spared: str | None = None) -> Span:
+    def span(self, head: Head, trained: str | None = None, comes: bool = False) -> Span:
         """The gradients of all losses by one output.
 
         Args:
-            spared: a loss whose gradient comes later (`span.with_trained`). Afterwards `spare` is
-                the row that was left out for it, or None.
+            trained: a loss whose gradient may come later (`span.with_trained`). Afterwards `spare`
+                is the row that it can replace, or None.
+            comes: whether it does, so that this row is left out.
 
         Raises:
             ValueError: the graph cannot be used, or a loss fails at the first observation.
         """
-        output, parts, _ = head
+        output, parts, fault = head
+        self.spare: int | None = None
+        if not parts:  # what trains is the only watched loss
+            return Span(fault[:0], fault.new_zeros(0, 0), [])
         if self.is_new:
             self.functions = functions_in(output)
         failed: dict[str, Exception] = {}
         with unchanged(output.device, self.network, self.views.foreign, self.functions):
             try:
                 tables = [part.rows(failed) for part in parts]
-                found = self._passes(parts, tables, spared)
+                found = self._passes(parts, tables, trained, comes)
                 if self.is_linear is None:
                     self._test_linearity(parts, tables, found)
                 if self.is_linear is False and not self.is_by_loss:
-                    found = self._passes(parts, tables, spared)
+                    found = self._passes(parts, tables, trained, comes)
             except RuntimeError as error:
                 if why := compat.why_not_differentiated(error):
                     raise ValueError(why) from error
@@ -322,14 +326,14 @@ class Observer:
         self,
         parts: Sequence[Part],
         tables: Sequence[Table],
-        spared: str | None,
+        trained: str | None,
+        comes: bool,
     ) -> list[Span]:
         """The backward passes of all rows."""
         found: list[Span] = []
-        self.spare: int | None = None
         self.is_by_loss = self.is_linear is False
         for part, (values, rows, coefficients) in zip(parts, tables, strict=True):
-            skipped = None
+            spare = None
             if self.is_by_loss and part.logits.dtype == torch.float16:
                 raise ValueError(
                     "a hook or an autograd.Function of the network makes its backward pass one "
@@ -337,11 +341,11 @@ class Observer:
                 )
             if self.is_by_loss:
                 rows, coefficients = by_loss(rows, coefficients)
-            elif spared in part.losses.names and is_hard(part.logits, part.target):
-                skipped = part.losses.pivot(spared, part.logits.shape[1])
-            if skipped is not None:
-                self.spare = sum(len(span.rows) for span in found) + skipped
-            gradients = send_back(part.logits, self.trained, rows, skipped)
+            elif trained in part.losses.names and is_hard(part.logits, part.target):
+                spare = part.losses.pivot(trained, part.logits.shape[1])
+            if spare is not None:
+                self.spare = sum(len(span.rows) for span in found) + spare
+            gradients = send_back(part.logits, self.trained, rows, spare if comes else None)
             found.append(Span(values, coefficients, gradients))
         return found
 
@@ -359,7 +363,7 @@ class Observer:
         ]
         self.is_linear = is_linear(*shared[0]) if shared else True
         if world_size() > 1:
-            [fails] = highest([self.is_linear is False], parts[0].logits.device)
+            [fails] = highest([self.is_linear is False], self.trained[0].device)
             self.is_linear = False if fails else self.is_linear
         if self.is_linear is False:
             self._warn(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from losswatch.compat import has_hooks
 from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
-from losswatch.losses.compose import table_parts
+from losswatch.losses.compose import shared_recipe, table_parts
 from losswatch.losses.inputs import (
     check_logits,
     explain,
@@ -275,6 +275,12 @@ class Views:
     def name_of(self, loss: nn.Module | None) -> str | None:
         """The name under which a loss is observed: this very module, or one of equal settings."""
         return next((name for name, other in self.losses.items() if is_same(loss, other)), None)
+
+    def name_apart(self, loss: nn.Module | None) -> str | None:
+        """The name of a loss whose own call gives what is observed, and that shares no rows."""
+        reads_as_it_is = loss in self.foreign or self.activation == "softmax"
+        is_apart = loss is not None and shared_recipe(loss) is None and reads_as_it_is
+        return self.name_of(loss) if is_apart else None
 
     def parts(
         self, output: Tensor, target: Tensor, skipped: str | None = None
