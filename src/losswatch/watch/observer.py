@@ -111,7 +111,8 @@ class Observer:
         self.ours: dict[tuple[int, int, torch.device], Tensor] = {}
         self.count = 1  # of heads, at the newest observation
         self.functions: set[type] = set()
-        self.trained: list[Tensor] = []  # the parameters, at the newest observation
+        self.modules: list[nn.Module] = []
+        self.trained: list[Tensor] = []  # parameters, at the newest observation
         self.forget()
 
     def forget(self) -> None:
@@ -191,11 +192,14 @@ class Observer:
         pairs = list(zip(outputs, targets, strict=True))
         return pairs[:1] if self.heads == "first" else pairs
 
-    def parameters(self) -> list[Tensor]:
-        """The parameters that require a gradient now, each once."""
-        given = self.given if self.network is None else self.network.parameters()
+    def look_up(self) -> None:
+        """Ask the network for its modules, and for the parameters that require a gradient now."""
+        self.modules = [] if self.network is None else list(self.network.modules())
+        inside = [p for module in self.modules for p in module._parameters.values()]
+        given = self.given if self.network is None else inside
+        given = [p for p in given if p is not None and p.requires_grad]
         own = {id(p) for p in self.apart.parameters()} if self.apart else set()
-        return list({id(p): p for p in given if p.requires_grad and id(p) not in own}.values())
+        self.trained = list({id(p): p for p in given if id(p) not in own}.values())  # each once
 
     def prepare(
         self, pairs: Sequence[tuple[Tensor, Tensor]], skipped: str | None = None
@@ -208,7 +212,8 @@ class Observer:
         Raises:
             ValueError: they do not fit, or the graph cannot be used.
         """
-        self.trained, self.count, heads = self.parameters(), len(pairs), []
+        self.look_up()
+        self.count, heads = len(pairs), list[Head]()
         for output, target in pairs:
             if not output.requires_grad or not self.trained:
                 swapped = "; the target carries one: give the output first"
@@ -245,7 +250,8 @@ class Observer:
                 observe.
         """
         if world_size() > 1:
-            device = next(iter(self.parameters()), torch.empty(0)).device
+            self.look_up()  # not yet done on a rank that has nothing to observe
+            device = next(iter(self.trained), torch.empty(0)).device
             number, low, high = [0.0] * 3 if self.fault is None else self.fault.tolist()
             state = [error is not None, heads is None, heads is not None, number, -low, high]
             failing, idle, ready, number, low, high = highest(state, device)
@@ -279,7 +285,7 @@ class Observer:
         if self.is_new:
             self.functions = functions_in(output)
         failed: dict[str, Exception] = {}
-        with unchanged(output.device, self.network, self.views.foreign, self.functions):
+        with unchanged(output.device, self.modules, self.views.foreign, self.functions):
             try:
                 tables = [part.rows(failed) for part in parts]
                 found = self._passes(parts, tables, trained, comes)
@@ -310,7 +316,7 @@ class Observer:
         device = values[0].device
         rows: list[Row] = [[None] * len(self.trained) for _ in values]
         if not comes:
-            with unchanged(device, self.network, [], self.functions), without_autocast(device):
+            with unchanged(device, self.modules, [], self.functions), without_autocast(device):
                 for i, value in enumerate(values):
                     if value.requires_grad:
                         seed = torch.ones_like(value) if scale is None else scale.to(value.dtype)

@@ -42,7 +42,7 @@ Restore = Callable[[], None]
 @contextmanager
 def unchanged(
     device: torch.device,
-    network: nn.Module | None,
+    modules: Iterable[nn.Module],
     losses: Iterable[nn.Module],
     functions: Iterable[type],
 ) -> Iterator[None]:
@@ -50,12 +50,12 @@ def unchanged(
 
     Args:
         device: of the output.
-        network: None where only its parameters are known.
+        modules: of the network, as far as they are known.
         losses: those that are not of this package.
         functions: of the graph (`functions_in`).
     """
     notes = _Notes()
-    for module in network.modules() if network is not None else ():
+    for module in modules:
         notes.take(module)
     foreign = [module for loss in losses for module in loss.modules()]
     for module in foreign:
