@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from losswatch import LossSet, Observer, Watch, WatchHandler
+from losswatch import LossSet, Observer
 
 LOSSES = ["cce", "dice", "dice_fg", "dice_square", "dice_fg_square"]
 EPS = 1e-7  # of these presets
@@ -53,7 +51,7 @@ class Row:
     also: dict[str, Callable] = field(default_factory=dict)  # what is recorded further
     criterion: Callable[[], nn.Module] = Odd  # it trains
     shared: str | None = None  # the watched loss that trains, instead
-    loop: Callable[[Run], None] = lambda run: plain(run)
+    loop: Callable[[Run], None] | None = None  # None: plain PyTorch
     steps: int = 3
     refused: str | None = None  # the line at the first observation
     lines: tuple[str, ...] = ()  # all that is said
@@ -167,7 +165,7 @@ def state_of(losses: Any) -> list[str]:
 def train(row: Row, watched: bool) -> Run:
     run = Run(row, watched)
     before = state_of(run.losses)
-    row.loop(run)
+    (row.loop or plain)(run)
     assert len(run.snapshots) > 0 and run.states
     assert row.shared or before == state_of(run.losses)  # of losses that are only watched
     return run
@@ -215,40 +213,50 @@ def one_hot(index: Tensor, classes: int) -> Tensor:
     return F.one_hot(index, classes).movedim(-1, 1)
 
 
-def true_numbers(row: Row, snapshot: list, name: str, head: int | None, pair: tuple | None = None):
-    """The value and the gradient of one loss, by a backward pass of a fresh network."""
+def true_numbers(row: Row, snapshot: list, wanted: list) -> tuple[Tensor, Tensor]:
+    """Values [K] and gradients [K, P], by a backward pass of a fresh network for each loss.
+
+    Args:
+        snapshot: of each batch the network's state, that of the random numbers, and its step.
+        wanted: names of losses, each with the number of its head.
+    """
     torch.manual_seed(0)
     net = row.net()
-    net.zero_grad()
-    total = 0
+    losses = dict(zip(row.names(), modules(row.losses), strict=True))
+    values = gradients = 0
     for state, rng, step in snapshot:
         net.load_state_dict(state)
         images, index = row.draw(step)
         torch.set_rng_state(rng)
-        outputs = net(images)
-        output = first(outputs)
-        if head is not None:
-            parts = list(outputs.values()) if isinstance(outputs, dict) else outputs
-            output = parts[head]
-        target = row.target_of(step)
-        if head is not None and isinstance(target, list):
-            target = target[head]
-        known = row.truth | row.also
-        if name in known:
-            value = known[name](output, target)
-        elif name in LOSSES:
-            value = by_hand(row, output, index)[name]
-        else:
-            losses = dict(zip(row.names(), modules(row.losses), strict=True))
-            value = copy.deepcopy(losses[name])(output, target)
-        value = value.reshape(()) / len(snapshot)
-        if value.requires_grad:
-            value.backward()
-        total = total + value.detach()
-    found = list({id(p): p for p in row.trained(net) if p.requires_grad}.values())
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in found]
-    flat = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
-    return total.double(), torch.cat([g.flatten().double() for g in flat])
+        outputs, target = net(images), row.target_of(step)
+        trained = list({id(p): p for p in row.trained(net) if p.requires_grad}.values())
+        presets: dict[int | None, dict[str, Tensor]] = {}
+        found = []
+        for name, head in wanted:
+            output, label = first(outputs), target
+            if head is not None:
+                output = list(outputs.values() if isinstance(outputs, dict) else outputs)[head]
+                label = target[head] if isinstance(target, list) else target
+            if loss := (row.truth | row.also).get(name):
+                value = loss(output, label)
+            elif name in LOSSES:
+                presets[head] = presets.get(head) or by_hand(row, output, index)
+                value = presets[head][name]
+            else:
+                value = copy.deepcopy(losses[name])(output, label)
+            net.zero_grad()
+            if value.requires_grad:
+                value.backward(retain_graph=True)
+            found.append((value.detach().double().reshape(()), flat(trained)))
+        of_step = [torch.stack(x) / len(snapshot) for x in zip(*found, strict=True)]
+        values, gradients = values + of_step[0], gradients + of_step[1]
+    return values, gradients
+
+
+def flat(parameters: list[Tensor]) -> Tensor:
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
+    real = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
+    return torch.cat([g.flatten().double() for g in real])
 
 
 def assert_right(row: Row, run: Run) -> None:
@@ -264,25 +272,26 @@ def assert_right(row: Row, run: Run) -> None:
         wanted += row.also
         assert list(seen[0]) == wanted
         with isolate_rng():
-            true = [true_numbers(row, snapshot, n, h) for n, h in names]
+            values, g = true_numbers(row, snapshot, names)
         ill = torch.tensor([n in row.nan.get(step, ()) for n, _ in names])
-        values = torch.where(ill, torch.nan, torch.stack([v for v, _ in true]))
-        g = row.shares.get(step, 1) * torch.stack([g for _, g in true])
+        values, g = torch.where(ill, torch.nan, values), row.shares.get(step, 1) * g
         norms = torch.where(ill, torch.nan, g.norm(dim=1))
         cosines = (g @ g.T) / norms.outer(norms)
         found = [x.double() for x in seen[1:]]
         close = {"rtol": row.tolerance, "atol": row.tolerance * 1e-3, "equal_nan": True}
         for what, a, b in zip(("values", "norms"), found, (values, norms), strict=False):
-            torch.testing.assert_close(a, b, **close, msg=lambda m, w=what: f"{w} at {step}: {m}")
+            torch.testing.assert_close(
+                a, b, **close, msg=lambda m, w=f"{what} at {step}": f"{w}: {m}"
+            )
         clear = (norms > 1e-9).logical_and(norms.isfinite())
         clear = clear.outer(clear)
         torch.testing.assert_close(
             found[2][clear], cosines[clear], rtol=row.tolerance, atol=row.tolerance,
-            msg=lambda m: f"cosines at {step}: {m}",
+            msg=lambda m, w=f"cosines at {step}": f"{w}: {m}",
         )  # fmt: skip
 
 
-# --- Loops ---------------------------------------------------------------------------------------
+# --- The loop ---------------------------------------------------------------------------------
 
 
 def plain(
@@ -306,114 +315,3 @@ def plain(
         after(run, output)
         optimizer.step()
     run.end(optimizer)
-
-
-class Numbers(Watch):
-    """Keeps what it would write."""
-
-    def _keep(self, trainer, *numbers):
-        self.numbers.append(numbers)
-        super()._keep(trainer, *numbers)
-
-
-class Module(pl.LightningModule):
-    """Any network and criterion; subclasses change how the criterion is called."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = [run]  # a list, so that it is no submodule
-        self.net, self.loss_fn = run.net, run.criterion
-        self.optimizer = torch.optim.Adam
-
-    def loss(self, images, target, step):
-        return self.loss_fn(self.net(images), target)
-
-    def training_step(self, step, batch_idx):
-        [run], step = self.run, int(step)
-        run.note(step, new=step % self.trainer.accumulate_grad_batches == 0)
-        return self.loss(*run.batch(step), step)
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters(), lr=0.01)
-
-
-def lightning(
-    run: Run, module=Module, criterion_name="loss_fn", callbacks=lambda run: [], batches=3, **options
-) -> None:
-    """Lightning's Trainer."""
-    watch = Numbers(run.losses, criterion_name, every_n_steps=1, cosines=True, strict=True,
-                    **run.row.options)  # fmt: skip
-    watch.numbers = []
-    made = module(run)
-    made.watch = [watch]
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        callbacks=[*([watch] if run.watched else []), *callbacks(run)], **options,
-    )  # fmt: skip
-    trainer.fit(made, DataLoader(list(range(batches)), batch_size=None))
-    if run.watched:
-        tags = watch.record.tags
-        names = [tag.removeprefix("loss/") for tag in tags if tag.startswith("loss/")]
-        run.seen = [(names, *numbers) for numbers in watch.numbers]
-    run.end(trainer.optimizers[0])
-
-
-def monai(run: Run, runs: int = 1) -> None:
-    """MONAI's trainer."""
-    from monai.engines import SupervisedTrainer
-    from monai.engines.utils import IterationEvents
-
-    steps = list(range(run.row.steps))
-    data = [{"image": run.batch(i)[0], "label": run.batch(i)[1]} for i in steps]
-    optimizer = torch.optim.Adam(run.net.parameters(), lr=0.01)
-    trainer = SupervisedTrainer(
-        device=torch.device("cpu"), max_epochs=1, train_data_loader=data, network=run.net,
-        optimizer=optimizer, loss_function=run.criterion,
-    )  # fmt: skip
-    from ignite.engine import Events
-
-    def before(engine):
-        run.note((engine.state.iteration - 1) % len(steps))
-
-    trainer.add_event_handler(Events.ITERATION_STARTED, before)
-    _attach(run, trainer, IterationEvents.LOSS_COMPLETED, {})
-    for _ in range(runs):
-        trainer.run()
-    run.end(optimizer)
-
-
-def ignite(run: Run, runs: int = 1) -> None:
-    """An engine of Ignite, by hand."""
-    from ignite.engine import Engine
-
-    optimizer = torch.optim.Adam(run.net.parameters(), lr=0.01)
-
-    def step(engine, number):
-        images, target = run.batch(number)
-        optimizer.zero_grad()
-        run.note(number)
-        output = run.net(images)
-        value = run.criterion(output, target)
-        engine.state.output = {"pred": output, "label": target}
-        engine.fire_event("loss_completed")
-        value.backward()
-        optimizer.step()
-        return {"pred": output, "label": target}
-
-    engine = Engine(step)
-    engine.register_events("loss_completed")
-    _attach(run, engine, "loss_completed", {"network": run.net})
-    for _ in range(runs):
-        engine.run(list(range(run.row.steps)), max_epochs=1)
-    run.end(optimizer)
-
-
-def _attach(run: Run, engine, event, options) -> None:
-    if not run.watched:
-        return
-    handler = WatchHandler(
-        run.losses, every_n_steps=1, cosines=True, strict=True, **options, **run.row.options
-    )
-    handler.attach(engine)
-    engine.add_event_handler(event, lambda _: run.seen.append(tuple(handler.seen)))

@@ -5,13 +5,26 @@ from __future__ import annotations
 from functools import partial
 
 import odd_networks as nets
-import pytorch_lightning as pl
 import torch
-from odd import LOSSES, Module, Odd, Row, first, ignite, lightning, monai, plain
+from odd import LOSSES, Odd, Row, plain
 from odd_networks import NETWORKS
+from odd_trainers import (
+    Anyhow,
+    Changed,
+    Manual,
+    Penalty,
+    Replaced,
+    hook_on_loss,
+    ignite,
+    lightning,
+    module,
+    monai,
+    seen,
+    twice,
+)
 from torch import nn
 
-from losswatch import Dice, Watch, load_loss
+from losswatch import load_loss
 
 ADAM, SGD = torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)
 
@@ -193,81 +206,6 @@ def penalised(run, value, output):
 
 
 # --- Lightning -----------------------------------------------------------------------------------
-
-
-class Changed(pl.Callback):
-    def on_after_backward(self, trainer, module):
-        for p in module.net.parameters():
-            p.grad = None if p.grad is None else p.grad * 2
-
-
-class Penalty(pl.Callback):
-    """A second backward pass."""
-
-    def on_before_backward(self, trainer, module, loss):
-        (0.1 * sum(p.square().sum() for p in module.net.parameters())).backward()
-
-
-class Replaced(pl.Callback):
-    def __init__(self, when):
-        setattr(self, when, self.replace)
-
-    def replace(self, trainer, module):
-        torch.manual_seed(5)
-        module.net[-1] = nn.Conv2d(4, 2, 1).double()
-        if trainer.optimizers:
-            trainer.optimizers = [ADAM(module.parameters())]
-
-
-def module(loss=None, **body):
-    """A LightningModule that calls its criterion in another way; `loss(self, output, target)`."""
-
-    def call(self, images, target, step):
-        return loss(self, self.net(images), target)
-
-    return type("Called", (Module,), ({"loss": call} if loss else {}) | body)
-
-
-class Anyhow(nn.Module):
-    """A criterion whose arguments have other names, and another order."""
-
-    def __init__(self, result=lambda value: value):
-        super().__init__()
-        self.result = result
-
-    def forward(self, y_true=None, y_pred=None, *more, target=None, input=None):
-        output = y_pred if input is None else input
-        if output is None or not output.is_floating_point():
-            output = y_true
-        return self.result(Odd()(output, None))
-
-
-class Manual(Module):
-    def __init__(self, run):
-        super().__init__(run)
-        self.automatic_optimization = False
-
-    def training_step(self, step, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(step, batch_idx))
-        optimizer.step()
-
-
-def seen(self, output, target):
-    """A loss that is a function."""
-    self.watch[0].see(output, target)
-    return Odd()(output, target)
-
-
-def twice(self, output, target):
-    return self.loss_fn(output.detach().requires_grad_(), target) + self.loss_fn(output, target)
-
-
-def hook_on_loss(self, output, target):
-    value = self.loss_fn(output, target)
-    value.register_hook(lambda g: 2 * g)
-    return value
 
 
 def lit(loss=None, body=None, anyhow=None, net="batch norm", also=None, **options):

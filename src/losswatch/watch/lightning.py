@@ -269,8 +269,8 @@ class Watch(Callback):
         elif trainer.accumulate_grad_batches == 1 and trainer.world_size == 1:
             self._keep(trainer, *self.observer.measure(found))
         else:
-            # Summed over accumulated batches, as the optimiser's gradient is. An epoch may end before
-            # there are as many as Lightning divides by; the value is the mean of those there are.
+            # Summed over accumulated batches, as the optimiser's gradient is. An epoch may end
+            # before there are as many as Lightning divides by: the value is the mean of those.
             share = 1 / trainer.accumulate_grad_batches
             found = Span(found.values, share * found.coefficients, found.rows)
             self.batches += 1
