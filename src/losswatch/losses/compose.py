@@ -278,11 +278,11 @@ def _scalar_and_slope(
         ValueError: the loss returns no scalar, or changes its input.
     """
     given = {"logits": logits.clone(), "target": target.clone()}  # others read them, too
-    versions = {what: None if traced(x) else x._version for what, x in given.items()}
+    versions = {key: None if traced(x) else x._version for key, x in given.items()}
     value, row = value_and_slope(loss, *given.values())
-    for what, version in versions.items():
-        if version is not None and given[what]._version != version:
-            raise ValueError(f"loss {name} changes the {what} in place; let it work on a clone")
+    for key, version in versions.items():
+        if version is not None and given[key]._version != version:
+            raise ValueError(f"loss {name} changes the {key} in place; let it work on a clone")
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(f"loss {name} must return a scalar tensor, it returns {what}")
