@@ -243,7 +243,7 @@ def true_numbers(row: Row, snapshot: list, wanted: list) -> tuple[Tensor, Tensor
                 presets[head] = presets.get(head) or by_hand(row, output, index)
                 value = presets[head][name]
             else:
-                value = copy.deepcopy(losses[name])(output, label)
+                value = copy.deepcopy(losses[name])(output, copy.deepcopy(label))
             net.zero_grad()
             if value.requires_grad:
                 value.backward(retain_graph=True)
