@@ -179,6 +179,17 @@ def test_is_handled_by_others():
     assert compat.is_handled_by_others(engine, event, Ours)
 
 
+def test_without_hooks():
+    x = torch.ones(2, requires_grad=True)
+    plain, hooked = x.sum(), x.sum()
+    hooked.register_hook(lambda g: 3 * g)
+    for value, expected in ((plain, [1, 1]), (hooked, [1, 3])):
+        with compat.without_hooks(value):
+            [inside] = torch.autograd.grad(value, x, retain_graph=True)
+        [outside] = torch.autograd.grad(value, x)
+        assert [float(inside[0]), float(outside[0])] == expected
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_is_compiled():
     net = nn.Sequential(nn.Linear(1, 1))

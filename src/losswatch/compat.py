@@ -96,6 +96,18 @@ def has_gradient_hooks(x: Tensor) -> bool:
     return bool(x._backward_hooks or x._post_accumulate_grad_hooks)
 
 
+@contextmanager
+def without_hooks(x: Tensor) -> Iterator[None]:
+    """Backward passes do not call the hooks of a tensor meanwhile."""
+    hooks = {} if x._backward_hooks is None else x._backward_hooks
+    kept = dict(hooks)
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(kept)
+
+
 # The tensors for which `retain_grad` was called, by id; see `watch_kept_gradients`.
 _keeping: dict[int, weakref.ref[Tensor]] = {}
 

@@ -275,12 +275,14 @@ def _scalar_and_slope(
     """The value [1] of a loss, and its derivative by the logits.
 
     Raises:
-        ValueError: the loss returns no scalar, or changes the target.
+        ValueError: the loss returns no scalar, or changes its input.
     """
-    version = None if traced(target) else target._version
-    value, row = value_and_slope(loss, logits, target)
-    if version is not None and target._version != version:
-        raise ValueError(f"loss {name} changes the target in place; let it work on a clone")
+    given = {"logits": logits.clone(), "target": target.clone()}  # others read them, too
+    versions = {key: None if traced(x) else x._version for key, x in given.items()}
+    value, row = value_and_slope(loss, *given.values())
+    for key, version in versions.items():
+        if version is not None and given[key]._version != version:
+            raise ValueError(f"loss {name} changes the {key} in place; let it work on a clone")
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(f"loss {name} must return a scalar tensor, it returns {what}")

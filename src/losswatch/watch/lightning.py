@@ -110,6 +110,7 @@ class Watch(Callback):
     def _forget(self) -> None:
         """End an observation."""
         self.sums: Span | None = None  # of a step so far
+        self.batches = 0  # that it is made of
         self.pending: Pending | None = None  # what the backward pass completes
         self.error: Exception | None = None
 
@@ -273,9 +274,11 @@ class Watch(Callback):
         elif trainer.accumulate_grad_batches == 1 and trainer.world_size == 1:
             self._keep(trainer, *self.observer.measure(found))
         else:
-            # Summed over accumulated batches, as the optimiser's gradient is.
+            # Summed over accumulated batches, as the optimiser's gradient is. An epoch may end
+            # before there are as many as Lightning divides by: the value is the mean of those.
             share = 1 / trainer.accumulate_grad_batches
-            found = Span(share * found.values, share * found.coefficients, found.rows)
+            found = Span(found.values, share * found.coefficients, found.rows)
+            self.batches += 1
             self.sums = found if self.sums is None else added(self.sums, found)
 
     def _is_alone(self, trainer: pl.Trainer, value: Tensor | None, loss: Tensor) -> bool:
@@ -333,12 +336,14 @@ class Watch(Callback):
             if self.reuses:  # at the first time, too: a resumed training repeats it to the bit
                 found = with_trained(found, gradient, place, spare)
             self._keep(trainer, *self.observer.measure(found))
-        elif self.sums is not None and trainer.world_size == 1:
-            self._keep(trainer, *self.observer.measure(self.sums))
         elif self.sums is not None:
+            values, c, rows = self.sums
+            values = values / self.batches
+            if trainer.world_size == 1:
+                self._keep(trainer, *self.observer.measure(Span(values, c, rows)))
+                return
             # A loss of a rank's own batch has a value on each rank; the optimiser follows their
             # mean.
-            values, c, rows = self.sums
             mean = functools.partial(trainer.strategy.reduce, reduce_op="mean")
             parts = (mean(contained(c, part)[0]) for part in blocks(rows, parameters, c.dtype))
             found = Span(mean(values), torch.eye(len(c), dtype=c.dtype, device=c.device), [])

@@ -320,10 +320,11 @@ class Observer:
                 for i, value in enumerate(values):
                     if value.requires_grad:
                         seed = torch.ones_like(value) if scale is None else scale.to(value.dtype)
-                        rows[i] = torch.autograd.grad(
-                            value, self.trained, seed.view_as(value),
-                            retain_graph=True, allow_unused=True,
-                        )  # fmt: skip
+                        with compat.without_hooks(value):  # they are no part of the loss
+                            rows[i] = torch.autograd.grad(
+                                value, self.trained, seed.view_as(value),
+                                retain_graph=True, allow_unused=True,
+                            )  # fmt: skip
         found = torch.stack([wide(value.detach()).reshape(()) for value in values])
         one = torch.eye(len(values), dtype=found.dtype, device=device)
         return Span(found, one if scale is None else one / scale, rows)

@@ -111,7 +111,14 @@ def clean_target(
 
     Args:
         target, output: as given by the user.
+
+    Raises:
+        ValueError: the target is complex.
     """
+    if target.is_complex():  # a cast to integers would only warn
+        raise ValueError(
+            f"target: {target.dtype} {tuple(target.shape)}, allowed are integers or real labels"
+        )
     several = output.shape[1] > 1
     # One channel may have soft labels, whatever the shape of the target.
     if is_labels(target, output) or (not several and target.is_floating_point()):
@@ -295,7 +302,7 @@ class Views:
         found, faults = [], list[Tensor]()
         for (reads, index), losses in self._plan(output, skipped).items():
             if reads == "given":
-                found.append(Part(losses, output, target.clone()))  # a loss may write to it
+                found.append(Part(losses, output, target))
                 continue
             clean, fault = clean_target(target, output, self.activation, index)
             faults.append(fault)
