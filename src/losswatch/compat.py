@@ -98,7 +98,7 @@ def has_gradient_hooks(x: Tensor) -> bool:
 
 @contextmanager
 def without_hooks(x: Tensor) -> Iterator[None]:
-    """Backward passes do not call the hooks of a tensor meanwhile."""
+    """Inside, backward passes do not call the hooks of a tensor."""
     hooks = {} if x._backward_hooks is None else x._backward_hooks
     kept = dict(hooks)
     hooks.clear()
