@@ -303,7 +303,6 @@ class Watch(Callback):
             and trainer.accumulate_grad_batches == 1
             and trainer.world_size == 1
             and trainer.precision != "16-mixed"
-            and not have_hooks_around_backward(trainer, ours=Watch)
             and not compat.has_gradient_hooks(loss)
             and all(p.grad is None for p in parameters)
             and not any(map(compat.has_gradient_hooks, parameters))
@@ -332,7 +331,8 @@ class Watch(Callback):
             found, place, spare = self.pending
             gradient = [p.grad for p in parameters]
             if self.reuses is None:
-                self.reuses = is_gradient(gradient, found, place)
+                are_alone = not have_hooks_around_backward(trainer, ours=Watch)
+                self.reuses = are_alone and is_gradient(gradient, found, place)
             if self.reuses:  # at the first time, too: a resumed training repeats it to the bit
                 found = with_trained(found, gradient, place, spare)
             self._keep(trainer, *self.observer.measure(found))

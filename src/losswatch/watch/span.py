@@ -180,8 +180,9 @@ def with_trained(found: Span, gradient: Row, loss: int, spare: int) -> Span:
     c_s·J_s holds (c_s / a_s)·g and, of each other row, c_m - (c_s / a_s)·a_m.
     """
     c = found.coefficients.to(wide_type(found.values))
-    ratio = torch.where(c[:, spare] != 0, c[:, spare] / c[loss, spare], 0)
-    changed = torch.where(ratio[:, None] != 0, c - ratio[:, None] * c[loss], c)
+    # A loss without the spare row stays as it is, even if the trained one is not finite.
+    ratio = torch.where(c[:, spare] == 0, 0, c[:, spare] / c[loss, spare])
+    changed = c - ratio[:, None] * c[loss].nan_to_num(0, 0, 0)
     changed[:, spare] = ratio
     changed[loss] = 0  # the trained loss is the new row itself, without a rounding error
     changed[loss, spare] = 1
