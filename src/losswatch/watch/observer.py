@@ -250,7 +250,8 @@ class Observer:
                 observe.
         """
         if world_size() > 1:
-            self.look_up()  # not yet done on a rank that has nothing to observe
+            if heads is None:  # `prepare` has not done it, or has failed
+                self.look_up()
             device = next(iter(self.trained), torch.empty(0)).device
             number, low, high = [0.0] * 3 if self.fault is None else self.fault.tolist()
             state = [error is not None, heads is None, heads is not None, number, -low, high]

@@ -75,12 +75,9 @@ def _combined(c: Tensor, column: Sequence[Tensor | None]) -> Sequence[Tensor | N
     shape = next((g for g in column if g is not None), None)
     if shape is None:
         return [None] * len(c)
-    rows = torch.stack([_dense(g, shape).to(_wider(shape, c.dtype)).flatten() for g in column])
+    wide = torch.promote_types(shape.dtype, c.dtype)  # complex numbers stay complex
+    rows = torch.stack([_dense(g, shape).to(wide).flatten() for g in column])
     return contained(c, rows)[0].view(len(c), *shape.shape).unbind()
-
-
-def _wider(x: Tensor, kind: torch.dtype) -> torch.dtype:
-    return torch.promote_types(x.dtype, kind)
 
 
 # -- backward passes ------------------------------------------------------------------------------
