@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, TextIO, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+T = TypeVar("T")
 
 REDRAW_SECONDS = 0.2
 ESTIMATE_SECONDS = 2.0  # between the first steps and the estimate of the whole time
@@ -88,6 +90,29 @@ class Lines(logging.StreamHandler):
             say(self.format(record))
         except Exception:  # a message that does not fit its arguments
             self.handleError(record)
+
+
+def followed(results: Iterator[T], total: int, what: str) -> Iterator[T]:
+    """The results of slow work as they come, with a bar of how many there are.
+
+    It appears after half a second, on a terminal of this process, while no other bar is shown.
+    """
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    columns = TextColumn("{task.completed:,.0f} of {task.total:,.0f}  {task.description}")
+    is_shown = _redraws() and multiprocessing.parent_process() is None and _current is None
+    begin = drawn = time.monotonic()
+    with Progress(
+        columns, BarColumn(bar_width=16), TimeRemainingColumn(compact=True),
+        console=console, transient=True, auto_refresh=False, disable=not is_shown,
+    ) as progress:  # fmt: skip
+        task = progress.add_task(what, total=total, visible=False)
+        for result in results:
+            yield result
+            now = time.monotonic()
+            progress.update(task, advance=1, visible=now - begin > 0.5)
+            if now - drawn > REDRAW_SECONDS:
+                progress.refresh()
+                drawn = now
 
 
 # --- Steps ---------------------------------------------------------------------------------------

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from losswatch.data.cases import Case
+from losswatch.data.coding import make_coding, values_of
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
-from losswatch.data.labels import (
-    check_classes,
-    classes_as_found,
-    counts_of_classes,
-    values_of,
-)
-from losswatch.data.layouts import SPLITS, Case, Classes, Layout, read_layout, unlabelled
+from losswatch.data.labels import Coding, count_classes
+from losswatch.data.layouts import read_layout, unlabelled
+from losswatch.data.pairs import Names
 from losswatch.data.patches import (
     Items,
     Patches,
+    Unlabelled,
     Whole,
     infer,
-    load_image,
     load_item,
     make_crops,
     patch_sides,
 )
+from losswatch.data.splits import SPLITS, Layout
 from losswatch.data.steps import Steps, batch_loader
-from losswatch.data.survey import Look, Survey, check_alike, look_at, survey
+from losswatch.data.survey import (
+    Look,
+    Survey,
+    check_alike,
+    look_at,
+    most_common_axes,
+    shape_in,
+    survey,
+)
+from losswatch.text import number_of
 
 SAMPLINGS = ("random", "balanced")
 
@@ -42,18 +50,17 @@ class FolderImages(pl.LightningDataModule):
     """The images and masks of a folder.
 
     A training batch is a function of the seed and the step. A mask's values become classes 0, 1,
-    ... in the order of `classes`.
+    ... in the order of `classes`. Volumes are brought to the orientation that most of them have.
 
     Args:
-        root: the folder. It holds images/ and masks/, whole or each in train/, val/ and test/; or
-            dataset.json, imagesTr/ and labelsTr/ (nnU-Net v2). Folders in masks/ are classes that
-            overlap, each with a mask for every image.
+        root: the folder, in a layout of README.md; `~` is the user's home.
         seed: chooses patches and augmentation.
-        images, masks, image_suffix, mask_suffix, shares: as of `layouts.read_layout`; the shares
-            are `val_share` and `test_share`.
+        images, masks, image_suffix, mask_suffix, skip_unpaired: as of `pairs.Names`.
+        val_share, test_share: of the images, where the folder is not split.
         target: as of `Form`; null: "multilabel" where classes overlap, "softmax" otherwise.
-        classes: the values in a mask of each class, see `labels.check_classes`; null: as found.
-        ignore_index: the value in a mask of pixels that count nowhere.
+        classes: the values in a mask of each class, see `coding.check_classes`; null: as found.
+        ignore_index: the value in a mask of pixels that count nowhere, or their colour.
+        nearest: give values that no class has to the class of the nearest value or colour.
         patch_size: sides of a patch in pixels, one number or one for each axis; null: whole images.
         sampling: patches at a "random" place of a random image, or "balanced": around a random
             pixel of a random class.
@@ -81,11 +88,13 @@ class FolderImages(pl.LightningDataModule):
         masks: str = "masks",
         image_suffix: str = "",
         mask_suffix: str = "",
+        skip_unpaired: bool = False,
         val_share: float = 0.2,
         test_share: float = 0.2,
         target: str | None = None,
         classes: Mapping[str, Any] | None = None,
-        ignore_index: int | None = None,
+        ignore_index: int | str | None = None,
+        nearest: bool = False,
         patch_size: int | Sequence[int] | None = 64,
         sampling: str = "random",
         flip: bool = True,
@@ -98,7 +107,9 @@ class FolderImages(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if lacking := [
-            name for name in ("monai", "nibabel", "PIL", "tifffile") if not find_spec(name)
+            name
+            for name in ("monai", "nibabel", "PIL", "tifffile", "SimpleITK")
+            if not find_spec(name)
         ]:
             raise ValueError(f'{", ".join(lacking)} is missing: pip install "losswatch[images]"')
         for name, value, allowed in (
@@ -117,37 +128,40 @@ class FolderImages(pl.LightningDataModule):
         shares = {"val": val_share, "test": test_share}
         if not (0 < val_share < 1 and 0 <= test_share < 1 and val_share + test_share < 1):
             raise ValueError(f"data.val_share and data.test_share must leave a rest, got {shares}")
-        self.root, self.seed, self.batch_size = Path(root), seed, batch_size
+        self.root, self.seed, self.batch_size = Path(root).expanduser(), seed, batch_size
         self.batches, self.normalize, self.cache_mb = batches, normalize, cache_mb
         self.num_workers = min(4, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
-        self.layout, self.looks = _layout(
-            self.root, images, masks, image_suffix, mask_suffix, val_share, test_share
-        )
+        names = Names(images, masks, image_suffix, mask_suffix, skip_unpaired)
+        self.layout, self.looks = _layout(self.root, names, val_share, test_share)
         every = [look for looks in self.looks.values() for look in looks]
-        self.ignored = self.layout.ignored if ignore_index is None else ignore_index
-        self.classes = self._classes(classes, every)
-        self.survey: Survey = survey(self.layout, self.looks, self.classes, self.ignored)
+        ignored = self.layout.ignored if ignore_index is None else ignore_index
+        cases = [case for split in self.looks for case in self.layout.cases[split]]
+        masks = [
+            (paths[0], mask)
+            for case, look in zip(cases, every, strict=True)
+            for paths, mask in zip(case.masks, look.masks, strict=True)
+            if paths
+        ]
+        named, overlap = self.layout.classes, self.layout.overlap
+        self.coding = make_coding(masks, classes, ignored, nearest, named, overlap)
+        self.survey: Survey = survey(self.layout, self.looks, self.coding)
+        axes = most_common_axes(every)
+        self.shapes = {part: [shape_in(look, axes) for look in looks]
+                       for part, looks in self.looks.items()}  # fmt: skip
         self.form = Form(
             in_channels=every[0].shape[0],
-            classes=tuple(self.classes),
+            classes=tuple(self.coding.classes),
             dims=len(every[0].shape) - 1,
             target=target or ("multilabel" if self.layout.overlap else "softmax"),
-            has_ignored=self.ignored is not None,
+            has_ignored=ignored is not None,
+            axes=axes,
         )
         self._check_form()
-        self.values = values_of(self.classes)
+        self.values = values_of(self.coding)
         self.patch = self._patch(patch_size)
         self.infer = functools.partial(infer, patch=self.patch, count=batch_size)
         self.crops = make_crops(self.form, self.patch, sampling, flip, intensity)
         self.rank, self.world_size = 0, 1
-
-    def _classes(self, given: Any, looks: Sequence[Look]) -> Classes:
-        if given is not None:
-            return check_classes(given, self.layout.overlap)
-        if self.layout.classes is not None:
-            return check_classes(self.layout.classes, self.layout.overlap)
-        values = {value for look in looks for counts in look.counts for value in counts}
-        return classes_as_found(sorted(values - {self.ignored}))
 
     def _check_form(self) -> None:
         target, count = self.form.target, len(self.form.classes)
@@ -175,11 +189,11 @@ class FolderImages(pl.LightningDataModule):
 
     def _patch(self, size: int | Sequence[int] | None) -> tuple[int, ...] | None:
         """The sides of a patch; None for whole images."""
-        cases, looks = self.layout.cases["train"], self.looks["train"]
+        cases, shapes = self.layout.cases["train"], self.shapes["train"]
         sides = patch_sides(size, self.form.dims)
         if sides is None:
-            for case, look in zip(cases, looks, strict=True):
-                if look.shape != looks[0].shape:
+            for case, shape in zip(cases, shapes, strict=True):
+                if shape != shapes[0]:
                     raise ValueError(
                         f"data.patch_size=null needs images of one size, but {case.images[0]} and "
                         f"{cases[0].images[0]} differ"
@@ -189,9 +203,9 @@ class FolderImages(pl.LightningDataModule):
             raise ValueError(
                 f"data.patch_size must be a whole number or {self.form.dims} of them, got {size}"
             )
-        for case, look in zip(cases, looks, strict=True):
-            if any(side > n for side, n in zip(sides, look.shape[1:], strict=True)):
-                have = " x ".join(map(str, look.shape[1:]))
+        for case, shape in zip(cases, shapes, strict=True):
+            if any(side > n for side, n in zip(sides, shape[1:], strict=True)):
+                have = " x ".join(map(str, shape[1:]))
                 raise ValueError(f"data.patch_size={size} is larger than {case.images[0]} ({have})")
         return sides
 
@@ -202,13 +216,16 @@ class FolderImages(pl.LightningDataModule):
             self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
 
     def items(self, split: str) -> Items:
-        """The images of a split, with their labels."""
-        budget, kept = self.cache_mb * 2**20, 0
-        for look in self.looks[split]:
-            budget -= 4 * int(np.prod(look.shape)) + 2 * int(np.prod(look.shape[1:]))
-            kept += budget >= 0
-        settings = tuple(self.classes.items()), self.ignored, self.layout.overlap
-        return _items(tuple(self.layout.cases[split]), self.normalize, settings, kept)
+        """The images of a split, with their labels. Those of the test are not kept in memory."""
+        planes = len(self.coding.classes) if self.layout.overlap else 1
+        budget, kept = self.cache_mb * 2**20, dict.fromkeys(self.shapes, 0)
+        for part in ("train", "val"):
+            for shape in self.shapes[part]:
+                budget -= 4 * math.prod(shape) + 2 * planes * math.prod(shape[1:])
+                kept[part] += budget >= 0
+        coding = (tuple(self.coding.classes.items()), *self.coding[1:])
+        cases = tuple(self.layout.cases[split])
+        return _items(cases, self.normalize, coding, self.form.axes, kept[split])
 
     @property
     def patches(self) -> Patches:
@@ -216,25 +233,26 @@ class FolderImages(pl.LightningDataModule):
         looks = self.looks["train"]
         holders = [list(range(len(looks)))]
         if len(self.crops) > 1:  # one for each class
-            counts = [
-                counts_of_classes(look.counts, self.classes, self.ignored, self.layout.overlap)
-                for look in looks
-            ]
+            counts = [count_classes(look.masks, look.counts, self.coding).classes for look in looks]
             holders = [[i for i, n in enumerate(c) if n] for c in zip(*counts, strict=True)]
         numbers = range(self.rank, self.batch_size, self.world_size)
         return Patches(self.items("train"), self.crops, holders, self.seed, numbers, self.form)
 
     def first_batch(self) -> tuple[Tensor, Tensor]:
-        """The first training batch, as of `Patches`."""
+        """The first training batch, as of `Patches`. It keeps no image in memory."""
         return self.patches[0]
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        return batch_loader(self.patches, Steps(self.trainer, self.batches), self.num_workers)
+        patches = self.patches
+        patches.items.fill()  # before the processes that prepare batches, which share them
+        return batch_loader(patches, Steps(self.trainer, self.batches), self.num_workers)
 
     def _whole(self, split: str) -> DataLoader:
         mine = range(self.rank, len(self.layout.cases[split]), self.world_size)
-        return batch_loader(Whole(self.items(split), self.form), mine, 0)
+        items = self.items(split)
+        items.fill()
+        return batch_loader(Whole(items, self.form), mine, 0)
 
     def val_dataloader(self) -> DataLoader:
         return self._whole("val")
@@ -264,46 +282,38 @@ class UnlabelledImages(pl.LightningDataModule):
         count: int,
     ) -> None:
         super().__init__()
-        self.cases, self.normalize = unlabelled(Path(root)), normalize
-        looks = look_at(self.cases)
-        check_alike(self.cases, looks)
+        self.cases = unlabelled(Path(root).expanduser(), form.in_channels)
         wanted = (form.in_channels, form.dims)
-        if (looks[0].shape[0], len(looks[0].shape) - 1) != wanted:
-            raise ValueError(
-                f"{self.cases[0].images[0]} has {looks[0].describe()}; the network was trained on "
-                f"{wanted[0]} and {wanted[1]}"
-            )
+        for case, look in zip(self.cases, look_at(self.cases, form), strict=True):
+            if (look.shape[0], len(look.shape) - 1) != wanted:
+                raise ValueError(
+                    f"{case.images[0]} has {look.describe()}; the network was trained on "
+                    f"{number_of(wanted[0], 'channel')} and {wanted[1]} dimensions"
+                )
+        self.images = Unlabelled(self.cases, normalize, form)
         patch = patch_sides(patch_size, form.dims)
         self.infer = functools.partial(infer, patch=patch, count=count)
 
     def predict_dataloader(self) -> DataLoader:
-        images = [load_image(case, self.normalize)[None] for case in self.cases]
-        return batch_loader(images, range(len(images)), 0)  # type: ignore[arg-type]
+        return batch_loader(self.images, range(len(self.cases)), 0)
 
 
 @functools.lru_cache(maxsize=1)
 def _layout(
-    root: Path,
-    images: str,
-    masks: str,
-    image_suffix: str,
-    mask_suffix: str,
-    val_share: float,
-    test_share: float,
+    root: Path, names: Names, val_share: float, test_share: float
 ) -> tuple[Layout, dict[str, list[Look]]]:
     """The cases of a folder, and a look at each; kept for the next run of a sweep."""
-    layout = read_layout(
-        root, images, masks, image_suffix, mask_suffix, {"val": val_share, "test": test_share}
-    )
-    looks = {split: look_at(layout.cases[split]) for split in SPLITS if split in layout.cases}
-    check_alike(
-        [case for split in looks for case in layout.cases[split]],
-        [look for part in looks.values() for look in part],
-    )
-    return layout, looks
+    layout = read_layout(root, names, {"val": val_share, "test": test_share})
+    cases = [case for split in SPLITS for case in layout.cases.get(split, ())]
+    looks = look_at(cases)
+    check_alike(cases, looks, layout.channels)
+    given = iter(looks)
+    return layout, {split: [next(given) for _ in layout.cases[split]]
+                    for split in SPLITS if split in layout.cases}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=3)  # train, val and test; kept for the next run of a sweep
-def _items(cases: tuple[Case, ...], normalize: str, settings: Any, kept: int) -> Items:
-    load = functools.partial(load_item, normalize=normalize, settings=settings)
+def _items(cases: tuple[Case, ...], normalize: str, coding: Any, axes: str, kept: int) -> Items:
+    read = Coding(dict(coding[0]), *coding[1:])
+    load = functools.partial(load_item, normalize=normalize, coding=read, axes=axes)
     return Items(cases, load, kept)

@@ -22,6 +22,7 @@ class Form:
             classes, one channel of logits for the second. "multilabel": classes that overlap, a
             channel of logits for each, all zeros where there is none of them.
         has_ignored: whether pixels may have the label `IGNORED`.
+        axes: the orientation of volumes, such as "RAS", as of `volumes.axes_of`; "" if unknown.
     """
 
     in_channels: int
@@ -29,6 +30,7 @@ class Form:
     dims: int
     target: str = "softmax"
     has_ignored: bool = False
+    axes: str = ""
 
     @property
     def channels(self) -> int:

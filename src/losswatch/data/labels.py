@@ -2,118 +2,205 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from losswatch.data.cases import Mask
 from losswatch.data.form import IGNORED
-from losswatch.data.layouts import REST, Classes
+from losswatch.text import number_of
 
-MOST = 32  # classes, as found; a mask with more values marks objects
+REST = "rest"  # stands for all values of a mask that no other class has
+NOBODY = IGNORED - 1  # the label of a value that no class has
+
+# From the name of a class to its values: REST, or several of whole numbers, colours and thresholds.
+Classes = Mapping[str, Any]
 
 
-def check_classes(given: Any, overlap: bool) -> dict[str, Any]:
-    """The setting data.classes: from the name of a class to its values in a mask.
+class Coding(NamedTuple):
+    """How the values of masks become labels.
+
+    Attributes:
+        classes: of `check_classes`.
+        ignored: the value of pixels that count nowhere, a number or a colour; None: there is none.
+        overlap: whether classes may overlap. A mask with values that no class has is then right.
+        nearest: whether a value that no class has belongs to the class of the nearest value.
+        colours: whether a class is its colours.
+        is_found: whether each value that was found is a class.
+    """
+
+    classes: Classes
+    ignored: Any = None
+    overlap: bool = False
+    nearest: bool = False
+    colours: bool = False
+    is_found: bool = False
+
+
+def is_colour(value: Any) -> bool:
+    """Whether a value is written as a colour, `#rrggbb`."""
+    return isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value) is not None
+
+
+def range_of(value: Any) -> tuple[float, float] | None:
+    """The smallest and the largest value that a value, a colour or a threshold stands for.
+
+    >>> range_of(3), range_of("#0000ff"), range_of(">=128"), range_of("rest")
+    ((3, 3), (255, 255), (128.0, inf), None)
+    """
+    if type(value) is int:
+        return value, value
+    if is_colour(value):
+        return int(value[1:], 16), int(value[1:], 16)
+    found = re.fullmatch(
+        r"\s*([<>])(=?)\s*(-?\d+(?:\.\d*)?)\s*", value if isinstance(value, str) else ""
+    )
+    if not found:
+        return None
+    side, equal, number = found[1], found[2], float(found[3])
+    end = math.inf if side == ">" else -math.inf
+    start = number if equal else math.nextafter(number, end)
+    return min(start, end), max(start, end)
+
+
+def owners(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
+    """The label of each value of a mask whose classes do not overlap.
 
     Args:
-        overlap: whether classes may overlap.
+        values: [V], numbers, or colours as 0xRRGGBB.
 
-    Raises:
-        ValueError: it is something else.
+    Returns:
+        labels int16 [V], where `IGNORED` counts nowhere and `NOBODY` belongs to no class; and bool
+        [V], whether a value has its label since it is near to a class.
     """
-    found: dict[str, Any] = {}
-    for name, value in given.items() if isinstance(given, Mapping) else [(given, None)]:
-        values = list(value) if isinstance(value, Sequence) and value != REST else [value]
-        if not all(v == REST or type(v) is int for v in values):
-            raise ValueError(
-                f"data.classes must map each name to a value, a list of values or the word {REST}, "
-                f"as in {{background: 0, nucleus: {REST}}}, got {given}"
-            )
-        found[str(name)] = value if value == REST else tuple(values)
-    if [*found.values()].count(REST) > 1 and not overlap:
-        raise ValueError(f"data.classes: {REST} can stand once, got {given}")
-    return found
+    labels = np.full(len(values), NOBODY, np.int16)
+    exact, thresholds = _ranges(coding)
+    for label, low, high in (*thresholds, *exact):
+        labels[(values >= low) & (values <= high)] = label
+    if REST in coding.classes.values():
+        labels[labels == NOBODY] = [*coding.classes.values()].index(REST)
+    off = labels == NOBODY
+    if not coding.nearest or not (ranges := exact or thresholds):
+        return labels, np.zeros_like(off)
+    # A threshold has said which values are its own.
+    lost = values[off]
+    distances = [
+        _colour_distance(lost, int(low))
+        if coding.colours
+        else np.maximum(np.maximum(low - lost, lost - high), 0)
+        for _, low, high in ranges
+    ]
+    labels[off] = np.array([label for label, *_ in ranges])[np.argmin(distances, axis=0)]
+    return labels, off
 
 
-def classes_as_found(values: Sequence[int]) -> dict[str, Any]:
-    """A class for each value in the masks, named like the value.
-
-    Raises:
-        ValueError: there is one class alone, or there are too many.
-    """
-    if len(values) > MOST:
-        raise ValueError(
-            f"the masks hold {len(values)} values, as if each object had its own; name the "
-            f"classes, as in 'data.classes={{background:0,object:{REST}}}'"
-        )
-    if len(values) < 2:
-        raise ValueError(f"the masks hold no value but {values[0]}; two classes are needed")
-    return {str(value): (value,) for value in values}
+Ranges = list[tuple[int, float, float]]  # label, smallest and largest value
 
 
-def values_of(classes: Classes) -> list[int]:
-    """The value in a predicted mask of each class: the first that it has in masks.
+def _ranges(coding: Coding) -> tuple[Ranges, Ranges]:
+    """The single values of all classes and of ignored pixels, and the thresholds."""
+    given: list[tuple[int, Any]] = [
+        (label, value)
+        for label, values in enumerate(coding.classes.values())
+        if values != REST
+        for value in values
+    ]
+    given += [] if coding.ignored is None else [(IGNORED, coding.ignored)]
+    ranges = [(label, *found) for label, value in given if (found := range_of(value))]
+    exact = [found for found in ranges if found[1] == found[2]]
+    return exact, [found for found in ranges if found[1] != found[2]]
 
-    That of `REST` is the first of 255, 1, 2, ... that no other class has.
-    """
-    taken = {value for values in classes.values() if values != REST for value in values}
-    free = next(value for value in (255, *range(1, 256)) if value not in taken)
-    return [free if values == REST else values[0] for values in classes.values()]
+
+def _colour_distance(values: np.ndarray, colour: int) -> np.ndarray:
+    parts = [((values.astype(int) >> k & 255) - (colour >> k & 255)) ** 2 for k in (16, 8, 0)]
+    return sum(parts)  # type: ignore[return-value]
 
 
-def counts_of_classes(
-    counts: Sequence[Mapping[int, int]], classes: Classes, ignored: int | None, overlap: bool
-) -> list[int]:
+def members(values: np.ndarray, name: str, coding: Coding) -> np.ndarray:
+    """Whether each value of a mask [V] is of a class that may overlap with others."""
+    wanted = coding.classes[name]
+    if wanted == REST:
+        return values != 0
+    ranges = [r for v in wanted if (r := range_of(v))]
+    return np.any([(values >= low) & (values <= high) for low, high in ranges], axis=0)
+
+
+class Counts(NamedTuple):
+    """Pixels of an image."""
+
+    classes: list[int]  # of each class
+    ignored: int  # that count nowhere
+    off: int  # that have a class since their value is near to it
+
+
+def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: Coding) -> Counts:
     """How many pixels of an image each class has.
 
     Args:
-        counts: for each mask of the image, how many pixels have each value.
+        masks: of the image, with the distinct values [V] alone.
+        counts: [V] of each mask, how many pixels have each value.
 
     Raises:
         ValueError: a value belongs to no class.
     """
-    found = dict.fromkeys(classes, 0)
-    for i, mask in enumerate(counts):
-        names = [list(classes)[i]] if len(counts) > 1 else list(classes)
-        for value, count in mask.items():
-            if value == ignored:
-                continue
-            owners = [name for name in names if _has(classes, name, value, overlap)]
-            if not owners and not overlap:
-                raise ValueError(f"value {value}, which no class has; data.classes are {classes}")
-            for name in owners:
-                found[name] += count
-    return list(found.values())
+    if coding.overlap:
+        found = []
+        for i, name in enumerate(coding.classes):
+            mask, numbers = (part[i if len(masks) > 1 else 0] for part in (masks, counts))
+            inside = members(as_read(mask.values, mask, coding.colours), name, coding)
+            found.append(int(numbers[inside].sum()))
+        return Counts(found, 0, 0)
+    values = as_read(masks[0].values, masks[0], coding.colours)
+    labels, off = owners(values, coding)
+    for value, count in zip(values[labels == NOBODY], counts[0][labels == NOBODY], strict=True):
+        shown = f"#{value:06x}" if coding.colours else f"{value:.6g}"
+        raise ValueError(
+            f"value {shown}, which no class has; data.classes are {dict(coding.classes)}: add it "
+            f"to one, or take the nearest by data.nearest=true ({number_of(int(count), 'pixel')})"
+        )
+    totals = [int(counts[0][labels == i].sum()) for i in range(len(coding.classes))]
+    return Counts(totals, int(counts[0][labels == IGNORED].sum()), int(counts[0][off].sum()))
 
 
-def _has(classes: Classes, name: str, value: int, overlap: bool) -> bool:
-    values = classes[name]
-    if values != REST:
-        return value in values
-    if overlap:
-        return value != 0
-    return not any(value in other for other in classes.values() if other != REST)
+def as_read(values: np.ndarray, mask: Mask, colours: bool) -> np.ndarray:
+    """Values of a mask as colours, if it is to be read so, whatever the mode of its file."""
+    if colours and mask.palette:
+        return np.array([mask.palette.get(int(v), 0) for v in values])
+    return values * 0x010101 if colours and not mask.colours else values
 
 
-def to_label(
-    masks: Sequence[np.ndarray], classes: Classes, ignored: int | None, overlap: bool
-) -> np.ndarray:
+def distinct_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values [V] of an array, and how many pixels have each."""
+    if values.dtype not in (np.uint8, np.uint16):
+        return np.unique(values, return_counts=True)
+    counts = np.bincount(values.ravel())  # without sorting
+    found = np.flatnonzero(counts)
+    return found, counts[found]
+
+
+def to_label(masks: Sequence[Mask], coding: Coding) -> np.ndarray:
     """Labels int16 [1, *space], or [K, *space] of zeros and ones where classes overlap.
 
     Args:
-        masks: one of all classes, or one for each class; [*space] each.
+        masks: one of all classes, or one for each class.
     """
-    values = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
-    names = list(classes)
-    member = {n: [v for v in values.tolist() if _has(classes, n, v, overlap)] for n in names}
-    if overlap:
-        files = masks if len(masks) > 1 else [masks[0]] * len(names)
-        planes = [np.isin(mask, member[n]) for mask, n in zip(files, names, strict=True)]
+    if coding.overlap:
+        files = masks if len(masks) > 1 else [masks[0]] * len(coding.classes)
+        planes = [
+            _looked_up(mask, coding, lambda values, name=name: members(values, name, coding))
+            for mask, name in zip(files, coding.classes, strict=True)
+        ]
         return np.stack(planes).astype(np.int16)
-    label = np.zeros(masks[0].shape, np.int16)
-    for i, name in enumerate(names):
-        label[np.isin(masks[0], member[name])] = i
-    if ignored is not None:
-        label[masks[0] == ignored] = IGNORED
-    return label[None]
+    return _looked_up(masks[0], coding, lambda values: owners(values, coding)[0])[None]
+
+
+def _looked_up(mask: Mask, coding: Coding, function: Any) -> np.ndarray:
+    """A function of the distinct values of a mask, at each pixel: [*space]."""
+    if mask.values.dtype in (np.uint8, np.uint16):
+        values = np.arange(int(mask.values.max()) + 1)
+        return function(as_read(values, mask, coding.colours))[mask.values]
+    values, where = np.unique(mask.values, return_inverse=True)
+    return function(as_read(values, mask, coding.colours))[where.reshape(mask.values.shape)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from losswatch.data.cases import Case, load
 from losswatch.data.form import Form
-from losswatch.data.labels import to_label
-from losswatch.data.layouts import Case
-from losswatch.data.reading import read
-from losswatch.data.survey import read_image
+from losswatch.data.labels import Coding, to_label
 
 CENTRES = 2**16  # pixels of a class in an image that can be the centre of a patch, at most
 
@@ -28,45 +27,54 @@ class Items(Dataset):
 
     Args:
         cases: of a split.
-        load: reads one.
-        kept: how many of them stay in memory.
+        load: reads one, while `plain_tensors` is open.
+        count: how many of them `fill` keeps in memory.
     """
 
-    def __init__(self, cases: Sequence[Case], load: Callable[[Case], Item], kept: int) -> None:
-        self.cases, self.load = cases, load
-        with ThreadPoolExecutor() as pool:
-            self.kept = list(pool.map(load, cases[:kept]))
+    def __init__(self, cases: Sequence[Case], load: Callable[[Case], Item], count: int) -> None:
+        self.cases, self.load, self.count = cases, load, count
+        self.kept: list[Item] = []
+
+    def fill(self) -> None:
+        """Read the images that stay in memory."""
+        if not self.kept:
+            with plain_tensors(), ThreadPoolExecutor(os.cpu_count()) as pool:
+                self.kept = list(pool.map(self.load, self.cases[: self.count]))
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(self, i: int) -> Item:
-        return self.kept[i] if i < len(self.kept) else self.load(self.cases[i])
+        if i < len(self.kept):
+            return self.kept[i]
+        with plain_tensors():
+            return self.load(self.cases[i])
 
 
-def load_item(case: Case, normalize: str, settings: Any) -> Item:
-    """A normalised image and its label; settings are classes, ignored and overlap of `to_label`."""
-    classes, ignored, overlap = settings
-    masks = [read(path, is_mask=True) for path in case.masks]
-    label = to_label(masks, dict(classes), ignored, overlap)
-    return {"image": load_image(case, normalize), "label": torch.from_numpy(label)}
+def load_item(case: Case, normalize: str, coding: Coding, axes: str) -> Item:
+    """A normalised image and its label, in an orientation; as of `labels.to_label`."""
+    content = load(case, axes)
+    label = torch.from_numpy(to_label(content.masks, coding))
+    return {"image": _normalised(content.image, normalize), "label": label}
 
 
-def load_image(case: Case, normalize: str) -> Tensor:
-    """A normalised image, float32 [channels, *space]."""
+def _normalised(image: np.ndarray, normalize: str) -> Tensor:
+    """An image as float32 [channels, *space]."""
     from monai.transforms import NormalizeIntensity, ScaleIntensity
 
-    image = torch.from_numpy(read_image(case.images).astype(np.float32))
+    tensor = torch.from_numpy(np.ascontiguousarray(image, np.float32))
     if normalize == "none":
-        return image
+        return tensor
     change: Callable[..., Any] = NormalizeIntensity if normalize == "zscore" else ScaleIntensity
-    with plain_tensors():
-        return change(channel_wise=True)(image)
+    return change(channel_wise=True)(tensor)
 
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
-    """While this is open, MONAI's transforms return tensors that carry nothing else along."""
+    """While this is open, MONAI's transforms return tensors that carry nothing else along.
+
+    It is a switch of the whole process, so threads begin and end while it is open.
+    """
     from monai.data.meta_obj import get_track_meta, set_track_meta
 
     before = get_track_meta()
@@ -194,6 +202,19 @@ class Whole(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return collated([self.items[i]], self.form)
+
+
+class Unlabelled(Dataset):
+    """Item `i` is image number i without a label, float32 [1, channels, *space]."""
+
+    def __init__(self, cases: Sequence[Case], normalize: str, form: Form) -> None:
+        self.cases, self.normalize, self.form = cases, normalize, form
+
+    def __getitem__(self, i: int) -> Tensor:
+        form = self.form
+        image = load(self.cases[i], form.axes, form.in_channels, form.dims).image
+        with plain_tensors():
+            return _normalised(image, self.normalize)[None]
 
 
 def collated(items: Sequence[Item], form: Form) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,25 @@
-"""Image files: PNG, JPEG and TIFF of 8 and 16 bits, grey and colour; NIfTI.
+"""What a file of an image or a mask holds. Each format is read by the library that knows it.
 
-Each kind is read by the library of its format. MONAI's reader for PNG and TIFF is not used: it
-swaps the axes, takes the index of a palette for a brightness, and knows no TIFF of 16-bit colours.
+MONAI's readers are not used for PNG and TIFF: they swap the axes, take the index of a palette for a
+brightness, and know no TIFF of 16-bit colours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-TIFF, NIFTI = (".tif", ".tiff"), (".nii", ".nii.gz")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", *TIFF, *NIFTI)
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+TIFF, NIFTI, ARRAYS = (".tif", ".tiff"), (".nii", ".nii.gz"), (".npy", ".npz")
+ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
+SUFFIXES = (*PICTURES, *TIFF, *NIFTI, *ITK, *ARRAYS)
+
+# The names of arrays in a .npz file.
+IMAGES = ("image", "images", "img", "x", "data", "arr_0")
+MASKS = ("label", "labels", "mask", "masks", "seg", "y", "target", "gt", "arr_1")
 
 
 def suffix_of(path: Path) -> str:
@@ -20,7 +28,8 @@ def suffix_of(path: Path) -> str:
     >>> suffix_of(Path("a.b.nii.gz")), suffix_of(Path("a.PNG")), suffix_of(Path("a.txt"))
     ('.nii.gz', '.png', '')
     """
-    return max((s for s in SUFFIXES if path.name.lower().endswith(s)), key=len, default="")
+    name = path.name.lower()
+    return max((s for s in SUFFIXES if name.endswith(s)), key=len, default="")
 
 
 def stem_of(path: Path) -> str:
@@ -28,93 +37,71 @@ def stem_of(path: Path) -> str:
     return path.name[: len(path.name) - len(suffix_of(path))]
 
 
-def read(path: Path, is_mask: bool) -> np.ndarray:
-    """An image as [channels, *space], or a mask as [*space], in the type of the file.
+class File(NamedTuple):
+    """What a file holds.
 
-    Raises:
-        ValueError: the file is damaged, or a mask has colours; in one line that names it.
+    Attributes:
+        array: [channels, *space], in the type of the file.
+        place: the affine matrix [dims + 1, dims + 1] from an index in space to a point of the
+            world; None where the file has none.
+        loose: whether the file leaves open which of the axes is that of channels; there is one
+            channel then.
+        palette: of a mask whose values are indices of colours: the colours, as 0xRRGGBB.
+        lossy: whether its compression changes values.
+        notes: what was done with it that its owner should know.
     """
-    try:
-        array = _read(path, is_mask)
-    except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {why}") from error
-    if not array.size:
-        raise ValueError(f"{path} holds no pixel")
-    if not is_mask:
-        return array
-    if len(array) > 1:
-        if not (array == array[:1]).all():
-            raise ValueError(
-                f"{path} is a mask of {len(array)} channels; one is needed, whose values are the "
-                "classes"
-            )
-        array = array[:1]  # grey, saved as colour
-    if not np.array_equal(array, array.astype(np.int64)):
-        raise ValueError(f"{path} is a mask with values that are no whole numbers")
-    return array[0]
+
+    array: np.ndarray
+    place: np.ndarray | None = None
+    loose: bool = False
+    palette: Mapping[int, int] | None = None
+    lossy: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def _read(path: Path, is_mask: bool) -> np.ndarray:
-    """[channels, *space]."""
-    suffix = suffix_of(path)
-    if suffix in TIFF:
-        return _read_tiff(path)
-    if suffix in NIFTI:
-        import nibabel
-
-        volume = np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
-        if volume.ndim == 4:
-            return np.moveaxis(volume, 3, 0)  # channels
-        return (volume[..., 0] if volume.ndim == 3 and volume.shape[2] == 1 else volume)[None]
-    from PIL import Image
-
-    with Image.open(path) as file:
-        if file.mode == "P" and not is_mask:  # the numbers of a palette are no intensities
-            return np.moveaxis(np.asarray(file.convert("RGB")), 2, 0)
-        array = np.asarray(file)
-    return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
-
-
-def _read_tiff(path: Path) -> np.ndarray:
-    """[channels, *space]. A file of several pages is a volume."""
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
-        series = file.series[0]
-        array, axes = series.asarray(), series.axes
-    kept = [i for i, n in enumerate(array.shape) if n > 1 or axes[i] in "YX"]
-    array, axes = array.reshape([array.shape[i] for i in kept]), "".join(axes[i] for i in kept)
-    channels = [i for i, axis in enumerate(axes) if axis in "SC"]
-    if len(channels) > 1 or len(axes) - len(channels) not in (2, 3):
-        raise ValueError(f"its axes {axes} are none of an image or a volume")
-    return np.moveaxis(array, channels[0], 0) if channels else array[None]
-
-
-def write_mask(labels: np.ndarray, folder: Path, name: str, like: Path) -> Path:
-    """Write a mask [*space] as PNG; as NIfTI or TIFF if the image is one.
+def read(path: Path, is_mask: bool) -> File:
+    """Read a file; a folder is a series of DICOM files.
 
     Args:
-        labels: whole numbers, 0 to 65535.
-        like: the image, whose position in space a NIfTI keeps.
+        is_mask: the numbers of a palette are values of a mask, and colours of an image.
+
+    Raises:
+        ValueError: the file is damaged; in one line that names it.
     """
-    array = labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.uint16)
-    suffix = suffix_of(like)
-    if suffix in NIFTI:
-        import nibabel
+    from losswatch.data.pictures import read_picture, read_tiff
+    from losswatch.data.volumes import read_itk, read_nifti
 
-        source = nibabel.load(like)
-        path = folder / f"{name}.nii.gz"
-        shaped = array.reshape(source.shape[:3])  # type: ignore[attr-defined]
-        nibabel.save(nibabel.Nifti1Image(shaped, source.affine), path)  # type: ignore[attr-defined]
-    elif suffix in TIFF:
-        import tifffile
+    suffix = suffix_of(path)
+    try:
+        if suffix in TIFF:
+            file = read_tiff(path, is_mask)
+        elif suffix in NIFTI:
+            file = read_nifti(path)
+        elif suffix in ARRAYS:
+            file = _read_array(path, is_mask)
+        elif suffix in PICTURES:
+            file = read_picture(path, is_mask)
+        else:
+            file = read_itk(path)
+    except Exception as error:
+        why = " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {why}; replace or remove it") from error
+    if not file.array.size:
+        raise ValueError(f"{path} holds no pixel; replace or remove it")
+    if file.array.dtype.kind not in "biuf":
+        raise ValueError(f"{path} holds {file.array.dtype}, no numbers; save it as numbers")
+    return file
 
-        path = folder / f"{name}.tif"
-        tifffile.imwrite(path, array)
-    else:
-        from PIL import Image
 
-        path = folder / f"{name}.png"
-        Image.fromarray(array).save(path)
-    return path
+def _read_array(path: Path, is_mask: bool) -> File:
+    found = np.load(path, allow_pickle=False)
+    if not isinstance(found, np.ndarray):
+        names = MASKS if is_mask else IMAGES
+        wanted = [name for name in names if name in found.files]
+        if not wanted and len(found.files) > 1:
+            raise ValueError(f"it has no array of the names {', '.join(names)}")
+        with found:
+            found = found[(wanted or found.files)[0]]
+    if found.ndim < 2:
+        raise ValueError(f"it holds an array of {found.ndim} dimensions")
+    return File(found[None], loose=found.ndim > 2)

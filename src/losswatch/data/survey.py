@@ -1,94 +1,157 @@
-"""A look at every file of a folder before training: what pairs, and how rare each class is."""
+"""A look at every file of a folder before training: what fits, and how rare each class is."""
 
 from __future__ import annotations
 
+import functools
 import os
+import pickle
+import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from joblib import Memory
 
-from losswatch.data.labels import counts_of_classes
-from losswatch.data.layouts import Case, Classes, Layout
-from losswatch.data.reading import read
-from losswatch.terminal import say
+from losswatch.data.cases import Case, Mask, load
+from losswatch.data.form import Form
+from losswatch.data.labels import Coding, count_classes, distinct_values
+from losswatch.data.splits import Layout
+from losswatch.terminal import followed, say
 from losswatch.text import number_of
 
+VERSION = 1  # of `Look`, in the file of earlier looks
 
-@dataclass(frozen=True)
-class Look:
+
+class Look(NamedTuple):
     """What one image and its masks are."""
 
     shape: tuple[int, ...]  # [channels, *space]
-    low: float
-    high: float
-    counts: tuple[dict[int, int], ...]  # of each mask: its values, and how many pixels have them
+    lows: tuple[float, ...]  # the smallest intensity of each channel
+    highs: tuple[float, ...]
+    axes: str  # of `Content`
+    masks: tuple[Mask, ...]  # with the distinct values [V] alone
+    counts: tuple[np.ndarray, ...]  # of each mask, how many pixels have each of its values
+    notes: tuple[str, ...]  # of `Content`
 
     def describe(self) -> str:
         channels, dims = self.shape[0], len(self.shape) - 1
         return f"{number_of(channels, 'channel')} and {dims} dimensions"
 
 
-@cache
-def _memory() -> Memory:
-    """Looks of earlier commands, in the user's cache folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Memory(folder / "losswatch", verbose=0)
-
-
-def look_at(cases: Sequence[Case]) -> list[Look]:
+def look_at(cases: Sequence[Case], form: Form | None = None) -> list[Look]:
     """Open every file, unless an earlier command has and its size and time are the same.
+
+    Args:
+        form: of the data that a network was trained on, for images without a mask.
 
     Raises:
         ValueError: a file is damaged, or an image and its masks do not fit; names the file.
     """
-
-    def look(case: Case) -> Look:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # joblib's, of a folder it cannot write
-            return _memory().cache(_look)(*(tuple(map(_stamp, part)) for part in case[1:]))
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(look, cases))
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    state = path.stat()
-    return str(path.resolve()), state.st_size, state.st_mtime_ns
-
-
-def _look(images: Sequence[tuple[str, int, int]], masks: Sequence[tuple[str, int, int]]) -> Look:
-    image = read_image([Path(name) for name, *_ in images])
-    counts = []
-    for name, *_ in masks:
-        mask = read(Path(name), is_mask=True)
-        if mask.shape != image.shape[1:]:
-            size, wanted = (" x ".join(map(str, x)) for x in (mask.shape, image.shape[1:]))
-            raise ValueError(f"{name} is of {size}, its image {images[0][0]} of {wanted}")
-        values, numbers = np.unique(mask.astype(np.int64), return_counts=True)
-        counts.append(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
-    if not np.isfinite(image.astype(np.float64)).all():
-        raise ValueError(f"{images[0][0]} holds NaN or infinity")
-    return Look(image.shape, float(image.min()), float(image.max()), tuple(counts))
+    known = (form.in_channels, form.dims) if form else (0, 0)
+    stamps = [_stamp(case, known) for case in cases]
+    with _earlier_looks() as earlier, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries about single files
+        found = earlier.known(stamps)
+        todo = [i for i, stamp in enumerate(stamps) if stamp not in found]
+        # Not more threads than cores: each holds an image.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            looks = pool.map(functools.partial(_look, known=known), (cases[i] for i in todo))
+            try:
+                for i, look in zip(
+                    todo, followed(looks, len(todo), "images looked at"), strict=True
+                ):
+                    found[stamps[i]] = look
+            finally:
+                pool.shutdown(cancel_futures=True)
+                earlier.add({stamps[i]: found[stamps[i]] for i in todo if stamps[i] in found})
+    return [found[stamp] for stamp in stamps]
 
 
-def read_image(files: Sequence[Path]) -> np.ndarray:
-    """An image [channels, *space] from one file, or from one for each channel."""
-    parts = [read(file, is_mask=False) for file in files]
-    if len({part.shape[1:] for part in parts}) > 1:
-        raise ValueError(f"{files[0]} and the other channels differ in size")
-    return np.concatenate(parts)
+def _stamp(case: Case, known: tuple[int, int]) -> str:
+    """What a look depends on: the files of a case as they are now."""
+    marks: list[object] = [VERSION, *known]
+    for part in (case.images, *case.masks):
+        for path in part:
+            try:
+                state = path.stat()
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read: {error.strerror}; remove it") from error
+            size = len(os.listdir(path)) if path.is_dir() else state.st_size
+            marks += [os.path.abspath(path), size, state.st_mtime_ns]
+        marks.append("|")
+    return repr(marks)
 
 
-def check_alike(cases: Sequence[Case], looks: Sequence[Look]) -> None:
+def _look(case: Case, known: tuple[int, int]) -> Look:
+    content = load(case, "", *known)
+    image, where = content.image, tuple(range(1, content.image.ndim))
+    if image.dtype.kind == "f" and (bad := int((~np.isfinite(image)).sum())):
+        raise ValueError(
+            f"{case.images[0]} holds NaN or infinity in {number_of(bad, 'pixel')} of {image.size}; "
+            "replace them, by numpy.nan_to_num for example"
+        )
+    masks, counts = [], []
+    for mask in content.masks:
+        values, numbers = distinct_values(mask.values)
+        if len(values) > 2**16:
+            raise ValueError(
+                f"{case.masks[0][0]} is a mask of {len(values)} values; is it an image?"
+            )
+        palette = mask.palette and {int(v): mask.palette.get(int(v), 0) for v in values}
+        masks.append(mask._replace(values=values, palette=palette))
+        counts.append(numbers)
+    lows, highs = (tuple(map(float, f(image, axis=where))) for f in (np.min, np.max))
+    return Look(image.shape, lows, highs, content.axes, tuple(masks), tuple(counts), content.notes)
+
+
+class _Earlier:
+    """Looks of earlier commands, in a file in the user's cache folder; None: it cannot be used."""
+
+    def __init__(self, base: sqlite3.Connection | None) -> None:
+        self.base = base
+
+    def known(self, stamps: Sequence[str]) -> dict[str, Look]:
+        if self.base is None:
+            return {}
+        found = {}
+        for stamp in stamps:
+            row = self.base.execute("SELECT look FROM looks WHERE stamp = ?", (stamp,)).fetchone()
+            if row:
+                found[stamp] = Look(*pickle.loads(row[0]))
+        return found
+
+    def add(self, looks: Mapping[str, Look]) -> None:
+        if self.base is not None and looks:
+            rows = [(stamp, pickle.dumps(tuple(look))) for stamp, look in looks.items()]
+            with suppress(sqlite3.Error), self.base:  # of a full disk
+                self.base.executemany("INSERT OR REPLACE INTO looks VALUES (?, ?)", rows)
+
+
+@contextmanager
+def _earlier_looks() -> Iterator[_Earlier]:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "losswatch"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        base = sqlite3.connect(folder / "looks.sqlite", timeout=60)
+        base.execute("CREATE TABLE IF NOT EXISTS looks (stamp TEXT PRIMARY KEY, look BLOB)")
+    except (OSError, sqlite3.Error):  # a folder that cannot be written, a file of something else
+        yield _Earlier(None)
+        return
+    with closing(base):
+        yield _Earlier(base)
+
+
+def check_alike(cases: Sequence[Case], looks: Sequence[Look], channels: int | None = None) -> None:
     """See that all images have the same channels and axes.
+
+    Args:
+        channels: that the layout says an image has.
 
     Raises:
         ValueError: naming the first that differs.
@@ -97,8 +160,29 @@ def check_alike(cases: Sequence[Case], looks: Sequence[Look]) -> None:
     for case, look in zip(cases, looks, strict=True):
         if look.shape[0] != first.shape[0] or len(look.shape) != len(first.shape):
             raise ValueError(
-                f"{case.images[0]} has {look.describe()}, {cases[0].images[0]} {first.describe()}"
+                f"{case.images[0]} has {look.describe()}, {cases[0].images[0]} {first.describe()}; "
+                "all images need the same, so convert or remove one"
             )
+    if channels is not None and first.shape[0] != channels:
+        raise ValueError(
+            f"{cases[0].images[0]} has {look.describe()}, but dataset.json names "
+            f"{number_of(channels, 'channel')}; name as many as an image has"
+        )
+
+
+def shape_in(look: Look, axes: str) -> tuple[int, ...]:
+    """The shape [channels, *space] of an image that is turned to an orientation."""
+    if not look.axes or not axes or len(look.shape) < 4:
+        return look.shape
+    pairs = [next(pair for pair in ("RL", "AP", "SI") if letter in pair) for letter in look.axes]
+    order = [next(i for i, pair in enumerate(pairs) if letter in pair) for letter in axes]
+    return (look.shape[0], *(look.shape[1 + i] for i in order))
+
+
+def most_common_axes(looks: Sequence[Look]) -> str:
+    """The orientation that most volumes have; "" where none has one."""
+    counts = Counter(look.axes for look in looks if look.axes)
+    return counts.most_common(1)[0][0] if counts else ""
 
 
 @dataclass(frozen=True)
@@ -109,42 +193,79 @@ class Survey:
         splits: a row for each split: "images", "pixels", "low" and "high" (the intensities).
         classes: a row for each split and class: "share" of the pixels that count, and the number of
             images "without" it.
+        notes: what was done with files that their owner should know, a line each.
     """
 
     splits: pd.DataFrame
     classes: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
 
-def survey(
-    layout: Layout, looks: Mapping[str, Sequence[Look]], classes: Classes, ignored: int | None
-) -> Survey:
+def survey(layout: Layout, looks: Mapping[str, Sequence[Look]], coding: Coding) -> Survey:
     """Count the pixels of each class.
 
     Raises:
         ValueError: a mask holds a value that no class has; names the mask.
     """
-    splits, rows = [], []
+    splits, rows, off = [], [], 0
     for split, seen in looks.items():
-        table = []
+        table, ignored = [], 0
         for case, look in zip(layout.cases[split], seen, strict=True):
             try:
-                table.append(counts_of_classes(look.counts, classes, ignored, layout.overlap))
+                found = count_classes(look.masks, look.counts, coding)
             except ValueError as error:
-                raise ValueError(f"{case.masks[0]} holds {error}") from None
+                raise ValueError(f"{case.masks[0][0]} holds {error}") from None
+            table.append(found.classes)
+            ignored, off = ignored + found.ignored, off + found.off
         counts = np.array(table)
-        # Ignored pixels of the one mask count nowhere.
-        pixels = sum(np.prod(look.shape[1:]) - look.counts[0].get(ignored, 0) for look in seen)  # type: ignore
+        pixels = sum(int(np.prod(look.shape[1:])) for look in seen) - ignored
         splits.append({
-            "split": split, "images": len(seen), "pixels": int(pixels),
-            "low": min(look.low for look in seen), "high": max(look.high for look in seen),
+            "split": split, "images": len(seen), "pixels": pixels,
+            "low": min(min(look.lows) for look in seen),
+            "high": max(max(look.highs) for look in seen),
         })  # fmt: skip
         rows += [
             {"split": split, "class": name, "share": total / max(pixels, 1), "without": int(absent)}
             for name, total, absent in zip(
-                classes, counts.sum(0), (counts == 0).sum(0), strict=True
+                coding.classes, counts.sum(0), (counts == 0).sum(0), strict=True
             )
         ]
-    return Survey(pd.DataFrame(splits).set_index("split"), pd.DataFrame(rows))
+    notes = (*layout.notes, *_notes(layout, looks, off))
+    first = next(iter(coding.classes))
+    if coding.is_found and first not in ("0", "#000000"):
+        notes += (
+            f"class 0, which losses of the foreground leave out, is {first}: data.classes sets the "
+            "order",
+        )
+    return Survey(pd.DataFrame(splits).set_index("split"), pd.DataFrame(rows), notes)
+
+
+def _notes(layout: Layout, looks: Mapping[str, Sequence[Look]], off: int) -> Iterator[str]:
+    cases = [case for split in looks for case in layout.cases[split]]
+    seen = [look for part in looks.values() for look in part]
+    first: dict[str, Case] = {}
+    counts = Counter(note for look in seen for note in look.notes)
+    for case, look in zip(cases, seen, strict=True):
+        for note in look.notes:
+            first.setdefault(note, case)
+    for note, count in counts.items():
+        more = f" and {count - 1} more" if count > 1 else ""
+        yield f"{first[note].images[0]}{more}: {note}"
+    axes = most_common_axes(seen)
+    if other := Counter(look.axes for look in seen if look.axes not in ("", axes)):
+        yield (
+            f"volumes are turned to the orientation {axes} that most have: "
+            + ", ".join(f"{count} were {name}" for name, count in other.items())
+        )
+    if rounded := sum(mask.rounded for look in seen for mask in look.masks):
+        yield f"{number_of(rounded, 'pixel')} of masks were nearly whole numbers, and are rounded"
+    if off:
+        yield f"{number_of(off, 'pixel')} of masks have values of no class, and get the nearest one"
+    for i, (low, high) in enumerate(
+        zip(np.min([k.lows for k in seen], 0), np.max([k.highs for k in seen], 0), strict=True)
+    ):
+        if low == high:
+            yield f"channel {i} of all images is constantly {low:g}: it tells the network nothing"
 
 
 def show(found: Survey, root: Any) -> None:
@@ -152,6 +273,8 @@ def show(found: Survey, root: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    for note in found.notes:
+        say(f"note: {note}")
     table = Table(title=f"{root}: share of pixels (images without the class)", title_justify="left")
     table.add_column("class")
     for split, row in found.splits.iterrows():

@@ -13,10 +13,10 @@ from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from losswatch import compat
+from losswatch.data.cases import Case
 from losswatch.data.form import Form
-from losswatch.data.layouts import Case
 from losswatch.data.modules import as_pair
-from losswatch.data.reading import write_mask
+from losswatch.data.writing import write_mask
 from losswatch.events.tags import LOSS, PICTURES
 from losswatch.terminal import Steps, steps
 from losswatch.train import randomness
@@ -200,15 +200,18 @@ class Predictions(pl.Callback):
     Args:
         folder: of the run.
         form: of the data.
-        values: in a mask, of each class.
+        values: in a mask, of each class, as of `coding.values_of`.
         cases: the images, in the order of the batches of one.
     """
 
     def __init__(
-        self, folder: Path, form: Form, values: Sequence[int], cases: Sequence[Case]
+        self, folder: Path, form: Form, values: Sequence[int | str], cases: Sequence[Case]
     ) -> None:
-        self.folder, self.form, self.values = folder / "predictions", form, np.array(values)
-        self.cases = cases
+        self.folder, self.form, self.cases = folder / "predictions", form, cases
+        self.colours = any(isinstance(value, str) for value in values)
+        self.values = np.array(
+            [int(str(v).lstrip("#"), 16 if self.colours else 10) for v in values]
+        )
 
     def on_test_batch_end(
         self,
@@ -228,7 +231,9 @@ class Predictions(pl.Callback):
             masks = {name: np.where(logits[i] > 0, self.values[i], 0)
                      for i, name in enumerate(self.form.classes)}  # fmt: skip
         for name, mask in masks.items():
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-            write_mask(mask, self.folder / name, case.name, case.images[0])
+            write_mask(
+                mask, self.folder / name / case.name, case.images[0],
+                values=self.values, colours=self.colours, axes=self.form.axes,
+            )  # fmt: skip
 
     on_predict_batch_end = on_test_batch_end

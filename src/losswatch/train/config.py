@@ -48,11 +48,13 @@ class FolderConfig:
     masks: str = MISSING
     image_suffix: str = MISSING
     mask_suffix: str = MISSING
+    skip_unpaired: bool = MISSING
     val_share: float = MISSING
     test_share: float = MISSING
     target: str | None = MISSING
     classes: Any = MISSING
-    ignore_index: int | None = MISSING
+    ignore_index: Any = MISSING
+    nearest: bool = MISSING
     patch_size: Any = MISSING
     sampling: str = MISSING
     flip: bool = MISSING

@@ -15,8 +15,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from losswatch.data.coding import check_classes
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
-from losswatch.data.labels import check_classes
+from losswatch.data.labels import is_colour
 from losswatch.losses import LossSet
 from losswatch.text import shortened
 from losswatch.train.config import FOLDER, ConfigError
@@ -157,8 +158,10 @@ def metrics_of(content: Content) -> dict[str, float]:
     return content.get(_RECORD, {}).get("metrics", {})
 
 
-def data_of(content: Content) -> tuple[Form, list[int]]:
+def data_of(content: Content) -> tuple[Form, list[int | str]]:
     """The form of the data that a network was trained on, and the value in a mask of each class.
+
+    The values are as of `coding.values_of`.
 
     Raises:
         ConfigError: the checkpoint holds no such thing, or something else.
@@ -167,13 +170,14 @@ def data_of(content: Content) -> tuple[Form, list[int]]:
     try:
         if not is_plain(record):
             raise TypeError
-        values = [int(value) for value in record["values"]]
+        values = [value if is_colour(value) else int(value) for value in record["values"]]
         form = Form(
             in_channels=int(record["in_channels"]),
             classes=tuple(map(str, record["classes"])),
             dims=int(record["dims"]),
             target=str(record["target"]),
             has_ignored=bool(record["has_ignored"]),
+            axes=str(record.get("axes", "")),
         )
     except (TypeError, KeyError, ValueError):
         raise ConfigError(

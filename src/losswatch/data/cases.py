@@ -1,0 +1,193 @@
+"""An image and its masks, read from their files and made to fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from losswatch.data.reading import File, read
+from losswatch.data.volumes import axes_of, distance, flat, turned
+
+NEAR_WHOLE = 1e-3  # what resampling adds to a whole number
+
+
+class Case(NamedTuple):
+    """An image and what is known of it."""
+
+    name: str
+    images: tuple[Path, ...]  # one file, or one for each channel
+    # The files of each mask: one of all classes, or one for each class. A mask of several files is
+    # joined; one without a file is empty.
+    masks: tuple[tuple[Path, ...], ...] = ()
+
+
+class Mask(NamedTuple):
+    """The values of a mask.
+
+    Attributes:
+        values: [*space], as in the file. A colour is 0xRRGGBB.
+        colours: whether the values are colours.
+        palette: of values that are indices of colours: the colours.
+        lossy: whether the file's compression changes values.
+        rounded: how many pixels were within `NEAR_WHOLE` of a whole number, and got it.
+    """
+
+    values: np.ndarray
+    colours: bool = False
+    palette: dict[int, int] | None = None
+    lossy: bool = False
+    rounded: int = 0
+
+
+class Content(NamedTuple):
+    """What the files of a case hold.
+
+    Attributes:
+        image: [channels, *space].
+        masks: as many as the case has.
+        axes: the orientation of a volume, as of `volumes.axes_of`.
+        notes: of the files, what their owner should know.
+    """
+
+    image: np.ndarray
+    masks: tuple[Mask, ...]
+    axes: str
+    notes: tuple[str, ...]
+
+
+def load(case: Case, axes: str = "", channels: int = 0, dims: int = 0) -> Content:
+    """Read the files of a case.
+
+    Args:
+        axes: the orientation to which a volume is brought; "" is the image's own.
+        channels, dims: of the image as the network has them, where there is no mask to tell.
+
+    Raises:
+        ValueError: a file is damaged, or the files do not fit; in one line that names them.
+    """
+    files = [read(path, is_mask=False) for path in case.images]
+    axes = axes or axes_of(files[0])
+    files = [turned(file, axes) for file in files]
+    first, *others = zip(case.images, files, strict=True)
+    for path, file in others:
+        _check_place(path, file, *first)
+    masks = []
+    for paths in case.masks:
+        group = []
+        for path in paths:
+            file = turned(read(path, is_mask=True), axes)
+            _check_place(path, file, *first)
+            group.append(_as_mask(file, path))
+            files.append(file)
+        masks.append(group)
+    space = next((mask.values.shape for group in masks for mask in group), None)
+    arrays = [_settled(file, space, channels, dims) for file in files[: len(case.images)]]
+    for path, array in zip(case.images, arrays, strict=True):
+        if array.shape[1:] != arrays[0].shape[1:]:
+            raise ValueError(
+                f"{path} is of {_by(array.shape[1:])}, {case.images[0]} of "
+                f"{_by(arrays[0].shape[1:])}; the channels of an image need one size"
+            )
+    for group, paths in zip(masks, case.masks, strict=True):
+        for mask, path in zip(group, paths, strict=True):
+            _check_size(mask, path, arrays[0], *first)
+    image = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    notes = dict.fromkeys(note for file in files for note in file.notes)
+    joined = tuple(_joined(group, image.shape[1:]) for group in masks)
+    return Content(image, joined, axes, tuple(notes))
+
+
+def _check_place(path: Path, file: File, image: Path, its: File) -> None:
+    if (apart := distance(its, file)) > 0.5 + 1e-3:
+        raise ValueError(
+            f"{path} lies up to {apart:.4g} pixels beside its image {image}, by the affine matrix "
+            "or tags of each; save it with those of its image, or resample it"
+        )
+
+
+def _check_size(mask: Mask, path: Path, image: np.ndarray, its: Path, file: File) -> None:
+    if mask.values.shape == image.shape[1:]:
+        return
+    hint = ""
+    if mask.values.shape == image.shape[:0:-1]:
+        hint = "; it is turned against it"
+        if any("EXIF" in note for note in file.notes):
+            hint += ", perhaps since the image was turned as its EXIF orientation says"
+    elif image.ndim == 4 and mask.values.ndim == 2:
+        hint = "; pages or slices are read as a volume"
+    raise ValueError(
+        f"{path} is of {_by(mask.values.shape)}, its image {its} of {_by(image.shape[1:])}{hint}; "
+        "a mask needs the size of its image"
+    )
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _settled(file: File, space: tuple[int, ...] | None, channels: int, dims: int) -> np.ndarray:
+    """An image [channels, *space], where its file may leave open which axis is that of channels."""
+    array = flat(file)
+    if not file.loose or array.shape[1:] == space:
+        return array
+    for axis in (1, array.ndim - 1):
+        moved = np.moveaxis(array[0], axis - 1, 0)
+        if moved.shape[1:] == space or (moved.ndim - 1, len(moved)) == (dims, channels):
+            return moved
+    return array
+
+
+def _as_mask(file: File, path: Path) -> Mask:
+    array = flat(file)
+    if array.dtype.kind == "f" and (bad := int((~np.isfinite(array)).sum())):
+        raise ValueError(
+            f"{path} is a mask with NaN or infinity in {bad} pixels; give them a value"
+        )
+    if file.loose:
+        array = _class_of_channels(array)
+    is_grey = (array == array[:1]).all()  # saved as colour, perhaps
+    if not is_grey and len(array) == 3 and array.ndim == 3 and array.dtype == np.uint8:
+        red, green, blue = array.astype(np.int32)
+        return Mask(red << 16 | green << 8 | blue, colours=True, lossy=file.lossy)
+    if not is_grey:
+        raise ValueError(
+            f"{path} is a mask of {len(array)} channels; one is needed, whose values are the "
+            "classes, or three of 8 bits, whose colours are"
+        )
+    values, rounded = array[0], 0
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+    if values.dtype.kind == "f":
+        whole = np.round(values)
+        near = abs(values - whole) <= NEAR_WHOLE
+        rounded = int((near & (values != whole)).sum())
+        values = np.where(near, whole, values)
+        if near.all() and abs(values).max() < 2**31:
+            values = values.astype(np.int32)
+    palette = dict(file.palette) if file.palette else None
+    return Mask(values, palette=palette, lossy=file.lossy, rounded=rounded)
+
+
+def _class_of_channels(array: np.ndarray) -> np.ndarray:
+    """A mask [1, *space] of an array that has a channel of 0 and 1 for each class, or one alone."""
+    for axis in (array.ndim - 1, 1):
+        if array.shape[axis] == 1:
+            return array.squeeze(axis)
+        if (array.sum(axis) == 1).all() and np.isin(array, (0, 1)).all():
+            return array.argmax(axis)
+    return array
+
+
+def _joined(group: Sequence[Mask], space: tuple[int, ...]) -> Mask:
+    """The masks of one image as one; where two are not 0, the first."""
+    if not group:
+        return Mask(np.zeros(space, np.uint8))
+    first, *others = group
+    for other in others:
+        values = np.where(first.values == 0, other.values, first.values)
+        first = first._replace(values=values, rounded=first.rounded + other.rounded,
+                               lossy=first.lossy or other.lossy)  # fmt: skip
+    return first

@@ -1,0 +1,145 @@
+"""Data sets that describe themselves in a dataset.json: those of nnU-Net and of the Decathlon."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from losswatch.data.cases import Case
+from losswatch.data.files import files_below, normal
+from losswatch.data.reading import SUFFIXES, stem_of, suffix_of
+from losswatch.data.splits import Layout, split_by_share
+from losswatch.text import number_of
+
+
+def read_dataset(root: Path, shares: Mapping[str, float]) -> Layout:
+    """The layout of a folder with dataset.json.
+
+    Class 0 is the label 0. The first fold of splits_final.json, if there is one, is the split.
+
+    Raises:
+        ValueError: the file does not say what is needed, or names files that are not there.
+    """
+    file = root / "dataset.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8-sig"))
+        labels = about["labels"]
+        channels = about["channel_names" if "channel_names" in about else "modality"]
+        values = _values(labels)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be used: {error}; nnU-Net v2 needs channel_names, labels and "
+            "file_ending, the Decathlon modality, labels and training"
+        ) from None
+    ignored = values.pop("ignore", None)
+    overlap = any(isinstance(value, list) for value in values.values())
+    if overlap:  # regions; the background is where there is none
+        values.pop("background", None)
+    if overlap and len(values) == 1:
+        [(name, value)] = values.items()
+        values, overlap = {"background": 0, name: value}, False
+    test: list[Case] = []
+    if isinstance(about.get("dataset"), Mapping):
+        entries = about["dataset"].items()
+        cases = [_case(root, name, entry["images"], entry["label"]) for name, entry in entries]
+    elif isinstance(about.get("training"), list) and "file_ending" not in about:
+        cases = [_decathlon_case(root, entry, len(channels)) for entry in about["training"]]
+    elif "file_ending" in about:
+        ending = about["file_ending"]
+        if ending.lower() not in SUFFIXES:
+            raise ValueError(
+                f"{file}: files {ending} cannot be read; known are {', '.join(SUFFIXES)}"
+            )
+        cases = _nnunet_cases(root, "Tr", ending, len(channels))
+        if (root / "labelsTs").is_dir():
+            test = _nnunet_cases(root, "Ts", ending, len(channels))
+    else:
+        raise ValueError(f"{file} has no file_ending, which nnU-Net v2 needs, and no training")
+    if not cases:
+        raise ValueError(f"{file} names no case to train with")
+    parts, notes = _split(root, cases, test, shares)
+    lone = (
+        [] if test or not (root / "imagesTs").is_dir() else [*files_below(root / "imagesTs").images]
+    )
+    if lone:
+        notes.append(f"not used: {number_of(len(lone), 'file')} of imagesTs/, without labels")
+    return Layout(parts, values, ignored, overlap, len(channels), tuple(notes))
+
+
+def _values(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """From the names of classes to their values, the background first."""
+    if all(isinstance(name, str) for name in labels.values()):  # the Decathlon: by number
+        labels = {str(name): int(number) for number, name in labels.items()}
+    found = {str(name): value for name, value in labels.items()}
+    if any(isinstance(value, list) for value in found.values()):
+        return found
+    return dict(sorted(found.items(), key=lambda item: int(item[1])))
+
+
+def _split(
+    root: Path, cases: Sequence[Case], test: list[Case], shares: Mapping[str, float]
+) -> tuple[dict[str, list[Case]], list[str]]:
+    """The cases by split, and what to say of it."""
+    file, more = root / "splits_final.json", {"test": test} if test else {}
+    if file.is_file():
+        fold, known = json.loads(file.read_text(encoding="utf-8"))[0], {c.name: c for c in cases}
+        for name in (*fold["train"], *fold["val"]):
+            if name not in known:
+                raise ValueError(f"{file} names {name}, of which there is no image with a label")
+        parts = {split: [known[name] for name in fold[split]] for split in ("train", "val")}
+        return parts | more, [f"the split is the first fold of {file.name}"]
+    rest = {"val": shares["val"] or 0.2, "test": 0.0} if test else shares
+    return split_by_share(cases, rest) | more, []
+
+
+def _nnunet_cases(root: Path, part: str, ending: str, channels: int) -> list[Case]:
+    """The cases of imagesTr/<case>_0000.png and labelsTr/<case>.png."""
+    images, labels = root / f"images{part}", root / f"labels{part}"
+    for folder in (images, labels):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; nnU-Net has images and labels there")
+    found, known = _of_ending(labels, ending), _of_ending(images, ending)
+    if not found:
+        raise ValueError(f"{labels} holds no files {ending}, which is the file_ending")
+    cases = []
+    for name, label in found.items():
+        files = [known.get(f"{name}_{i:04}") for i in range(channels)]
+        if files[0] and not any(files[1:]):
+            files = files[:1]  # a file of all channels, such as colours
+        if lacking := [i for i, file in enumerate(files) if file is None]:
+            missing = images / f"{name}_{lacking[0]:04}{ending}"
+            hint = f"; the name of {known[name]} must end in _0000" if name in known else ""
+            raise ValueError(f"{label} is a mask without an image {missing}{hint}")
+        cases.append(Case(name, tuple(file for file in files if file), ((label,),)))
+    used = {file for case in cases for file in case.images}
+    for file in known.values():
+        if file not in used:
+            raise ValueError(f"{file} is an image without a mask in {labels}; move it to imagesTs/")
+    return cases
+
+
+def _of_ending(folder: Path, ending: str) -> dict[str, Path]:
+    """The files of a folder that end so, by the rest of their names."""
+    found = {}
+    for path in files_below(folder).images.values():
+        if path.parent == folder and path.name.lower().endswith(ending.lower()):
+            found[normal(path.name[: -len(ending)])] = path
+    return found
+
+
+def _decathlon_case(root: Path, entry: Mapping[str, str], channels: int) -> Case:
+    """A case of the list `training`; in nnU-Net v1 the images have a file for each channel."""
+    image = entry["image"]
+    suffix = suffix_of(Path(image))
+    parts = [f"{image[: len(image) - len(suffix)]}_{i:04}{suffix}" for i in range(channels)]
+    is_one = (root / image).is_file() or not (root / parts[0]).is_file()
+    return _case(root, stem_of(Path(image)), [image] if is_one else parts, entry["label"])
+
+
+def _case(root: Path, name: str, images: Sequence[str], label: str) -> Case:
+    for file in (*images, label):
+        if not (root / file).is_file():
+            raise ValueError(f"{root / 'dataset.json'} names {file}, which is not there")
+    return Case(name, tuple(root / file for file in images), ((root / label,),))
