@@ -114,12 +114,20 @@ def bordered(label: np.ndarray, value: int = 255) -> np.ndarray:
 AFFINE = np.diag([1.0, 1.2, 2.5, 1.0])
 
 
+def reversed_in(axis: int) -> np.ndarray:
+    """From the voxels of an array of size SMALL to those of the same that is stored reversed."""
+    change = np.eye(4)
+    change[axis, axis], change[axis, 3] = -1, SMALL[axis] - 1
+    return change
+
+
 def put(path: Path, array: np.ndarray, **options: Any) -> None:
     """Write an array in its own order of axes, by the library of the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = path.suffix.lower()
     if suffix in (".tif", ".tiff"):
         colour = array.ndim == 3 and array.shape[-1] == 3
+        options.pop("affine", None)  # a TIFF has none
         tifffile.imwrite(
             path, array, **{"photometric": "rgb" if colour else "minisblack"} | options
         )

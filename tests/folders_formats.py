@@ -1,4 +1,4 @@
-"""Folders whose files are of an odd format, or whose values are."""
+"""Folders whose files are of an odd format or size."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import zlib
 
 import numpy as np
 from folders import (
+    FOUND,
     JPEG,
     NAMES,
     SIZE,
+    SMALL,
+    THREE,
     case,
     each,
+    grey,
     hwc,
+    junk,
     pairs,
     put,
     refused,
     same,
     scene,
-    times,
 )
 from PIL import Image
 
@@ -82,8 +86,112 @@ def webp_some(root):
     return truth
 
 
+def exif_2(root):
+    return exif(root, 2)
+
+
+def exif_4(root):
+    return exif(root, 4)
+
+
+def exif_5(root):
+    return exif(root, 5, (48, 36))
+
+
+def exif_7(root):
+    return exif(root, 7, (48, 36))
+
+
+def exif_8(root):
+    return exif(root, 8, (48, 36))
+
+
+for turned in (exif_2, exif_4, exif_5, exif_7, exif_8):
+    case(far=JPEG)(turned)
+
+
+@case(far=JPEG)
+def exif_masks_too(root):
+    """Masks carry the same tag, left over from their images, and are drawn upright."""
+    return exif(root, 6, (48, 36), masks_too=True)
+
+
+@case()
+def exif_png(root):
+    truth = pairs(root)
+    tag = Image.Exif()
+    tag[0x0112] = 3
+    for name, (image, _) in truth.items():
+        stored = np.ascontiguousarray(hwc(image)[::-1, ::-1])
+        put(root / "images" / f"{name}.png", stored, exif=tag)
+    return truth
+
+
+@refused("(?i)orientation", at="01.tif", either=True)
+def exif_tiff(root):
+    """TIFF has the tag, too: applied, or refused."""
+    truth = pairs(root)
+    for name, (image, _) in truth.items():
+        (root / "images" / f"{name}.png").unlink()
+        stored = np.ascontiguousarray(hwc(image)[::-1, ::-1])
+        put(root / "images" / f"{name}.tif", stored, extratags=[(274, "H", 1, 3, True)])
+    return truth
+
+
+@case(far=JPEG)
+def mpo(root):
+    """Some phones put a second frame into a JPEG."""
+    truth = pairs(root, "images/{}.jpg")
+    for path in (root / "images").iterdir():
+        first, second = Image.open(path), Image.new("RGB", SIZE[::-1])
+        first.load()
+        first.save(path, format="MPO", save_all=True, append_images=[second], quality=95,
+                   subsampling=0)  # fmt: skip
+    return truth
+
+
+@refused("(?i)heic", at=".heic")
+def heic(root):
+    """Photos of an iPhone beside others: the line says to convert them."""
+    pairs(root)
+    for name in NAMES[:3]:
+        (root / "images" / f"{name}.png").unlink()
+        junk(root / "images" / f"{name}.heic", bytes(4) + b"ftypheic")
+
+
+@refused("(?i)frames|pages", at="03.gif", either=True)
+def gif_of_frames(root):
+    """One image is a film."""
+    truth = pairs(root, "images/{}.png", look=lambda image: image[0])
+    film = [Image.fromarray(scene(2)[0][0]), Image.fromarray(scene(9)[0][0])]
+    film[0].save(root / "images" / "03.gif", save_all=True, append_images=film[1:])
+    (root / "images" / "03.png").unlink()
+    return {name: (image[:1], label) for name, (image, label) in truth.items()}
+
+
+@case(said="(?i)alpha")
+def png_64bit(root):
+    """Three colours and an alpha, of 16 bits each."""
+    truth = pairs(root)
+    for name, (image, _) in truth.items():
+        deep = np.dstack([hwc(image).astype(np.uint16) + 300, np.full(SIZE, 65535, np.uint16)])
+        (root / "images" / f"{name}.png").write_bytes(png_of(deep, 16))
+    return {name: (image.astype(np.uint16) + 300, label) for name, (image, label) in truth.items()}
+
+
+@case()
+def palette_images(root):
+    """GIF and PNG images of a palette are colours."""
+    truth = pairs(root, look=lambda image: hwc(image) // 64 * 64)
+    for path in (root / "images").iterdir():
+        Image.open(path).quantize(256, dither=Image.Dither.NONE).save(path)
+        colours = np.asarray(Image.open(path).convert("RGB"))
+        truth[path.stem] = np.moveaxis(colours, 2, 0), truth[path.stem][1]
+    return truth
+
+
 def png_of(array, bits):
-    """The bytes of a PNG, [H, W] or [H, W, 3], of any depth that PNG knows."""
+    """The bytes of a PNG, [H, W], [H, W, 3] or [H, W, 4], of any depth that PNG knows."""
 
     def chunk(kind, data):
         body = kind + data
@@ -96,7 +204,8 @@ def png_of(array, bits):
         return np.packbits(every.ravel()).tobytes()
 
     h, w = array.shape[:2]
-    head = struct.pack(">IIBBBBB", w, h, bits, 2 if array.ndim == 3 else 0, 0, 0, 0)
+    kind = {1: 0, 3: 2, 4: 6}[1 if array.ndim == 2 else array.shape[2]]
+    head = struct.pack(">IIBBBBB", w, h, bits, kind, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + line(row) for row in array))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
@@ -117,6 +226,14 @@ def png_1_16(root):
     for name, (_, label) in truth.items():
         Image.fromarray(label.astype(bool)).save(root / "masks" / f"{name}.png", bits=1)
     return {name: (image[:1] * np.float64(257), label) for name, (image, label) in truth.items()}
+
+
+def indexed(path, index, colours, **options):
+    """A mask of a palette."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(index, "P")
+    image.putpalette(colours)
+    image.save(path, **options)
 
 
 # --- TIFF ----------------------------------------------------------------------------------------
@@ -163,74 +280,63 @@ def tiff_chw(root):
     return {name: (five(image), label) for name, (image, label) in truth.items()}
 
 
-@case(classes={"-1": -1, "0": 0, "1": 1})
-def negative(root):
-    """Sen1Floods11: masks of -1 (no data), 0 and 1, left as found."""
-
-    def shore(label):
-        found = label.astype(np.int16)
-        found[:5] = -1
-        return found
-
-    truth = pairs(root, "images/{}.tif", "masks/{}.tif", draw=shore)
-    return {name: (image, shore(label)) for name, (image, label) in truth.items()}
-
-
-def soft(label):
-    found = label.astype(np.float32)
-    found[1:] = 0.4 * found[1:] + 0.6 * found[:-1]
-    return found
-
-
-@refused(r"(?=.*0\.[46])(?=.*>)", at=".tif")
-def soft_float(root):
-    """Float masks from 0 to 1 with soft edges."""
-    pairs(root, mask="masks/{}.tif", draw=soft)
-
-
-@case("data.classes={background:'<=0.5',cell:'>0.5'}", classes={"background": 0, "cell": 1})
-def soft_float_threshold(root):
-    truth = pairs(root, mask="masks/{}.tif", draw=soft)
-    return {name: (image, soft(label) > 0.5) for name, (image, label) in truth.items()}
-
-
-# --- Masks ---------------------------------------------------------------------------------------
-
-
-def indexed(path, index, colours, **options):
-    """A mask of a palette."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(index, "P")
-    image.putpalette(colours)
-    image.save(path, **options)
-
-
-RED_BLUE = [0, 0, 0, 255, 0, 0, 0, 0, 255]
-BLUE_RED = [0, 0, 0, 0, 0, 255, 255, 0, 0]
-COLOURS = {"#000000": 0, "#ff0000": 1, "#0000ff": 2}
-
-
-@case(classes=COLOURS)
-def palette_order(root):
-    """Each program orders its palette as it likes: red is class 1, in half of the files index 2."""
-    truth = pairs(root, classes=3)
-    for i, (name, (_, label)) in enumerate(truth.items()):
-        index = np.array([0, 2, 1], np.uint8)[label] if i % 2 else label
-        indexed(root / "masks" / f"{name}.png", index, BLUE_RED if i % 2 else RED_BLUE)
+@case(classes=FOUND)
+def tiff_time(root):
+    """ImageJ: a film of three pictures [T, Y, X] and one mask for it."""
+    truth = pairs(root)
+    for name, (image, _) in truth.items():
+        (root / "images" / f"{name}.png").unlink()
+        put(root / "images" / f"{name}.tif", image, imagej=True, metadata={"axes": "TYX"})
     return truth
 
 
-@case("data.classes={background:0,cell:255}", classes={"background": 0, "cell": 1})
-def rgba_masks(root):
-    """White and black, opaque."""
-    truth = pairs(root, draw=times(255))
-    each(root, "masks/*", lambda path: Image.open(path).convert("RGBA").save(path))
+@case(classes=FOUND)
+def tiff_imagej_channels(root):
+    """ImageJ: two channels [C, Y, X]."""
+    truth = pairs(root)
+    for name, (image, _) in truth.items():
+        (root / "images" / f"{name}.png").unlink()
+        file = root / "images" / f"{name}.tif"
+        put(file, image[:2], imagej=True, metadata={"axes": "CYX"})
+    return {name: (image[:2], label) for name, (image, label) in truth.items()}
+
+
+@case(classes=THREE)
+def tiff_volume(root):
+    """Pages of the image and of the mask: a volume."""
+    truth = pairs(root, "images/{}.tif", "masks/{}.tif", size=SMALL, classes=3,
+                  look=lambda image: image[0])  # fmt: skip
+    return grey(truth)
+
+
+@case()
+def tiff_float(root):
+    """Reflectance from 0 to 1, four bands in front, planar, compressed."""
+    truth = {}
+    for i, name in enumerate(NAMES):
+        image, label = scene(i)
+        bands = (np.concatenate([image, image[:1]]) / 255).astype(np.float32)
+        put(root / "images" / f"{name}.tif", bands, planarconfig="separate",
+            compression="zlib")  # fmt: skip
+        put(root / "masks" / f"{name}.png", label)
+        truth[name] = bands, label
     return truth
 
 
-@refused("two classes", at="masks")
-def empty_masks(root):
-    pairs(root, draw=times(0))
+@refused("(?i)nan", at="04.tif")
+def geotiff_nan(root):
+    """NaN where there is no data."""
+    pairs(root, "images/{}.tif", look=lambda image: image[0].astype(np.float32))
+    heights = scene(3)[0][0].astype(np.float32)
+    heights[:6] = np.nan
+    put(root / "images" / "04.tif", heights, extratags=[(42113, "s", 0, "nan", True)])
+
+
+@refused("(?i)jp2", at=".jp2")
+def jpeg_2000(root):
+    """Sentinel-2 as downloaded: not read, and the line says to convert."""
+    pairs(root)
+    (root / "images" / "01.png").rename(root / "images" / "01.jp2")
 
 
 # --- Sizes ---------------------------------------------------------------------------------------
@@ -257,3 +363,23 @@ def bomb(root):
             image = Image.new("L", (14000, 14000))
             image.paste(1, (100, 100, 4000, 9000))
             image.save(root / folder / f"{i}.png", compress_level=1)
+
+
+@refused("(?i)channel", at=".png")
+def channels_differ(root):
+    """Grey and colour are mixed: the line says how to make them alike."""
+    pairs(root)
+    for i in (1, 4):
+        put(root / "images" / f"{NAMES[i]}.png", scene(i)[0][0])
+
+
+@case()
+def sizes_differ(root):
+    """Portrait and landscape."""
+    return pairs(root, names=NAMES[:4]) | pairs(root, names=NAMES[4:], size=(48, 40), first=4)
+
+
+@refused("48 x 40.*40 x 48", at="02.png")
+def mask_turned(root):
+    pairs(root)
+    put(root / "masks" / "02.png", np.ascontiguousarray(scene(1)[1].T))

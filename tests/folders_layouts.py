@@ -1,4 +1,4 @@
-"""Folders of images laid out as public data sets, annotation programs and operating systems do."""
+"""Folders as people and programs leave them: classes, splits, names, stray files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import unicodedata
 import numpy as np
 from folders import (
     FOUND,
-    JPEG,
     NAMES,
     SIZE,
     THREE,
-    bordered,
     case,
-    each,
+    hwc,
     junk,
     pairs,
     put,
@@ -22,178 +20,6 @@ from folders import (
     times,
     write_json,
 )
-from folders_formats import indexed
-from PIL import Image
-
-# --- Public data sets ----------------------------------------------------------------------------
-
-
-@case("data.images=imgs", "data.mask_suffix=_mask", far=JPEG)
-def carvana(root):
-    """x.jpg and x_mask.gif."""
-    return pairs(root, "imgs/{}.jpg", "masks/{}_mask.gif")
-
-
-def voc_palette():
-    colours = []
-    for i in range(256):
-        rgb, n = [0, 0, 0], i
-        for bit in range(7, -1, -1):
-            for k in range(3):
-                rgb[k] |= ((n >> k) & 1) << bit
-            n >>= 3
-        colours += rgb
-    return colours
-
-
-@case(
-    "data.images=JPEGImages", "data.masks=SegmentationClass", "data.ignore_index=255",
-    classes=THREE, ignored=(255,), far=JPEG,
-)  # fmt: skip
-def voc(root):
-    """As downloaded: more images than masks, the split in ImageSets/Segmentation."""
-    truth, lists = {}, {"train": range(6), "val": range(6, 9)}
-    for i in range(12):
-        image, label = scene(i, SIZE, 3)
-        name = f"2007_{i:06}"
-        put(root / "JPEGImages" / f"{name}.jpg", image.transpose(1, 2, 0))
-        if i < 9:
-            indexed(root / "SegmentationClass" / f"{name}.png", bordered(label), voc_palette())
-            truth[f"{'train' if i < 6 else 'val'}:{name}"] = image, bordered(label)
-    for split, numbers in lists.items():
-        lines = "".join(f"2007_{i:06}\n" for i in numbers)
-        junk(root / "ImageSets" / "Segmentation" / f"{split}.txt", lines.encode())
-    return truth
-
-
-@case(
-    "data.images=leftImg8bit", "data.masks=gtFine", "data.image_suffix=_leftImg8bit",
-    "data.mask_suffix=_gtFine_labelIds", classes=THREE,
-)  # fmt: skip
-def cityscapes(root):
-    """Split and city inside of the two folders, and masks of three kinds."""
-    truth = {}
-    for split, city, first in (("train", "aachen", 0), ("train", "ulm", 4), ("val", "bonn", 8)):
-        names = [f"{city}_{i:06}_000019" for i in range(3)]
-        image = f"leftImg8bit/{split}/{city}/{{}}_leftImg8bit.png"
-        for kind in ("color", "instanceIds", "labelIds"):
-            mask = f"gtFine/{split}/{city}/{{}}_gtFine_{kind}.png"
-            found = pairs(
-                root, image, mask, names, classes=3, first=first, key=f"{split}:{city}/{{}}",
-                draw=times(1 + (kind == "color")),
-            )  # fmt: skip
-        truth |= found
-    return truth
-
-
-@case("data.images=img_dir", "data.masks=ann_dir", classes=THREE, far=JPEG)
-def mmseg(root):
-    """The split is inside of the two folders."""
-    return inside(root, "img_dir/{}/", "ann_dir/{}/", ("train", "val"))
-
-
-def inside(root, images, masks, splits, ending=".jpg", words=("train", "val", "test")):
-    truth = {}
-    for i, (split, word) in enumerate(zip(splits, words, strict=False)):
-        truth |= pairs(
-            root, f"{images.format(split)}{{}}{ending}", f"{masks.format(split)}{{}}.png",
-            [f"{split}{k}" for k in range(4)], classes=3, first=10 * i, key=f"{word}:{{}}",
-        )  # fmt: skip
-    return truth
-
-
-CAMVID = np.array([[128, 128, 128], [128, 0, 0], [64, 0, 128]], np.uint8)
-
-
-@case(
-    "data.masks=labels", "data.mask_suffix=_L",
-    classes={"#808080": 0, "#800000": 1, "#400080": 2},
-)  # fmt: skip
-def camvid(root):
-    """Colours for classes, x.png and x_L.png."""
-    return pairs(root, mask="labels/{}_L.png", classes=3, draw=lambda label: CAMVID[label])
-
-
-@case(
-    "data.masks=labels", "data.mask_suffix=_L",
-    "data.classes={sky:'#808080',building:'#800000',car:'#400080'}",
-    classes={"sky": 0, "building": 1, "car": 2},
-)  # fmt: skip
-def camvid_named(root):
-    return camvid(root)
-
-
-PET = {"background": 2, "pet": 1, "border": 3}
-
-
-@case(
-    "data.masks=annotations/trimaps", "data.classes={background:2,pet:1,border:3}",
-    classes=PET, far=JPEG,
-)  # fmt: skip
-def oxford_pet(root):
-    """Values 1 pet, 2 background, 3 border; hidden files among the masks."""
-
-    def trimap(label):
-        found = np.where(label == 1, 1, 2).astype(np.uint8)
-        found[bordered(label) == 255] = 3
-        return found
-
-    truth = pairs(root, "images/{}.jpg", "annotations/trimaps/{}.png", draw=trimap)
-    each(root, "annotations/*/*.png", lambda path: junk(path.with_name(f"._{path.name}")))
-    junk(root / "images" / "01.mat")
-    return {name: (image, trimap(label)) for name, (image, label) in truth.items()}
-
-
-def kvasir_files(root):
-    """Masks are JPEG, so 1 to 7 and 248 to 254 occur."""
-    truth = pairs(root, "images/{}.jpg", "masks/{}.jpg", draw=times(255))
-    for path in (root / "masks").iterdir():
-        Image.open(path).convert("RGB").save(path, quality=60)
-    return truth
-
-
-@refused(">", "data.classes={background:0,polyp:rest}", at="masks")
-def kvasir(root):
-    kvasir_files(root)
-
-
-@case(
-    "data.classes={background:0,polyp:'>127'}", classes={"background": 0, "polyp": 1}, far=JPEG,
-    said="nearest",
-)  # fmt: skip
-def kvasir_threshold(root):
-    return kvasir_files(root)
-
-
-@case("data.images=.", "data.masks=.", "data.mask_suffix=_mask", classes=THREE, far=JPEG)
-def roboflow(root):
-    """train/, valid/, test/; in each x.jpg and x_mask.png, and a list of classes."""
-    for split in ("train", "valid", "test"):
-        junk(root / split / "_classes.csv", b"Pixel Value, Class\n0, background\n1, a\n2, b\n")
-    truth = {}
-    for i, (split, word) in enumerate((("train", "train"), ("valid", "val"), ("test", "test"))):
-        names = [f"{split}{k}_jpg.rf.0a1b{k}" for k in range(4)]
-        truth |= pairs(root, f"{split}/{{}}.jpg", f"{split}/{{}}_mask.png", names, classes=3,
-                       first=10 * i, key=f"{word}:{{}}")  # fmt: skip
-    return truth
-
-
-@refused("without", at="masks")
-def label_studio(root):
-    """No name in common: task-1-annotation-1-by-1-tag-Cell-0.png."""
-    for i in range(8):
-        image, label = scene(i)
-        put(root / "images" / f"0a1b2c3d-cell_{i}.png", image.transpose(1, 2, 0))
-        put(root / "masks" / f"task-{i}-annotation-{i}-by-1-tag-Cell-0.png", label)
-
-
-@refused("mask", at="masks")
-def labelme(root):
-    """x.jpg beside polygons in x.json, and no masks."""
-    for i in range(6):
-        put(root / "images" / f"{i}.jpg", scene(i)[0].transpose(1, 2, 0))
-        write_json(root / "images" / f"{i}.json", {"shapes": [], "imagePath": f"{i}.jpg"})
-
 
 # --- A folder for each class ---------------------------------------------------------------------
 
@@ -219,6 +45,174 @@ def class_file_missing(root):
 def one_class_folder(root):
     """masks/nucleus/ alone."""
     return pairs(root, mask="masks/nucleus/{}.png", draw=times(255))
+
+
+@case(classes=CELLS, overlap=True)
+def class_folders_split(root):
+    """val/ has no folder of one class, and a file less of the other."""
+    truth = {}
+    for i, split in enumerate(("train", "val")):
+        for value, name in ((1, "nucleus"), (2, "border")):
+            found = pairs(root, f"{split}/images/{{}}.png", f"{split}/masks/{name}/{{}}.png",
+                          NAMES[:4], classes=3, draw=of_class(value), first=10 * i,
+                          key=f"{split}:{{}}")  # fmt: skip
+        truth |= found
+    for path in (root / "val" / "masks" / "border").iterdir():
+        path.unlink()
+    (root / "val" / "masks" / "border").rmdir()
+    (root / "val" / "masks" / "nucleus" / "02.png").unlink()
+    for key, (image, label) in truth.items():
+        if key.startswith("val"):
+            truth[key] = image, np.where((label == 2) | (key == "val:02"), 0, label)
+    return truth
+
+
+@case(classes={"cell": (1, 3), "nucleus": (2, 3)}, overlap=True)
+def class_folders_overlap(root):
+    """A nucleus lies in its cell: pixels of both have the true value 3."""
+    truth = {}
+    for i, name in enumerate(NAMES):
+        image, cell = scene(i)
+        nucleus = np.zeros_like(cell)
+        nucleus[np.nonzero(cell)[0][0] + 2 :] = cell[np.nonzero(cell)[0][0] + 2 :]
+        nucleus[0, 0] = 1
+        put(root / "images" / f"{name}.png", hwc(image))
+        put(root / "masks" / "cell" / f"{name}.png", cell)
+        put(root / "masks" / "nucleus" / f"{name}.png", nucleus * np.uint8(255))
+        truth[name] = image, cell + 2 * nucleus
+    return truth
+
+
+@refused("07", at="masks/border")
+def class_file_without_image(root):
+    pairs(root, mask="masks/nucleus/{}.png")
+    pairs(root, mask="masks/border/{}.png")
+    (root / "images" / "07.png").unlink()
+
+
+# --- Splits and sub-folders ----------------------------------------------------------------------
+
+
+@case(classes=FOUND)
+def splits_upper_case(root):
+    """Train/, Validation/ and Testing/."""
+    truth = {}
+    for i, (split, word) in enumerate(
+        (("Train", "train"), ("Validation", "val"), ("Testing", "test"))
+    ):
+        truth |= pairs(root / split, names=NAMES[:3], first=10 * i, key=f"{word}:{{}}")
+    return truth
+
+
+@refused("val", at="", either=True)
+def splits_no_val(root):
+    """train/ and test/ alone: some of train/ validate, or a line says what to do."""
+    truth = pairs(root / "test", names=("late1", "late2"), first=20, key="test:{}")
+    return truth | pairs(root / "train")
+
+
+@refused("(?i)val", at="", either=True)
+def splits_val_twice(root):
+    """val/ and valid/ are both there."""
+    for split in ("train", "val", "valid"):
+        pairs(root / split, names=NAMES[:3])
+
+
+@case()
+def splits_train_txt(root):
+    """train.txt and val.txt beside images/ and masks/ name the images, with or without endings."""
+    junk(root / "train.txt", "\n".join(NAMES[:5]).encode())
+    junk(root / "val.txt", "\n".join(f"{name}.png" for name in NAMES[5:]).encode())
+    truth = pairs(root)
+    return {f"{'train' if i < 5 else 'val'}:{name}": truth[name] for i, name in enumerate(NAMES)}
+
+
+@refused("99", at="val.txt")
+def splits_train_txt_missing(root):
+    pairs(root)
+    junk(root / "train.txt", "\n".join(NAMES).encode())
+    junk(root / "val.txt", b"99\n")
+
+
+@case()
+def sub_folders(root):
+    """Folders of patients in both folders are no classes; their files have the same names."""
+    truth = {}
+    for k, patient in enumerate(("ann", "bob", "eve")):
+        truth |= pairs(root, f"images/{patient}/{{}}.png", f"masks/{patient}/{{}}.png", NAMES[:3],
+                       first=10 * k, key=f"{patient}/{{}}")  # fmt: skip
+    return truth
+
+
+@refused("images", at="dataset")
+def one_folder_too_deep(root):
+    """The archive was unpacked into a folder of its own: root/dataset/images."""
+    pairs(root / "dataset")
+
+
+@case(classes=THREE)
+def beside(root):
+    """x.png and x_mask.png in one folder, without an option; 1 begins the name of 10."""
+    return pairs(root, "{}.png", "{}_mask.png", [*map(str, range(1, 12))], classes=3)
+
+
+@case(classes=THREE)
+def beside_gt(root):
+    """x.tif and x.gt.png."""
+    return pairs(root, "{}.tif", "{}.gt.png", classes=3)
+
+
+@case(classes=THREE)
+def beside_split(root):
+    """x-seg.png beside x.png in train/ and val/."""
+    truth = {}
+    for i, split in enumerate(("train", "val")):
+        truth |= pairs(root / split, "{}.png", "{}-seg.png", NAMES[:4], classes=3, first=10 * i,
+                       key=f"{split}:{{}}")  # fmt: skip
+    return truth
+
+
+@refused("03", at="03.png")
+def beside_mask_missing(root):
+    pairs(root, "{}.png", "{}_mask.png")
+    (root / "03_mask.png").unlink()
+
+
+@case("data.skip_unpaired=true", said="(?i)without|left out|skipped")
+def skip_unpaired(root):
+    """An image without a mask and a mask without an image are left out on demand."""
+    truth = pairs(root)
+    (root / "images" / "02.png").unlink()
+    (root / "masks" / "05.png").unlink()
+    return {name: pair for name, pair in truth.items() if name not in ("02", "05")}
+
+
+@refused("(?i)skip_unpaired", at="05.png")
+def unpaired(root):
+    """The same without the option: the line names it."""
+    pairs(root)
+    (root / "masks" / "05.png").unlink()
+
+
+@refused("images", at="images")
+def masks_only(root):
+    for name, (_, label) in zip(NAMES, map(scene, range(8)), strict=True):
+        put(root / "masks" / f"{name}.png", label)
+
+
+@refused(r"\b(1|one) image", at="")
+def one_image(root):
+    pairs(root, names=NAMES[:1])
+
+
+@refused(r"(?i)\b(2|two) images.*(test_share|cut|more)", at="")
+def two_images(root):
+    pairs(root, names=NAMES[:2])
+
+
+@case("data.test_share=0")
+def two_images_no_test(root):
+    return pairs(root, names=NAMES[:2])
 
 
 # --- Names and files that do not count -----------------------------------------------------------
@@ -249,7 +243,7 @@ def nfd_nfc(root):
     for i in range(8):
         truth[f"Köln{i}"] = image, label = scene(i)
         name = unicodedata.normalize("NFD", f"Köln{i}")
-        put(root / "images" / f"{name}.png", image.transpose(1, 2, 0))
+        put(root / "images" / f"{name}.png", hwc(image))
         put(root / "masks" / f"Köln{i}.png", label)
     return truth
 
@@ -272,3 +266,91 @@ def valid_folder(root):
     return pairs(root / "train", key="train:{}") | pairs(
         root / "valid", names=NAMES[:3], key="val:{}", first=20
     )
+
+
+@refused("without", at="masks")
+def label_studio(root):
+    """No name in common: task-1-annotation-1-by-1-tag-Cell-0.png."""
+    for i in range(8):
+        image, label = scene(i)
+        put(root / "images" / f"0a1b2c3d-cell_{i}.png", hwc(image))
+        put(root / "masks" / f"task-{i}-annotation-{i}-by-1-tag-Cell-0.png", label)
+
+
+@refused("mask", at="masks")
+def labelme(root):
+    """x.jpg beside polygons in x.json, and no masks."""
+    for i in range(6):
+        put(root / "images" / f"{i}.jpg", hwc(scene(i)[0]))
+        write_json(root / "images" / f"{i}.json", {"shapes": [], "imagePath": f"{i}.jpg"})
+
+
+@case()
+def endings_upper_case(root):
+    """01.PNG and 01.TIF."""
+    return pairs(root, "images/{}.PNG", "masks/{}.TIF")
+
+
+@case()
+def names_of_all_kinds(root):
+    """Dots, blanks, brackets, an apostrophe; one name is the beginning of another."""
+    names = ["a", "a.b", "a.b (1)", "it's 5%", "x[1]", "LIDC.1.3.6.1", "ä ö", "a#1"]
+    return pairs(root, names=names)
+
+
+@refused("(?i)without", at="1.png")
+def leading_zeros(root):
+    """1.png and 001.png may be one, but nobody can know."""
+    pairs(root, names=[str(i) for i in range(1, 9)])
+    for i in range(1, 9):
+        (root / "masks" / f"{i}.png").rename(root / "masks" / f"{i:03}.png")
+
+
+@refused("(?i)case|same name|without", at="01", either=True)
+def names_differ_in_case(root):
+    """IMG_01.png and img_01.png."""
+    truth = pairs(root, mask="masks/img_{}.png", image="images/IMG_{}.png", key="IMG_{}")
+    return truth
+
+
+@case()
+def empty_folder_inside(root):
+    """A forgotten empty folder in images/ and in masks/: no class."""
+    truth = pairs(root)
+    (root / "images" / "old").mkdir()
+    (root / "masks" / "old").mkdir()
+    return truth
+
+
+@refused("old", at="masks", either=True)
+def backup_inside(root):
+    """masks/old/ holds earlier versions of some masks: left alone, or refused; no class."""
+    truth = pairs(root)
+    for name in NAMES[:3]:
+        put(root / "masks" / "old" / f"{name}.png", np.zeros(SIZE, np.uint8))
+    return truth
+
+
+@case(said="(?i)not used|left out|unused")
+def other_files_inside(root):
+    """Notes, tables and previews beside the images."""
+    truth = pairs(root)
+    for name in ("notes.txt", "Readme.md", "table.xlsx", "01.json"):
+        junk(root / "images" / name)
+        junk(root / name)
+    put(root / "preview.png", np.zeros((9, 9), np.uint8))
+    return truth
+
+
+@case()
+def hidden_everywhere(root):
+    """__MACOSX in images/, a hidden folder in root, ._ files in a split."""
+    truth = {}
+    for i, split in enumerate(("train", "val")):
+        truth |= pairs(root / split, names=NAMES[:3], first=10 * i, key=f"{split}:{{}}")
+        for folder in ("images", "masks"):
+            junk(root / split / folder / "._01.png")
+            junk(root / split / folder / "__MACOSX" / "01.png")
+            junk(root / split / folder / ".thumbnails" / "01.png")
+    junk(root / ".git" / "config")
+    return truth

@@ -8,9 +8,13 @@ import itertools
 import re
 import unicodedata
 
+import folders_damaged
+import folders_datasets
 import folders_formats
 import folders_layouts
-import folders_medical
+import folders_masks
+import folders_nnunet
+import folders_scans
 import numpy as np
 import pytest
 from folders import ROWS
@@ -18,7 +22,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from losswatch.data.folder import FolderImages
 
-assert all((folders_formats, folders_layouts, folders_medical))  # they fill the table
+FILES = (folders_damaged, folders_datasets, folders_formats, folders_layouts, folders_masks)
+assert all((*FILES, folders_nnunet, folders_scans))  # they fill the table
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +86,7 @@ def assert_read(row, data, truth):
         for item, one in zip(data.items(split), cases, strict=True):
             name = unicodedata.normalize("NFC", one.name)
             key = f"{split}:{name}" if f"{split}:{name}" in truth else name
+            assert key in truth, f"{key} is not in {sorted(truth)}"
             seen.add(key)
             image, label = truth[key]
             wanted = expected(label, row, names)

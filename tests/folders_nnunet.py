@@ -1,4 +1,4 @@
-"""Folders of scans: nnU-Net, the Decathlon, NIfTI with its geometry, MHA, NRRD, DICOM."""
+"""Folders of scans as nnU-Net, the Decathlon and challenges give them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 from folders import (
     AFFINE,
+    SIZE,
     SMALL,
     THREE,
     case,
@@ -14,6 +15,7 @@ from folders import (
     junk,
     put,
     refused,
+    reversed_in,
     same,
     scene,
     volumes,
@@ -132,8 +134,7 @@ def nn_nan(root):
 @case(classes=ORGANS)
 def nn_affine_flip(root):
     """In the world, the label belongs to the voxels [::-1] of its image."""
-    flip = AFFINE @ np.diag([-1, 1, 1, 1])
-    flip[0, 3] = SMALL[0] - 1
+    flip = reversed_in(0) @ AFFINE
     return {k: (x, y[::-1]) for k, (x, y) in nnunet(root, label_affine=flip).items()}
 
 
@@ -174,32 +175,136 @@ def nn_no_channel(root):
     nnunet(root, suffix="")
 
 
-# --- NIfTI in images/ and masks/ -----------------------------------------------------------------
+# --- Splits, regions, files that are missing -----------------------------------------------------
 
 
-@case("data.patch_size=[8,8,4]", classes=THREE)
-def anisotropic(root):
-    """MRI of few thick slices, not everywhere of one number."""
+@case(classes=ORGANS)
+def nn_splits_final(root):
+    """The first fold of splits_final.json is the split."""
+    folds = [{"train": CASES[:4], "val": CASES[4:]}, {"train": CASES[2:], "val": CASES[:2]}]
+    truth = nnunet(root)
+    write_json(root / "splits_final.json", folds)
+    return {f"{'train' if i < 4 else 'val'}:{key}": truth[key] for i, key in enumerate(CASES)}
+
+
+@refused("case_999", at="splits_final.json")
+def nn_splits_unknown(root):
+    """A fold names a case that is not there."""
+    nnunet(root)
+    write_json(root / "splits_final.json", [{"train": CASES[:4], "val": ["case_999"]}])
+
+
+@case(classes=ORGANS)
+def nn_test_labels(root):
+    """imagesTs and labelsTs are the test."""
+    tested = nnunet(root, part="Ts", names=("late_000", "late_001"))
+    return nnunet(root) | {f"test:{key}": pair for key, pair in tested.items()}
+
+
+@case(classes={"whole": (1, 2), "core": 2}, overlap=True)
+def nn_regions_png(root):
+    """Regions that overlap, two grey channels, PNG."""
+    regions = {"background": 0, "whole": [1, 2], "core": [2]}
+    content = about(2, regions, ".png", regions_class_order=[1, 2])
+    return nnunet(root, content, 2, ending=".png", size=SIZE, dtype=np.uint8)
+
+
+@case(classes=ORGANS, ignored=(3,))
+def nn_png_ignore(root):
+    """PNG with an ignore label."""
+    content = about(1, ORGANS | {"ignore": 3}, ".png")
+    return nnunet(root, content, ending=".png", size=SIZE, dtype=np.uint8, draw=top_is_three)
+
+
+@case(classes=ORGANS)
+def nn_ending_upper(root):
+    """file_ending has no small letters to match."""
+    return nnunet(root, about(ending=".TIF"), ending=".TIF", size=SIZE, dtype=np.uint8)
+
+
+@refused("case_003_0001", at="case_003")
+def nn_channel_missing(root):
+    """One case has one channel less than the others."""
+    nnunet(root, channels=2)
+    (root / "imagesTr" / "case_003_0001.nii.gz").unlink()
+
+
+@refused("case_005", at="labelsTr")
+def nn_label_missing(root):
+    nnunet(root)
+    (root / "labelsTr" / "case_005.nii.gz").unlink()
+
+
+@refused("(?i)size|shape", at="case_002")
+def nn_channels_differ(root):
+    """The second channel of one case has another size."""
+    nnunet(root, channels=2)
+    put(root / "imagesTr" / "case_002_0001.nii.gz", np.zeros((14, 16, 10), np.int16))
+
+
+@refused("(?i)json", at="dataset.json")
+def nn_json_damaged(root):
+    nnunet(root)
+    (root / "dataset.json").write_text('{"channel_names": {"0": "CT"},')
+
+
+@case(classes={"background": 0, "edema": 1, "tumor": 2})
+def msd_single(root):
+    """One channel in three axes; ._ files; imagesTs without labels."""
+    truth = decathlon(root, "spleen_{}", 1)
+    put(root / "imagesTs" / "spleen_90.nii.gz", scene(90, SMALL)[0][0].astype(np.int16))
+    each(root, "*T?/*.gz", lambda path: junk(path.with_name(f"._{path.name}")))
+    junk(root / "._dataset.json", b"\0\5\26\7")
+    return truth
+
+
+@refused("spleen_3", at="dataset.json")
+def msd_listed_missing(root):
+    """dataset.json lists a volume that is not there."""
+    decathlon(root, "spleen_{}", 1)
+    for part in ("imagesTr", "labelsTr"):
+        (root / part / "spleen_3.nii.gz").unlink()
+
+
+# --- A folder for each patient -------------------------------------------------------------------
+
+
+@case(classes={"0": 0, "1": 1, "2": 2, "4": 4})
+def brats_raw(root):
+    """BraTS20_001/BraTS20_001_flair.nii.gz, ..., BraTS20_001_seg.nii.gz; channels by name."""
     truth = {}
     for i in range(6):
-        image, label = scene(i, (24, 26, 6 + i % 3), 3)
-        affine = np.diag([0.6, 0.6, 6.0, 1.0])
-        put(root / "images" / f"s{i}.nii.gz", image[0].astype(np.int16), affine=affine)
-        put(root / "masks" / f"s{i}.nii.gz", label, affine=affine)
-        truth[f"s{i}"] = image[:1], label
+        image, label = scene(i, SMALL, 3)
+        name, label = f"BraTS20_{i:03}", np.where(label == 2, 4, label).astype(np.uint8)
+        label[0, 0, 0] = 2
+        four = image[[0, 1, 2, 0]].astype(np.int16) + np.int16([[[[0]]], [[[0]]], [[[0]]], [[[9]]]])
+        for kind, channel in zip(("flair", "t1", "t1ce", "t2"), four, strict=True):
+            put(root / name / f"{name}_{kind}.nii.gz", channel)
+        put(root / name / f"{name}_seg.nii.gz", label)
+        truth[name] = four, label
+    junk(root / "survival_info.csv")
     return truth
 
 
 @case(classes=THREE)
-def nifti_2d(root):
-    """Scans [H, W, 1] and masks [H, W]."""
-    return volumes(root, size=(24, 26), look=lambda picture: picture[0][..., None].astype(np.int16))
+def kits(root):
+    """case_00000/imaging.nii.gz and segmentation.nii.gz."""
+    names = [f"case_{i:05}" for i in range(6)]
+    return volumes(root, "{}/imaging.nii.gz", "{}/segmentation.nii.gz", names)
 
 
-@refused("DICOM|dcm", at="images")
-def dicom(root):
-    """A series of slices for each patient, all of them damaged."""
+@refused("(?i)volume|segmentation", at="", either=True, classes=THREE)
+def lits(root):
+    """volume-0.nii beside segmentation-0.nii: what is in common comes last."""
+    return volumes(root, "volume-{}.nii", "segmentation-{}.nii", [str(i) for i in range(6)])
+
+
+@case("data.skip_unpaired=true", classes=THREE)
+def acdc(root):
+    """patient001/patient001_frame01.nii.gz and ..._gt.nii.gz, two for each, and the whole film."""
+    names = [f"patient{p:03}/patient{p:03}_frame{f:02}" for p in range(4) for f in (1, 12)]
     for p in range(4):
-        for folder in ("images", "masks"):
-            for z in range(3):
-                junk(root / folder / f"p{p}" / f"{z:04}.dcm", bytes(128) + b"DICM")
+        junk(root / f"patient{p:03}" / "Info.cfg")
+        film = np.stack([scene(50 + f, SMALL)[0][0] for f in range(3)], -1)
+        put(root / f"patient{p:03}" / f"patient{p:03}_4d.nii.gz", film)
+    return volumes(root, "{}.nii.gz", "{}_gt.nii.gz", names)
