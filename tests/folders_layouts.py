@@ -111,7 +111,7 @@ def splits_no_val(root):
     return truth | pairs(root / "train")
 
 
-@refused("(?i)val", at="", either=True)
+@refused("(?i)both called 01 in val", at="valid")
 def splits_val_twice(root):
     """val/ and valid/ are both there."""
     for split in ("train", "val", "valid"):
@@ -144,10 +144,10 @@ def sub_folders(root):
     return truth
 
 
-@refused("images", at="dataset")
+@case()
 def one_folder_too_deep(root):
     """The archive was unpacked into a folder of its own: root/dataset/images."""
-    pairs(root / "dataset")
+    return pairs(root / "dataset")
 
 
 @case(classes=THREE)

@@ -83,7 +83,7 @@ def palette_tiff(root):
     return truth
 
 
-@case(classes={"0": 0, "255": 1})
+@case(classes={"#000000": 0, "#ffffff": 1})
 def palette_of_greys(root):
     """A palette in whose place 1 is white, beside plain masks of 0 and 255: the colour counts."""
     truth = pairs(root, draw=times(255))
@@ -149,10 +149,12 @@ def colours_jpeg_unnamed(root):
     pairs(root, "images/{}.jpg", "masks/{}.jpg", classes=3, draw=lambda label: CAMVID[label])
 
 
-@refused("(?i)alpha|transparen", at="masks/01.png")
+@case(classes={"0": 0, "255": 1}, said="transparent")
 def alpha_is_the_mask(root):
     """White everywhere; what is transparent is the background."""
-    pairs(root, draw=lambda x: np.dstack([np.full((*SIZE, 3), 255), x * 255]).astype(np.uint8))
+    return pairs(
+        root, draw=lambda x: np.dstack([np.full((*SIZE, 3), 255), x * 255]).astype(np.uint8)
+    )
 
 
 @case()

@@ -296,7 +296,8 @@ def kits(root):
 @refused("(?i)volume|segmentation", at="", either=True, classes=THREE)
 def lits(root):
     """volume-0.nii beside segmentation-0.nii: what is in common comes last."""
-    return volumes(root, "volume-{}.nii", "segmentation-{}.nii", [str(i) for i in range(6)])
+    names = [str(i) for i in range(6)]
+    return volumes(root, "volume-{}.nii", "segmentation-{}.nii", names, key="volume-{}")
 
 
 @case("data.skip_unpaired=true", classes=THREE)

@@ -85,8 +85,10 @@ def assert_read(row, data, truth):
     for split, cases in data.layout.cases.items():
         for item, one in zip(data.items(split), cases, strict=True):
             name = unicodedata.normalize("NFC", one.name)
-            key = f"{split}:{name}" if f"{split}:{name}" in truth else name
-            assert key in truth, f"{key} is not in {sorted(truth)}"
+            keys = [k for k in truth if k in (name, f"{split}:{name}") or k.endswith(f"/{name}")]
+            keys = [k for k in keys if ":" not in k or k.startswith(f"{split}:")]
+            assert len(keys) == 1, f"{name} is not in {sorted(truth)}"
+            [key] = keys
             seen.add(key)
             image, label = truth[key]
             wanted = expected(label, row, names)

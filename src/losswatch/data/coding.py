@@ -102,10 +102,14 @@ def make_coding(
 
 
 def _palettes_differ(masks: Sequence[Mask]) -> bool:
-    """Whether an index that masks use stands for two colours."""
+    """Whether an index that masks use stands for two colours, or for a grey of other masks."""
     known: dict[int, int] = {}
-    return any(known.setdefault(index, colour) != colour
-               for mask in masks for index, colour in (mask.palette or {}).items())  # fmt: skip
+    if any(known.setdefault(index, colour) != colour
+           for mask in masks for index, colour in (mask.palette or {}).items()):  # fmt: skip
+        return True
+    colours = set(known.values())
+    return any(v not in known and v * 0x010101 in colours
+               for mask in masks if not mask.palette for v in mask.values.tolist())  # fmt: skip
 
 
 def _as_found(masks: Sequence[Mask], ignored: Any, colours: bool, lossy: bool) -> dict[str, Any]:
@@ -128,11 +132,11 @@ def _as_found(masks: Sequence[Mask], ignored: Any, colours: bool, lossy: bool) -
         )
     if len(values) > (2 if lossy else MOST):
         why = "as JPEG makes of a few" if lossy else "as if each object had its own"
-        way = f"'data.classes={{background:0,object:{REST}}}'"
+        way = threshold = "'data.classes={background:0,object:\">127\"}'"
         if colours:
             way = "\"data.classes={road:'#804080',sky:'#4682b4'}\" data.nearest=true"
-        elif lossy:
-            way = "'data.classes={background:0,object:\">127\"}'"
+        elif not lossy:
+            way = f"'data.classes={{background:0,object:{REST}}}', or for noise {threshold}"
         raise ValueError(
             f"{folder}: the masks hold {len(values)} values, {why}; name the classes, as in {way}"
         )

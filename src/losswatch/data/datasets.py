@@ -103,11 +103,10 @@ def _nnunet_cases(root: Path, part: str, ending: str, channels: int) -> list[Cas
     found, known = _of_ending(labels, ending), _of_ending(images, ending)
     if not found:
         raise ValueError(f"{labels} holds no files {ending}, which is the file_ending")
-    cases = []
+    is_one = all(name.endswith("_0000") for name in known)  # a file of all channels, as colours
+    count, cases = 1 if is_one else channels, []
     for name, label in found.items():
-        files = [known.get(f"{name}_{i:04}") for i in range(channels)]
-        if files[0] and not any(files[1:]):
-            files = files[:1]  # a file of all channels, such as colours
+        files = [known.get(f"{name}_{i:04}") for i in range(count)]
         if lacking := [i for i, file in enumerate(files) if file is None]:
             missing = images / f"{name}_{lacking[0]:04}{ending}"
             hint = f"; the name of {known[name]} must end in _0000" if name in known else ""

@@ -45,10 +45,17 @@ def files_below(folder: Path) -> Files:
             found = {parts: place}
         else:
             found = {(*parts, normal(stem_of(path))): path for path in paths if suffix_of(path)}
-            others += [path for path in paths if not suffix_of(path)]
+            others += [path for path in paths if not suffix_of(path) and not _is_part(path)]
             _check_names(paths)
         images |= found
     return Files(images, others)
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a file holds the numbers of another one, which is their header."""
+    return path.suffix.lower() in (".raw", ".zraw") and any(
+        path.with_suffix(suffix).is_file() for suffix in (".mhd", ".nhdr")
+    )
 
 
 def _check_names(paths: list[Path]) -> None:

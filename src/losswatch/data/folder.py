@@ -19,7 +19,7 @@ from losswatch.data.coding import make_coding, values_of
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
 from losswatch.data.labels import Coding, count_classes
 from losswatch.data.layouts import read_layout, unlabelled
-from losswatch.data.pairs import Names
+from losswatch.data.matching import Names
 from losswatch.data.patches import (
     Items,
     Patches,
@@ -55,7 +55,7 @@ class FolderImages(pl.LightningDataModule):
     Args:
         root: the folder, in a layout of README.md; `~` is the user's home.
         seed: chooses patches and augmentation.
-        images, masks, image_suffix, mask_suffix, skip_unpaired: as of `pairs.Names`.
+        images, masks, image_suffix, mask_suffix, skip_unpaired: as of `matching.Names`.
         val_share, test_share: of the images, where the folder is not split.
         target: as of `Form`; null: "multilabel" where classes overlap, "softmax" otherwise.
         classes: the values in a mask of each class, see `coding.check_classes`; null: as found.

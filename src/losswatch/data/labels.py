@@ -157,9 +157,10 @@ def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: C
     labels, off = owners(values, coding)
     for value, count in zip(values[labels == NOBODY], counts[0][labels == NOBODY], strict=True):
         shown = f"#{value:06x}" if coding.colours else f"{value:.6g}"
+        way = "add it to one" if value == int(value) else "give a threshold, such as '>0.5'"
         raise ValueError(
-            f"value {shown}, which no class has; data.classes are {dict(coding.classes)}: add it "
-            f"to one, or take the nearest by data.nearest=true ({number_of(int(count), 'pixel')})"
+            f"value {shown}, which no class has; data.classes are {dict(coding.classes)}: {way}, "
+            f"or take the nearest by data.nearest=true ({number_of(int(count), 'pixel')})"
         )
     totals = [int(counts[0][labels == i].sum()) for i in range(len(coding.classes))]
     return Counts(totals, int(counts[0][labels == IGNORED].sum()), int(counts[0][off].sum()))

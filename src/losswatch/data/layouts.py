@@ -9,7 +9,9 @@ from pathlib import Path
 from losswatch.data.cases import Case
 from losswatch.data.datasets import read_dataset
 from losswatch.data.files import Key, files_below
-from losswatch.data.pairs import Names, find_pairs
+from losswatch.data.labels import REST, Classes
+from losswatch.data.matching import Names
+from losswatch.data.pairs import find_pairs
 from losswatch.data.reading import SUFFIXES, stem_of, suffix_of
 from losswatch.data.splits import Layout, complete, listed, named, split_of
 from losswatch.text import number_of
@@ -32,7 +34,15 @@ def read_layout(root: Path, names: Names, shares: Mapping[str, float]) -> Layout
     if not found.cases:
         raise ValueError(f"{root} holds no image with a mask")
     notes = [*found.notes, *_unused(root, found.unused)]
-    cases, classes, overlap = found.cases, found.classes, found.overlap
+    cases, kinds = found.cases, found.kinds
+    classes: Classes | None = dict.fromkeys(kinds, REST) or None
+    if len(kinds) == 1:
+        classes = {"background": 0, kinds[0]: REST}
+    if empty := [case.images[0] for case in cases.values() if () in case.masks]:
+        notes.append(
+            f"{number_of(len(empty), 'image')} have no file of a class, whose mask is then empty; "
+            f"{empty[0]} is the first"
+        )
     if split := split_of(cases):
         parts = split
     elif lists := listed(root, cases, names.image_suffix):
@@ -41,7 +51,7 @@ def read_layout(root: Path, names: Names, shares: Mapping[str, float]) -> Layout
     else:
         parts = {"": named(cases)}
     parts, more = complete(root, parts, shares)
-    return Layout(parts, classes, None, overlap, None, (*notes, *more))
+    return Layout(parts, classes, None, len(kinds) > 1, None, (*notes, *more))
 
 
 def _unused(root: Path, paths: Sequence[Path]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,17 @@ import numpy as np
 
 from losswatch.data.reading import File
 
-ORIENTATION = 0x0112  # the tag of EXIF
+ORIENTATION = 0x0112  # the tag of EXIF and of TIFF
+# What makes an array [..., rows, columns] upright, by the value of that tag (EXIF 2.32, 4.6.4 A).
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda x: x[..., ::-1],
+    3: lambda x: x[..., ::-1, ::-1],
+    4: lambda x: x[..., ::-1, :],
+    5: lambda x: x.swapaxes(-1, -2),
+    6: lambda x: x.swapaxes(-1, -2)[..., ::-1],
+    7: lambda x: x.swapaxes(-1, -2)[..., ::-1, ::-1],
+    8: lambda x: x.swapaxes(-1, -2)[..., ::-1, :],
+}
 # The tags of a GeoTIFF that say where it lies (GeoTIFF 1.1, section 7).
 SCALE, TIEPOINT, TRANSFORMATION = 33550, 33922, 34264
 GEO = (SCALE, TIEPOINT, TRANSFORMATION, 34735, 34736, 34737)
@@ -18,9 +29,9 @@ NODATA = 42113  # of GDAL
 
 def read_picture(path: Path, is_mask: bool) -> File:
     """A picture; a mask with a palette keeps its indices, an image is turned as EXIF says."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    notes = []
+    notes: list[str] = []
     try:
         opened = Image.open(path)
     except Image.DecompressionBombError:
@@ -30,22 +41,18 @@ def read_picture(path: Path, is_mask: bool) -> File:
         ) from None
     with opened as file:
         lossy = file.format in ("JPEG", "MPO")
-        depth, is_deep = _depth(path), False
-        if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
+        turn = 1 if is_mask else file.getexif().get(ORIENTATION, 1)
+        if file.format in ("GIF", "WEBP", "PNG") and getattr(file, "is_animated", False):
+            file.seek(0)
             notes.append("of several frames the first one is read")
-        if is_mask and file.mode == "P":
-            colours = np.array(file.getpalette("RGB"), int).reshape(-1, 3)
-            palette = dict(enumerate((colours @ [65536, 256, 1]).tolist()))
-            return File(np.asarray(file)[None], palette=palette, notes=tuple(notes))
-        if is_deep := depth == 16 and file.mode in ("RGB", "RGBA"):  # Pillow would read 8 bits
+        if file.mode == "P" and (indexed := _indexed(file, is_mask)):
+            return indexed._replace(notes=tuple(notes))
+        depth = _depth(path)
+        if depth == 16 and file.mode in ("RGB", "RGBA"):  # of which Pillow reads 8 bits
             import imagecodecs
 
             array = imagecodecs.png_decode(path.read_bytes())
         else:
-            turn = 1 if is_mask else file.getexif().get(ORIENTATION, 1)
-            if turn not in (0, 1):
-                notes.append("turned as its EXIF orientation says")
-                file = ImageOps.exif_transpose(file)  # type: ignore[assignment]
             if file.mode in ("P", "PA"):
                 file = file.convert("RGBA" if "transparency" in file.info else "RGB")  # type: ignore
             if file.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
@@ -59,7 +66,21 @@ def read_picture(path: Path, is_mask: bool) -> File:
         array, note = _without_alpha(array, is_mask)
         notes.append(note)
     array = array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
-    return File(array, lossy=lossy and not is_deep, notes=tuple(filter(None, notes)))
+    if turn in TURNS:
+        array = TURNS[turn](array)
+        notes.append("turned as its EXIF orientation says")
+    return File(array, lossy=lossy, notes=tuple(filter(None, notes)))
+
+
+def _indexed(file: Any, is_mask: bool) -> File | None:
+    """A mask with a palette; or a GIF of greys, which must have one. None: an image of colours."""
+    array = np.asarray(file)
+    colours = np.array(file.getpalette("RGB"), int).reshape(-1, 3)
+    used = colours[np.unique(array)]
+    if file.format == "GIF" and (used == used[:, :1]).all():
+        return File(colours[array, 0].astype(np.uint8)[None])
+    palette = dict(enumerate((colours @ [65536, 256, 1]).tolist()))
+    return File(array[None], palette=palette) if is_mask else None
 
 
 def _depth(path: Path) -> int:
@@ -89,11 +110,9 @@ def read_tiff(path: Path, is_mask: bool) -> File:
         array, axes = series.asarray(), series.axes
         tags = {code: page.tags[code].value for code in (*GEO, NODATA) if code in page.tags}
         palette = _palette(page) if is_mask else None
-        turned = page.tags.get(ORIENTATION)
+        turn = page.tags[ORIENTATION].value if ORIENTATION in page.tags else 1
         if len(file.series) > 1:
             notes.append("of several series the first one is read")
-        if turned is not None and turned.value not in (0, 1):
-            notes.append("its tag of orientation is not applied")
     if array.dtype.kind == "c":
         raise ValueError("it holds complex numbers")
     kept = [i for i, n in enumerate(array.shape) if n > 1 or axes[i] in "YX"]
@@ -102,12 +121,15 @@ def read_tiff(path: Path, is_mask: bool) -> File:
     if len(channels) > 1 or len(axes) - len(channels) not in (2, 3):
         raise ValueError(f"its axes {axes} are none of an image or a volume")
     if "T" in axes:
-        notes.append("its axis of time is read as an axis of space")
+        notes.append("its axis of time is read as one of space, or of channels for a flat mask")
     if not is_mask:
         notes += _no_data(array, tags.get(NODATA))
     array = np.moveaxis(array, channels[0], 0) if channels else array[None]
-    is_loose = not channels and len(axes) == 3 and axes[0] in "QI"  # pages, and no more is said
+    is_loose = not channels and len(axes) == 3 and axes[0] in "QIT"  # pages, or a film
     place = _place(tags) if array.ndim == 3 else None
+    if not is_mask and turn in TURNS:
+        array, place = TURNS[turn](array), None
+        notes.append("turned as its tag of orientation says")
     return File(array, place, is_loose, palette, notes=tuple(notes))
 
 

@@ -18,8 +18,8 @@ ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
 SUFFIXES = (*PICTURES, *TIFF, *NIFTI, *ITK, *ARRAYS)
 
 # The names of arrays in a .npz file.
-IMAGES = ("image", "images", "img", "x", "data", "arr_0")
-MASKS = ("label", "labels", "mask", "masks", "seg", "y", "target", "gt", "arr_1")
+IMAGES = ("image", "images", "img", "x", "data")
+MASKS = ("label", "labels", "mask", "masks", "seg", "y", "target", "gt")
 
 
 def suffix_of(path: Path) -> str:
@@ -99,7 +99,10 @@ def _read_array(path: Path, is_mask: bool) -> File:
         names = MASKS if is_mask else IMAGES
         wanted = [name for name in names if name in found.files]
         if not wanted and len(found.files) > 1:
-            raise ValueError(f"it has no array of the names {', '.join(names)}")
+            raise ValueError(
+                f"it holds {', '.join(found.files)}; its {'mask' if is_mask else 'image'} must be "
+                f"called {', '.join(names)}"
+            )
         with found:
             found = found[(wanted or found.files)[0]]
     if found.ndim < 2:

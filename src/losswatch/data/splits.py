@@ -50,7 +50,11 @@ def split_of(cases: Mapping[Key, Case]) -> dict[str, list[Case]] | None:
         at = next((i for i, part in enumerate(key[:-1]) if part.lower() in WORDS), None)
         split = "" if at is None else WORDS[key[at].lower()]
         rest = key if at is None else (*key[:at], *key[at + 1 :])
-        parts.setdefault(split, {})[rest] = case
+        if (other := parts.setdefault(split, {}).setdefault(rest, case)) is not case:
+            raise ValueError(
+                f"{other.images[0]} and {case.images[0]} are both called {'/'.join(rest)} in "
+                f"{split}; rename one, or leave one folder out"
+            )
     if parts.keys() == {""}:
         return None
     if "" in parts:

@@ -61,7 +61,13 @@ def _series(folder: Path) -> object:
             f"a folder of DICOM files must hold one series, it holds {len(names)}; sort them, or "
             "convert them to NIfTI, by dcm2niix for example"
         )
-    return sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), names[0]))
+    image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), names[0]))
+    if (key := "ITK_non_uniform_sampling_deviation") in image.GetMetaDataKeys():
+        raise ValueError(
+            f"its slices are unevenly spaced, by up to {float(image.GetMetaData(key)):.3g} mm, as if "
+            "one were missing; complete or resample the series"
+        )
+    return image
 
 
 def axes_of(file: File) -> str:
