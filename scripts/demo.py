@@ -72,7 +72,8 @@ def fetch_brain(folder: Path) -> None:
         [package] = Path(place).glob("*.deb")
         subprocess.run(["dpkg-deb", "-x", package, place], check=True)
         brain, atlas = (
-            read(next(Path(place).rglob(f"{name}.nii.gz")), is_mask=True) for name in ("ch2", "aal")
+            read(next(Path(place).rglob(f"{name}.nii.gz")), is_mask=True).array[0]
+            for name in ("ch2", "aal")
         )
     middle = brain.shape[0] // 2
     sides = {"train": slice(0, middle, 2), "val": slice(-1, middle, -2)}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from losswatch.data.cases import Mask
-from losswatch.data.labels import REST, Classes, Coding, as_read, is_colour, range_of
+from losswatch.data.labels import REST, Classes, Coding, as_read, is_colour, range_of, ranges_of
 
 MOST = 32  # classes, as found; a mask with more values marks objects
 FOREGROUND = ">127"  # of masks of 0 and 255 whose values a compression has changed
 
 
-def check_classes(given: Any, overlap: bool) -> dict[str, Any]:
+def check_classes(given: Any, overlap: bool) -> Classes:
     """The setting data.classes: from the name of a class to its values in a mask.
 
     Args:
@@ -26,18 +26,21 @@ def check_classes(given: Any, overlap: bool) -> dict[str, Any]:
     >>> check_classes({"background": 0, "polyp": [255, ">127"], "sky": "#ff0000"}, overlap=False)
     {'background': (0,), 'polyp': (255, '>127'), 'sky': ('#ff0000',)}
     """
-    found: dict[str, Any] = {}
-    for name, value in given.items() if isinstance(given, Mapping) else [(given, None)]:
-        is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        values = tuple(value) if is_list else (value,)
+    found: dict[str, tuple[Any, ...]] = {}
+    entries: Iterable[tuple[Any, Any]] = [(given, None)]
+    if isinstance(given, Mapping):
+        entries = given.items()
+    for name, value in entries:
+        is_one = isinstance(value, str) or not isinstance(value, Sequence)
+        values: tuple[Any, ...] = (value,) if is_one else tuple(value)
         if not values or not all(v == REST or range_of(v) for v in values):
             raise ValueError(
                 "data.classes must map each name to a value, a colour, a threshold, a list of "
                 f"these, or the word {REST}, as in {{background: 0, nucleus: '>127', vessel: "
                 f"'#ff0000', border: [2, 3]}}, got {given}"
             )
-        found[str(name)] = REST if REST in values else values
-    if [*found.values()].count(REST) > 1 and not overlap:
+        found[str(name)] = values
+    if sum(REST in values for values in found.values()) > 1 and not overlap:
         raise ValueError(f"data.classes: {REST} can stand once, got {given}")
     return found
 
@@ -47,7 +50,7 @@ def make_coding(
     given: Any = None,
     ignored: Any = None,
     nearest: bool = False,
-    named: Classes | None = None,
+    named: Mapping[str, Any] | None = None,
     overlap: bool = False,
 ) -> Coding:
     """How the masks of a data set are read.
@@ -70,15 +73,15 @@ def make_coding(
         raise ValueError(
             f"data.ignore_index={ignored} must be a whole number, or a colour like '#e0e0c0'"
         )
-    classes = named if given is None else given
+    settings = named if given is None else given
+    classes: Classes | None = None if settings is None else check_classes(settings, overlap)
     if classes is not None:
-        classes = check_classes(classes, overlap)
         if lossy and (overlap or given is None):  # the foreground of a folder for each class
-            classes = {name: (FOREGROUND,) if v == REST else v for name, v in classes.items()}
+            classes = {n: (FOREGROUND,) if REST in v else v for n, v in classes.items()}
     colours = two or any(mask.colours for mask in every)
     if colours and classes and given is None:  # as 0 is the background of such a folder
         classes = {n: ("#000000",) if v == (0,) else v for n, v in classes.items()}
-    listed = [v for values in (classes or {}).values() if values != REST for v in values]
+    listed = [v for values in (classes or {}).values() for v in values if v != REST]
     listed += [] if ignored is None else [ignored]
     colours = colours or any(map(is_colour, listed))
     if colours and not overlap and (numbers := [v for v in listed if not is_colour(v)]):
@@ -88,17 +91,19 @@ def make_coding(
             "and data.ignore_index must name colours, such as "
             f"\"data.classes={{road:'#804080',sky:'#4682b4'}}\", not {numbers[0]}"
         )
-    if lossy and classes and REST in classes.values():
+    if lossy and any(REST in values for values in (classes or {}).values()):
         file = next(path for path, mask in masks if mask.lossy)
         raise ValueError(
             f"data.classes: {file} is JPEG, which changes values a little, so {REST} would take "
             "many of them; give the value that a class had before, or a threshold, as in "
             "'data.classes={background:0,object:\">127\"}'"
         )
-    if is_found := classes is None:
+    if classes is None:
         classes = _as_found(masks, ignored, colours, lossy)
-    thresholds = any(r and r[0] != r[1] for r in map(range_of, listed))
-    return Coding(classes, ignored, overlap, nearest or lossy or thresholds, colours, is_found)
+    thresholds = any(low != high for low, high in ranges_of(listed))
+    return Coding(
+        classes, ignored, overlap, nearest or lossy or thresholds, colours, settings is None
+    )
 
 
 def _palettes_differ(masks: Sequence[Mask]) -> bool:
@@ -112,13 +117,16 @@ def _palettes_differ(masks: Sequence[Mask]) -> bool:
                for mask in masks if not mask.palette for v in mask.values.tolist())  # fmt: skip
 
 
-def _as_found(masks: Sequence[Mask], ignored: Any, colours: bool, lossy: bool) -> dict[str, Any]:
+def _as_found(
+    masks: Sequence[tuple[Path, Mask]], ignored: Any, colours: bool, lossy: bool
+) -> Classes:
     """A class for each value in the masks, named like the value.
 
     Raises:
         ValueError: there is one class alone, or there are too many.
     """
-    out, files = range_of(ignored), {}
+    out = range_of(ignored)
+    files: dict[float, Path] = {}  # the first that holds a value
     for file, mask in masks:
         for value in as_read(mask.values, mask, colours).tolist():
             files.setdefault(value, file)
@@ -155,13 +163,10 @@ def values_of(coding: Coding) -> list[int | str]:
     That of `REST` and of thresholds is the first of 255, 1, 2, ... that no other class has; of a
     threshold from above the first of 0, 1, 2, ... Colours are written as `#rrggbb`.
     """
-    ranges = {
-        name: [] if values == REST else [found for v in values if (found := range_of(v))]
-        for name, values in coding.classes.items()
-    }
-    every = {low for found in ranges.values() for low, high in found if low == high}
+    ranges = [ranges_of(values) for values in coding.classes.values()]
+    every = {low for found in ranges for low, high in found if low == high}
     values: list[int | str] = []
-    for found in ranges.values():
+    for found in ranges:
         taken = set() if coding.overlap else every  # a file for each class
         value = next((low for low, high in found if low == high), None)
         if value is None:

@@ -136,14 +136,14 @@ class FolderImages(pl.LightningDataModule):
         every = [look for looks in self.looks.values() for look in looks]
         ignored = self.layout.ignored if ignore_index is None else ignore_index
         cases = [case for split in self.looks for case in self.layout.cases[split]]
-        masks = [
+        seen = [
             (paths[0], mask)
             for case, look in zip(cases, every, strict=True)
             for paths, mask in zip(case.masks, look.masks, strict=True)
             if paths
         ]
         named, overlap = self.layout.classes, self.layout.overlap
-        self.coding = make_coding(masks, classes, ignored, nearest, named, overlap)
+        self.coding = make_coding(seen, classes, ignored, nearest, named, overlap)
         self.survey: Survey = survey(self.layout, self.looks, self.coding)
         axes = most_common_axes(every)
         self.shapes = {part: [shape_in(look, axes) for look in looks]

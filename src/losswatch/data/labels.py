@@ -16,8 +16,8 @@ from losswatch.text import number_of
 REST = "rest"  # stands for all values of a mask that no other class has
 NOBODY = IGNORED - 1  # the label of a value that no class has
 
-# From the name of a class to its values: REST, or several of whole numbers, colours and thresholds.
-Classes = Mapping[str, Any]
+# From the name of a class to its values: whole numbers, colours, thresholds or REST.
+Classes = Mapping[str, tuple[Any, ...]]
 
 
 class Coding(NamedTuple):
@@ -66,6 +66,11 @@ def range_of(value: Any) -> tuple[float, float] | None:
     return min(start, end), max(start, end)
 
 
+def ranges_of(values: Sequence[Any]) -> list[tuple[float, float]]:
+    """`range_of` each value that has one."""
+    return [found for value in values if (found := range_of(value))]
+
+
 def owners(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
     """The label of each value of a mask whose classes do not overlap.
 
@@ -80,8 +85,9 @@ def owners(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
     exact, thresholds = _ranges(coding)
     for label, low, high in (*thresholds, *exact):
         labels[(values >= low) & (values <= high)] = label
-    if REST in coding.classes.values():
-        labels[labels == NOBODY] = [*coding.classes.values()].index(REST)
+    for label, wanted in enumerate(coding.classes.values()):
+        if REST in wanted:
+            labels[labels == NOBODY] = label
     off = labels == NOBODY
     if not coding.nearest or not (ranges := exact or thresholds):
         return labels, np.zeros_like(off)
@@ -102,14 +108,8 @@ Ranges = list[tuple[int, float, float]]  # label, smallest and largest value
 
 def _ranges(coding: Coding) -> tuple[Ranges, Ranges]:
     """The single values of all classes and of ignored pixels, and the thresholds."""
-    given: list[tuple[int, Any]] = [
-        (label, value)
-        for label, values in enumerate(coding.classes.values())
-        if values != REST
-        for value in values
-    ]
-    given += [] if coding.ignored is None else [(IGNORED, coding.ignored)]
-    ranges = [(label, *found) for label, value in given if (found := range_of(value))]
+    given = [*enumerate(coding.classes.values()), (IGNORED, (coding.ignored,))]
+    ranges = [(label, low, high) for label, values in given for low, high in ranges_of(values)]
     exact = [found for found in ranges if found[1] == found[2]]
     return exact, [found for found in ranges if found[1] != found[2]]
 
@@ -122,10 +122,10 @@ def _colour_distance(values: np.ndarray, colour: int) -> np.ndarray:
 def members(values: np.ndarray, name: str, coding: Coding) -> np.ndarray:
     """Whether each value of a mask [V] is of a class that may overlap with others."""
     wanted = coding.classes[name]
-    if wanted == REST:
+    if REST in wanted:
         return values != 0
-    ranges = [r for v in wanted if (r := range_of(v))]
-    return np.any([(values >= low) & (values <= high) for low, high in ranges], axis=0)
+    inside = [(values >= low) & (values <= high) for low, high in ranges_of(wanted)]
+    return np.any(inside, axis=0)
 
 
 class Counts(NamedTuple):
@@ -149,7 +149,8 @@ def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: C
     if coding.overlap:
         found = []
         for i, name in enumerate(coding.classes):
-            mask, numbers = (part[i if len(masks) > 1 else 0] for part in (masks, counts))
+            at = i if len(masks) > 1 else 0  # a file for each class, or one of regions
+            mask, numbers = masks[at], counts[at]
             inside = members(as_read(mask.values, mask, coding.colours), name, coding)
             found.append(int(numbers[inside].sum()))
         return Counts(found, 0, 0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from losswatch.data.cases import Case
 from losswatch.data.datasets import read_dataset
 from losswatch.data.files import Key, files_below
-from losswatch.data.labels import REST, Classes
+from losswatch.data.labels import REST
 from losswatch.data.matching import Names
 from losswatch.data.pairs import find_pairs
 from losswatch.data.reading import SUFFIXES, stem_of, suffix_of
@@ -35,7 +36,7 @@ def read_layout(root: Path, names: Names, shares: Mapping[str, float]) -> Layout
         raise ValueError(f"{root} holds no image with a mask")
     notes = [*found.notes, *_unused(root, found.unused)]
     cases, kinds = found.cases, found.kinds
-    classes: Classes | None = dict.fromkeys(kinds, REST) or None
+    classes: dict[str, Any] | None = dict.fromkeys(kinds, REST) or None
     if len(kinds) == 1:
         classes = {"background": 0, kinds[0]: REST}
     if empty := [case.images[0] for case in cases.values() if () in case.masks]:

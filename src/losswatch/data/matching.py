@@ -68,7 +68,8 @@ def match(images: Path, masks: Path, names: Names, is_one: bool = False) -> Pair
     every, all_masks = files_below(images), files_below(masks)
     pictures, others = _ending(every, images, names.image_suffix)
     labels, rest = _ending(all_masks, masks, names.mask_suffix)
-    unused, notes = [*others, *rest, *every.others, *all_masks.others], ()
+    unused = [*others, *rest, *every.others, *all_masks.others]
+    notes: tuple[str, ...] = ()
     if labels.keys() & pictures.keys():
         if all(key in labels for key in pictures):  # then folders beside the masks are not read
             unused += [path for key, path in labels.items() if key not in pictures and len(key) > 1]
@@ -78,9 +79,9 @@ def match(images: Path, masks: Path, names: Names, is_one: bool = False) -> Pair
         return Pairs({key: Case("", (path,), (tuple(labels.values()),))}, unused=unused)
     elif parted := _by_class(pictures, labels):
         return _of_classes(pictures, parted, names, images)._replace(unused=unused)
-    elif found := _by_common_parts(pictures, labels):
-        labels = found
-        path, mask = next((pictures[key], mask) for key, mask in found.items())
+    elif paired := _by_common_parts(pictures, labels):
+        labels = paired
+        path, mask = next((pictures[key], mask) for key, mask in labels.items())
         notes = (f"{mask.name} is taken for the mask of {path.name}, and so on",)
     unused += _unpaired(pictures, labels, names, every, all_masks, images, masks)
     both = [key for key in pictures if key in labels]
@@ -210,8 +211,8 @@ def beside(folder: Path, names: Names) -> Pairs:
     if not masks and not suffix:
         labels = {key: path for key, path in rest.items() if BEGINNING.search(key[-1])}
         pictures = {key: path for key, path in rest.items() if key not in labels}
-        if labels and (found := _by_common_parts(pictures, labels)):
-            cases = {k: Case("", (pictures[k],), ((path,),)) for k, path in found.items()}
+        if labels and (paired := _by_common_parts(pictures, labels)):
+            cases = {k: Case("", (pictures[k],), ((path,),)) for k, path in paired.items()}
             return Pairs(cases, unused=files.others)
     if not masks:
         what = f"that end in {suffix}" if suffix else "in masks/, or that end in _mask"
@@ -221,7 +222,8 @@ def beside(folder: Path, names: Names) -> Pairs:
             f"{folder} holds no masks {what}{hint}; data.images, data.masks and data.mask_suffix "
             "say where they are"
         )
-    cases, channels = {}, {}
+    cases = {}
+    channels: dict[tuple[str, ...], Path] = {}  # by what their names end in, and a mask of such
     for key, stem in masks.items():
         where, own = key[:-1], (*key[:-1], stem + names.image_suffix)
         found = [own] if own in rest else [

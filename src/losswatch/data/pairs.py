@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from losswatch.data.cases import Case
-from losswatch.data.files import WORDS, files_below, is_hidden, normal
+from losswatch.data.files import WORDS, Key, files_below, is_hidden, normal
 from losswatch.data.matching import Names, NoMasks, Pairs, beside, match
 
 # What images/ and masks/ are called elsewhere.
@@ -40,10 +40,7 @@ def find_pairs(root: Path, names: Names) -> Pairs:
     if any(WORDS[path.name.lower()] == "train" for path in splits):
         return _of_splits(splits, names)
     if each := [p for p in children if _folder(p, names.images) and _folder(p, names.masks)]:
-        return _joined(
-            (p.name, match(*(_folder(p, n) or p for n in names[:2]), names, is_one=True))
-            for p in each
-        )
+        return _joined((p.name, _of_one(p, names)) for p in each)
     if images or (root / names.masks).is_dir() or names.images != IMAGE_FOLDERS[0]:
         _refuse(root, names, images)
     return beside(root, names)
@@ -56,6 +53,12 @@ def _folder(root: Path, name: str) -> Path | None:
     known = next((n for n in (IMAGE_FOLDERS, MASK_FOLDERS) if n[0] == name), ())
     found = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name.lower() in known]
     return found[0] if len(found) == 1 else None
+
+
+def _of_one(folder: Path, names: Names) -> Pairs:
+    images, masks = _folder(folder, names.images), _folder(folder, names.masks)
+    assert images and masks
+    return match(images, masks, names, is_one=True)
 
 
 def _refuse(root: Path, names: Names, images: Path | None) -> None:
@@ -105,7 +108,9 @@ def _joined(parts: Iterable[tuple[str, Pairs]]) -> Pairs:
     """The pairs of several folders; a class that one of them lacks has empty masks there."""
     found = dict(parts)
     kinds = tuple(sorted({kind for pairs in found.values() for kind in pairs.kinds}))
-    cases, unused, notes = {}, [], {}
+    cases: dict[Key, Case] = {}
+    unused: list[Path] = []
+    notes: dict[str, None] = {}
     for name, pairs in found.items():
         if bool(pairs.kinds) != bool(kinds):
             [case, *_] = pairs.cases.values()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from losswatch.data.cases import Case
 from losswatch.data.files import WORDS, Key, normal
-from losswatch.data.labels import Classes
 from losswatch.data.reading import stem_of
 from losswatch.text import number_of
 
@@ -20,7 +19,7 @@ class Layout(NamedTuple):
     """What a folder holds."""
 
     cases: dict[str, list[Case]]  # by split
-    classes: Classes | None = None  # as far as the layout names them
+    classes: Mapping[str, Any] | None = None  # as in data.classes, where the layout names them
     ignored: int | None = None  # the value in a mask of pixels that count nowhere
     overlap: bool = False  # whether classes may overlap
     channels: int | None = None  # of an image, where the layout names them

@@ -7,6 +7,7 @@ front and upwards (RAS).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,22 +52,35 @@ def read_itk(path: Path) -> File:
     return File(array.transpose(0, 3, 2, 1), np.diag([-1.0, -1, 1, 1]) @ place)
 
 
-def _series(folder: Path) -> object:
+def _series(folder: Path) -> Any:
+    """An image of SimpleITK.
+
+    Raises:
+        ValueError: the folder holds no series or several, or slices of one are missing.
+    """
     import SimpleITK as sitk
 
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # the error says it
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors say what is needed
     names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(names) != 1:
         raise ValueError(
             f"a folder of DICOM files must hold one series, it holds {len(names)}; sort them, or "
             "convert them to NIfTI, by dcm2niix for example"
         )
-    image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), names[0]))
-    if (key := "ITK_non_uniform_sampling_deviation") in image.GetMetaDataKeys():
-        raise ValueError(
-            f"its slices are unevenly spaced, by up to {float(image.GetMetaData(key)):.3g} mm, as if "
-            "one were missing; complete or resample the series"
-        )
+    reader = sitk.ImageSeriesReader()
+    files = reader.GetGDCMSeriesFileNames(str(folder), names[0])
+    reader.SetFileNames(files)
+    reader.MetaDataDictionaryArrayUpdateOn()
+    image = reader.Execute()
+    position = "0020|0032"  # of the patient (DICOM PS3.3, C.7.6.2.1.1)
+    if len(files) > 2 and all(reader.HasMetaDataKey(i, position) for i in range(len(files))):
+        points = [reader.GetMetaData(i, position).split("\\") for i in range(len(files))]
+        gaps = np.linalg.norm(np.diff(np.array(points, float), axis=0), axis=1)
+        if np.ptp(gaps) > 0.1 * gaps.min():
+            raise ValueError(
+                f"its slices are {gaps.min():.3g} to {gaps.max():.3g} mm apart, as if some were "
+                "missing; complete or resample the series"
+            )
     return image
 
 
