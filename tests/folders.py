@@ -47,6 +47,7 @@ class Row:
 ROWS: dict[str, Row] = {}
 FOUND = {"0": 0, "1": 1}
 THREE = FOUND | {"2": 2}
+REPLACE = "(?i:replace|set |fill|write|crop)"  # the way out where an image holds NaN
 
 
 def case(*options: str, **more: Any) -> Callable[[Callable], Callable]:
@@ -137,7 +138,10 @@ def put(path: Path, array: np.ndarray, **options: Any) -> None:
         np.save(path, array)
     else:
         jpeg = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
-        Image.fromarray(array).save(path, **jpeg | options)
+        gif = (
+            {"optimize": False} if suffix == ".gif" else {}
+        )  # greys stay the numbers that they are
+        Image.fromarray(array).save(path, **jpeg | gif | options)
 
 
 def junk(path: Path, content: bytes = b"junk") -> None:

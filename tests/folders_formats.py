@@ -10,6 +10,7 @@ from folders import (
     FOUND,
     JPEG,
     NAMES,
+    REPLACE,
     SIZE,
     SMALL,
     THREE,
@@ -323,7 +324,7 @@ def tiff_float(root):
     return truth
 
 
-@refused("(?i)nan", at="04.tif")
+@refused(f"(?=.*{6 * SIZE[1]})(?=.*NaN).*{REPLACE}", at="04.tif")
 def geotiff_nan(root):
     """NaN where there is no data."""
     pairs(root, "images/{}.tif", look=lambda image: image[0].astype(np.float32))
@@ -365,7 +366,7 @@ def bomb(root):
             image.save(root / folder / f"{i}.png", compress_level=1)
 
 
-@refused("(?i)channel", at=".png")
+@refused("(?i)channel.*(convert|save)", at=".png")
 def channels_differ(root):
     """Grey and colour are mixed: the line says how to make them alike."""
     pairs(root)

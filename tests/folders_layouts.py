@@ -200,12 +200,12 @@ def masks_only(root):
         put(root / "masks" / f"{name}.png", label)
 
 
-@refused(r"\b(1|one) image", at="")
+@refused(r"(?i)\b(1|one) image\b.*(cut|tiles|more|another)", at="")
 def one_image(root):
     pairs(root, names=NAMES[:1])
 
 
-@refused(r"(?i)\b(2|two) images.*(test_share|cut|more)", at="")
+@refused(r"(?i)\b(2|two) images.*(test_share=0|cut|tiles|more)", at="")
 def two_images(root):
     pairs(root, names=NAMES[:2])
 

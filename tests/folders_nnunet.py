@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 from folders import (
     AFFINE,
+    REPLACE,
     SIZE,
     SMALL,
     THREE,
@@ -121,7 +122,7 @@ def nn_unexpected(root):
            draw=lambda x: np.uint8(255) * (x == 1))  # fmt: skip
 
 
-@refused(rf"{SMALL[1] * SMALL[2]}.*NaN|NaN.*{SMALL[1] * SMALL[2]}", at="case_004_0000.nii.gz")
+@refused(f"(?=.*{SMALL[1] * SMALL[2]})(?=.*NaN).*{REPLACE}", at="case_004_0000.nii.gz")
 def nn_nan(root):
     """NaN outside of the field of view of one scan."""
     nnunet(root, dtype=np.float32)
@@ -169,7 +170,7 @@ def decathlon(root, name, channels):
     return truth
 
 
-@refused("_0000", at="case_000")
+@refused("(?i)end.*_0000", at="case_000")
 def nn_no_channel(root):
     """Images without _0000."""
     nnunet(root, suffix="")

@@ -15,12 +15,17 @@ import folders_layouts
 import folders_masks
 import folders_nnunet
 import folders_scans
+import nibabel
 import numpy as np
 import pytest
-from folders import ROWS
+import tifffile
+from conftest import read_result, run_folders, run_train
+from folders import ROWS, scene
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
 
 from losswatch.data.folder import FolderImages
+from losswatch.data.reading import write_mask
 
 FILES = (folders_damaged, folders_datasets, folders_formats, folders_layouts, folders_masks)
 assert all((*FILES, folders_nnunet, folders_scans))  # they fill the table
@@ -126,3 +131,104 @@ def test_a_folder_is_read_right_or_refused(name, tmp_path):
     else:
         assert truth is not None and (row.either or not row.refused), "it was read"
         assert_read(row, data, truth)
+
+
+# --- What is said, and the masks that are written ------------------------------------------------
+
+SHORT = ("data=folder", "data.root=d", "data.patch_size=12", "data.num_workers=0",
+         "trainer.accelerator=cpu")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.said])
+def test_what_an_owner_should_know_is_said_once(name, tmp_path):
+    row = ROWS[name]
+    (tmp_path / "d").mkdir()
+    row.build(tmp_path / "d")
+    done = run_train(*SHORT, *row.options, "trainer.max_steps=1", cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if re.search(row.said, line)]
+    assert len(lines) == 1, done.stderr
+
+
+@pytest.mark.parametrize("image", ["a.tif", "a.png"])
+def test_a_value_of_minus_one_is_written(image, tmp_path):
+    """PNG knows no such number, so the mask of a PNG is a TIFF, too."""
+    picture, label = scene(0)
+    folders_formats.put(tmp_path / image, np.moveaxis(picture, 0, -1))
+    label = label.astype(int) - 1
+    path = write_mask(label, tmp_path, "mask", tmp_path / image)
+    assert path.name == "mask.tif"
+    np.testing.assert_array_equal(tifffile.imread(path), label)
+
+
+def geo_tags(path):
+    with tifffile.TiffFile(path) as file:
+        tags = file.pages[0].tags
+        return {code: tags[code].value if code in tags else None for code in (33550, 33922, 34735)}
+
+
+def test_a_written_geotiff_keeps_its_place(tmp_path):
+    folders_formats.geotiff(tmp_path)
+    image = tmp_path / "images" / "03.tif"
+    path = write_mask(scene(0)[1], tmp_path, "mask", image)
+    assert None not in geo_tags(image).values()
+    assert geo_tags(path) == geo_tags(image)
+    np.testing.assert_array_equal(tifffile.imread(path), scene(0)[1])
+
+
+def true_values(path, row, names):
+    """A mask as the true values of its classes, read by the library of its format."""
+    if path.name.endswith(".nii.gz"):
+        stored = np.asarray(nibabel.load(path).dataobj)
+    elif path.suffix == ".tif":
+        stored = tifffile.imread(path)
+    elif names[0].startswith("#"):
+        colours = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        stored = colours @ [65536, 256, 1]
+        return sum(row.classes[name] * (stored == int(name[1:], 16)) for name in names)
+    else:
+        stored = np.asarray(Image.open(path))
+    assert set(np.unique(stored)) <= set(row.classes.values())
+    return stored
+
+
+def dice(predicted, label, value):
+    """Of an image; NaN where there is nothing to find and nothing was found."""
+    a, b = predicted == value, label == value
+    return 2 * (a & b).sum() / (a.sum() + b.sum()) if a.any() or b.any() else np.nan
+
+
+WRITTEN = ["negative", "geotiff", "exif_portrait", "palette_order", "nn_affine_flip",
+           "scans_two_orientations"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITTEN)
+def test_written_masks_are_those_that_were_scored(name, tmp_path):
+    """Each lies on its image as a viewer shows it; Dice of the files is that of the test."""
+    row, root = ROWS[name], tmp_path / "d"
+    root.mkdir()
+    truth = row.build(root)
+    options = (*SHORT, *row.options, "data.test_share=0.4")
+    run_train(*options, "trainer.max_steps=30", "loss=cce", "optimizer.lr=0.01", cwd=tmp_path)
+    [trained] = run_folders(tmp_path).values()
+    run_train(*options, "mode=test", f"checkpoint={trained}", cwd=tmp_path)
+    [tested] = set(run_folders(tmp_path).values()) - {trained}
+    scores = {key: [] for key in row.classes}
+    for path in sorted((tested / "predictions").iterdir()):
+        key = path.name.split(".")[0]
+        found, label = true_values(path, row, list(row.classes)), truth[key][1]
+        if path.name.endswith(".nii.gz"):
+            [image] = root.glob(f"images*/{key}*")
+            np.testing.assert_allclose(nibabel.load(path).affine, nibabel.load(image).affine)
+            if name == "scans_two_orientations":  # the truth is turned; its file is not
+                label = np.asarray(nibabel.load(root / "masks" / path.name).dataobj)
+        elif name == "geotiff":
+            assert geo_tags(path) == geo_tags(root / "images" / path.name)
+        assert found.shape == label.shape
+        for key, value in row.classes.items():
+            scores[key].append(dice(found, label, value))
+    assert len(scores[key]) > 1
+    metrics = read_result(tested)["metrics"]
+    for key, values in scores.items():
+        assert metrics[f"test/dice/{key}"] == pytest.approx(np.nanmean(values), rel=1e-5)
