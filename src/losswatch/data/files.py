@@ -36,11 +36,16 @@ def files_below(folder: Path) -> Files:
     """
     images: dict[Key, Path] = {}
     others = []
+    seen: set[str] = set()
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        place = Path(where)
+        place, real = Path(where), os.path.realpath(where)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
         parts = tuple(map(normal, place.relative_to(folder).parts))
-        paths = [place / name for name in sorted(names) if not is_hidden(name)]
+        paths = [Path(where, name) for name in sorted(names) if not is_hidden(name)]
         if parts and parts[-1].lower() not in WORDS and _is_series(paths):
             found = {parts: place}
         else:

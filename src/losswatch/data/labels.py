@@ -176,11 +176,9 @@ def as_read(values: np.ndarray, mask: Mask, colours: bool) -> np.ndarray:
 
 def distinct_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct values [V] of an array, and how many pixels have each."""
-    if values.dtype not in (np.uint8, np.uint16):
-        return np.unique(values, return_counts=True)
-    counts = np.bincount(values.ravel())  # without sorting
-    found = np.flatnonzero(counts)
-    return found, counts[found]
+    if values.dtype == np.uint8:
+        values = values.astype(np.uint16)  # which numpy sorts five times as fast
+    return np.unique(values, return_counts=True)
 
 
 def to_label(masks: Sequence[Mask], coding: Coding) -> np.ndarray:

@@ -90,7 +90,7 @@ def _stamp(case: Case, known: tuple[int, int]) -> str:
 
 def _look(case: Case, known: tuple[int, int]) -> Look:
     content = load(case, "", *known)
-    image, where = content.image, tuple(range(1, content.image.ndim))
+    image = content.image
     if image.dtype.kind == "f" and (bad := int((~np.isfinite(image)).sum())):
         raise ValueError(
             f"{case.images[0]} holds NaN or infinity in {number_of(bad, 'pixel')} of {image.size}; "
@@ -106,7 +106,8 @@ def _look(case: Case, known: tuple[int, int]) -> Look:
         palette = mask.palette and {int(v): mask.palette.get(int(v), 0) for v in values}
         masks.append(mask._replace(values=values, palette=palette))
         counts.append(numbers)
-    lows, highs = (tuple(map(float, f(image, axis=where))) for f in (np.min, np.max))
+    # Channel by channel, in which numpy is ten times as fast as over two axes.
+    lows, highs = zip(*((float(plane.min()), float(plane.max())) for plane in image), strict=True)
     return Look(image.shape, lows, highs, content.axes, tuple(masks), tuple(counts), content.notes)
 
 
