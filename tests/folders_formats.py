@@ -87,28 +87,18 @@ def webp_some(root):
     return truth
 
 
-def exif_2(root):
-    return exif(root, 2)
+def turned(orientation, size):
+    def build(root):
+        return exif(root, orientation, size)
+
+    build.__name__ = f"exif_{orientation}"
+    case(far=JPEG)(build)
 
 
-def exif_4(root):
-    return exif(root, 4)
-
-
-def exif_5(root):
-    return exif(root, 5, (48, 36))
-
-
-def exif_7(root):
-    return exif(root, 7, (48, 36))
-
-
-def exif_8(root):
-    return exif(root, 8, (48, 36))
-
-
-for turned in (exif_2, exif_4, exif_5, exif_7, exif_8):
-    case(far=JPEG)(turned)
+for orientation in (2, 4):
+    turned(orientation, SIZE)
+for orientation in (5, 7, 8):
+    turned(orientation, (48, 36))
 
 
 @case(far=JPEG)
@@ -160,7 +150,7 @@ def heic(root):
         junk(root / "images" / f"{name}.heic", bytes(4) + b"ftypheic")
 
 
-@refused("(?i)frames|pages", at="03.gif", either=True)
+@refused("(?i)frames|pages|channel", at="03.gif", either=True)
 def gif_of_frames(root):
     """One image is a film."""
     truth = pairs(root, "images/{}.png", look=lambda image: image[0])
@@ -333,11 +323,13 @@ def geotiff_nan(root):
     put(root / "images" / "04.tif", heights, extratags=[(42113, "s", 0, "nan", True)])
 
 
-@refused("(?i)jp2", at=".jp2")
+@refused("(?i)jp2", at=".jp2", either=True)
 def jpeg_2000(root):
-    """Sentinel-2 as downloaded: not read, and the line says to convert."""
-    pairs(root)
-    (root / "images" / "01.png").rename(root / "images" / "01.jp2")
+    """Sentinel-2 as downloaded: read, or the line says to convert."""
+    truth = pairs(root)
+    Image.open(root / "images" / "01.png").save(root / "images" / "01.jp2", irreversible=False)
+    (root / "images" / "01.png").unlink()
+    return truth
 
 
 # --- Sizes ---------------------------------------------------------------------------------------
@@ -384,3 +376,17 @@ def sizes_differ(root):
 def mask_turned(root):
     pairs(root)
     put(root / "masks" / "02.png", np.ascontiguousarray(scene(1)[1].T))
+
+
+@case("data.normalize=zscore", far=1e-5)
+def constant_channel(root):
+    """One channel is the same everywhere: it has no deviation to divide by."""
+
+    def flat(image):
+        return np.stack([image[0], np.full_like(image[1], 9), image[2]])
+
+    def scored(channel):
+        return (channel - channel.mean()) / (channel.std() or 1)
+
+    truth = pairs(root, look=lambda image: hwc(flat(image)))
+    return {name: (np.stack([*map(scored, flat(image))]), y) for name, (image, y) in truth.items()}

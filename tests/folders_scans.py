@@ -262,7 +262,7 @@ def write_series(folder, array):
     for z in range(depth):
         page = scan[:, :, z]
         for tag, value in {
-            "0008|0060": "CT", "0020|000e": f"1.2.826.0.1.{abs(hash(folder.name)) % 10**8}",
+            "0008|0060": "CT", "0020|000e": f"1.2.826.0.1.{sum(folder.name.encode())}",
             "0020|0037": "\\".join(f"{v:.12f}" for v in (*x[:, 0], *x[:, 1])),
             "0020|0032": "\\".join(map(str, scan.TransformIndexToPhysicalPoint((0, 0, z)))),
             "0020|0013": str(z), "0018|0050": "2.5",
