@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from losswatch.data.folder import FolderImages
-from losswatch.data.reading import write_mask
+from losswatch.data.writing import write_mask
 
 FILES = (folders_damaged, folders_datasets, folders_formats, folders_layouts, folders_masks)
 assert all((*FILES, folders_nnunet, folders_scans))  # they fill the table
@@ -158,7 +158,7 @@ def test_a_value_of_minus_one_is_written(image, tmp_path):
     picture, label = scene(0)
     folders_formats.put(tmp_path / image, np.moveaxis(picture, 0, -1))
     label = label.astype(int) - 1
-    path = write_mask(label, tmp_path, "mask", tmp_path / image)
+    path = write_mask(label, tmp_path / "mask", tmp_path / image)
     assert path.name == "mask.tif"
     np.testing.assert_array_equal(tifffile.imread(path), label)
 
@@ -172,7 +172,7 @@ def geo_tags(path):
 def test_a_written_geotiff_keeps_its_place(tmp_path):
     folders_formats.geotiff(tmp_path)
     image = tmp_path / "images" / "03.tif"
-    path = write_mask(scene(0)[1], tmp_path, "mask", image)
+    path = write_mask(scene(0)[1], tmp_path / "mask", image)
     assert None not in geo_tags(image).values()
     assert geo_tags(path) == geo_tags(image)
     np.testing.assert_array_equal(tifffile.imread(path), scene(0)[1])
