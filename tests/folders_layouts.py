@@ -30,7 +30,7 @@ def of_class(value):
     return lambda label: np.uint8(255) * (label == value)
 
 
-@case(classes=CELLS, overlap=True, said="masks/border")
+@case(classes=CELLS, overlap=True, said="class border")
 def class_file_missing(root):
     """No file where an image has none of the class."""
     truth = pairs(root, mask="masks/nucleus/{}.png", classes=3, draw=of_class(1))
@@ -178,7 +178,7 @@ def beside_mask_missing(root):
     (root / "03_mask.png").unlink()
 
 
-@case("data.skip_unpaired=true", said="(?i)left out|skipped")
+@case("data.skip_unpaired=true", said="not used: 2 files")
 def skip_unpaired(root):
     """An image without a mask and a mask without an image are left out on demand."""
     truth = pairs(root)

@@ -110,7 +110,7 @@ def colours_rgba(root):
 
 
 @refused("#400080", "data.masks=labels", "data.classes={sky:'#808080',building:'#800000'}",
-         at="labels/01.png")  # fmt: skip
+         at="labels/")  # fmt: skip
 def colours_one_unnamed(root):
     pairs(root, mask="labels/{}.png", classes=3, draw=lambda label: CAMVID[label])
 
@@ -127,7 +127,7 @@ def smooth(label):
     return edges.astype(np.uint8)
 
 
-@refused("(?i)nearest", NAMED, at="masks/01.png")
+@refused("(?i)nearest", NAMED, at="masks/")
 def colours_smooth(root):
     pairs(root, classes=3, draw=smooth)
 
@@ -321,7 +321,7 @@ def npy_one_channel(root):
     return {name: (image[:1], label) for name, (image, label) in truth.items()}
 
 
-@refused("(?i)one.?hot|channels|axes", at="masks/01.npy", either=True, classes=THREE)
+@refused("(?i)one.?hot|channels|axes", at="masks/", either=True, classes=THREE)
 def npy_one_hot(root):
     """Masks [H, W, 3], a plane for each class."""
     draw = lambda label: np.eye(3, dtype=np.uint8)[label]  # noqa: E731
@@ -349,6 +349,6 @@ def npz(root):
     return npz_files(root)
 
 
-@refused("arr_0", "data.images=.", "data.masks=.", at="01.npz")
+@refused("arr_0", "data.images=.", "data.masks=.", at=".npz")
 def npz_other_names(root):
     npz_files(root, "arr_0", "arr_1")

@@ -109,13 +109,13 @@ def nn_float_noise(root):
     return {k: (x, y.round()) for k, (x, y) in nnunet(root, draw=draw).items()}
 
 
-@refused(r"1\.37.*>", at="case_000.nii.gz")
+@refused(r"1\.37.*>", at="labelsTr/case_")
 def nn_float_half(root):
     """Labels that were resampled, and are between two classes."""
     nnunet(root, draw=lambda x: np.where(x == 1, 1.37, x).astype(np.float32))
 
 
-@refused("255", at="case_000.nii.gz")
+@refused("255", at="labelsTr/case_")
 def nn_unexpected(root):
     """Masks of 0 and 255 where dataset.json says 0 and 1."""
     nnunet(root, about(labels={"background": 0, "organ": 1}),
@@ -170,7 +170,7 @@ def decathlon(root, name, channels):
     return truth
 
 
-@refused("(?i)end.*_0000", at="case_000")
+@refused("(?i)end.*_0000", at="case_")
 def nn_no_channel(root):
     """Images without _0000."""
     nnunet(root, suffix="")

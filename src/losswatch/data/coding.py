@@ -91,6 +91,13 @@ def make_coding(
             "and data.ignore_index must name colours, such as "
             f"\"data.classes={{road:'#804080',sky:'#4682b4'}}\", not {numbers[0]}"
         )
+    for path, mask in masks if colours else ():
+        odd = mask.values[(mask.values < 0) | (mask.values > 255) | (mask.values % 1 != 0)]
+        if odd.size and not mask.colours:
+            raise ValueError(
+                f"{path} holds {odd[0]:.6g}, which is no grey of 8 bits, while other masks are in "
+                "colour; save all of them in one way"
+            )
     if lossy and any(REST in values for values in (classes or {}).values()):
         file = next(path for path, mask in masks if mask.lossy)
         raise ValueError(

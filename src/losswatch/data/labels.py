@@ -171,7 +171,7 @@ def as_read(values: np.ndarray, mask: Mask, colours: bool) -> np.ndarray:
     """Values of a mask as colours, if it is to be read so, whatever the mode of its file."""
     if colours and mask.palette:
         return np.array([mask.palette.get(int(v), 0) for v in values])
-    return values * 0x010101 if colours and not mask.colours else values
+    return values.astype(np.int64) * 0x010101 if colours and not mask.colours else values
 
 
 def distinct_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

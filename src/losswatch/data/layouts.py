@@ -39,11 +39,10 @@ def read_layout(root: Path, names: Names, shares: Mapping[str, float]) -> Layout
     classes: dict[str, Any] | None = dict.fromkeys(kinds, REST) or None
     if len(kinds) == 1:
         classes = {"background": 0, kinds[0]: REST}
-    if empty := [case.images[0] for case in cases.values() if () in case.masks]:
-        notes.append(
-            f"{number_of(len(empty), 'image')} have no file of a class, whose mask is then empty; "
-            f"{empty[0]} is the first"
-        )
+    for i, kind in enumerate(kinds):
+        if empty := [case.images[0] for case in cases.values() if not case.masks[i]]:
+            have = f"{empty[0]} and {len(empty) - 1} more have" if empty[1:] else f"{empty[0]} has"
+            notes.append(f"{have} no mask of class {kind}, which is taken for an empty one")
     if split := split_of(cases):
         parts = split
     elif lists := listed(root, cases, names.image_suffix):

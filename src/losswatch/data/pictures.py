@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from losswatch.data.reading import File
+from losswatch.data.reading import File, Unusable
 
 ORIENTATION = 0x0112  # the tag of EXIF and of TIFF
 # What makes an array [..., rows, columns] upright, by the value of that tag (EXIF 2.32, 4.6.4 A).
@@ -35,7 +35,7 @@ def read_picture(path: Path, is_mask: bool) -> File:
     try:
         opened = Image.open(path)
     except Image.DecompressionBombError:
-        raise ValueError(
+        raise Unusable(
             f"it has more pixels than the {2 * Image.MAX_IMAGE_PIXELS:,} that Pillow reads; cut it "  # type: ignore
             "into tiles, or save it as TIFF"
         ) from None
@@ -113,13 +113,11 @@ def read_tiff(path: Path, is_mask: bool) -> File:
         turn = page.tags[ORIENTATION].value if ORIENTATION in page.tags else 1
         if len(file.series) > 1:
             notes.append("of several series the first one is read")
-    if array.dtype.kind == "c":
-        raise ValueError("it holds complex numbers")
     kept = [i for i, n in enumerate(array.shape) if n > 1 or axes[i] in "YX"]
     array, axes = array.reshape([array.shape[i] for i in kept]), "".join(axes[i] for i in kept)
     channels = [i for i, axis in enumerate(axes) if axis in "SC"]
     if len(channels) > 1 or len(axes) - len(channels) not in (2, 3):
-        raise ValueError(f"its axes {axes} are none of an image or a volume")
+        raise Unusable(f"its axes {axes} are none of an image or a volume; save it as one of these")
     if "T" in axes:
         notes.append("its axis of time is read as one of space, or of channels for a flat mask")
     if not is_mask:

@@ -37,6 +37,10 @@ def stem_of(path: Path) -> str:
     return path.name[: len(path.name) - len(suffix_of(path))]
 
 
+class Unusable(ValueError):
+    """A file that is whole holds what cannot be an image; the message says what to do."""
+
+
 class File(NamedTuple):
     """What a file holds.
 
@@ -83,6 +87,8 @@ def read(path: Path, is_mask: bool) -> File:
             file = read_picture(path, is_mask)
         else:
             file = read_itk(path)
+    except Unusable as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
     except Exception as error:
         why = " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read: {why}; replace or remove it") from error
@@ -99,12 +105,12 @@ def _read_array(path: Path, is_mask: bool) -> File:
         names = MASKS if is_mask else IMAGES
         wanted = [name for name in names if name in found.files]
         if not wanted and len(found.files) > 1:
-            raise ValueError(
+            raise Unusable(
                 f"it holds {', '.join(found.files)}; its {'mask' if is_mask else 'image'} must be "
                 f"called {', '.join(names)}"
             )
         with found:
             found = found[(wanted or found.files)[0]]
     if found.ndim < 2:
-        raise ValueError(f"it holds an array of {found.ndim} dimensions")
+        raise Unusable(f"an image needs 2 or 3 axes, its array has {found.ndim}")
     return File(found[None], loose=found.ndim > 2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from losswatch.data.reading import NIFTI, File, suffix_of
+from losswatch.data.reading import NIFTI, File, Unusable, suffix_of
 
 
 def read_nifti(path: Path) -> File:
@@ -25,7 +25,7 @@ def read_nifti(path: Path) -> File:
     more = tuple(n for n in array.shape[3:] if n > 1)
     array = array.reshape(*(array.shape + (1, 1, 1))[:3], *more)
     if array.ndim > 4:
-        raise ValueError(f"it has {array.ndim} axes; a volume and channels are 4")
+        raise Unusable(f"it has {array.ndim} axes; a volume and its channels are 4: split it")
     header = image.header
     known = [int(header[key]) for key in ("sform_code", "qform_code") if key in header]  # type: ignore
     place = image.affine if any(known) and np.linalg.det(image.affine) else None  # type: ignore
@@ -45,7 +45,7 @@ def read_itk(path: Path) -> File:
     if dims == 2:
         return File(array)  # [y, x], as of a picture
     if dims != 3:
-        raise ValueError(f"it has {dims} dimensions")
+        raise Unusable(f"an image has 2 or 3 dimensions, it has {dims}: split it")
     place = np.eye(4)
     place[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     place[:3, 3] = image.GetOrigin()
@@ -56,14 +56,14 @@ def _series(folder: Path) -> Any:
     """An image of SimpleITK.
 
     Raises:
-        ValueError: the folder holds no series or several, or slices of one are missing.
+        Unusable: the folder holds no series or several, or slices of one are missing.
     """
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors say what is needed
     names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(names) != 1:
-        raise ValueError(
+        raise Unusable(
             f"a folder of DICOM files must hold one series, it holds {len(names)}; sort them, or "
             "convert them to NIfTI, by dcm2niix for example"
         )
@@ -77,7 +77,7 @@ def _series(folder: Path) -> Any:
         points = [reader.GetMetaData(i, position).split("\\") for i in range(len(files))]
         gaps = np.linalg.norm(np.diff(np.array(points, float), axis=0), axis=1)
         if np.ptp(gaps) > 0.1 * gaps.min():
-            raise ValueError(
+            raise Unusable(
                 f"its slices are {gaps.min():.3g} to {gaps.max():.3g} mm apart, as if some were "
                 "missing; complete or resample the series"
             )
