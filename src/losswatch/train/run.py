@@ -155,6 +155,7 @@ def _make_tester(cfg: DictConfig, folder: Path, logger: EventLog | bool) -> pl.T
         logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
+        use_distributed_sampler=cfg.mode == "predict",  # for a test each rank takes its own share
     )
 
 
