@@ -2,7 +2,9 @@
 
 import datetime
 import os
+import re
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +12,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import read_result, run_folders, run_train
+from conftest import read_result, run_train
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
 from losswatch import Dice, LossSet, load_loss
 from losswatch.data.form import Form
 from losswatch.events.series import read_scalars
+from losswatch.train import build
+from losswatch.train.config import ConfigError
 from losswatch.train.evaluation import ImageScores
 
 
@@ -116,6 +122,82 @@ def test_two_devices_score_as_one():
         mp.spawn(score_on_rank, (f"{folder}/store", expected), nprocs=2)
 
 
+# --- Constructors ---------------------------------------------------------------------------------
+
+PUBLIC = {
+    "Dice": {"_target_": "losswatch.Dice"},
+    "CrossEntropy": {"_target_": "losswatch.CrossEntropy"},
+    "Sum": {
+        "_target_": "losswatch.Sum",
+        "losses": [{"_target_": "losswatch.Dice"}, {"_target_": "losswatch.CrossEntropy"}],
+    },
+    "load_loss": {"_target_": "losswatch.load_loss", "name": "dice_cce"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_losses_by_their_public_names_ignore_pixels(name):
+    """The value does not depend on the logits under ignored pixels."""
+    [loss] = build.make_losses({"own": OmegaConf.create(PUBLIC[name])}, FORM).losses
+    logits, target = validation()[0]
+    other = torch.where(target.unsqueeze(1) < 0, 5 * logits, logits)
+    assert (target < 0).any() and torch.equal(loss(logits, target), loss(other, target))
+
+
+class Fails(nn.Module):
+    """Its constructor fails for the reason that it gives, which has a cause of its own."""
+
+    def __init__(self, inner=None, through=None):
+        super().__init__()
+        if through:
+            instantiate({"_target_": f"{__name__}.Fails"})
+        try:
+            raise OSError("the cause")
+        except OSError as error:
+            raise ValueError("what the\nconstructor says") from error
+
+
+class Silent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        raise NotImplementedError
+
+
+FAILS, SILENT = ({"_target_": f"{__name__}.{kind.__name__}"} for kind in (Fails, Silent))
+CONSTRUCTORS = {
+    "alone": (FAILS, "loss own: what the constructor says"),
+    "nested": ({"_target_": "losswatch.Sum", "losses": [FAILS]},
+               "loss own: what the constructor says"),
+    "by a constructor": (FAILS | {"through": True}, "loss own: what the constructor says"),
+    "without a word": (SILENT, "loss own: NotImplementedError"),
+    "a preset": (
+        {"_target_": "losswatch.load_loss", "name": "dice", "smooth_nr": -1},
+        "loss own: loss dice: smooth_nr=-1: allowed is a number at least 0",
+    ),
+    "a setting": ({"_target_": "losswatch.Dice", "smooth_nr": -1},
+                  "loss own: smooth_nr=-1: allowed is a number at least 0"),
+    "a name": ({"_target_": "losswatch.Dice", "smoooth": 1},
+               "loss own: Dice.__init__() got an unexpected keyword argument 'smoooth'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONSTRUCTORS)
+def test_the_error_of_a_constructor_is_shown_itself(case):
+    node, message = CONSTRUCTORS[case]
+    with pytest.raises(ConfigError) as raised:
+        build.make_losses({"own": OmegaConf.create(node)}, replace(FORM, has_ignored=False))
+    assert str(raised.value) == message
+
+
+def test_a_damaged_image_is_named(tmp_path, compose):
+    make_folder(tmp_path / "a", train=3, val=2)
+    path = tmp_path / "a/train/images/1.png"
+    path.write_bytes(path.read_bytes()[:200])
+    cfg = compose("data=folder", f"data.root={tmp_path / 'a'}").cfg
+    with pytest.raises(ConfigError, match=f"^data: {path} cannot be read: "):
+        build.make_data(cfg)
+
+
 # --- Whole runs -----------------------------------------------------------------------------------
 
 RUN = [
@@ -149,6 +231,87 @@ def last_line(done):
     return line
 
 
+LACKING = {
+    "metric": ["metric=val/dice/nerve"],
+    "plateau": ["scheduler=plateau", "metric=val/iou/nerve"],
+    "best": ["callbacks=best", "metric=val/dice", "callbacks.best.monitor=val/dice/nerve"],
+    "early stopping": ["callbacks=early_stopping", "metric=val/dice/nerve"],
+}
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_a_metric_of_a_class_that_validation_lacks(tmp_path, compose, case):
+    make_folder(tmp_path / "a", train=3, val=2)
+    for path in (tmp_path / "a/train/masks").iterdir():
+        mask = np.array(Image.open(path))
+        mask[-3:] = 2
+        Image.fromarray(mask).save(path)
+    run = [
+        *RUN, f"data.root={tmp_path / 'a'}", "data.ignore_index=9",
+        "data.classes={background:0,cell:1,nerve:2}",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError) as raised:
+        compose(*run, *LACKING[case]).check()
+    assert "\n" not in str(raised.value)
+    assert re.search(
+        r"monitors val/dice/nerve, which needs|^metric=val/\w+/nerve needs", str(raised.value)
+    )
+    assert "class nerve, of which no image of val has a pixel; give val an" in str(raised.value)
+    compose(*run, *(part.replace("nerve", "cell") for part in LACKING[case])).check()
+
+
+def test_a_share_is_one_image_of_each_device(tmp_path, compose):
+    """Otherwise one device would validate without the other, and wait for it."""
+    make_folder(tmp_path / "a", train=4, val=3)
+    run = [*RUN, *TWO, f"data.root={tmp_path / 'a'}"]
+    with pytest.raises(ConfigError, match="limit_val_batches=0.5 of 1 is less than one batch"):
+        compose(*run, "+trainer.limit_val_batches=0.5").check()
+    compose(*run, "+trainer.limit_val_batches=1").check()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with images a, without any for a test, and a run that was trained on them."""
+    cwd = tmp_path_factory.mktemp("trained")
+    make_folder(cwd / "a", train=3, val=2)
+    run_train(*RUN, "data.ignore_index=9", "hydra.run.dir=run", cwd=cwd)
+    colours = np.zeros((20, 20, 3), np.uint8)
+    (cwd / "colours").mkdir()
+    Image.fromarray(colours).save(cwd / "colours/0.png")
+    (cwd / "none").mkdir()
+    return cwd
+
+
+REFUSED = {
+    "no test": (["mode=test"], r"mode=test: the data have no images for a test"),
+    "no folder": (["mode=predict", "data.root=no"], r"\bno\b.*folder"),
+    "no image": (["mode=predict", "data.root=none"], r"\bnone\b.*no images"),
+    "channels": (["mode=predict", "data.root=colours"], r"colours/0.png has 3 channels"),
+    "no root": (["mode=predict", "~data.root"], r"data.root"),
+    "trainer": (["mode=predict", "trainer.precision=16-mixed"], r"trainer.precision=16-mixed needs"),
+    "sweep": (["mode=predict", "data.root=no,none"], r"\bno\b.*folder.*nothing was started"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mode_that_cannot_work_ends_before_any_work(trained, case):
+    overrides, message = REFUSED[case]
+    start = ["-m"] if case == "sweep" else []
+    done = run_train(*start, *RUN, "checkpoint=run", *overrides, cwd=trained, status=2)
+    assert re.search(message, last_line(done)), done.stderr
+    assert not list(trained.glob("outputs/*/*/result.json"))
+
+
+def test_modes_that_can_work_leave_masks(trained):
+    for name, start, root in (("p", [], "a/val/images"), ("q", ["-m"], "a/val/images,a/val")):
+        run_train(
+            *start, *RUN, "checkpoint=run", "mode=predict", f"data.root={root}",
+            f"hydra.run.dir={name}", f"hydra.sweep.dir={name}", cwd=trained,
+        )  # fmt: skip
+        masks = {path.read_bytes() for path in trained.glob(f"{name}/**/predictions/*.png")}
+        assert len(masks) == 2
+
+
 @pytest.mark.slow
 def test_a_run_of_two_devices_validates_and_tests_as_one(tmp_path):
     make_folder(tmp_path / "a", train=4, val=5, test=3)
@@ -156,7 +319,12 @@ def test_a_run_of_two_devices_validates_and_tests_as_one(tmp_path):
     (tmp_path / "mine/loss/theirs.yaml").write_text(
         "_target_: torch.nn.CrossEntropyLoss\nignore_index: -1\n"
     )
-    run = [*RUN, "model.batch_norm=true", "data.ignore_index=9", "watch=[cce,dice,dice_monai,theirs]"]
+    run = [
+        *RUN,
+        "model.batch_norm=true",
+        "data.ignore_index=9",
+        "watch=[cce,dice,dice_monai,theirs]",
+    ]
     found = []
     for name, more in {"one": [], "two": TWO}.items():
         folder, tested = tmp_path / name, tmp_path / f"{name}-tested"
