@@ -400,7 +400,10 @@ def test_the_line_about_a_name_can_be_pasted_into_a_shell(tmp_path, name):
 def test_any_setting_that_hydra_cannot_read(tmp_path):
     """Text is quoted; a list with a mistake is not."""
     done = run_train("tags=[a", cwd=tmp_path, status=2)
-    assert "losswatch: tags=[a: if this is text, quote the value for Hydra: " in last_line(done)
+    assert last_line(done) == (
+        "losswatch: tags=[a: the value cannot be read; if it is text, quote the value for Hydra: "
+        "\"tags='[a'\""
+    )
     done = run_train("watch=dice,cce", cwd=tmp_path, status=2)
     assert "add -m; for a list give watch=[dice,cce]; for text quote" in last_line(done)
     assert quoted("model.name=Größe 1") == "model.name='Größe 1'"

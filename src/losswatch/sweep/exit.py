@@ -145,7 +145,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         given = current_sweep().given.get(error.override, error.override)
         if text := as_one_text(given):
-            return f"{given}: if this is text, quote the value for Hydra: {text}"
+            why = "the value cannot be read; if it is text, quote the value for Hydra"
+            return f"{given}: {why}: {text}"
     if several := compat.several_values(error):
         given = current_sweep().given.get(several, several)
         key, _, value = given.partition("=")

@@ -123,14 +123,14 @@ def quoted(argument: str) -> str:
 def as_one_text(argument: str) -> str | None:
     """A command-line argument with its value as text, in the form for a shell.
 
-    None if Hydra cannot read it even so.
+    None if it has no value, or if Hydra cannot read it even so.
 
     >>> print(as_one_text("data.root=cells, Köln"), as_one_text("note=$x"))
     "data.root='cells, Köln'" 'note='"'"'$x'"'"''
     """
-    key, _, value = argument.partition("=")
+    key, is_override, value = argument.partition("=")
     text = _as_text(value)
-    if not _is_read(key, text):
+    if not is_override or not _is_read(key, text):
         return None
     argument = f"{key}={text}"
     # Between double quotes a shell reads these; a backslash before "'" stays as it is.
