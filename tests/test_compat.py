@@ -12,10 +12,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import ROOT
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.types import HydraContext
+from hydra.errors import ConfigCompositionException
+from hydra.types import HydraContext, RunMode
 from lightning_utilities.core.imports import RequirementCache
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -576,6 +579,17 @@ def test_not_a_choice(multirun, override):
     with pytest.raises(ValueError) as raised:
         hydra.compose("config", [override])
     assert str(raised.value).startswith(compat.NOT_A_CHOICE)
+
+
+@pytest.mark.parametrize("override", ["loss=dice,cce", "data.root='Köln', Dom"])
+def test_several_values(override):
+    """Hydra says so to a single run, and to a sweep nothing."""
+    parsed = OverridesParser.create().parse_overrides([override])
+    with pytest.raises(ConfigCompositionException) as raised:
+        ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
+    assert compat.several_values(raised.value) == override
+    ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.MULTIRUN, from_shell=True)
+    assert compat.several_values(ValueError("loss=dice,cce")) is None
 
 
 # --- joblib --------------------------------------------------------------------------------------

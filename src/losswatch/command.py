@@ -39,6 +39,8 @@ def main() -> None:
 
         show(sys.argv[2:])
         return
-    sys.argv[1:] = map(quoted, sys.argv[1:])
-    with clear_errors():
+    typed = sys.argv[1:]
+    sys.argv[1:] = map(quoted, typed)
+    with clear_errors() as sweep:
+        sweep.given = dict(zip(sys.argv[1:], typed, strict=True))
         train()

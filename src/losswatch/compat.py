@@ -8,6 +8,7 @@ the report and the start of Hydra import this file without needing PyTorch or Li
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -354,6 +355,12 @@ def loop_state(steps: int) -> dict[str, Any]:
 # How the ValueError begins that Hydra raises for `loss=null`, where a group needs the name of one
 # of its files. It has no class of its own, and its text does not help a user.
 NOT_A_CHOICE = "Config group override"
+
+
+def several_values(error: Exception) -> str | None:
+    """The override with several values of which Hydra says that a single run cannot have them."""
+    found = re.match(r"Ambiguous value for argument '(.*)'\n1\. ", str(error), re.DOTALL)
+    return found[1] if found else None
 
 
 def split_grid(overrides: Sequence[str]) -> list[list[str]]:

@@ -31,7 +31,7 @@ from losswatch.text import nearby, one_line, parse_overrides
 from losswatch.train import checkpoints, locks, run
 from losswatch.train.build import describe_data, make_net
 from losswatch.train.checks import check
-from losswatch.train.config import ConfigError, check_values
+from losswatch.train.config import ConfigError
 from losswatch.train.content import adopt, data_of, load_net
 from losswatch.train.curves import event_files
 from losswatch.train.folder import announce, check_folder
@@ -98,9 +98,7 @@ def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
     if cfg.checkpoint is not None:
         content = checkpoints.find(cfg.checkpoint)
         adopt(cfg, content, given=parse_overrides(job.overrides.task))
-    if cfg.mode == "predict":
-        check_values(cfg)
-    elif job.mode == RunMode.RUN:
+    if job.mode == RunMode.RUN:
         check(cfg, trained)
     if content is not None:
         form = data_of(content)[0] if cfg.mode == "predict" else describe_data(cfg)
@@ -165,7 +163,7 @@ def _work(cfg: DictConfig, trained: str, folder: Path) -> tuple[Reached, float]:
         announce(stacked.notice, step=0)
         return Reached(cfg.trainer.max_steps, stacked.result()), stacked.seconds
     begin = time.perf_counter()
-    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.mode != "predict":
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
         check(cfg, trained, multirun=True)
     work = {"train": train, "test": run.test, "predict": run.predict}[cfg.mode]
     return work(cfg, trained, folder), time.perf_counter() - begin

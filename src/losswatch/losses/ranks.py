@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,24 @@ class RankSums(NamedTuple):
     joint: Sums
 
 
+_is_apart = False  # whether the losses of this rank are those of its own batch, see `apart`
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """While this is open, losses are those of this rank's batch, and wait for no other rank."""
+    global _is_apart
+    before, _is_apart = _is_apart, True
+    try:
+        yield
+    finally:
+        _is_apart = before
+
+
 def world_size() -> int:
-    """The number of ranks that train together; 1 without `torch.distributed`."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """The ranks whose batches are summed; 1 without `torch.distributed`, and while `apart`."""
+    is_one = _is_apart or not (dist.is_available() and dist.is_initialized())
+    return 1 if is_one else dist.get_world_size()
 
 
 def highest(numbers: Sequence[float], device: torch.device) -> list[float]:

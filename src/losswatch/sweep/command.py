@@ -31,6 +31,7 @@ class Sweep:
     is_checked: bool = False  # whether each run has been composed and checked
     is_terminated: bool = False  # whether SIGTERM ended it
     lacks_runs: bool = False  # whether the table will lack a run, of which no file can be written
+    given: dict[str, str] = field(default_factory=dict)  # the arguments of the command, as typed
     # The composed config of each run, by its overrides, until the fused launcher takes it: to
     # compose one takes 70 ms. Other launchers compose their own, some of them elsewhere.
     configs: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -29,6 +29,7 @@ from losswatch.sweep.table import show_table
 from losswatch.terminal import flush, say
 from losswatch.text import one_line
 from losswatch.train import yaml_errors
+from losswatch.train.names import as_one_text
 
 EXTRAS = ("joblib", "submitit", "ray", "optuna")  # of pyproject.toml
 
@@ -141,6 +142,18 @@ def explain(error: Exception) -> str:
         extra = choice.partition("_")[0]  # submitit_slurm comes with submitit
         hint = f'; pip install -e ".[{extra}]" adds {choice}' if extra in EXTRAS else ""
         return f"there is no {group}={choice}; {allowed}{hint}"
+    if isinstance(error, OverrideParseException):
+        given = current_sweep().given.get(error.override, error.override)
+        if text := as_one_text(given):
+            why = "the value cannot be read; if it is text, quote the value for Hydra"
+            return f"{given}: {why}: {text}"
+    if several := compat.several_values(error):
+        given = current_sweep().given.get(several, several)
+        key, _, value = given.partition("=")
+        return (
+            f"{given}: to train with each of these values add -m; for a list give "
+            f"{key}=[{value}]; for text quote the value for Hydra: {as_one_text(given)}"
+        )
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         parent, _, _ = cause.full_key.rpartition(".")

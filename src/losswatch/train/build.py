@@ -12,6 +12,7 @@ from typing import Any
 import hydra
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
@@ -20,6 +21,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from losswatch import compat
+from losswatch.data.folder import FolderImages, UnlabelledImages
 from losswatch.data.form import IGNORED, Form
 from losswatch.data.modules import batches_per_epoch, form_of
 from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
@@ -83,9 +85,10 @@ def _instantiate(what: str, node: Any, kind: type = nn.Module, **kwargs: Any) ->
         made = hydra.utils.instantiate(node, _convert_="all", **kwargs)
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ConfigError(f"{what}: {' '.join(str(cause).split())}") from error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__  # what the constructor raised; its own causes say less
+        why = " ".join(str(cause).split()) or type(cause).__name__
+        raise ConfigError(f"{what}: {why}") from error
     _check_kind(what, node, type(made), kind)
     return made
 
@@ -288,9 +291,32 @@ def make_data(cfg: DictConfig) -> pl.LightningDataModule:
     return _instantiate("data", node, pl.LightningDataModule, **given)
 
 
+def make_unlabelled(cfg: DictConfig, form: Form) -> UnlabelledImages:
+    """The images without labels that `cfg.data` describes, for a network trained on this form.
+
+    Raises:
+        ConfigError: there are no such images.
+    """
+    data = cfg.data
+    try:
+        return UnlabelledImages(data.root, form, data.normalize, data.patch_size, data.batch_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def describe_data(cfg: DictConfig) -> Form:
     """The form of the images that `cfg.data` describes. One look serves all runs of a sweep."""
     return _look(cfg, form_of)
+
+
+def missing_classes(cfg: DictConfig) -> list[str]:
+    """The classes of which no validation image has a pixel; only of data=folder it is known."""
+    return _look(cfg, _missing)
+
+
+def _missing(data: pl.LightningDataModule) -> list[str]:
+    pairs = data.missing if isinstance(data, FolderImages) else []
+    return [name for split, name in pairs if split == "val"]
 
 
 def _look(cfg: DictConfig, function: Callable[[pl.LightningDataModule], Any]) -> Any:

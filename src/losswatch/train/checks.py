@@ -9,14 +9,12 @@ import multiprocessing
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.accelerators import CPUAccelerator
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
@@ -43,12 +41,16 @@ from losswatch.train.build import (
     make_net,
     make_optimizer,
     make_scheduler,
+    make_unlabelled,
+    missing_classes,
     set_length,
     trainer_options,
 )
-from losswatch.train.checkpoints import AtomicCheckpoints, step_in_name
+from losswatch.train.checkpoints import AtomicCheckpoints, find
 from losswatch.train.config import ConfigError, check_values
+from losswatch.train.content import data_of
 from losswatch.train.eventlog import EventLog
+from losswatch.train.monitors import Metrics, check_callbacks
 from losswatch.train.presets import loss_nodes
 from losswatch.train.process import quiet
 from losswatch.train.settings import plain
@@ -77,6 +79,9 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
         options = trainer_options(cfg)
         check_arguments("trainer", pl.Trainer, options)
         trainer = _check_trainer(json.dumps(options), multirun)
+        if cfg.mode == "predict":
+            make_unlabelled(cfg, data_of(find(cfg.checkpoint))[0])
+            return
         for key in ("batch_size", "eval_batch_size"):
             if (images := cfg.data.get(key, _ranks(trainer))) < _ranks(trainer):
                 raise ConfigError(
@@ -84,19 +89,18 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
                     f"got {images}"
                 )
         _show_data(cfg, _ranks(trainer))
-        _check_shares(cfg)
+        if cfg.mode == "test" and not has_test(make_data(cfg)):
+            raise ConfigError("mode=test: the data have no images for a test")
+        _check_shares(cfg, _ranks(trainer))
         form = describe_data(cfg)
-        known = _metrics(cfg, trained, form)
-        if cfg.metric not in known:
-            raise ConfigError(
-                f"metric={cfg.metric} is computed by no validation; it has {', '.join(known)}"
-            )
+        missing = missing_classes(cfg) if cfg.mode == "train" else []
+        metrics = Metrics.of(form.classes, list(dict.fromkeys((*cfg.watch, trained))), missing)
+        metrics.check(f"metric={cfg.metric}", cfg.metric)
         check_loggers(cfg)
-        if cfg.callbacks and (key := f"{cfg.callbacks} of {known}") not in _passed:
+        if cfg.callbacks and (key := f"{cfg.callbacks} of {metrics}") not in _passed:
             with tempfile.TemporaryDirectory() as folder:
                 made = make_callbacks(cfg, Path(folder))
-                _check_monitors(made, known)
-                _check_checkpoints(made, known, Path(folder).resolve(), multirun)
+                check_callbacks(made, metrics, Path(folder).resolve(), multirun)
             _passed.add(key)
         # Runs that differ only in these two do the same in their first step.
         same = plain(cfg) | {"theta": form.channels, "seed": 0}
@@ -106,84 +110,6 @@ def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
             _try(cfg, trained, make_losses(nodes, form), trainer, form)
             _check_scheduler(cfg)
             _passed.add(step)
-
-
-def _metrics(cfg: DictConfig, trained: str, form: Form) -> list[str]:
-    """The metrics that each validation computes."""
-    scores = [f"{name}/{label}" for name in ("dice", "iou") for label in form.classes]
-    losses = [f"loss/{name}" for name in dict.fromkeys((*cfg.watch, trained))]
-    return [f"val/{name}" for name in ("accuracy", "dice", "iou", *scores, *losses)]
-
-
-def _check_monitors(callbacks: Sequence[object], known: Sequence[str]) -> None:
-    """See that each callback monitors a known metric.
-
-    Raises:
-        ConfigError: one does not.
-    """
-    # A callback of the user's may log a metric of its own.
-    are_lightnings = all("lightning" in type(c).__module__.split(".")[0] for c in callbacks)
-    for callback in callbacks:
-        monitor, kind = getattr(callback, "monitor", None), type(callback).__name__
-        must_be_known = are_lightnings or str(monitor).startswith("val/")
-        if monitor is not None and monitor not in known and must_be_known:
-            raise ConfigError(
-                f"callbacks: the {kind} monitors {monitor}, which is computed by no validation; it "
-                f"has {', '.join(known)}"
-            )
-
-
-def _check_checkpoints(
-    callbacks: Sequence[object], known: Sequence[str], folder: Path, multirun: bool
-) -> None:
-    """See that no checkpoint of a callback takes the place of another one.
-
-    Args:
-        callbacks, known: as of `_check_monitors`.
-        folder: in the place of the run's.
-        multirun: as of `check`.
-
-    Raises:
-        ConfigError: one does.
-    """
-    taken: set[Path] = set()
-    for callback in callbacks:
-        if not isinstance(callback, ModelCheckpoint):
-            continue
-        metrics = {name: torch.tensor(0.5) for name in known} | {"epoch": torch.tensor(0)}
-        try:
-            path, later = (
-                folder / "checkpoints" / callback.format_checkpoint_name(
-                    metrics | {"step": torch.tensor(step)}
-                )
-                for step in (1, 2)
-            )  # fmt: skip
-        except Exception as error:
-            raise ConfigError(
-                f"callbacks: filename={callback.filename} makes no name: {one_line(error)}"
-            ) from error
-        if path == later and callback.save_top_k not in (0, 1):
-            raise ConfigError(
-                f"callbacks: with save_top_k={callback.save_top_k} each checkpoint needs a "
-                f"name of its own, such as \"callbacks.best.filename='best-{{step}}'\""
-            )
-        if path.parent == folder / "checkpoints" and step_in_name(path) >= 0:
-            raise ConfigError(
-                f"callbacks: filename={callback.filename} gives checkpoints the names of the run's "
-                f"own, {path.name}; give another one, such as "
-                f"\"callbacks.best.filename='best-{{step}}'\""
-            )
-        if path in taken:
-            raise ConfigError(
-                f"callbacks: two of them write {path.name} to one folder; give one of them another "
-                "filename"
-            )
-        taken.add(path)
-        if multirun and not path.is_relative_to(folder):
-            raise ConfigError(
-                f"callbacks: all runs of a sweep would write to {path.parent}; give a relative "
-                "dirpath, which lies in the folder of each run"
-            )
 
 
 def _check_scheduler(cfg: DictConfig) -> None:
@@ -247,8 +173,8 @@ def _show_data(cfg: DictConfig, ranks: int) -> None:
     _passed.add(key)
 
 
-def _check_shares(cfg: DictConfig) -> None:
-    """See that a share of the validation or the test is at least one batch.
+def _check_shares(cfg: DictConfig, ranks: int) -> None:
+    """See that a share of the validation or the test is at least one batch of each device.
 
     Raises:
         ConfigError: it is not.
@@ -267,6 +193,8 @@ def _check_shares(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"{option}={share} needs batches that can be counted: {one_line(error)}"
             ) from error
+        if isinstance(data, FolderImages):
+            batches //= ranks  # of images
         if share * batches < 1:
             raise ConfigError(
                 f"{option}={share} of {batches} is less than one batch; whole numbers count batches"

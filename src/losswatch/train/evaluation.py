@@ -21,6 +21,7 @@ from torchmetrics.segmentation import DiceScore, MeanIoU
 from losswatch.data.form import IGNORED, Form
 from losswatch.losses import LossSet
 from losswatch.losses.pixels import one_hot
+from losswatch.losses.ranks import apart
 
 
 class Tally(NamedTuple):
@@ -121,7 +122,8 @@ class ImageScores(nn.Module):
 
     A class that is neither in an image nor predicted there does not count in its mean, and one that
     is only predicted there counts as 0, as in nnU-Net. Ignored pixels count nowhere. The accuracy
-    is that of all pixels, and a loss is the mean of its values, weighted by the images' pixels.
+    is that of all pixels, and a loss is the mean of its values, weighted by the images' pixels. So
+    the scores are the same on any number of devices.
 
     Args:
         form: of the data.
@@ -162,7 +164,9 @@ class ImageScores(nn.Module):
         else:
             right = same.all(1).sum()
         pixels = counted.sum()
-        values = _values(losses, logits, target)
+        with apart():  # the next image of another rank is another one, or there is none
+            values = _values(losses, logits, target)
+        values = torch.where(pixels > 0, values, 0)  # a mean over no pixel may be NaN
         for total, value in zip(self.sums, [right, pixels, *(values * pixels)], strict=True):
             total.update(value)
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from losswatch import compat
-from losswatch.data.folder import FolderImages, UnlabelledImages
+from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.modules import has_test, is_ours
 from losswatch.data.random import ThresholdedImages
@@ -26,6 +26,7 @@ from losswatch.train.build import (
     make_net,
     make_optimizer,
     make_scheduler,
+    make_unlabelled,
     trainer_options,
 )
 from losswatch.train.callbacks import (
@@ -36,7 +37,6 @@ from losswatch.train.callbacks import (
     why_ended_early,
 )
 from losswatch.train.checkpoints import AtomicCheckpoints, find
-from losswatch.train.config import ConfigError
 from losswatch.train.content import data_of, load_loss, load_net, step_of
 from losswatch.train.eventlog import EventLog, log_survey, open_log
 from losswatch.train.folder import announce, take_up
@@ -97,8 +97,6 @@ def test(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     Args and returns as of `train`.
     """
     content, data, form = find(cfg.checkpoint), make_data(cfg), describe_data(cfg)
-    if not has_test(data):
-        raise ConfigError("mode=test: the data have no images for a test")
     net = make_net(cfg, form)
     load_net(net, content)
     with run_process(net, cfg.threads, cfg.seed):
@@ -121,12 +119,7 @@ def predict(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     """
     content = find(cfg.checkpoint)
     form, values = data_of(content)
-    try:
-        data = UnlabelledImages(
-            cfg.data.root, form, cfg.data.normalize, cfg.data.patch_size, cfg.data.batch_size
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    data = make_unlabelled(cfg, form)
     net = make_net(cfg, form)
     load_net(net, content)
     with run_process(net, cfg.threads, cfg.seed):
@@ -155,6 +148,7 @@ def _make_tester(cfg: DictConfig, folder: Path, logger: EventLog | bool) -> pl.T
         logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
+        use_distributed_sampler=cfg.mode == "predict",  # for a test each rank takes its own share
     )
 
 
