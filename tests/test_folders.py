@@ -19,12 +19,14 @@ import nibabel
 import numpy as np
 import pytest
 import tifffile
+import torch
 from conftest import read_result, run_folders, run_train
-from folders import ROWS, scene
+from folders import ROWS, SIZE, scene
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from losswatch.data.folder import FolderImages
+from losswatch.data.cases import load
+from losswatch.data.folder import FolderImages, UnlabelledImages
 from losswatch.data.writing import write_mask
 
 FILES = (folders_damaged, folders_datasets, folders_formats, folders_layouts, folders_masks)
@@ -234,3 +236,53 @@ def test_written_masks_are_those_that_were_scored(name, tmp_path):
     metrics = read_result(tested)["metrics"]
     for key, values in scores.items():
         assert metrics[f"test/dice/{key}"] == pytest.approx(np.nanmean(values), rel=1e-5)
+
+
+# --- Memory and threads --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, planes", [("beside", 1), ("class_folders_overlap", 2)])
+def test_the_images_kept_fit_into_the_budget(name, planes, tmp_path, monkeypatch):
+    """An image is float32, a label has two bytes for each of its planes."""
+    row = ROWS[name]
+    row.build(tmp_path)
+    size = 4 * 3 * SIZE[0] * SIZE[1] + 2 * planes * SIZE[0] * SIZE[1]
+    data = opened(tmp_path, row)
+    for kept in (0, 1, 3):
+        data.cache_mb = (kept * size + 1) / 2**20
+        items = data.items("train")
+        items.fill()
+        assert len(items.kept) == kept
+        used = sum(x.numel() * x.element_size() for item in items.kept for x in item.values())
+        assert used == kept * size
+        assert not data.items("test").count
+
+
+def test_threads_leave_the_switch_of_monai_as_it_is(tmp_path):
+    """`set_track_meta` is one switch of the process. With it on, crops carry more than numbers."""
+    from monai.data.meta_obj import get_track_meta
+
+    row = ROWS["beside"]
+    row.build(tmp_path)
+    data = FolderImages(str(tmp_path), patch_size=8)
+    assert get_track_meta()
+    items = data.items("train")
+    for _ in range(5):
+        items.kept.clear()
+        items.fill()
+        assert get_track_meta()
+        assert {type(x) for item in items.kept for x in item.values()} == {torch.Tensor}
+    assert {type(x) for x in data.patches[0]} == {torch.Tensor} and get_track_meta()
+
+
+def test_an_image_for_prediction_is_read_when_it_is_due(tmp_path, monkeypatch):
+    folders_layouts.pairs(tmp_path)
+    form = FolderImages(str(tmp_path), patch_size=8).form
+    data = UnlabelledImages(str(tmp_path), form, "none", 8, 4)
+    read = []
+    monkeypatch.setattr("losswatch.data.patches.load", lambda *a: read.append(a) or load(*a))
+    batches = iter(data.predict_dataloader())
+    for i in range(3):
+        picture, _ = scene(i)
+        np.testing.assert_array_equal(next(batches)[0], picture)
+        assert len(read) == i + 1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from losswatch.data.cases import Case
 from losswatch.data.datasets import read_dataset
-from losswatch.data.files import Key, files_below
+from losswatch.data.files import Key, files_below, is_hidden
 from losswatch.data.labels import REST
 from losswatch.data.matching import Names
 from losswatch.data.pairs import find_pairs
@@ -34,8 +34,8 @@ def read_layout(root: Path, names: Names, shares: Mapping[str, float]) -> Layout
     found = find_pairs(root, names)
     if not found.cases:
         raise ValueError(f"{root} holds no image with a mask")
-    notes = [*found.notes, *_unused(root, found.unused)]
     cases, kinds = found.cases, found.kinds
+    notes = [*found.notes, *_unused(root, found.unused, cases.values())]
     classes: dict[str, Any] | None = dict.fromkeys(kinds, REST) or None
     if len(kinds) == 1:
         classes = {"background": 0, kinds[0]: REST}
@@ -54,17 +54,22 @@ def read_layout(root: Path, names: Names, shares: Mapping[str, float]) -> Layout
     return Layout(parts, classes, None, len(kinds) > 1, None, (*notes, *more))
 
 
-def _unused(root: Path, paths: Sequence[Path]) -> list[str]:
-    """One line about the files that are not used."""
+def _unused(root: Path, paths: Sequence[Path], cases: Iterable[Case]) -> list[str]:
+    """One line about the files that are not used, and one about the folders."""
+    seen = [path for case in cases for part in (case.images, *case.masks) for path in part]
+    heads = {path.relative_to(root).parts[0] for path in (*seen, *paths)} | {"ImageSets"}
+    folders = [p.name for p in sorted(root.iterdir()) if p.is_dir() and not is_hidden(p.name)]
+    left = [f"{name}/" for name in folders if name not in heads]
+    notes = [f"not used: {', '.join(left)}"] if left else []
     if not paths:
-        return []
+        return notes
     kinds: dict[str, int] = {}
     for path in paths:
         kind = suffix_of(path) or path.suffix or "without suffix"
         kinds[kind] = kinds.get(kind, 0) + 1
     counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    first = paths[0].relative_to(root) if paths[0].is_relative_to(root) else paths[0]
-    return [f"not used: {number_of(len(paths), 'file')} ({counted}), {first} is the first"]
+    first = paths[0].relative_to(root)
+    return [*notes, f"not used: {number_of(len(paths), 'file')} ({counted}), {first} is the first"]
 
 
 def unlabelled(root: Path, channels: int) -> list[Case]:
