@@ -962,12 +962,12 @@ def test_modes_that_need_images(tmp_path):
     make_folder(tmp_path / "a", 5)
     folder, _ = train(tmp_path, "data.root=a", "data.test_share=0")
     given = [f"checkpoint={folder}", "data=folder", "data.root=a", "data.test_share=0"]
-    done = run_train("mode=test", *given, cwd=tmp_path, status=1)
+    done = run_train("mode=test", *given, cwd=tmp_path, status=2)
     assert "mode=test: the data have no images for a test" in done.stderr
     done = run_train("mode=predict", given[0], cwd=tmp_path, status=2)
     assert "mode=predict needs data=folder and data.root=" in done.stderr
     done = run_train(
-        "mode=predict", given[0], "data=folder", "data.root=no", cwd=tmp_path, status=1
+        "mode=predict", given[0], "data=folder", "data.root=no", cwd=tmp_path, status=2
     )
     assert "no is no folder; it is to hold images" in done.stderr
 

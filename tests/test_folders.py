@@ -21,7 +21,7 @@ import pytest
 import tifffile
 import torch
 from conftest import read_result, run_folders, run_train
-from folders import ROWS, SIZE, scene
+from folders import ROWS, SIZE, scene, volumes
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
@@ -236,6 +236,56 @@ def test_written_masks_are_those_that_were_scored(name, tmp_path):
     metrics = read_result(tested)["metrics"]
     for key, values in scores.items():
         assert metrics[f"test/dice/{key}"] == pytest.approx(np.nanmean(values), rel=1e-5)
+
+
+def stored_as(axes, before, after):
+    """Volumes of a folder as another scanner stores them: the same in the world."""
+    for path in before.rglob("*.nii.gz"):
+        scan = nibabel.load(path)
+        change = nibabel.orientations.axcodes2ornt(axes)
+        new = after / path.relative_to(before)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        now = nibabel.io_orientation(scan.affine)
+        nibabel.save(scan.as_reoriented(nibabel.orientations.ornt_transform(now, change)), new)
+
+
+def test_volumes_are_brought_to_the_orientation_that_is_asked_for(tmp_path):
+    truth = volumes(tmp_path / "a")
+    stored_as("PIR", tmp_path / "a", tmp_path / "b")
+    for folder, axes in (("a", None), ("b", "RAS")):
+        data = FolderImages(str(tmp_path / folder), patch_size=4, normalize="none", axes=axes)
+        assert data.form.axes == "RAS"
+        item, [case, *_] = data.items("train")[0], data.layout.cases["train"]
+        np.testing.assert_array_equal(item["image"], truth[case.name][0])
+        np.testing.assert_array_equal(item["label"][0], truth[case.name][1])
+    with pytest.raises(ValueError, match="data.axes=RAL must be three letters such as RAS"):
+        FolderImages(str(tmp_path / "a"), patch_size=4, axes="RAL")
+
+
+@pytest.mark.slow
+def test_a_network_sees_scans_in_the_orientation_that_it_was_trained_on(tmp_path):
+    """The test of other scans gives the same scores, and so does the prediction."""
+    volumes(tmp_path / "d")
+    stored_as("PIR", tmp_path / "d", tmp_path / "e")
+    options = (*SHORT, "data.patch_size=8", "trainer.max_steps=20", "loss=cce", "data.flip=false")
+    run_train(*options, cwd=tmp_path)
+    [trained] = run_folders(tmp_path).values()
+    given = ["data=folder", "data.num_workers=0", "trainer.accelerator=cpu"]
+    run_train(*given, "data.root=e", "mode=test", f"checkpoint={trained}", cwd=tmp_path)
+    [tested] = set(run_folders(tmp_path).values()) - {trained}
+    before, after = (read_result(folder)["metrics"] for folder in (trained, tested))
+    names = [name for name in before if name.startswith("test/")]
+    assert len(names) > 5
+    for name in names:
+        assert after[name] == pytest.approx(before[name], abs=1e-5), name
+    run_train(*given, "data.root=e/images", "mode=predict", f"checkpoint={trained}", cwd=tmp_path)
+    [predicted] = set(run_folders(tmp_path).values()) - {trained, tested}
+    for path in (tested / "predictions").iterdir():
+        masks = [nibabel.load(folder / "predictions" / path.name) for folder in (tested, predicted)]
+        np.testing.assert_array_equal(*(np.asarray(mask.dataobj) for mask in masks))
+        image = nibabel.load(tmp_path / "e" / "images" / path.name)
+        for mask in masks:
+            np.testing.assert_allclose(mask.affine, image.affine)
 
 
 # --- Memory and threads --------------------------------------------------------------------------

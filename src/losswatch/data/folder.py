@@ -41,6 +41,7 @@ from losswatch.data.survey import (
     shape_in,
     survey,
 )
+from losswatch.data.volumes import is_orientation
 from losswatch.text import number_of
 
 SAMPLINGS = ("random", "balanced")
@@ -50,7 +51,7 @@ class FolderImages(pl.LightningDataModule):
     """The images and masks of a folder.
 
     A training batch is a function of the seed and the step. A mask's values become classes 0, 1,
-    ... in the order of `classes`. Volumes are brought to the orientation that most of them have.
+    ... in the order of `classes`.
 
     Args:
         root: the folder, in a layout of README.md; `~` is the user's home.
@@ -61,6 +62,8 @@ class FolderImages(pl.LightningDataModule):
         classes: the values in a mask of each class, see `coding.check_classes`; null: as found.
         ignore_index: the value in a mask of pixels that count nowhere, or their colour.
         nearest: give values that no class has to the class of the nearest value or colour.
+        axes: the orientation to which volumes are brought, as of `volumes.axes_of`; null: that
+            which most of them have.
         patch_size: sides of a patch in pixels, one number or one for each axis; null: whole images.
         sampling: patches at a "random" place of a random image, or "balanced": around a random
             pixel of a random class.
@@ -95,6 +98,7 @@ class FolderImages(pl.LightningDataModule):
         classes: Mapping[str, Any] | None = None,
         ignore_index: int | str | None = None,
         nearest: bool = False,
+        axes: str | None = None,
         patch_size: int | Sequence[int] | None = 64,
         sampling: str = "random",
         flip: bool = True,
@@ -145,7 +149,10 @@ class FolderImages(pl.LightningDataModule):
         named, overlap = self.layout.classes, self.layout.overlap
         self.coding = make_coding(seen, classes, ignored, nearest, named, overlap)
         self.survey: Survey = survey(self.layout, self.looks, self.coding)
-        axes = most_common_axes(every)
+        if axes is not None and not is_orientation(axes):
+            raise ValueError(f"data.axes={axes} must be three letters such as RAS or LPS")
+        found = most_common_axes(every)
+        axes = axes if axes and found else found
         self.shapes = {part: [shape_in(look, axes) for look in looks]
                        for part, looks in self.looks.items()}  # fmt: skip
         self.form = Form(

@@ -79,11 +79,12 @@ def _stamp(case: Case, known: tuple[int, int]) -> str:
     for part in (case.images, *case.masks):
         for path in part:
             try:
-                state = path.stat()
+                files = sorted(path.iterdir()) if path.is_dir() else [path]
+                states = [file.stat() for file in files]
             except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error.strerror}; remove it") from error
-            size = len(os.listdir(path)) if path.is_dir() else state.st_size
-            marks += [os.path.abspath(path), size, state.st_mtime_ns]
+            marks.append(os.path.abspath(path))
+            marks += [(state.st_size, state.st_mtime_ns) for state in states]
         marks.append("|")
     return repr(marks)
 

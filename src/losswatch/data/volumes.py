@@ -84,6 +84,16 @@ def _series(folder: Path) -> Any:
     return image
 
 
+def is_orientation(axes: object) -> bool:
+    """Whether text names the directions of three axes, such as "RAS".
+
+    >>> is_orientation("LPS"), is_orientation("RAL"), is_orientation("")
+    (True, False, False)
+    """
+    pairs = [[pair for pair in ("RL", "AP", "SI") if letter in pair] for letter in str(axes)]
+    return sorted(sum(pairs, [])) == ["AP", "RL", "SI"]
+
+
 def axes_of(file: File) -> str:
     """The orientation of a volume, such as "RAS" for axes to the right, front and top; or ""."""
     from nibabel.orientations import aff2axcodes

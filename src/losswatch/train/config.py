@@ -55,6 +55,7 @@ class FolderConfig:
     classes: Any = MISSING
     ignore_index: Any = MISSING
     nearest: bool = MISSING
+    axes: str | None = MISSING
     patch_size: Any = MISSING
     sampling: str = MISSING
     flip: bool = MISSING

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from losswatch.data.coding import check_classes
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
 from losswatch.data.labels import is_colour
+from losswatch.data.volumes import is_orientation
 from losswatch.losses import LossSet
 from losswatch.text import shortened
 from losswatch.train.config import FOLDER, ConfigError
@@ -209,6 +210,9 @@ def adopt(cfg: DictConfig, content: Content, given: Collection[str]) -> None:
         value = config_of(content)["data"].get(name)
         if not any(key.startswith(f"data.{name}") for key in given) and is_allowed(value):
             OmegaConf.update(cfg, f"data.{name}", value, merge=False)
+    axes = (content[_RECORD].get("data") or {}).get("axes")
+    if "data.axes" not in given and is_orientation(axes):  # which the network has seen
+        cfg.data.axes = axes
 
 
 def _are_classes(value: Any) -> bool:
@@ -223,6 +227,7 @@ _WORDS: dict[str, Callable[[Any], bool]] = {
     "normalize": NORMALISATIONS.__contains__,
     "target": TARGETS.__contains__,
     "classes": _are_classes,
+    "ignore_index": is_colour,
 }
 
 
