@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from conftest import read_result, run_train
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from losswatch import Dice, LossSet, load_loss
 from losswatch.data.form import Form
@@ -25,6 +28,7 @@ from losswatch.events.series import read_scalars
 from losswatch.train import build
 from losswatch.train.config import ConfigError
 from losswatch.train.evaluation import ImageScores
+from losswatch.train.module import SegmentationModule
 from losswatch.train.names import quoted
 
 
@@ -424,3 +428,18 @@ def test_folders_of_odd_names_are_trained_with(tmp_path):
     found = {read_result(path.parent)["config"]["data"]["root"]
              for path in tmp_path.glob("two/*/result.json")}  # fmt: skip
     assert found == set(names)
+
+
+def test_a_plateau_of_a_class_that_a_users_validation_lacks():
+    """Which classes a data module of the user's lacks is known at its validation alone."""
+    plateau = ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)]))
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
+        lr_scheduler_configs=[SimpleNamespace(scheduler=plateau, monitor="val/dice/rare")],
+    )
+    module = SimpleNamespace(trainer=trainer, _report=lambda split: {"val/dice": torch.tensor(0.5)})
+    with pytest.raises(ValueError, match="^metric=val/dice/rare: no validation image has the cla"):
+        SegmentationModule.on_validation_epoch_end(module)
+    trainer.lr_scheduler_configs[0].monitor = "val/dice"
+    SegmentationModule.on_validation_epoch_end(module)
+    assert plateau.best == 0.5

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pyte
 import pytest
 from conftest import ENVIRONMENT, PATIENCE, ROOT
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from PIL import Image
 from rich.console import Console
 
 from losswatch import terminal
@@ -113,6 +115,24 @@ def test_a_fused_sweep_with_two_processes(tmp_path):
     assert not any(line.startswith("step ") or " left" in line for line in shown)
     assert sum(line.startswith("val accuracy") for line in shown) == 2
     assert "Browse   tensorboard --logdir s" in shown
+
+
+@pytest.mark.slow
+def test_a_bar_of_the_images_that_are_looked_at(tmp_path):
+    """It appears where they take more than a moment, and leaves nothing."""
+    array = np.random.default_rng(0).integers(0, 2, (2000, 2000, 3), np.uint8)
+    for i in range(40):
+        for kind, stored in (("images", array), ("masks", array[..., 0])):
+            (tmp_path / "a" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(stored).save(tmp_path / "a" / kind / f"{i}.png", compress_level=1)
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TERM": "xterm", "COLUMNS": "80"}
+    status, screens = watch(
+        "data=folder", "data.root=a", "data.classes={a:0}", cwd=tmp_path, env=ENVIRONMENT | cache
+    )
+    bars = [re.search(r"(\d+) of 40  images looked at", "\n".join(screen)) for screen in screens]
+    counts = [int(found[1]) for found in bars if found]
+    assert len(set(counts)) > 1 and counts == sorted(counts)
+    assert status == 2 and "images looked at" not in "\n".join(screens[-1])
 
 
 @pytest.mark.slow

@@ -203,7 +203,7 @@ class FolderImages(pl.LightningDataModule):
                 if shape != shapes[0]:
                     raise ValueError(
                         f"data.patch_size=null needs images of one size, but {case.images[0]} and "
-                        f"{cases[0].images[0]} differ"
+                        f"{cases[0].images[0]} differ; give the sides of a patch"
                     )
             return None
         if len(sides) != self.form.dims or any(type(n) is not int or n < 1 for n in sides):
@@ -213,7 +213,10 @@ class FolderImages(pl.LightningDataModule):
         for case, shape in zip(cases, shapes, strict=True):
             if any(side > n for side, n in zip(sides, shape[1:], strict=True)):
                 have = " x ".join(map(str, shape[1:]))
-                raise ValueError(f"data.patch_size={size} is larger than {case.images[0]} ({have})")
+                raise ValueError(
+                    f"data.patch_size={size} is larger than {case.images[0]} ({have}); take a "
+                    "smaller one"
+                )
         return sides
 
     # -- batches -----------------------------------------------------------------------------------

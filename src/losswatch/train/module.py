@@ -136,7 +136,13 @@ class SegmentationModule(pl.LightningModule):
         if self.trainer.state.fn is TrainerFn.FITTING:
             for config in self.trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, ReduceLROnPlateau):
-                    config.scheduler.step(found[str(config.monitor)])
+                    # Of a data module of the user's it is not known before which classes it lacks.
+                    if (score := found.get(str(config.monitor))) is None:
+                        raise ValueError(
+                            f"metric={config.monitor}: no validation image has the class, so the "
+                            "scheduler has nothing to go by; take a metric of all classes"
+                        )
+                    config.scheduler.step(score)
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._evaluate(batch)
