@@ -6,6 +6,7 @@
     python scripts/benchmark.py run       steps a second of a whole run
     python scripts/benchmark.py sweep     runs x steps a second of each launcher
     python scripts/benchmark.py scaling   time and memory of a stack by its number of runs
+    python scripts/benchmark.py folder    the look at a folder of images before training
 
 `losses` and `watch` measure other libraries where they are installed:
 pip install monai kornia segmentation-models-pytorch nnunetv2 torchjd wandb
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, losses, probe, runs, scaling, watch
+from benchmarks import ROOT, folder, losses, probe, runs, scaling, watch
 
 
 def main() -> None:
@@ -34,6 +35,8 @@ def main() -> None:
         section.add_argument("--rounds", type=int, default=25, help="interleaved rounds")
     section = sections.add_parser("watch", help="the same on somebody else's network")
     section.add_argument("--rounds", type=int, default=3, help="interleaved rounds of seconds")
+    section = sections.add_parser("folder", help="the look at a folder of images before training")
+    section.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
     section = sections.add_parser("run", help="steps a second of a whole run")
     section.add_argument("--steps", type=int, default=3000, help="larger networks do fewer")
     section = sections.add_parser("sweep", help="runs x steps a second of each launcher")
@@ -52,6 +55,8 @@ def main() -> None:
         probe.measure(args.rounds)
     elif args.section == "watch":
         watch.measure(args.rounds)
+    elif args.section == "folder":
+        folder.measure(args.rounds)
     elif args.section == "run":
         runs.measure_runs(args.steps)
     elif args.section == "sweep":

@@ -21,7 +21,7 @@ import pytest
 import tifffile
 import torch
 from conftest import read_result, run_folders, run_train
-from folders import ROWS, SIZE, scene, volumes
+from folders import ROWS, SIZE, SMALL, scene, volumes
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
@@ -260,6 +260,31 @@ def test_volumes_are_brought_to_the_orientation_that_is_asked_for(tmp_path):
         np.testing.assert_array_equal(item["label"][0], truth[case.name][1])
     with pytest.raises(ValueError, match="data.axes=RAL must be three letters such as RAS"):
         FolderImages(str(tmp_path / "a"), patch_size=4, axes="RAL")
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+@pytest.mark.parametrize("size", [SMALL, (14, 16, 1)])
+def test_a_mask_without_a_place_lies_on_its_image(part, size, tmp_path):
+    """Arrays say nothing of a place. They are turned as their scan is, or neither of the two is."""
+    truth = volumes(tmp_path / "a", size=size)
+    stored_as("LPS", tmp_path / "a", tmp_path / "b")
+    for path in sorted((tmp_path / "b").rglob("*.nii.gz"))[::2]:  # of each kind every second one
+        path.replace(tmp_path / "a" / path.relative_to(tmp_path / "b"))
+    for path in (tmp_path / "a" / part).iterdir():
+        array = np.asarray(nibabel.load(path).dataobj)
+        np.save(path.with_name(path.name.replace(".nii.gz", ".npy")), np.squeeze(array))
+        path.unlink()
+    data = FolderImages(str(tmp_path / "a"), patch_size=4, normalize="none", axes="RAS")
+    for split, cases in data.layout.cases.items():
+        for item, case in zip(data.items(split), cases, strict=True):
+            image, label = truth[case.name]
+            label = np.searchsorted([int(name) for name in data.form.classes], label)
+            found = item["image"].numpy(), item["label"].numpy()
+            wanted = image.squeeze(-1) if size[2] == 1 else image, label.squeeze()[None]
+            if part == "images" and (found[0] != wanted[0]).any():  # stored as LPS: not turned
+                wanted = tuple(x[:, ::-1, ::-1] for x in wanted)
+            np.testing.assert_array_equal(found[0], wanted[0])
+            np.testing.assert_array_equal(found[1], wanted[1])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from losswatch.data.reading import File, read
-from losswatch.data.volumes import axes_of, distance, flat, turned
+from losswatch.data.volumes import axes_of, distance, flat, placed, turned
 
 NEAR_WHOLE = 1e-3  # what resampling adds to a whole number
 
@@ -68,23 +68,21 @@ def load(case: Case, axes: str = "", channels: int = 0, dims: int = 0) -> Conten
     Raises:
         ValueError: a file is damaged, or the files do not fit; in one line that names them.
     """
-    files = [read(path, is_mask=False) for path in case.images]
-    axes = axes or axes_of(files[0])
-    files = [turned(file, axes) for file in files]
-    first, *others = zip(case.images, files, strict=True)
-    for path, file in others:
+    stored = read(case.images[0], is_mask=False)
+    axes = axes or axes_of(stored)
+    first = case.images[0], turned(stored, axes)
+
+    def fitting(path: Path, is_mask: bool) -> File:
+        file = turned(placed(read(path, is_mask), stored), axes)
         _check_place(path, file, *first)
-    masks = []
-    for paths in case.masks:
-        group = []
-        for path in paths:
-            file = turned(read(path, is_mask=True), axes)
-            _check_place(path, file, *first)
-            group.append(_as_mask(file, path))
-            files.append(file)
-        masks.append(group)
+        return file
+
+    files = [first[1], *(fitting(path, is_mask=False) for path in case.images[1:])]
+    groups = [[fitting(path, is_mask=True) for path in paths] for paths in case.masks]
+    masks = [[_as_mask(file, path) for file, path in zip(group, paths, strict=True)]
+             for group, paths in zip(groups, case.masks, strict=True)]  # fmt: skip
     space = next((mask.values.shape for group in masks for mask in group), None)
-    arrays = [_settled(file, space, channels, dims) for file in files[: len(case.images)]]
+    arrays = [_settled(file, space, channels, dims) for file in files]
     for path, array in zip(case.images, arrays, strict=True):
         if array.shape[1:] != arrays[0].shape[1:]:
             raise ValueError(
@@ -95,7 +93,7 @@ def load(case: Case, axes: str = "", channels: int = 0, dims: int = 0) -> Conten
         for mask, path in zip(group, paths, strict=True):
             _check_size(mask, path, arrays[0], *first)
     image = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
-    notes = dict.fromkeys(note for file in files for note in file.notes)
+    notes = dict.fromkeys(note for file in (*files, *sum(groups, [])) for note in file.notes)
     joined = tuple(_joined(group, image.shape[1:]) for group in masks)
     return Content(image, joined, axes, tuple(notes))
 

@@ -103,6 +103,20 @@ def axes_of(file: File) -> str:
     return "".join(aff2axcodes(file.place))  # type: ignore[arg-type]
 
 
+def placed(file: File, image: File) -> File:
+    """A mask or a channel at the place of its image, where only one of the files says its own.
+
+    Then pixels of equal index lie together.
+    """
+    if image.place is None:
+        return file._replace(place=None)
+    flat_one = image.array.ndim == 4 and image.array.shape[3] == 1 and file.array.ndim == 3
+    array = file.array[..., None] if flat_one else file.array
+    if file.place is not None or array.shape[1:] != image.array.shape[1:]:
+        return file
+    return file._replace(array=array, place=image.place)
+
+
 def turned(file: File, axes: str) -> File:
     """A volume whose axes are mirrored and swapped to an orientation, such as "RAS".
 
