@@ -50,8 +50,9 @@ def measure(rounds: int) -> None:
                 second.append(_run(folder, "look", cache)[0])
             plain, one, two = (float(np.median(x)) for x in (decode, first, second))
             print(
-                f"{count:4} of {side:4} x {side:4}  {plain:6.2f} s  {one:6.2f} s x{one / plain:4.2f}"
-                f"  {two:6.2f} s x{two / plain:4.2f}  {np.median(memory):6.0f} MB"
+                f"{count:4} of {side:4} x {side:4}  {plain:6.2f} s"
+                f"  {one:6.2f} s x{one / plain:4.2f}  {two:6.2f} s x{two / plain:4.2f}"
+                f"  {np.median(memory):6.0f} MB"
             )
 
 
