@@ -24,6 +24,7 @@ Key = tuple[str, ...]  # the parts of a path, the last one without suffix
 class Files(NamedTuple):
     """The files below a folder."""
 
+    folder: Path
     images: dict[Key, Path]  # files that can be read, and folders of a DICOM series
     others: list[Path]
 
@@ -53,7 +54,7 @@ def files_below(folder: Path) -> Files:
             others += [path for path in paths if not suffix_of(path) and not _is_part(path)]
             _check_names(paths)
         images |= found
-    return Files(images, others)
+    return Files(folder, images, others)
 
 
 def _is_part(path: Path) -> bool:

@@ -65,10 +65,10 @@ def match(images: Path, masks: Path, names: Names, is_one: bool = False) -> Pair
     """
     if images.resolve() == masks.resolve():
         return beside(images, names)
-    every, all_masks = files_below(images), files_below(masks)
-    pictures, others = _ending(every, images, names.image_suffix)
-    labels, rest = _ending(all_masks, masks, names.mask_suffix)
-    unused = [*others, *rest, *every.others, *all_masks.others]
+    there, masks_there = files_below(images), files_below(masks)
+    pictures, others = _ending(there, names.image_suffix)
+    labels, rest = _ending(masks_there, names.mask_suffix)
+    unused = [*others, *rest, *there.others, *masks_there.others]
     notes: tuple[str, ...] = ()
     if labels.keys() & pictures.keys():
         if all(key in labels for key in pictures):  # then folders beside the masks are not read
@@ -83,13 +83,13 @@ def match(images: Path, masks: Path, names: Names, is_one: bool = False) -> Pair
         labels = paired
         path, mask = next((pictures[key], mask) for key, mask in labels.items())
         notes = (f"{mask.name} is taken for the mask of {path.name}, and so on",)
-    unused += _unpaired(pictures, labels, names, every, all_masks, images, masks)
+    unused += _unpaired(pictures, labels, names, there, masks_there)
     both = [key for key in pictures if key in labels]
     cases = {key: Case("", (pictures[key],), ((labels[key],),)) for key in both}
     return Pairs(cases, unused=unused, notes=notes)
 
 
-def _ending(files: Files, folder: Path, suffix: str) -> tuple[dict[Key, Path], list[Path]]:
+def _ending(files: Files, suffix: str) -> tuple[dict[Key, Path], list[Path]]:
     """The files whose stems end like this, by their key without it; and the others."""
     end = normal(suffix)
     found = {(*key[:-1], key[-1].removesuffix(end)): path
@@ -98,7 +98,9 @@ def _ending(files: Files, folder: Path, suffix: str) -> tuple[dict[Key, Path], l
         what = f" whose names end in {suffix!r}" if suffix and files.images else ""
         endings = sorted({path.suffix for path in files.others})
         have = f"; it holds {', '.join(endings)}" if endings and not files.images else ""
-        raise ValueError(f"{folder} holds no images{what}; known are {', '.join(SUFFIXES)}{have}")
+        raise ValueError(
+            f"{files.folder} holds no images{what}; known are {', '.join(SUFFIXES)}{have}"
+        )
     return found, [path for key, path in files.images.items() if not key[-1].endswith(end)]
 
 
@@ -106,10 +108,8 @@ def _unpaired(
     pictures: Mapping[Key, Path],
     labels: Mapping[Key, Path],
     names: Names,
-    every: Files,
-    all_masks: Files,
-    images: Path,
-    masks: Path,
+    images: Files,
+    masks: Files,
 ) -> list[Path]:
     """The files that have no counterpart, where they may be left out.
 
@@ -118,19 +118,20 @@ def _unpaired(
     """
     lone_images = [path for key, path in pictures.items() if key not in labels]
     lone_masks = [path for key, path in labels.items() if key not in pictures]
-    if names.skip_unpaired or lists_of(images.parent):
+    if names.skip_unpaired or lists_of(images.folder.parent):
         return lone_masks + lone_images
-    for lone, what, other, files in (
-        (lone_masks, "a mask without an image", images, every),
-        (lone_images, "an image without a mask", masks, all_masks),
+    ways = "data.skip_unpaired=true leaves such files out"
+    if not labels.keys() & pictures.keys():
+        ways += ", data.image_suffix and data.mask_suffix tell the names of a pair apart"
+    for lone, what, other in (
+        (lone_masks, "a mask without an image", images),
+        (lone_images, "an image without a mask", masks),
     ):
         for path in lone:
             start = normal(stem_of(path)) + "."
-            unread = [p.name for p in files.others if normal(p.name).startswith(start)]
+            unread = [p.name for p in other.others if normal(p.name).startswith(start)]
             hint = f", where {unread[0]} is, which cannot be read" if unread else ""
-            raise ValueError(
-                f"{path} is {what} in {other}{hint}; data.skip_unpaired=true leaves such files out"
-            )
+            raise ValueError(f"{path} is {what} in {other.folder}{hint}; {ways}")
     return []
 
 
