@@ -8,20 +8,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-from losswatch.data.reading import File, read
+from losswatch.data.formats import NIFTI, File, Unusable, suffix_of
+from losswatch.data.reading import read
 from losswatch.data.volumes import axes_of, distance, flat, placed, turned
 
 NEAR_WHOLE = 1e-3  # what resampling adds to a whole number
 
 
 class Case(NamedTuple):
-    """An image and what is known of it."""
+    """An image and what is known of it.
+
+    Attributes:
+        name: of the image, in its split.
+        images: its file, or one for each channel.
+        masks: the files of each mask: one mask of all classes, or one for each class. A mask of
+            several files is joined; one without a file is empty.
+    """
 
     name: str
-    images: tuple[Path, ...]  # one file, or one for each channel
-    # The files of each mask: one of all classes, or one for each class. A mask of several files is
-    # joined; one without a file is empty.
+    images: tuple[Path, ...]
     masks: tuple[tuple[Path, ...], ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of images and masks."""
+        return (*self.images, *(path for paths in self.masks for path in paths))
 
 
 class Mask(NamedTuple):
@@ -49,13 +60,13 @@ class Content(NamedTuple):
         image: [channels, *space].
         masks: as many as the case has.
         axes: the orientation of a volume, as of `volumes.axes_of`.
-        notes: of the files, what their owner should know.
+        notes: what the owner of a file should know, and the file.
     """
 
     image: np.ndarray
     masks: tuple[Mask, ...]
     axes: str
-    notes: tuple[str, ...]
+    notes: tuple[tuple[str, Path], ...]
 
 
 def load(case: Case, axes: str = "", channels: int = 0, dims: int = 0) -> Content:
@@ -68,42 +79,44 @@ def load(case: Case, axes: str = "", channels: int = 0, dims: int = 0) -> Conten
     Raises:
         ValueError: a file is damaged, or the files do not fit; in one line that names them.
     """
-    stored = read(case.images[0], is_mask=False)
+    is_volume = any(suffix_of(path) in NIFTI for path in case.files)
+    path, *others = case.images
+    stored = read(path, False, is_volume)
     axes = axes or axes_of(stored)
-    first = case.images[0], turned(stored, axes)
+    first = turned(stored, axes)
 
-    def fitting(path: Path, is_mask: bool) -> File:
-        file = turned(placed(read(path, is_mask), stored), axes)
-        _check_place(path, file, *first)
+    def fitting(other: Path, is_mask: bool) -> File:
+        try:
+            file = turned(placed(read(other, is_mask, is_volume), stored), axes)
+        except Unusable as error:
+            raise ValueError(f"{other} and {path}: {error}") from None
+        if (apart := distance(first, file)) > 0.5 + 1e-3:
+            raise ValueError(
+                f"{other} lies up to {apart:.4g} pixels beside its image {path}, by the affine "
+                "matrix or tags of each; save it with those of its image, or resample it"
+            )
         return file
 
-    files = [first[1], *(fitting(path, is_mask=False) for path in case.images[1:])]
-    groups = [[fitting(path, is_mask=True) for path in paths] for paths in case.masks]
-    masks = [[_as_mask(file, path) for file, path in zip(group, paths, strict=True)]
+    files = [first, *(fitting(other, is_mask=False) for other in others)]
+    groups = [[fitting(other, is_mask=True) for other in paths] for paths in case.masks]
+    masks = [[_as_mask(file, path, first) for file, path in zip(group, paths, strict=True)]
              for group, paths in zip(groups, case.masks, strict=True)]  # fmt: skip
     space = next((mask.values.shape for group in masks for mask in group), None)
     arrays = [_settled(file, space, channels, dims) for file in files]
-    for path, array in zip(case.images, arrays, strict=True):
+    for other, array in zip(case.images, arrays, strict=True):
         if array.shape[1:] != arrays[0].shape[1:]:
             raise ValueError(
-                f"{path} is of {_by(array.shape[1:])}, {case.images[0]} of "
-                f"{_by(arrays[0].shape[1:])}; the channels of an image need one size"
+                f"{other} is of {by(array.shape[1:])}, {path} of {by(arrays[0].shape[1:])}; the "
+                "channels of an image need one size"
             )
     for group, paths in zip(masks, case.masks, strict=True):
-        for mask, path in zip(group, paths, strict=True):
-            _check_size(mask, path, arrays[0], *first)
+        for mask, other in zip(group, paths, strict=True):
+            _check_size(mask, other, arrays[0], path, first)
     image = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
-    notes = dict.fromkeys(note for file in (*files, *sum(groups, [])) for note in file.notes)
     joined = tuple(_joined(group, image.shape[1:]) for group in masks)
-    return Content(image, joined, axes, tuple(notes))
-
-
-def _check_place(path: Path, file: File, image: Path, its: File) -> None:
-    if (apart := distance(its, file)) > 0.5 + 1e-3:
-        raise ValueError(
-            f"{path} lies up to {apart:.4g} pixels beside its image {image}, by the affine matrix "
-            "or tags of each; save it with those of its image, or resample it"
-        )
+    every = zip(case.files, (*files, *sum(groups, [])), strict=True)
+    notes = {note: other for other, file in every for note in file.notes}
+    return Content(image, joined, axes, tuple(notes.items()))
 
 
 def _check_size(mask: Mask, path: Path, image: np.ndarray, its: Path, file: File) -> None:
@@ -117,12 +130,13 @@ def _check_size(mask: Mask, path: Path, image: np.ndarray, its: Path, file: File
     elif image.ndim == 4 and mask.values.ndim == 2:
         hint = "; pages or slices are read as a volume"
     raise ValueError(
-        f"{path} is of {_by(mask.values.shape)}, its image {its} of {_by(image.shape[1:])}{hint}; "
+        f"{path} is of {by(mask.values.shape)}, its image {its} of {by(image.shape[1:])}{hint}; "
         "a mask needs the size of its image"
     )
 
 
-def _by(shape: Sequence[int]) -> str:
+def by(shape: Sequence[int]) -> str:
+    """A size as text: "3 x 4"."""
     return " x ".join(map(str, shape))
 
 
@@ -138,14 +152,14 @@ def _settled(file: File, space: tuple[int, ...] | None, channels: int, dims: int
     return array
 
 
-def _as_mask(file: File, path: Path) -> Mask:
+def _as_mask(file: File, path: Path, image: File) -> Mask:
     array = flat(file)
     if array.dtype.kind == "f" and (bad := int((~np.isfinite(array)).sum())):
         raise ValueError(
             f"{path} is a mask with NaN or infinity in {bad} pixels; give them a value"
         )
     if file.loose:
-        array = _class_of_channels(array)
+        array = _class_of_channels(array, array.shape == image.array.shape)
     is_grey = (array == array[:1]).all()  # saved as colour, perhaps
     if not is_grey and len(array) == 3 and array.ndim == 3 and array.dtype == np.uint8:
         red, green, blue = array.astype(np.int32)
@@ -158,22 +172,31 @@ def _as_mask(file: File, path: Path) -> Mask:
     values, rounded = array[0], 0
     if values.dtype == bool:
         values = values.astype(np.uint8)
+    if values.dtype == np.uint64 and values.max() >= 2**63:
+        raise ValueError(f"{path} is a mask with {values.max()}; values must be below 2^63")
     if values.dtype.kind == "f":
         whole = np.round(values)
         near = abs(values - whole) <= NEAR_WHOLE
         rounded = int((near & (values != whole)).sum())
         values = np.where(near, whole, values)
-        if near.all() and abs(values).max() < 2**31:
-            values = values.astype(np.int32)
+        if near.all():
+            values = values.astype(np.int64)
     palette = dict(file.palette) if file.palette else None
     return Mask(values, palette=palette, lossy=file.lossy, rounded=rounded)
 
 
-def _class_of_channels(array: np.ndarray) -> np.ndarray:
-    """A mask [1, *space] of an array that has a channel of 0 and 1 for each class, or one alone."""
+def _class_of_channels(array: np.ndarray, is_of_image: bool) -> np.ndarray:
+    """A mask [1, *space] of an array that has a channel of 0 and 1 for each class, or one alone.
+
+    Args:
+        array: [1, ...].
+        is_of_image: whether it has the shape of its image, so that it may be a volume.
+    """
     for axis in (array.ndim - 1, 1):
         if array.shape[axis] == 1:
             return array.squeeze(axis)
+        if is_of_image and array.shape[axis] > 4:
+            continue
         if (array.sum(axis) == 1).all() and np.isin(array, (0, 1)).all():
             return array.argmax(axis)
     return array

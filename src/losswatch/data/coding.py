@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from losswatch.data.cases import Mask
-from losswatch.data.labels import REST, Classes, Coding, as_read, is_colour, range_of, ranges_of
+from losswatch.data.labels import (
+    REST,
+    Classes,
+    Coding,
+    Range,
+    as_read,
+    is_colour,
+    members,
+    owners,
+    range_of,
+    ranges_of,
+)
 
 MOST = 32  # classes, as found; a mask with more values marks objects
 FOREGROUND = ">127"  # of masks of 0 and 255 whose values a compression has changed
 
+Masks = Sequence[tuple[Path, Mask]]  # by their files, with the distinct values [V] alone
+
 
 def check_classes(given: Any, overlap: bool) -> Classes:
-    """The setting data.classes: from the name of a class to its values in a mask.
+    """The setting data.classes as pairs of a class's name and its values in a mask.
 
     Args:
         overlap: whether classes may overlap.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is something else, or a value is of two classes that do not overlap.
 
     >>> check_classes({"background": 0, "polyp": [255, ">127"], "sky": "#ff0000"}, overlap=False)
-    {'background': (0,), 'polyp': (255, '>127'), 'sky': ('#ff0000',)}
+    (('background', (0,)), ('polyp', (255, '>127')), ('sky', ('#ff0000',)))
     """
-    found: dict[str, tuple[Any, ...]] = {}
+    found: list[tuple[str, tuple[Any, ...]]] = []
     entries: Iterable[tuple[Any, Any]] = [(given, None)]
     if isinstance(given, Mapping):
         entries = given.items()
@@ -35,98 +50,152 @@ def check_classes(given: Any, overlap: bool) -> Classes:
         values: tuple[Any, ...] = (value,) if is_one else tuple(value)
         if not values or not all(v == REST or range_of(v) for v in values):
             raise ValueError(
-                "data.classes must map each name to a value, a colour, a threshold, a list of "
-                f"these, or the word {REST}, as in {{background: 0, nucleus: '>127', vessel: "
+                "data.classes must map each name to a whole number, a colour, a threshold, a list "
+                f"of these, or the word {REST}, as in {{background: 0, nucleus: '>127', vessel: "
                 f"'#ff0000', border: [2, 3]}}, got {given}"
             )
-        found[str(name)] = values
-    if sum(REST in values for values in found.values()) > 1 and not overlap:
+        found.append((str(name), values))
+    if overlap:
+        return tuple(found)
+    if sum(REST in values for _, values in found) > 1:
         raise ValueError(f"data.classes: {REST} can stand once, got {given}")
-    return found
+    ranges = [(name, value, r) for name, values in found for value in values
+              for r in ranges_of([value])]  # fmt: skip
+    for i, (name, value, first) in enumerate(ranges):
+        for other, _, second in ranges[:i]:
+            if other != name and _clash(first, second):
+                raise ValueError(f"data.classes: {value} is of {other} and of {name}; choose one")
+    return tuple(found)
+
+
+def _clash(first: Range, second: Range) -> bool:
+    """Whether both are single values or both thresholds, and have a value in common."""
+    if first.is_threshold != second.is_threshold:
+        return False  # a single value goes before a threshold
+    low, high = max(first.low, second.low), min(first.high, second.high)
+    return low < high or low == high and not (first.is_open or second.is_open)
 
 
 def make_coding(
-    masks: Sequence[tuple[Path, Mask]],
+    masks: Masks,
     given: Any = None,
     ignored: Any = None,
     nearest: bool = False,
     named: Mapping[str, Any] | None = None,
+    kinds: tuple[str, ...] = (),
     overlap: bool = False,
 ) -> Coding:
     """How the masks of a data set are read.
 
     A class is its colours where a mask is in colour, where palettes give one index two colours, or
-    where the settings name colours. JPEG changes values, so a value belongs to the nearest class.
+    where the settings name colours. Compression with loss changes values, so a value belongs to the
+    nearest class there.
 
     Args:
-        masks: by their files, with the distinct values [V] alone.
+        masks: of the data set.
         given, ignored, nearest: the settings data.classes, data.ignore_index and data.nearest.
         named: the classes as the layout names them, where none are given.
-        overlap: whether classes may overlap.
+        kinds, overlap: as of `Coding`.
 
     Raises:
         ValueError: the settings do not fit the masks.
     """
-    every = [mask for _, mask in masks]
-    lossy, two = any(mask.lossy for mask in every), not overlap and _palettes_differ(every)
-    if ignored is not None and not (type(ignored) is int or is_colour(ignored)):
+    settings = named if given is None else given
+    classes = () if settings is None else check_classes(settings, overlap)
+    _check_names(classes, kinds, overlap)
+    _check_ignored(ignored, classes)
+    colours, greys = _reading(masks)
+    if colours and given is None:  # 0 is the background of a folder for each class
+        classes = tuple((n, ("#000000",) if v == (0,) else v) for n, v in classes)
+    listed = [v for _, values in classes for v in values if v != REST]
+    listed += [] if ignored is None else [ignored]
+    colours = colours or any(map(is_colour, listed))
+    lossy = next((path for path, mask in masks if mask.lossy), None)
+    if lossy and (overlap or given is None):  # of such a folder all that is not black is the class
+        if colours and kinds:
+            raise ValueError(
+                f"{lossy} is compressed with loss and in colour, so nobody can tell where the "
+                "class ends; save the masks as PNG"
+            )
+        classes = tuple((n, (FOREGROUND,) if REST in v else v) for n, v in classes)
+    if colours:
+        _check_colours(masks, listed)
+    if lossy and any(REST in values for _, values in classes):
+        raise ValueError(
+            f"data.classes: {lossy} is compressed with loss (as by JPEG), so {REST} would take "
+            "pixels of other classes; give the value that a class had before, or a threshold, as "
+            "in 'data.classes={background:0,object:\">127\"}'"
+        )
+    if settings is None:
+        classes = _as_found(masks, ignored, colours, greys)
+    thresholds = any(found.is_threshold for found in ranges_of(listed))
+    near = nearest or lossy is not None or thresholds
+    return Coding(classes, ignored, kinds, overlap, near, colours, greys, settings is None)
+
+
+def _check_names(classes: Classes, kinds: tuple[str, ...], overlap: bool) -> None:
+    """Checks that classes with a folder of masks each are called like the folders.
+
+    Raises:
+        ValueError: they are not.
+    """
+    names = [name for name, _ in classes]
+    if overlap and kinds and sorted(names) != sorted(kinds):
+        raise ValueError(
+            f"data.classes must name the folders of masks, {', '.join(kinds)}, and no other class, "
+            f"got {', '.join(names)}"
+        )
+
+
+def _check_ignored(ignored: Any, classes: Classes) -> None:
+    """Checks the setting data.ignore_index.
+
+    Raises:
+        ValueError: it is no value, or that of a class.
+    """
+    if ignored is None:
+        return
+    if type(ignored) is not int and not is_colour(ignored):
         raise ValueError(
             f"data.ignore_index={ignored} must be a whole number, or a colour like '#e0e0c0'"
         )
-    settings = named if given is None else given
-    classes: Classes | None = None if settings is None else check_classes(settings, overlap)
-    if classes is not None:
-        if lossy and (overlap or given is None):  # the foreground of a folder for each class
-            classes = {n: (FOREGROUND,) if REST in v else v for n, v in classes.items()}
-    colours = two or any(mask.colours for mask in every)
-    if colours and classes and given is None:  # as 0 is the background of such a folder
-        classes = {n: ("#000000",) if v == (0,) else v for n, v in classes.items()}
-    listed = [v for values in (classes or {}).values() for v in values if v != REST]
-    listed += [] if ignored is None else [ignored]
-    colours = colours or any(map(is_colour, listed))
-    if colours and not overlap and (numbers := [v for v in listed if not is_colour(v)]):
-        why = "their palettes differ" if two else "some are in colour"
+    for name, values in classes:
+        if any(found == range_of(ignored) for found in ranges_of(values)):
+            raise ValueError(f"data.ignore_index={ignored} is a value of class {name}; choose one")
+
+
+def _reading(masks: Masks) -> tuple[bool, bool]:
+    """Whether masks are told by colours, and whether palettes by greys."""
+    known: dict[int, int] = {}
+    pairs = [pair for _, mask in masks for pair in (mask.palette or {}).items()]
+    if all(colour % 0x010101 == 0 for _, colour in pairs):
+        return any(mask.colours for _, mask in masks), bool(pairs)
+    two = any(known.setdefault(index, colour) != colour for index, colour in pairs)
+    return two or any(mask.colours for _, mask in masks), False
+
+
+def _check_colours(masks: Masks, listed: Sequence[Any]) -> None:
+    """Checks that settings and masks can be told by colours.
+
+    Raises:
+        ValueError: a setting is no colour, or a mask holds what is no grey.
+    """
+    if numbers := [value for value in listed if not is_colour(value)]:
         raise ValueError(
-            f"the masks in {masks[0][0].parent} must be told by colours, since {why}: data.classes "
-            "and data.ignore_index must name colours, such as "
+            f"the masks in {masks[0][0].parent} are told by colours, since some are in colour or "
+            "their palettes differ: data.classes and data.ignore_index must name colours, such as "
             f"\"data.classes={{road:'#804080',sky:'#4682b4'}}\", not {numbers[0]}"
         )
-    for path, mask in masks if colours else ():
+    for path, mask in masks:
         odd = mask.values[(mask.values < 0) | (mask.values > 255) | (mask.values % 1 != 0)]
         if odd.size and not mask.colours:
             raise ValueError(
                 f"{path} holds {odd[0]:.6g}, which is no grey of 8 bits, while other masks are in "
                 "colour; save all of them in one way"
             )
-    if lossy and any(REST in values for values in (classes or {}).values()):
-        file = next(path for path, mask in masks if mask.lossy)
-        raise ValueError(
-            f"data.classes: {file} is JPEG, which changes values a little, so {REST} would take "
-            "many of them; give the value that a class had before, or a threshold, as in "
-            "'data.classes={background:0,object:\">127\"}'"
-        )
-    if classes is None:
-        classes = _as_found(masks, ignored, colours, lossy)
-    thresholds = any(low != high for low, high in ranges_of(listed))
-    return Coding(
-        classes, ignored, overlap, nearest or lossy or thresholds, colours, settings is None
-    )
 
 
-def _palettes_differ(masks: Sequence[Mask]) -> bool:
-    """Whether an index that masks use stands for two colours, or for a grey of other masks."""
-    known: dict[int, int] = {}
-    if any(known.setdefault(index, colour) != colour
-           for mask in masks for index, colour in (mask.palette or {}).items()):  # fmt: skip
-        return True
-    colours = set(known.values())
-    return any(v not in known and v * 0x010101 in colours
-               for mask in masks if not mask.palette for v in mask.values.tolist())  # fmt: skip
-
-
-def _as_found(
-    masks: Sequence[tuple[Path, Mask]], ignored: Any, colours: bool, lossy: bool
-) -> Classes:
+def _as_found(masks: Masks, ignored: Any, colours: bool, greys: bool) -> Classes:
     """A class for each value in the masks, named like the value.
 
     Raises:
@@ -135,11 +204,11 @@ def _as_found(
     out = range_of(ignored)
     files: dict[float, Path] = {}  # the first that holds a value
     for file, mask in masks:
-        for value in as_read(mask.values, mask, colours).tolist():
+        for value in as_read(mask.values, mask, colours, greys).tolist():
             files.setdefault(value, file)
-    values = sorted(v for v in files if not (out and v == out[0]))
+    values = sorted(v for v in files if not (out and v == out.low))
     names = [f"#{int(v):06x}" if colours else v for v in values]
-    folder = masks[0][0].parent
+    folder, lossy = masks[0][0].parent, any(mask.lossy for _, mask in masks)
     if fractions := [v for v in values if v != int(v)]:
         raise ValueError(
             f"{files[fractions[0]]} holds {fractions[0]:.6g}, which is no whole number; name the "
@@ -161,24 +230,36 @@ def _as_found(
             f"{folder}: the masks hold {have}; two classes are needed, so look whether these are "
             "the masks"
         )
-    return {str(name): (name if colours else int(name),) for name in names}
+    return tuple((str(name), (name if colours else int(name),)) for name in names)
 
 
 def values_of(coding: Coding) -> list[int | str]:
-    """The value in a predicted mask of each class: the first that it has in masks.
+    """The value in a predicted mask of each class, which is read as that class again.
 
-    That of `REST` and of thresholds is the first of 255, 1, 2, ... that no other class has; of a
-    threshold from above the first of 0, 1, 2, ... Colours are written as `#rrggbb`.
+    That is the first of its single values. `REST` and thresholds have 255, 0, 1, 2, ... or a value
+    beside the threshold. Colours are written as `#rrggbb`.
     """
-    ranges = [ranges_of(values) for values in coding.classes.values()]
-    every = {low for found in ranges for low, high in found if low == high}
     values: list[int | str] = []
-    for found in ranges:
-        taken = set() if coding.overlap else every  # a file for each class
-        value = next((low for low, high in found if low == high), None)
-        if value is None:
-            first = 0 if found and found[0][0] == -math.inf else 0xFFFFFF if coding.colours else 255
-            value = next(v for v in (first, *range(1, 256)) if v not in taken)
-            taken.add(value)
-        values.append(f"#{int(value):06x}" if coding.colours else int(value))
+    for label, (_, wanted) in enumerate(coding.classes):
+        value = next(v for v in _candidates(wanted, coding.colours) if _is_of(v, label, coding))
+        values.append(f"#{value:06x}" if coding.colours else value)
     return values
+
+
+def _candidates(wanted: Sequence[Any], colours: bool) -> Iterator[int]:
+    ranges = ranges_of(wanted)
+    yield from (int(found.low) for found in ranges if not found.is_threshold)
+    below = any(found.low == -math.inf for found in ranges)
+    yield from (0, 255) if below else (0xFFFFFF if colours else 255,)
+    yield from range(256)
+    for end in (x for found in ranges for x in (found.low, found.high) if abs(x) < math.inf):
+        yield from (math.floor(end) + step for step in (0, 1, -1, 2))
+
+
+def _is_of(value: int, label: int, coding: Coding) -> bool:
+    """Whether a mask's value is read as a class."""
+    array = np.array([value])
+    if coding.overlap:  # 0 is where there is none of the class
+        return value != 0 and bool(members(array, coding.classes[label][1])[0])
+    labels, off = owners(array, coding)
+    return labels[0] == label and not off[0]

@@ -8,10 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from losswatch.data.cases import Case
-from losswatch.data.files import files_below, normal
-from losswatch.data.reading import SUFFIXES, stem_of, suffix_of
-from losswatch.data.splits import Layout, split_by_share
-from losswatch.text import number_of
+from losswatch.data.formats import SUFFIXES, stem_of, suffix_of
+from losswatch.data.splits import Layout, Parts, split_by_share
+from losswatch.data.tree import files_below, normal
+
+NEEDS = (
+    "nnU-Net v2 needs channel_names, labels and file_ending, the Decathlon modality, labels and "
+    "training"
+)
+
+
+def describes(file: Path) -> bool:
+    """Whether a dataset.json is one of these, and not of another program.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    about = _json(file)
+    return isinstance(about, dict) and "labels" in about
 
 
 def read_dataset(root: Path, shares: Mapping[str, float]) -> Layout:
@@ -23,49 +37,38 @@ def read_dataset(root: Path, shares: Mapping[str, float]) -> Layout:
         ValueError: the file does not say what is needed, or names files that are not there.
     """
     file = root / "dataset.json"
+    about = _json(file)
     try:
-        about = json.loads(file.read_text(encoding="utf-8-sig"))
-        labels = about["labels"]
         channels = about["channel_names" if "channel_names" in about else "modality"]
-        values = _values(labels)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        values, count = _values(about["labels"]), len(channels)
+        ignored = values.pop("ignore", None)
+        cases, test = _cases(root, about, count)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} cannot be used: {error}; nnU-Net v2 needs channel_names, labels and "
-            "file_ending, the Decathlon modality, labels and training"
-        ) from None
-    ignored = values.pop("ignore", None)
+            f"{file} cannot be used ({type(error).__name__}: {error}); {NEEDS}"
+        ) from error
     overlap = any(isinstance(value, list) for value in values.values())
     if overlap:  # regions; the background is where there is none
         values.pop("background", None)
     if overlap and len(values) == 1:
         [(name, value)] = values.items()
         values, overlap = {"background": 0, name: value}, False
-    test: list[Case] = []
-    if isinstance(about.get("dataset"), Mapping):
-        entries = about["dataset"].items()
-        cases = [_case(root, name, entry["images"], entry["label"]) for name, entry in entries]
-    elif isinstance(about.get("training"), list) and "file_ending" not in about:
-        cases = [_decathlon_case(root, entry, len(channels)) for entry in about["training"]]
-    elif "file_ending" in about:
-        ending = about["file_ending"]
-        if ending.lower() not in SUFFIXES:
-            raise ValueError(
-                f"{file}: files {ending} cannot be read; known are {', '.join(SUFFIXES)}"
-            )
-        cases = _nnunet_cases(root, "Tr", ending, len(channels))
-        if (root / "labelsTs").is_dir():
-            test = _nnunet_cases(root, "Ts", ending, len(channels))
-    else:
-        raise ValueError(f"{file} has no file_ending, which nnU-Net v2 needs, and no training")
+    if overlap and ignored is not None:
+        raise ValueError(
+            f"{file} has regions and a label to ignore; only one of them is supported, so name the "
+            "classes instead of regions"
+        )
     if not cases:
         raise ValueError(f"{file} names no case to train with")
     parts, notes = _split(root, cases, test, shares)
-    lone = (
-        [] if test or not (root / "imagesTs").is_dir() else [*files_below(root / "imagesTs").images]
-    )
-    if lone:
-        notes.append(f"not used: {number_of(len(lone), 'file')} of imagesTs/, without labels")
-    return Layout(parts, values, ignored, overlap, len(channels), tuple(notes))
+    return Layout(parts, values, ignored, (), overlap, count, tuple(notes))
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}; mend or remove it") from error
 
 
 def _values(labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,20 +81,54 @@ def _values(labels: Mapping[str, Any]) -> dict[str, Any]:
     return dict(sorted(found.items(), key=lambda item: int(item[1])))
 
 
+def _cases(root: Path, about: Mapping[str, Any], channels: int) -> tuple[list[Case], list[Case]]:
+    """The cases to train and validate with, and those of the test."""
+    if "dataset" in about:
+        entries = about["dataset"].items()
+        return [_case(root, name, one["images"], one["label"]) for name, one in entries], []
+    if "training" in about and "file_ending" not in about:
+        cases = [_decathlon_case(root, entry, channels) for entry in about["training"]]
+        names = [case.name for case in cases]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{root / 'dataset.json'} names {name} twice; remove one")
+        return cases, []
+    ending = "." + about["file_ending"].lstrip(".")
+    if ending.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{root / 'dataset.json'}: files {ending} cannot be read; known are "
+            f"{', '.join(SUFFIXES)}"
+        )
+    has_test = (root / "labelsTs").is_dir()
+    test = _nnunet_cases(root, "Ts", ending, channels) if has_test else []
+    return _nnunet_cases(root, "Tr", ending, channels), test
+
+
 def _split(
     root: Path, cases: Sequence[Case], test: list[Case], shares: Mapping[str, float]
-) -> tuple[dict[str, list[Case]], list[str]]:
+) -> tuple[Parts, list[str]]:
     """The cases by split, and what to say of it."""
     file, more = root / "splits_final.json", {"test": test} if test else {}
-    if file.is_file():
-        fold, known = json.loads(file.read_text(encoding="utf-8"))[0], {c.name: c for c in cases}
-        for name in (*fold["train"], *fold["val"]):
-            if name not in known:
-                raise ValueError(f"{file} names {name}, of which there is no image with a label")
-        parts = {split: [known[name] for name in fold[split]] for split in ("train", "val")}
-        return parts | more, [f"the split is the first fold of {file.name}"]
-    rest = {"val": shares["val"] or 0.2, "test": 0.0} if test else shares
-    return split_by_share(cases, rest) | more, []
+    if not file.is_file():
+        rest = {"val": shares["val"] or 0.2, "test": 0.0} if test else shares
+        return split_by_share(cases, rest) | more, []
+    known = {case.name: case for case in cases}
+    try:
+        fold = {split: [str(name) for name in _json(file)[0][split]] for split in ("train", "val")}
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{file} must be a list of folds with train and val, as nnU-Net writes it"
+        ) from error
+    names = [*fold["train"], *fold["val"]]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{file} names {name}, of which there is no image with a label")
+        if names.count(name) > 1:
+            raise ValueError(f"{file} names {name} twice in its first fold; remove one")
+    if empty := [split for split, part in fold.items() if not part]:
+        raise ValueError(f"{file} has no case of {empty[0]} in its first fold; add one")
+    parts = {split: [known[name] for name in part] for split, part in fold.items()}
+    return parts | more, [f"the split is the first fold of {file.name}"]
 
 
 def _nnunet_cases(root: Path, part: str, ending: str, channels: int) -> list[Case]:

@@ -41,6 +41,7 @@ from losswatch.data.survey import (
     shape_in,
     survey,
 )
+from losswatch.data.tree import state_of
 from losswatch.data.volumes import is_orientation
 from losswatch.text import number_of
 
@@ -136,7 +137,9 @@ class FolderImages(pl.LightningDataModule):
         self.batches, self.normalize, self.cache_mb = batches, normalize, cache_mb
         self.num_workers = min(4, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
         names = Names(images, masks, image_suffix, mask_suffix, skip_unpaired)
-        self.layout, self.looks = _layout(self.root, names, val_share, test_share)
+        state = tuple(state_of(self.root).items())
+        self.layout, self.looks = _layout(self.root, names, val_share, test_share, state)
+        self.state = hash(state)
         every = [look for looks in self.looks.values() for look in looks]
         ignored = self.layout.ignored if ignore_index is None else ignore_index
         cases = [case for split in self.looks for case in self.layout.cases[split]]
@@ -146,8 +149,8 @@ class FolderImages(pl.LightningDataModule):
             for paths, mask in zip(case.masks, look.masks, strict=True)
             if paths
         ]
-        named, overlap = self.layout.classes, self.layout.overlap
-        self.coding = make_coding(seen, classes, ignored, nearest, named, overlap)
+        named, kinds, overlap = self.layout.classes, self.layout.kinds, self.layout.overlap
+        self.coding = make_coding(seen, classes, ignored, nearest, named, kinds, overlap)
         self.survey: Survey = survey(self.layout, self.looks, self.coding)
         if axes is not None and not is_orientation(axes):
             raise ValueError(f"data.axes={axes} must be three letters such as RAS or LPS")
@@ -157,7 +160,7 @@ class FolderImages(pl.LightningDataModule):
                        for part, looks in self.looks.items()}  # fmt: skip
         self.form = Form(
             in_channels=every[0].shape[0],
-            classes=tuple(self.coding.classes),
+            classes=self.coding.names,
             dims=len(every[0].shape) - 1,
             target=target or ("multilabel" if self.layout.overlap else "softmax"),
             has_ignored=ignored is not None,
@@ -206,10 +209,6 @@ class FolderImages(pl.LightningDataModule):
                         f"{cases[0].images[0]} differ; give the sides of a patch"
                     )
             return None
-        if len(sides) != self.form.dims or any(type(n) is not int or n < 1 for n in sides):
-            raise ValueError(
-                f"data.patch_size must be a whole number or {self.form.dims} of them, got {size}"
-            )
         for case, shape in zip(cases, shapes, strict=True):
             if any(side > n for side, n in zip(sides, shape[1:], strict=True)):
                 have = " x ".join(map(str, shape[1:]))
@@ -233,9 +232,9 @@ class FolderImages(pl.LightningDataModule):
             for shape in self.shapes[part]:
                 budget -= 4 * math.prod(shape) + 2 * planes * math.prod(shape[1:])
                 kept[part] += budget >= 0
-        coding = (tuple(self.coding.classes.items()), *self.coding[1:])
         cases = tuple(self.layout.cases[split])
-        return _items(cases, self.normalize, coding, self.form.axes, kept[split])
+        settings = self.normalize, self.coding, self.form.axes
+        return _items(cases, *settings, kept[split], self.state)
 
     @property
     def patches(self) -> Patches:
@@ -310,10 +309,15 @@ class UnlabelledImages(pl.LightningDataModule):
 
 @functools.lru_cache(maxsize=1)
 def _layout(
-    root: Path, names: Names, val_share: float, test_share: float
+    root: Path, names: Names, val_share: float, test_share: float, state: tuple
 ) -> tuple[Layout, dict[str, list[Look]]]:
-    """The cases of a folder, and a look at each; kept for the next run of a sweep."""
-    layout = read_layout(root, names, {"val": val_share, "test": test_share})
+    """The cases of a folder, and a look at each; kept for the next run of a sweep.
+
+    Args:
+        state: of `state_of`, as pairs.
+    """
+    files = [path for path, _ in state]
+    layout = read_layout(root, names, {"val": val_share, "test": test_share}, files)
     cases = [case for split in SPLITS for case in layout.cases.get(split, ())]
     looks = look_at(cases)
     check_alike(cases, looks, layout.channels)
@@ -323,7 +327,9 @@ def _layout(
 
 
 @functools.lru_cache(maxsize=3)  # train, val and test; kept for the next run of a sweep
-def _items(cases: tuple[Case, ...], normalize: str, coding: Any, axes: str, kept: int) -> Items:
-    read = Coding(dict(coding[0]), *coding[1:])
-    load = functools.partial(load_item, normalize=normalize, coding=read, axes=axes)
+def _items(
+    cases: tuple[Case, ...], normalize: str, coding: Coding, axes: str, kept: int, state: int
+) -> Items:
+    """The images of a split; another `state` of the folder makes new ones."""
+    load = functools.partial(load_item, normalize=normalize, coding=coding, axes=axes)
     return Items(cases, load, kept)

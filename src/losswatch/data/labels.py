@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,28 +17,62 @@ from losswatch.text import number_of
 REST = "rest"  # stands for all values of a mask that no other class has
 NOBODY = IGNORED - 1  # the label of a value that no class has
 
-# From the name of a class to its values: whole numbers, colours, thresholds or REST.
-Classes = Mapping[str, tuple[Any, ...]]
+# Names of classes, each with its values: whole numbers, colours, thresholds or REST.
+Classes = tuple[tuple[str, tuple[Any, ...]], ...]
 
 
 class Coding(NamedTuple):
     """How the values of masks become labels.
 
     Attributes:
-        classes: of `check_classes`.
+        classes: of `coding.check_classes`.
         ignored: the value of pixels that count nowhere, a number or a colour; None: there is none.
+        kinds: where each class has a mask of its own, the classes in the order of the masks.
         overlap: whether classes may overlap. A mask with values that no class has is then right.
         nearest: whether a value that no class has belongs to the class of the nearest value.
         colours: whether a class is its colours.
-        is_found: whether each value that was found is a class.
+        greys: whether an index of a palette is the grey that it stands for.
+        is_found: whether no setting named the classes, so that each value found is one.
     """
 
     classes: Classes
     ignored: Any = None
+    kinds: tuple[str, ...] = ()
     overlap: bool = False
     nearest: bool = False
     colours: bool = False
+    greys: bool = False
     is_found: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes."""
+        return tuple(name for name, _ in self.classes)
+
+
+# --- Values --------------------------------------------------------------------------------------
+
+
+class Range(NamedTuple):
+    """The values that a number, a colour or a threshold stands for: from low to high.
+
+    Attributes:
+        is_open: whether low and high are not among them.
+    """
+
+    low: float
+    high: float
+    is_open: bool = False
+
+    def holds(self, values: np.ndarray) -> np.ndarray:
+        """Whether each of the values is in it, bool [V]."""
+        if self.is_open:
+            return (values > self.low) & (values < self.high)
+        return (values >= self.low) & (values <= self.high)
+
+    @property
+    def is_threshold(self) -> bool:
+        return self.low != self.high
 
 
 def is_colour(value: Any) -> bool:
@@ -45,95 +80,112 @@ def is_colour(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value) is not None
 
 
-def range_of(value: Any) -> tuple[float, float] | None:
-    """The smallest and the largest value that a value, a colour or a threshold stands for.
+def range_of(value: Any) -> Range | None:
+    """The range of a number, a colour or a threshold; None of anything else.
 
-    >>> range_of(3), range_of("#0000ff"), range_of(">=128"), range_of("rest")
-    ((3, 3), (255, 255), (128.0, inf), None)
+    >>> range_of(3), range_of(">=128")
+    (Range(low=3, high=3, is_open=False), Range(low=128.0, high=inf, is_open=False))
+    >>> range_of("rest")
     """
     if type(value) is int:
-        return value, value
+        return Range(value, value)
     if is_colour(value):
-        return int(value[1:], 16), int(value[1:], 16)
-    found = re.fullmatch(
-        r"\s*([<>])(=?)\s*(-?\d+(?:\.\d*)?)\s*", value if isinstance(value, str) else ""
-    )
+        return Range(int(value[1:], 16), int(value[1:], 16))
+    text = value if isinstance(value, str) else ""
+    found = re.fullmatch(r"\s*([<>])(=?)\s*(-?\d+(?:\.\d*)?)\s*", text)
     if not found:
         return None
     side, equal, number = found[1], found[2], float(found[3])
-    end = math.inf if side == ">" else -math.inf
-    start = number if equal else math.nextafter(number, end)
-    return min(start, end), max(start, end)
+    ends = (number, math.inf) if side == ">" else (-math.inf, number)
+    return Range(*ends, is_open=not equal)
 
 
-def ranges_of(values: Sequence[Any]) -> list[tuple[float, float]]:
+def ranges_of(values: Sequence[Any]) -> list[Range]:
     """`range_of` each value that has one."""
     return [found for value in values if (found := range_of(value))]
+
+
+def as_read(values: np.ndarray, mask: Mask, colours: bool, greys: bool = False) -> np.ndarray:
+    """Values of a mask [V] as int64 or float64, in which differences are exact.
+
+    Args:
+        mask: that holds them.
+        colours, greys: as of `Coding`; a colour is 0xRRGGBB.
+    """
+    values = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
+    if mask.palette and (colours or greys):
+        found = np.array([mask.palette.get(int(v), 0) for v in values], np.int64)
+        return found if colours else found & 255
+    return values * 0x010101 if colours and not mask.colours else values
+
+
+# --- Labels --------------------------------------------------------------------------------------
 
 
 def owners(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
     """The label of each value of a mask whose classes do not overlap.
 
+    A single value goes before a threshold that holds it, too.
+
     Args:
-        values: [V], numbers, or colours as 0xRRGGBB.
+        values: [V], as of `as_read`.
 
     Returns:
         labels int16 [V], where `IGNORED` counts nowhere and `NOBODY` belongs to no class; and bool
         [V], whether a value has its label since it is near to a class.
     """
     labels = np.full(len(values), NOBODY, np.int16)
-    exact, thresholds = _ranges(coding)
-    for label, low, high in (*thresholds, *exact):
-        labels[(values >= low) & (values <= high)] = label
-    for label, wanted in enumerate(coding.classes.values()):
+    ranges = [(i, found) for i, (_, wanted) in enumerate(coding.classes)
+              for found in ranges_of(wanted)]  # fmt: skip
+    ignored = [(IGNORED, found) for found in ranges_of([coding.ignored])]
+    thresholds = [pair for pair in ranges if pair[1].is_threshold]
+    singles = [pair for pair in ranges if not pair[1].is_threshold]
+    for label, found in (*thresholds, *singles, *ignored):
+        labels[found.holds(values)] = label
+    for label, (_, wanted) in enumerate(coding.classes):
         if REST in wanted:
             labels[labels == NOBODY] = label
-    off = labels == NOBODY
-    if not coding.nearest or not (ranges := exact or thresholds):
-        return labels, np.zeros_like(off)
-    # A threshold has said which values are its own.
-    lost = values[off]
-    distances = [
-        _colour_distance(lost, int(low))
-        if coding.colours
-        else np.maximum(np.maximum(low - lost, lost - high), 0)
-        for _, low, high in ranges
-    ]
-    labels[off] = np.array([label for label, *_ in ranges])[np.argmin(distances, axis=0)]
+    off = (labels == NOBODY) & coding.nearest
+    # A threshold has said which values are its own, so others go to a class of single values.
+    near = (singles or thresholds) if thresholds else singles + ignored
+    if off.any() and near:
+        distances = [_distance(values[off], found, coding.colours) for _, found in near]
+        labels[off] = np.array([label for label, _ in near])[np.argmin(distances, axis=0)]
     return labels, off
 
 
-Ranges = list[tuple[int, float, float]]  # label, smallest and largest value
+def _distance(values: np.ndarray, found: Range, colours: bool) -> np.ndarray:
+    """How far values [V] are from a range; of colours the square of it."""
+    if not colours:
+        return np.maximum(np.maximum(found.low - values, values - found.high), 0)
+    parts = [((values >> k & 255) - (int(found.low) >> k & 255)) ** 2 for k in (16, 8, 0)]
+    return np.sum(parts, axis=0)
 
 
-def _ranges(coding: Coding) -> tuple[Ranges, Ranges]:
-    """The single values of all classes and of ignored pixels, and the thresholds."""
-    given = [*enumerate(coding.classes.values()), (IGNORED, (coding.ignored,))]
-    ranges = [(label, low, high) for label, values in given for low, high in ranges_of(values)]
-    exact = [found for found in ranges if found[1] == found[2]]
-    return exact, [found for found in ranges if found[1] != found[2]]
-
-
-def _colour_distance(values: np.ndarray, colour: int) -> np.ndarray:
-    parts = [((values.astype(int) >> k & 255) - (colour >> k & 255)) ** 2 for k in (16, 8, 0)]
-    return sum(parts)  # type: ignore[return-value]
-
-
-def members(values: np.ndarray, name: str, coding: Coding) -> np.ndarray:
-    """Whether each value of a mask [V] is of a class that may overlap with others."""
-    wanted = coding.classes[name]
+def members(values: np.ndarray, wanted: Sequence[Any]) -> np.ndarray:
+    """Whether each value of a mask [V] is of a class that may overlap with others, bool [V]."""
     if REST in wanted:
         return values != 0
-    inside = [(values >= low) & (values <= high) for low, high in ranges_of(wanted)]
-    return np.any(inside, axis=0)
+    return np.any([found.holds(values) for found in ranges_of(wanted)], axis=0)
+
+
+def _number(name: str, coding: Coding) -> int:
+    """The number of the mask that a class is read from."""
+    return coding.kinds.index(name) if coding.overlap and coding.kinds else 0
 
 
 class Counts(NamedTuple):
-    """Pixels of an image."""
+    """Pixels of an image.
 
-    classes: list[int]  # of each class
-    ignored: int  # that count nowhere
-    off: int  # that have a class since their value is near to it
+    Attributes:
+        classes: of each class.
+        ignored: that count nowhere.
+        off: that have a class since their value is near to it.
+    """
+
+    classes: list[int]
+    ignored: int = 0
+    off: int = 0
 
 
 def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: Coding) -> Counts:
@@ -146,17 +198,15 @@ def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: C
     Raises:
         ValueError: a value belongs to no class.
     """
+    read = [as_read(mask.values, mask, coding.colours, coding.greys) for mask in masks]
     if coding.overlap:
         found = []
-        for i, name in enumerate(coding.classes):
-            at = i if len(masks) > 1 else 0  # a file for each class, or one of regions
-            mask, numbers = masks[at], counts[at]
-            inside = members(as_read(mask.values, mask, coding.colours), name, coding)
-            found.append(int(numbers[inside].sum()))
-        return Counts(found, 0, 0)
-    values = as_read(masks[0].values, masks[0], coding.colours)
-    labels, off = owners(values, coding)
-    for value, count in zip(values[labels == NOBODY], counts[0][labels == NOBODY], strict=True):
+        for name, wanted in coding.classes:
+            i = _number(name, coding)
+            found.append(int(counts[i][members(read[i], wanted)].sum()))
+        return Counts(found)
+    labels, off = owners(read[0], coding)
+    for value, count in zip(read[0][labels == NOBODY], counts[0][labels == NOBODY], strict=True):
         shown = f"#{value:06x}" if coding.colours else f"{value:.6g}"
         way = "add it to one" if value == int(value) else "give a threshold, such as '>0.5'"
         raise ValueError(
@@ -165,13 +215,6 @@ def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: C
         )
     totals = [int(counts[0][labels == i].sum()) for i in range(len(coding.classes))]
     return Counts(totals, int(counts[0][labels == IGNORED].sum()), int(counts[0][off].sum()))
-
-
-def as_read(values: np.ndarray, mask: Mask, colours: bool) -> np.ndarray:
-    """Values of a mask as colours, if it is to be read so, whatever the mode of its file."""
-    if colours and mask.palette:
-        return np.array([mask.palette.get(int(v), 0) for v in values])
-    return values.astype(np.int64) * 0x010101 if colours and not mask.colours else values
 
 
 def distinct_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,20 +230,20 @@ def to_label(masks: Sequence[Mask], coding: Coding) -> np.ndarray:
     Args:
         masks: one of all classes, or one for each class.
     """
-    if coding.overlap:
-        files = masks if len(masks) > 1 else [masks[0]] * len(coding.classes)
-        planes = [
-            _looked_up(mask, coding, lambda values, name=name: members(values, name, coding))
-            for mask, name in zip(files, coding.classes, strict=True)
-        ]
-        return np.stack(planes).astype(np.int16)
-    return _looked_up(masks[0], coding, lambda values: owners(values, coding)[0])[None]
+    if not coding.overlap:
+        return _looked_up(masks[0], coding, lambda values: owners(values, coding)[0])[None]
+    planes = []
+    for name, wanted in coding.classes:
+        mask, is_member = masks[_number(name, coding)], functools.partial(members, wanted=wanted)
+        planes.append(_looked_up(mask, coding, is_member))
+    return np.stack(planes).astype(np.int16)
 
 
 def _looked_up(mask: Mask, coding: Coding, function: Any) -> np.ndarray:
     """A function of the distinct values of a mask, at each pixel: [*space]."""
     if mask.values.dtype in (np.uint8, np.uint16):
         values = np.arange(int(mask.values.max()) + 1)
-        return function(as_read(values, mask, coding.colours))[mask.values]
+        return function(as_read(values, mask, coding.colours, coding.greys))[mask.values]
     values, where = np.unique(mask.values, return_inverse=True)
-    return function(as_read(values, mask, coding.colours))[where.reshape(mask.values.shape)]
+    found = function(as_read(values, mask, coding.colours, coding.greys))
+    return found[where.reshape(mask.values.shape)]

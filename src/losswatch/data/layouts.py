@@ -2,74 +2,110 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from losswatch.data.cases import Case
-from losswatch.data.datasets import read_dataset
-from losswatch.data.files import Key, files_below, is_hidden
+from losswatch.data.datasets import describes, read_dataset
+from losswatch.data.formats import SUFFIXES, stem_of, suffix_of
 from losswatch.data.labels import REST
 from losswatch.data.matching import Names
-from losswatch.data.pairs import find_pairs
-from losswatch.data.reading import SUFFIXES, stem_of, suffix_of
-from losswatch.data.splits import Layout, complete, listed, named, split_of
-from losswatch.text import number_of
+from losswatch.data.pairs import MASK_FOLDERS, find_pairs
+from losswatch.data.splits import (
+    Layout,
+    complete,
+    listed,
+    lists_of,
+    named,
+    split_by_share,
+    split_of,
+)
+from losswatch.data.tree import Key, files_below
+from losswatch.text import nearby, number_of
 
 
-def read_layout(root: Path, names: Names, shares: Mapping[str, float]) -> Layout:
+def read_layout(
+    root: Path, names: Names, shares: Mapping[str, float], files: Iterable[str]
+) -> Layout:
     """Find the cases of a folder.
 
     Args:
         shares: of "val" and "test", where the folder is not split.
+        files: all that are below the folder.
 
     Raises:
         ValueError: the folder holds no images, or an image and a mask do not pair.
     """
     if not root.is_dir():
         raise ValueError(f"data.root={root}: there is no such folder")
-    if (root / "dataset.json").is_file():
-        return read_dataset(root, shares)
-    found = find_pairs(root, names)
-    if not found.cases:
+    about, notes = root / "dataset.json", []
+    if about.is_file():
+        if describes(about) or not (root / names.images).is_dir():
+            layout = read_dataset(root, shares)
+            used = [about, root / "splits_final.json"]
+            return layout._replace(notes=(*layout.notes, *_unused(root, layout, files, used)))
+        notes.append(f"{about.name} has no labels, and is not read")
+    layout = _found(root, names, shares)
+    used = [*lists_of(root).values(), about]
+    notes += [*layout.notes, *_unused(root, layout, files, used)]
+    return layout._replace(notes=tuple(notes))
+
+
+def _found(root: Path, names: Names, shares: Mapping[str, float]) -> Layout:
+    """The layout of a folder that does not describe itself."""
+    pairs = find_pairs(root, names)
+    cases, kinds = pairs.cases, pairs.kinds
+    if not cases:
         raise ValueError(f"{root} holds no image with a mask")
-    cases, kinds = found.cases, found.kinds
-    notes = [*found.notes, *_unused(root, found.unused, cases.values())]
     classes: dict[str, Any] | None = dict.fromkeys(kinds, REST) or None
     if len(kinds) == 1:
         classes = {"background": 0, kinds[0]: REST}
+    notes = list(pairs.notes)
     for i, kind in enumerate(kinds):
         if empty := [case.images[0] for case in cases.values() if not case.masks[i]]:
             have = f"{empty[0]} and {len(empty) - 1} more have" if empty[1:] else f"{empty[0]} has"
             notes.append(f"{have} no mask of class {kind}, which is taken for an empty one")
-    if split := split_of(cases):
-        parts = split
-    elif lists := listed(root, cases, names.image_suffix):
-        parts, left = lists
-        notes.append(f"the split is that of the lists {left}")
+    parts = split_of(root, cases)
+    if parts is None and (lists := lists_of(root)):
+        parts = listed(root, cases, names.image_suffix)
+        notes.append(f"the split is that of {nearby(lists['train'], root)} and its neighbours")
+    if parts is None:
+        parts = split_by_share(named(cases), shares)
     else:
-        parts = {"": named(cases)}
-    parts, more = complete(root, parts, shares)
-    return Layout(parts, classes, None, len(kinds) > 1, None, (*notes, *more))
+        parts, more = complete(parts, shares)
+        notes += more
+    return Layout(parts, classes, None, kinds, len(kinds) > 1, None, tuple(notes))
 
 
-def _unused(root: Path, paths: Sequence[Path], cases: Iterable[Case]) -> list[str]:
-    """One line about the files that are not used, and one about the folders."""
-    seen = [path for case in cases for part in (case.images, *case.masks) for path in part]
-    heads = {path.relative_to(root).parts[0] for path in (*seen, *paths)} | {"ImageSets"}
-    folders = [p.name for p in sorted(root.iterdir()) if p.is_dir() and not is_hidden(p.name)]
-    left = [f"{name}/" for name in folders if name not in heads]
-    notes = [f"not used: {', '.join(left)}"] if left else []
-    if not paths:
-        return notes
+def _unused(root: Path, layout: Layout, files: Iterable[str], others: Iterable[Path]) -> list[str]:
+    """One line about the files below a folder that are not read.
+
+    Args:
+        others: files that are read, besides images and masks.
+    """
+    cases = [case for part in layout.cases.values() for case in part]
+    used = {os.path.abspath(path) for path in others}
+    used |= {os.path.abspath(path) for case in cases for path in case.files}
+    headers = {os.path.splitext(path)[0] for path in used if path.endswith((".mhd", ".nhdr"))}
+    left = []
+    for name in files:
+        path = os.path.abspath(name)
+        is_slice = os.path.dirname(path) in used  # a folder of DICOM files
+        is_part = path.endswith("raw") and path.split(".")[0] in headers
+        if path not in used and not is_slice and not is_part:
+            left.append(Path(name))
+    if not left:
+        return []
     kinds: dict[str, int] = {}
-    for path in paths:
-        kind = suffix_of(path) or path.suffix or "without suffix"
+    for file in left:
+        kind = suffix_of(file) or file.suffix or "without suffix"
         kinds[kind] = kinds.get(kind, 0) + 1
     counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    first = paths[0].relative_to(root)
-    return [*notes, f"not used: {number_of(len(paths), 'file')} ({counted}), {first} is the first"]
+    first = nearby(left[0], root)
+    return [f"not used: {number_of(len(left), 'file')} ({counted}), {first} is the first"]
 
 
 def unlabelled(root: Path, channels: int) -> list[Case]:
@@ -85,7 +121,8 @@ def unlabelled(root: Path, channels: int) -> list[Case]:
         raise ValueError(f"{root} is no folder; it is to hold images")
     inner = (root / name for name in ("images", "imagesTs"))
     folder = next((path for path in inner if path.is_dir()), root)
-    files = files_below(folder).images
+    files = {key: path for key, path in files_below(folder).images.items()
+             if not any(part.lower() in MASK_FOLDERS for part in key[:-1])}  # fmt: skip
     if not files:
         raise ValueError(f"{folder} holds no images; known are {', '.join(SUFFIXES)}")
     groups: dict[Key, list[Path]] = {}

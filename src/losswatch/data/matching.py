@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from losswatch.data.cases import Case
-from losswatch.data.files import WORDS, Files, Key, files_below, normal
-from losswatch.data.reading import SUFFIXES, stem_of, suffix_of
+from losswatch.data.formats import SUFFIXES, stem_of, suffix_of
 from losswatch.data.splits import lists_of
+from losswatch.data.tree import WORDS, Files, Key, files_below, normal
 
 # How the name of a mask ends, or begins, that lies beside its image.
 ENDING = re.compile(r"(?:^|[-_. ])(masks?|labels?|seg|segmentation|gt)$", re.IGNORECASE)
@@ -40,18 +40,19 @@ class Pairs(NamedTuple):
     Attributes:
         cases: without a name, by their key, which may hold a split.
         kinds: the classes, where each has a mask of its own.
-        unused: files that are not read.
         notes: what was found.
     """
 
     cases: dict[Key, Case]
     kinds: tuple[str, ...] = ()
-    unused: Sequence[Path] = ()
     notes: tuple[str, ...] = ()
 
 
 class NoMasks(ValueError):
     """There are images, but no masks."""
+
+
+# --- In two folders -------------------------------------------------------------------------------
 
 
 def match(images: Path, masks: Path, names: Names, is_one: bool = False) -> Pairs:
@@ -66,31 +67,30 @@ def match(images: Path, masks: Path, names: Names, is_one: bool = False) -> Pair
     if images.resolve() == masks.resolve():
         return beside(images, names)
     there, masks_there = files_below(images), files_below(masks)
-    pictures, others = _ending(there, names.image_suffix)
-    labels, rest = _ending(masks_there, names.mask_suffix)
-    unused = [*others, *rest, *there.others, *masks_there.others]
+    pictures, labels = _ending(there, names.image_suffix), _ending(masks_there, names.mask_suffix)
     notes: tuple[str, ...] = ()
     if labels.keys() & pictures.keys():
         if all(key in labels for key in pictures):  # then folders beside the masks are not read
-            unused += [path for key, path in labels.items() if key not in pictures and len(key) > 1]
             labels = {k: path for k, path in labels.items() if k in pictures or len(k) == 1}
     elif is_one and len(pictures) == 1:
         [(key, path)] = pictures.items()
-        return Pairs({key: Case("", (path,), (tuple(labels.values()),))}, unused=unused)
+        return Pairs({key: Case("", (path,), (tuple(labels.values()),))})
+    elif all(key[:-1] in pictures for key in labels):
+        return _of_objects(pictures, labels)
     elif parted := _by_class(pictures, labels):
-        return _of_classes(pictures, parted, names, images)._replace(unused=unused)
+        return _of_classes(pictures, parted, names, images)
     elif paired := _by_common_parts(pictures, labels):
         labels = paired
         path, mask = next((pictures[key], mask) for key, mask in labels.items())
         notes = (f"{mask.name} is taken for the mask of {path.name}, and so on",)
-    unused += _unpaired(pictures, labels, names, there, masks_there)
+    _check_pairs(pictures, labels, names, there, masks_there)
     both = [key for key in pictures if key in labels]
     cases = {key: Case("", (pictures[key],), ((labels[key],),)) for key in both}
-    return Pairs(cases, unused=unused, notes=notes)
+    return Pairs(cases, notes=notes)
 
 
-def _ending(files: Files, suffix: str) -> tuple[dict[Key, Path], list[Path]]:
-    """The files whose stems end like this, by their key without it; and the others."""
+def _ending(files: Files, suffix: str) -> dict[Key, Path]:
+    """The files whose stems end like this, by their key without it."""
     end = normal(suffix)
     found = {(*key[:-1], key[-1].removesuffix(end)): path
              for key, path in files.images.items() if key[-1].endswith(end)}  # fmt: skip
@@ -101,38 +101,46 @@ def _ending(files: Files, suffix: str) -> tuple[dict[Key, Path], list[Path]]:
         raise ValueError(
             f"{files.folder} holds no images{what}; known are {', '.join(SUFFIXES)}{have}"
         )
-    return found, [path for key, path in files.images.items() if not key[-1].endswith(end)]
+    return found
 
 
-def _unpaired(
+def _check_pairs(
     pictures: Mapping[Key, Path],
     labels: Mapping[Key, Path],
     names: Names,
     images: Files,
     masks: Files,
-) -> list[Path]:
-    """The files that have no counterpart, where they may be left out.
+) -> None:
+    """Checks that each image has a mask and each mask an image, where that is asked for.
 
     Raises:
-        ValueError: they may not.
+        ValueError: one does not.
     """
-    lone_images = [path for key, path in pictures.items() if key not in labels]
-    lone_masks = [path for key, path in labels.items() if key not in pictures]
     if names.skip_unpaired or lists_of(images.folder.parent):
-        return lone_masks + lone_images
+        return
     ways = "data.skip_unpaired=true leaves such files out"
     if not labels.keys() & pictures.keys():
         ways += ", data.image_suffix and data.mask_suffix tell the names of a pair apart"
-    for lone, what, other in (
-        (lone_masks, "a mask without an image", images),
-        (lone_images, "an image without a mask", masks),
+    for some, others, what, folder in (
+        (labels, pictures, "a mask without an image", images),
+        (pictures, labels, "an image without a mask", masks),
     ):
-        for path in lone:
+        for path in (path for key, path in some.items() if key not in others):
             start = normal(stem_of(path)) + "."
-            unread = [p.name for p in other.others if normal(p.name).startswith(start)]
+            unread = [p.name for p in folder.others if normal(p.name).startswith(start)]
             hint = f", where {unread[0]} is, which cannot be read" if unread else ""
-            raise ValueError(f"{path} is {what} in {other.folder}{hint}; {ways}")
-    return []
+            raise ValueError(f"{path} is {what} in {folder.folder}{hint}; {ways}")
+
+
+def _of_objects(pictures: Mapping[Key, Path], labels: Mapping[Key, Path]) -> Pairs:
+    """The pairs where each image has a folder of masks, which are joined."""
+    masks: dict[Key, list[Path]] = {key: [] for key in pictures}
+    for key, path in labels.items():
+        masks[key[:-1]].append(path)
+    cases = {key: Case("", (path,), (tuple(masks[key]),)) for key, path in pictures.items()}
+    empty = [case.images[0] for case in cases.values() if not case.masks[0]]
+    notes = [f"{path} has no mask, which is taken for an empty one" for path in empty]
+    return Pairs(cases, notes=("the masks of each image are joined", *notes))
 
 
 Parted = dict[Key, dict[str, Path]]  # masks by the key of their image and by class
@@ -141,9 +149,11 @@ Parted = dict[Key, dict[str, Path]]  # masks by the key of their image and by cl
 def _by_class(pictures: Mapping[Key, Path], labels: Mapping[Key, Path]) -> Parted | None:
     """The masks where they lie in a folder for each class, at the same depth in all paths."""
     for depth in range(max(len(key) for key in labels) - 1):
+        if all(key[depth] in WORDS for key in labels if len(key) > depth + 1):
+            continue
         parted: Parted = {}
         for key, path in labels.items():
-            if len(key) > depth + 1 and key[depth].lower() not in WORDS:
+            if len(key) > depth + 1:
                 parted.setdefault((*key[:depth], *key[depth + 1 :]), {})[key[depth]] = path
         if any(key in pictures for key in parted):
             return parted
@@ -189,6 +199,9 @@ def _by_common_parts(
     return None
 
 
+# --- In one folder --------------------------------------------------------------------------------
+
+
 def beside(folder: Path, names: Names) -> Pairs:
     """The pairs of one folder, where an image and its mask lie beside each other.
 
@@ -200,8 +213,7 @@ def beside(folder: Path, names: Names) -> Pairs:
     """
     files = files_below(folder)
     if files.images and all(suffix_of(path) == ".npz" for path in files.images.values()):
-        cases = {key: Case("", (path,), ((path,),)) for key, path in files.images.items()}
-        return Pairs(cases, unused=files.others)
+        return Pairs({k: Case("", (path,), ((path,),)) for k, path in files.images.items()})
     suffix = names.mask_suffix
     masks = {
         key: key[-1].removesuffix(suffix) if suffix else ENDING.sub("", key[-1])
@@ -213,8 +225,7 @@ def beside(folder: Path, names: Names) -> Pairs:
         labels = {key: path for key, path in rest.items() if BEGINNING.search(key[-1])}
         pictures = {key: path for key, path in rest.items() if key not in labels}
         if labels and (paired := _by_common_parts(pictures, labels)):
-            cases = {k: Case("", (pictures[k],), ((path,),)) for k, path in paired.items()}
-            return Pairs(cases, unused=files.others)
+            return Pairs({k: Case("", (pictures[k],), ((path,),)) for k, path in paired.items()})
     if not masks:
         what = f"that end in {suffix}" if suffix else "in masks/, or that end in _mask"
         inside = sorted(p.name for p in folder.iterdir() if p.is_dir())[:3]
@@ -223,28 +234,45 @@ def beside(folder: Path, names: Names) -> Pairs:
             f"{folder} holds no masks {what}{hint}; data.images, data.masks and data.mask_suffix "
             "say where they are"
         )
-    cases = {}
+    cases: dict[Key, Case] = {}
     channels: dict[tuple[str, ...], Path] = {}  # by what their names end in, and a mask of such
     for key, stem in masks.items():
-        where, own = key[:-1], (*key[:-1], stem + names.image_suffix)
-        found = [own] if own in rest else [
-            k for k in rest if k[:-1] == where and k[-1].startswith(stem)]  # fmt: skip
+        mask, own = files.images[key], (*key[:-1], stem + names.image_suffix)
+        found = [own] if own in rest else [k for k in rest if _is_channel(k, (*key[:-1], stem))]
         if not found and not names.skip_unpaired:
-            raise ValueError(f"{files.images[key]} is a mask without an image beside it")
+            raise ValueError(
+                f"{mask} is a mask without an image beside it; data.skip_unpaired=true leaves such "
+                "files out"
+            )
+        if not found:
+            continue
+        name = (*key[:-1], stem) if stem else key[:-1]
+        if name in cases:
+            raise ValueError(
+                f"{cases[name].masks[0][0]} and {mask} are masks of one image; data.mask_suffix "
+                "says which is read"
+            )
         ends = tuple(k[-1][len(stem) :].strip("-_. ") for k in found)
-        channels.setdefault(ends if len(ends) > 1 else (), files.images[key])
-        paths = tuple(rest[k] for k in found)
-        if paths:
-            cases[(*where, stem) if stem else where] = Case("", paths, ((files.images[key],),))
+        channels.setdefault(ends if len(ends) > 1 else (), mask)
+        cases[name] = Case("", tuple(rest[k] for k in found), ((mask,),))
     if len(channels) > 1:
         first, second, *_ = channels.values()
-        raise ValueError(f"beside {first} and {second} lie different channels of an image")
+        raise ValueError(
+            f"beside {first} and {second} lie different channels of an image; each image needs the "
+            "same"
+        )
     used = {path for case in cases.values() for path in case.images}
     lone = [path for path in rest.values() if path not in used]
     if lone and not names.skip_unpaired and not lists_of(folder):
         raise ValueError(
             f"{lone[0]} has no mask beside it; data.skip_unpaired=true leaves such images out"
         )
-    [ends] = channels
-    notes = (f"the channels of an image are {', '.join(ends)}",) if ends else ()
-    return Pairs(cases, unused=lone + files.others, notes=notes)
+    ends = next(iter(channels), ())
+    return Pairs(cases, notes=(f"the channels of an image are {', '.join(ends)}",) if ends else ())
+
+
+def _is_channel(key: Key, name: Key) -> bool:
+    """Whether a file's name is that of an image, followed by a separator and its channel."""
+    rest = key[-1].removeprefix(name[-1])
+    is_longer = key[:-1] == name[:-1] and key[-1].startswith(name[-1])
+    return is_longer and (not name[-1] or rest[:1] in ("-", "_", ".", " "))

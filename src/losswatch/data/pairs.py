@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from losswatch.data.cases import Case
-from losswatch.data.files import WORDS, Key, files_below, is_hidden, normal
 from losswatch.data.matching import Names, NoMasks, Pairs, beside, match
+from losswatch.data.tree import WORDS, Key, files_below, is_hidden, normal
 
 # What images/ and masks/ are called elsewhere.
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages", "leftimg8bit")
@@ -109,16 +109,20 @@ def _joined(parts: Iterable[tuple[str, Pairs]]) -> Pairs:
     found = dict(parts)
     kinds = tuple(sorted({kind for pairs in found.values() for kind in pairs.kinds}))
     cases: dict[Key, Case] = {}
-    unused: list[Path] = []
     notes: dict[str, None] = {}
     for name, pairs in found.items():
-        if bool(pairs.kinds) != bool(kinds):
-            [case, *_] = pairs.cases.values()
+        if pairs.cases and bool(pairs.kinds) != bool(kinds):
+            case = next(iter(pairs.cases.values()))
             raise ValueError(f"{case.images[0]} has one mask, others have a folder for each class")
         for key, case in pairs.cases.items():
             masks = dict(zip(pairs.kinds, case.masks, strict=False))
             padded = tuple(masks.get(kind, ()) for kind in kinds) if kinds else case.masks
-            cases[(normal(name), *key)] = Case("", case.images, padded)
-        unused += pairs.unused
+            whole = (WORDS.get(name.lower(), normal(name)), *key)
+            if whole in cases:
+                raise ValueError(
+                    f"{cases[whole].images[0]} and {case.images[0]} are both called "
+                    f"{'/'.join(key)} in {whole[0]}; rename one, or leave one folder out"
+                )
+            cases[whole] = Case("", case.images, padded)
         notes |= dict.fromkeys(pairs.notes)
-    return Pairs(cases, kinds, unused, tuple(notes))
+    return Pairs(cases, kinds, tuple(notes))

@@ -127,10 +127,17 @@ def make_crops(
 
 
 def patch_sides(size: int | Sequence[int] | None, dims: int) -> tuple[int, ...] | None:
-    """The sides of a patch, from data.patch_size; None for whole images."""
+    """The sides of a patch, from data.patch_size; None for whole images.
+
+    Raises:
+        ValueError: they are no whole numbers.
+    """
     if size is None:
         return None
-    return (size,) * dims if isinstance(size, int) else tuple(size)
+    sides = tuple(size) if isinstance(size, Sequence) else (size,) * dims
+    if len(sides) != dims or any(type(n) is not int or n < 1 for n in sides):
+        raise ValueError(f"data.patch_size must be a whole number or {dims} of them, got {size}")
+    return sides
 
 
 def infer(

@@ -8,59 +8,90 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from losswatch.data.cases import Case
-from losswatch.data.files import WORDS, Key, normal
-from losswatch.data.reading import stem_of
+from losswatch.data.formats import stem_of
+from losswatch.data.tree import Key, normal
 from losswatch.text import number_of
 
 SPLITS = ("train", "val", "test")
+Parts = dict[str, list[Case]]  # cases by split
 
 
 class Layout(NamedTuple):
-    """What a folder holds."""
+    """What a folder holds.
 
-    cases: dict[str, list[Case]]  # by split
-    classes: Mapping[str, Any] | None = None  # as in data.classes, where the layout names them
-    ignored: int | None = None  # the value in a mask of pixels that count nowhere
-    overlap: bool = False  # whether classes may overlap
-    channels: int | None = None  # of an image, where the layout names them
-    notes: tuple[str, ...] = ()  # what was found or left out
+    Attributes:
+        cases: by split.
+        classes: as in data.classes, where the layout names them.
+        ignored: the value in a mask of pixels that count nowhere.
+        kinds: the classes, where each has a mask of its own.
+        overlap: whether classes may overlap.
+        channels: of an image, where the layout names them.
+        notes: what was found or left out.
+    """
+
+    cases: Parts
+    classes: Mapping[str, Any] | None = None
+    ignored: int | None = None
+    kinds: tuple[str, ...] = ()
+    overlap: bool = False
+    channels: int | None = None
+    notes: tuple[str, ...] = ()
 
 
-def complete(
-    root: Path, parts: dict[str, list[Case]], shares: Mapping[str, float]
-) -> tuple[dict[str, list[Case]], list[str]]:
-    """All splits, where the folder has none or some; and what to say of it."""
-    if "" in parts:
-        return split_by_share(parts[""], shares), []
-    if "train" not in parts:
-        raise ValueError(f"data.root={root} has {' and '.join(parts)}/, but no train/")
+def complete(parts: Parts, shares: Mapping[str, float]) -> tuple[Parts, list[str]]:
+    """All splits, where the folder has "train" and perhaps others; and what to say of it."""
     if "val" in parts:
         return parts, []
     rest = {"val": shares["val"], "test": 0.0 if "test" in parts else shares["test"]}
-    return parts | split_by_share(parts["train"], rest), [
-        "there is no validation: a share of the training images is taken"
-    ]
+    note = "there is no validation: a share of the training images is taken"
+    return parts | split_by_share(parts["train"], rest), [note]
 
 
-def split_of(cases: Mapping[Key, Case]) -> dict[str, list[Case]] | None:
-    """The cases by split, where a part of each path names one; None where none does."""
+def split_by_share(cases: Sequence[Case], shares: Mapping[str, float]) -> Parts:
+    """Split cases by a hash of their names, the same way each time and on each machine."""
+    mixed = sorted(cases, key=lambda c: hashlib.sha256(c.name.encode(errors="replace")).digest())
+    counts = {
+        split: max(1, round(share * len(cases))) if share else 0 for split, share in shares.items()
+    }
+    if sum(counts.values()) >= len(cases):
+        asked = " and ".join(f"{count} for {split}" for split, count in counts.items() if count)
+        is_some = len(cases) > 1 and counts["test"]
+        way = "data.test_share=0 keeps some" if is_some else "cut it into several"
+        raise ValueError(
+            f"{number_of(len(cases), 'image')} leave none to train with, after {asked}; add "
+            f"images, or {way}"
+        )
+    found: Parts = {}
+    for split, count in counts.items():
+        found[split], mixed = mixed[:count], mixed[count:]
+    parts = {"train": mixed} | found
+    return {split: sorted(part) for split, part in parts.items() if part}
+
+
+def split_of(root: Path, cases: Mapping[Key, Case]) -> Parts | None:
+    """The cases by split, where a part of each path names one; None where none does.
+
+    Raises:
+        ValueError: some cases are in no split, or there are none to train with.
+    """
     parts: dict[str, dict[Key, Case]] = {}
     for key, case in cases.items():
-        at = next((i for i, part in enumerate(key[:-1]) if part.lower() in WORDS), None)
-        split = "" if at is None else WORDS[key[at].lower()]
-        rest = key if at is None else (*key[:at], *key[at + 1 :])
+        at = next((i for i, part in enumerate(key[:-1]) if part in SPLITS), None)
+        split, rest = ("", key) if at is None else (key[at], (*key[:at], *key[at + 1 :]))
         if (other := parts.setdefault(split, {}).setdefault(rest, case)) is not case:
             raise ValueError(
                 f"{other.images[0]} and {case.images[0]} are both called {'/'.join(rest)} in "
                 f"{split}; rename one, or leave one folder out"
             )
-    if parts.keys() == {""}:
+    if parts.keys() <= {""}:
         return None
     if "" in parts:
         case = next(iter(parts[""].values()))
         raise ValueError(
             f"{case.images[0]} is in none of the folders of a split, {', '.join(parts)}; move it"
         )
+    if "train" not in parts:
+        raise ValueError(f"data.root={root} has {' and '.join(parts)}/, but no train/")
     return {split: named(parts[split]) for split in SPLITS if split in parts}
 
 
@@ -71,74 +102,70 @@ def named(cases: Mapping[Key, Case]) -> list[Case]:
     return [case._replace(name=key[-1] if short else "/".join(key)) for key, case in cases.items()]
 
 
-def split_by_share(cases: Sequence[Case], shares: Mapping[str, float]) -> dict[str, list[Case]]:
-    """Split cases by a hash of their names, the same way each time and on each machine."""
-    mixed = sorted(cases, key=lambda case: hashlib.sha256(case.name.encode()).digest())
-    counts = {
-        split: max(1, round(share * len(cases))) if share else 0 for split, share in shares.items()
-    }
-    if sum(counts.values()) >= len(cases):
-        asked = " and ".join(f"{count} for {split}" for split, count in counts.items() if count)
-        way = (
-            "data.test_share=0 keeps some"
-            if len(cases) > 1 and counts["test"]
-            else "cut it into several"
-        )
-        raise ValueError(
-            f"{number_of(len(cases), 'image')} leave none to train with, after {asked}; add "
-            f"images, or {way}"
-        )
-    found: dict[str, list[Case]] = {}
-    for split, count in counts.items():
-        found[split], mixed = mixed[:count], mixed[count:]
-    parts = {"train": mixed} | found
-    return {split: sorted(part) for split, part in parts.items() if part}
-
-
 # --- Lists of names -------------------------------------------------------------------------------
 
 
 def lists_of(root: Path) -> dict[str, Path]:
     """Text files of the names of each split: ImageSets/Segmentation/train.txt, or train.txt."""
     for folder in (root / "ImageSets" / "Segmentation", root / "ImageSets", root):
-        found = {split: folder / f"{split}.txt" for split in ("train", "val", "test")}
+        found = {split: folder / f"{split}.txt" for split in SPLITS}
         if found["train"].is_file():
             return {split: path for split, path in found.items() if path.is_file()}
     return {}
 
 
-def listed(
-    root: Path, cases: Mapping[Key, Case], suffix: str
-) -> tuple[dict[str, list[Case]], str] | None:
-    """The cases by split, where lists of names say it, and the folder of the lists.
+def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> Parts:
+    """The cases by split as the lists of `lists_of` have them.
 
     Args:
         suffix: what follows the name of an image in its file, and may do so in the lists.
 
     Raises:
-        ValueError: a list names an image that is not there, or has no mask.
+        ValueError: a list cannot be read, or names an image that is not there, could be two, has no
+            mask, or is in another list, too.
     """
-    lists = lists_of(root)
-    if not lists:
-        return None
-    known = {key[-1]: case._replace(name=key[-1]) for key, case in cases.items()}
-    parts = {}
-    for split, file in lists.items():
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-        found = []
-        for line in filter(None, lines):
-            names = [_stem(part, suffix) for part in (line, line.split()[0])]
-            case = next((known[name] for name in names if name in known), None)
-            if case is None:
-                if split == "test":
-                    continue  # often without masks
+    known: dict[Key, list[Key]] = {}  # by each end of a key
+    for key in cases:
+        for start in range(len(key)):
+            known.setdefault(key[start:], []).append(key)
+    names = {key: case.name for key, case in zip(cases, named(cases), strict=True)}
+    parts: Parts = {}
+    seen: dict[Key, Path] = {}
+    for split, file in lists_of(root).items():
+        for line in _lines(file):
+            found = next((keys for end in _ends(line, suffix) if (keys := known.get(end))), [])
+            if len(found) > 1:
+                both = " and ".join("/".join(key) for key in found[:2])
+                raise ValueError(f"{file} names {line}, which could be {both}; write the folder")
+            if not found and split == "test":
+                continue  # often without masks
+            if not found:
                 raise ValueError(f"{file} names {line}, of which there is no image with a mask")
-            found.append(case)
-        if found:
-            parts[split] = found
-    return parts, str(next(iter(lists.values())).parent.relative_to(root))
+            [key] = found
+            if key in seen:
+                raise ValueError(f"{file} names {line}, which {seen[key]} names, too; remove one")
+            seen[key] = file
+            parts.setdefault(split, []).append(cases[key]._replace(name=names[key]))
+    for split, file in lists_of(root).items():
+        if split not in parts and split != "test":
+            raise ValueError(f"{file} names no image; write a name on each line, or remove it")
+    return parts
 
 
-def _stem(name: str, suffix: str) -> str:
-    stem = stem_of(Path(normal(name)))
-    return stem.removesuffix(suffix) if suffix else stem
+def _lines(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8; save it as such") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _ends(line: str, suffix: str) -> list[Key]:
+    """What a line may name: all parts of a path, then fewer; the line may name the mask, too."""
+    ends: list[Key] = []
+    for text in (line, line.split()[0]):
+        *folders, last = Path(normal(text)).parts
+        stem = stem_of(Path(last))
+        parts = (*folders, stem.removesuffix(suffix) if suffix else stem)
+        ends += [parts[start:] for start in range(len(parts))]
+    return ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import pickle
 import sqlite3
@@ -20,12 +21,14 @@ import pandas as pd
 
 from losswatch.data.cases import Case, Mask, load
 from losswatch.data.form import Form
+from losswatch.data.formats import suffix_of
 from losswatch.data.labels import Coding, count_classes, distinct_values
+from losswatch.data.reading import read
 from losswatch.data.splits import Layout
 from losswatch.terminal import followed, say
 from losswatch.text import number_of
 
-VERSION = 1  # of `Look`, in the file of earlier looks
+VERSION = 2  # of `Look`, in the file of earlier looks
 
 
 class Look(NamedTuple):
@@ -37,7 +40,7 @@ class Look(NamedTuple):
     axes: str  # of `Content`
     masks: tuple[Mask, ...]  # with the distinct values [V] alone
     counts: tuple[np.ndarray, ...]  # of each mask, how many pixels have each of its values
-    notes: tuple[str, ...]  # of `Content`
+    notes: tuple[tuple[str, str], ...]  # of `Content`
 
     def describe(self) -> str:
         channels, dims = self.shape[0], len(self.shape) - 1
@@ -76,40 +79,55 @@ def look_at(cases: Sequence[Case], form: Form | None = None) -> list[Look]:
 def _stamp(case: Case, known: tuple[int, int]) -> str:
     """What a look depends on: the files of a case as they are now."""
     marks: list[object] = [VERSION, *known]
-    for part in (case.images, *case.masks):
-        for path in part:
+    for paths in (case.images, *case.masks):
+        marks.append("|")
+        for path in paths:
             try:
-                files = sorted(path.iterdir()) if path.is_dir() else [path]
-                states = [file.stat() for file in files]
+                states = [(file.name, file.stat()) for file in _parts(path)]
             except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error.strerror}; remove it") from error
             marks.append(os.path.abspath(path))
-            marks += [(state.st_size, state.st_mtime_ns) for state in states]
-        marks.append("|")
-    return repr(marks)
+            marks += [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    return hashlib.sha256(repr(marks).encode(errors="surrogateescape")).hexdigest()
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of which an image consists."""
+    if path.is_dir():  # a series
+        return sorted(path.iterdir())
+    if suffix_of(path) in (".mhd", ".nhdr"):  # the numbers are in another file
+        return sorted(p for p in path.parent.iterdir() if p.stem.split(".")[0] == path.stem)
+    return [path]
 
 
 def _look(case: Case, known: tuple[int, int]) -> Look:
     content = load(case, "", *known)
-    image = content.image
+    image, notes = content.image, list(content.notes)
     if image.dtype.kind == "f" and (bad := int((~np.isfinite(image)).sum())):
+        files = {path: read(path, is_mask=False).array for path in case.images}
+        path = next(path for path, array in files.items() if not np.isfinite(array).all())
         raise ValueError(
-            f"{case.images[0]} holds NaN or infinity in {number_of(bad, 'pixel')} of {image.size}; "
-            "replace them, by numpy.nan_to_num for example"
+            f"{path} holds NaN or infinity in {number_of(bad, 'pixel')} of {image.size}; replace "
+            "them, by numpy.nan_to_num for example"
         )
+    # Channel by channel, in which numpy is ten times as fast as over two axes.
+    lows, highs = zip(*((float(plane.min()), float(plane.max())) for plane in image), strict=True)
+    largest = max(map(abs, (*lows, *highs)))
+    if largest > np.finfo(np.float32).max:
+        raise ValueError(f"{case.images[0]} holds {largest:g}, which float32 cannot; scale it down")
+    if any(0 < high - low < abs(high) / 2**16 for low, high in zip(lows, highs, strict=True)):
+        note = f"{lows[0]:.9g} to {highs[0]:.9g} differ too little for float32; subtract an offset"
+        notes.append((note, case.images[0]))
     masks, counts = [], []
-    for mask in content.masks:
+    for paths, mask in zip(case.masks, content.masks, strict=True):
         values, numbers = distinct_values(mask.values)
         if len(values) > 2**16:
-            raise ValueError(
-                f"{case.masks[0][0]} is a mask of {len(values)} values; is it an image?"
-            )
+            raise ValueError(f"{paths[0]} is a mask of {len(values)} values; is it an image?")
         palette = mask.palette and {int(v): mask.palette.get(int(v), 0) for v in values}
         masks.append(mask._replace(values=values, palette=palette))
         counts.append(numbers)
-    # Channel by channel, in which numpy is ten times as fast as over two axes.
-    lows, highs = zip(*((float(plane.min()), float(plane.max())) for plane in image), strict=True)
-    return Look(image.shape, lows, highs, content.axes, tuple(masks), tuple(counts), content.notes)
+    said = tuple((note, str(path)) for note, path in notes)
+    return Look(image.shape, lows, highs, content.axes, tuple(masks), tuple(counts), said)
 
 
 class _Earlier:
@@ -123,9 +141,10 @@ class _Earlier:
             return {}
         found = {}
         for stamp in stamps:
-            row = self.base.execute("SELECT look FROM looks WHERE stamp = ?", (stamp,)).fetchone()
-            if row:
-                found[stamp] = Look(*pickle.loads(row[0]))
+            with suppress(Exception):  # of a file that is damaged, or of another version
+                row = self.base.execute("SELECT look FROM looks WHERE stamp = ?", (stamp,))
+                if found_look := row.fetchone():
+                    found[stamp] = Look(*pickle.loads(found_look[0]))
         return found
 
     def add(self, looks: Mapping[str, Look]) -> None:
@@ -229,30 +248,27 @@ def survey(layout: Layout, looks: Mapping[str, Sequence[Look]], coding: Coding) 
         rows += [
             {"split": split, "class": name, "share": total / max(pixels, 1), "without": int(absent)}
             for name, total, absent in zip(
-                coding.classes, counts.sum(0), (counts == 0).sum(0), strict=True
+                coding.names, counts.sum(0), (counts == 0).sum(0), strict=True
             )
         ]
-    notes = (*layout.notes, *_notes(layout, looks, off))
-    first = next(iter(coding.classes))
-    if coding.is_found and first not in ("0", "#000000"):
-        notes += (
-            f"class 0, which losses of the foreground leave out, is {first}: data.classes sets the "
-            "order",
-        )
+    notes = (*layout.notes, *_notes(looks, coding, off))
     return Survey(pd.DataFrame(splits).set_index("split"), pd.DataFrame(rows), notes)
 
 
-def _notes(layout: Layout, looks: Mapping[str, Sequence[Look]], off: int) -> Iterator[str]:
-    cases = [case for split in looks for case in layout.cases[split]]
+def _notes(looks: Mapping[str, Sequence[Look]], coding: Coding, off: int) -> Iterator[str]:
+    """What was done with the files, a line each.
+
+    Args:
+        off: pixels whose value is none of a class.
+    """
     seen = [look for part in looks.values() for look in part]
-    first: dict[str, Case] = {}
-    counts = Counter(note for look in seen for note in look.notes)
-    for case, look in zip(cases, seen, strict=True):
-        for note in look.notes:
-            first.setdefault(note, case)
-    for note, count in counts.items():
-        more = f" and {count - 1} more" if count > 1 else ""
-        yield f"{first[note].images[0]}{more}: {note}"
+    files: dict[str, list[str]] = {}
+    for look in seen:
+        for note, path in look.notes:
+            files.setdefault(note, []).append(path)
+    for note, paths in files.items():
+        more = f" and {len(paths) - 1} more" if paths[1:] else ""
+        yield f"{paths[0]}{more}: {note}"
     axes = most_common_axes(seen)
     if other := Counter(look.axes for look in seen if look.axes not in ("", axes)):
         yield (
@@ -263,6 +279,11 @@ def _notes(layout: Layout, looks: Mapping[str, Sequence[Look]], off: int) -> Ite
         yield f"{number_of(rounded, 'pixel')} of masks were nearly whole numbers, and are rounded"
     if off:
         yield f"{number_of(off, 'pixel')} of masks have values of no class, and get the nearest one"
+    if coding.is_found and (first := coding.names[0]) not in ("0", "#000000"):
+        yield (
+            f"class 0, which losses of the foreground leave out, is {first}: data.classes sets the "
+            "order"
+        )
     for i, (low, high) in enumerate(
         zip(np.min([k.lows for k in seen], 0), np.max([k.highs for k in seen], 0), strict=True)
     ):

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from losswatch.data.reading import NIFTI, File, Unusable, suffix_of
+from losswatch.data.formats import NIFTI, File, Unusable, suffix_of
+
+# --- Files ---------------------------------------------------------------------------------------
 
 
 def read_nifti(path: Path) -> File:
-    """A volume, or an image [x, y, 1]; a fourth axis is that of channels."""
+    """A volume [x, y, z], or an image [x, y, 1]; a fourth axis is that of channels."""
     import nibabel
 
-    image = nibabel.load(path)
-    array = np.asarray(image.dataobj)  # type: ignore[attr-defined]
+    image: Any = nibabel.load(path)
+    array = np.asarray(image.dataobj)
     if array.dtype.fields:  # colours
         array = np.stack([array[name] for name in array.dtype.names or ()], -1)
     more = tuple(n for n in array.shape[3:] if n > 1)
@@ -27,48 +29,60 @@ def read_nifti(path: Path) -> File:
     if array.ndim > 4:
         raise Unusable(f"it has {array.ndim} axes; a volume and its channels are 4: split it")
     header = image.header
-    known = [int(header[key]) for key in ("sform_code", "qform_code") if key in header]  # type: ignore
-    place = image.affine if any(known) and np.linalg.det(image.affine) else None  # type: ignore
+    known = [int(header[key]) for key in ("sform_code", "qform_code") if key in header]
+    place = image.affine if any(known) and np.linalg.det(image.affine) else None
     return File(np.moveaxis(array, 3, 0) if array.ndim == 4 else array[None], place)
 
 
-def read_itk(path: Path) -> File:
-    """A volume of NRRD, MetaImage or DICOM; a folder is a series of DICOM files."""
+def read_itk(path: Path, is_volume: bool = False) -> File:
+    """A volume of NRRD, MetaImage or DICOM; a folder is a series of DICOM files.
+
+    Args:
+        is_volume: whether an image of one slice is [x, y, 1]. Otherwise it is [rows, columns], as
+            a picture.
+    """
     import SimpleITK as sitk
 
-    image = _series(path) if path.is_dir() else sitk.ReadImage(str(path))
-    array = sitk.GetArrayFromImage(image)  # [z, y, x, channels]
+    image = _open(path)
     dims = image.GetDimension()
-    array = np.moveaxis(array, -1, 0) if array.ndim > dims else array[None]
-    if dims == 3 and array.shape[1] == 1:
-        array, dims = array[:, 0], 2
-    if dims == 2:
-        return File(array)  # [y, x], as of a picture
-    if dims != 3:
+    if dims not in (2, 3):
         raise Unusable(f"an image has 2 or 3 dimensions, it has {dims}: split it")
-    place = np.eye(4)
-    place[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    place[:3, 3] = image.GetOrigin()
-    return File(array.transpose(0, 3, 2, 1), np.diag([-1.0, -1, 1, 1]) @ place)
+    array = sitk.GetArrayFromImage(image)  # [z, y, x, channels]
+    array = np.moveaxis(array, -1, 0) if array.ndim > dims else array[None]
+    place = np.eye(dims + 1)
+    place[:dims, :dims] = np.reshape(image.GetDirection(), (dims, dims)) * image.GetSpacing()
+    place[:dims, dims] = image.GetOrigin()
+    if dims == 2 and is_volume:
+        array, dims = array[:, None], 3
+        place = np.insert(np.insert(place, 2, 0, 0), 2, 0, 1)
+        place[2, 2] = 1
+    if dims == 2:
+        return File(array, place[:, [1, 0, 2]])
+    place = np.diag([-1.0, -1, 1, 1]) @ place
+    if array.shape[1] == 1 and not is_volume:
+        return File(array[:, 0], place[:, [1, 0, 3]])
+    return File(array.transpose(0, 3, 2, 1), place)
 
 
-def _series(folder: Path) -> Any:
+def _open(path: Path) -> Any:
     """An image of SimpleITK.
 
     Raises:
-        Unusable: the folder holds no series or several, or slices of one are missing.
+        Unusable: a folder holds no series or several, or slices of one are missing.
     """
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors say what is needed
-    names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if not path.is_dir():
+        return sitk.ReadImage(str(path))
+    names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
     if len(names) != 1:
         raise Unusable(
             f"a folder of DICOM files must hold one series, it holds {len(names)}; sort them, or "
             "convert them to NIfTI, by dcm2niix for example"
         )
     reader = sitk.ImageSeriesReader()
-    files = reader.GetGDCMSeriesFileNames(str(folder), names[0])
+    files = reader.GetGDCMSeriesFileNames(str(path), names[0])
     reader.SetFileNames(files)
     reader.MetaDataDictionaryArrayUpdateOn()
     image = reader.Execute()
@@ -82,6 +96,52 @@ def _series(folder: Path) -> Any:
                 "missing; complete or resample the series"
             )
     return image
+
+
+def write_volume(labels: np.ndarray, path: Path, like: Path, axes: str) -> Path:
+    """Write a mask with the place in the world of its image `like`.
+
+    As NRRD or MetaImage if the image is one, otherwise as NIfTI.
+
+    Args:
+        labels: [*space], in the orientation `axes`, or in that of the image for "".
+        path: without a suffix.
+    """
+    suffix = suffix_of(like)
+    if suffix in NIFTI:
+        import nibabel
+
+        source: Any = nibabel.load(like)
+        array = _stored(labels, read_nifti(like), axes)
+        path = path.with_name(f"{path.name}.nii.gz")
+        image = nibabel.Nifti1Image(
+            array.reshape(source.shape[:3]), source.affine, source.header, dtype=array.dtype
+        )
+        nibabel.save(image, path)
+        return path
+    import SimpleITK as sitk
+
+    image = _open(like)
+    array = labels if labels.ndim == 2 else _stored(labels, read_itk(like), axes).T
+    mask = sitk.GetImageFromArray(np.ascontiguousarray(array.reshape(image.GetSize()[::-1])))
+    mask.CopyInformation(image)
+    kind = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}.get(suffix)
+    path = path.with_name(f"{path.name}{kind or '.nii.gz'}")
+    sitk.WriteImage(mask, str(path), True)
+    return path
+
+
+def _stored(labels: np.ndarray, file: File, axes: str) -> np.ndarray:
+    """A mask in the orientation in which the file of its image is stored."""
+    from nibabel.orientations import apply_orientation
+
+    array = labels[..., None] if labels.ndim == 2 else labels
+    change = _change(axes, axes_of(file))
+    is_turned = change is not None and not _leaves_plane(array, change)
+    return apply_orientation(array, change) if is_turned else array
+
+
+# --- Places in the world --------------------------------------------------------------------------
 
 
 def is_orientation(axes: object) -> bool:
@@ -103,46 +163,57 @@ def axes_of(file: File) -> str:
     return "".join(aff2axcodes(file.place))  # type: ignore[arg-type]
 
 
-def placed(file: File, image: File) -> File:
-    """A mask or a channel at the place of its image, where only one of the files says its own.
+def _change(before: str, after: str) -> np.ndarray | None:
+    """nibabel's transform from one orientation to another; None where one is not known."""
+    from nibabel.orientations import axcodes2ornt, ornt_transform
 
-    Then pixels of equal index lie together.
-    """
-    if image.place is None:
-        return file._replace(place=None)
-    flat_one = image.array.ndim == 4 and image.array.shape[3] == 1 and file.array.ndim == 3
-    array = file.array[..., None] if flat_one else file.array
-    if file.place is not None or array.shape[1:] != image.array.shape[1:]:
-        return file
-    return file._replace(array=array, place=image.place)
+    if not before or not after:
+        return None
+    return ornt_transform(axcodes2ornt(before), axcodes2ornt(after))
+
+
+def _leaves_plane(array: np.ndarray, change: np.ndarray) -> bool:
+    """Whether a change makes a volume of an image of one slice [..., 1]."""
+    return array.shape[-1] == 1 and change[2, 0] != 2
 
 
 def turned(file: File, axes: str) -> File:
     """A volume whose axes are mirrored and swapped to an orientation, such as "RAS".
 
-    One whose place is not known stays as it is.
+    One whose place is not known stays as it is, and so does one slice of another direction.
     """
     from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-    own = axes_of(file)
-    if not own or not axes or own == axes:
+    change = _change(axes_of(file), axes)
+    if change is None or _leaves_plane(file.array, change):
         return file
-    change = _change(own, axes)
     array = np.stack([apply_orientation(plane, change) for plane in file.array])
     return file._replace(array=array, place=file.place @ inv_ornt_aff(change, file.array.shape[1:]))
 
 
-def turned_back(labels: np.ndarray, axes: str, own: str) -> np.ndarray:
-    """A mask [*space] of an orientation, in the orientation `own` of its image."""
-    from nibabel.orientations import apply_orientation
+def placed(file: File, image: File) -> File:
+    """A mask or a channel at the place of its image, where only one of the files says its own.
 
-    return apply_orientation(labels, _change(axes, own)) if axes and own else labels
+    Then pixels of equal index lie together.
 
-
-def _change(before: str, after: str) -> np.ndarray:
-    from nibabel.orientations import axcodes2ornt, ornt_transform
-
-    return ornt_transform(axcodes2ornt(before), axcodes2ornt(after))
+    Raises:
+        Unusable: nobody can tell which axis of a NIfTI is that of the rows of a picture.
+    """
+    if {file.array.ndim, image.array.ndim} == {3, 4}:
+        plane, volume = sorted((file.array, image.array), key=np.ndim)
+        rows, columns = plane.shape[1:]
+        if volume.shape[3] == 1 and rows == columns and volume.shape[1:3] == (rows, rows):
+            raise Unusable(
+                "one is a square picture and the other a NIfTI, which do not tell rows from "
+                "columns; save both in one format"
+            )
+    if image.place is None:
+        return file._replace(place=None)
+    is_flat = image.array.ndim == 4 and image.array.shape[3] == 1 and file.array.ndim == 3
+    array = file.array[..., None] if is_flat else file.array
+    if file.place is not None and not is_flat or array.shape[1:] != image.array.shape[1:]:
+        return file
+    return file._replace(array=array, place=image.place)
 
 
 def distance(first: File, second: File) -> float:
@@ -152,7 +223,7 @@ def distance(first: File, second: File) -> float:
     shape = np.array(first.array.shape[1:])
     corners = np.indices([2] * len(shape)).reshape(len(shape), -1).T * (shape - 1)
     points = np.c_[corners, np.ones(len(corners))]
-    there = points @ (np.linalg.inv(first.place) @ second.place).T
+    there = points @ (np.linalg.pinv(first.place) @ second.place).T
     return float(abs(there - points).max())
 
 
@@ -160,28 +231,3 @@ def flat(file: File) -> np.ndarray:
     """The array [channels, *space], without the third axis of a NIfTI that has one slice."""
     array = file.array
     return array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
-
-
-def write_volume(labels: np.ndarray, path: Path, like: Path) -> Path:
-    """Write a mask, in the orientation of its image `like`, with that image's place in the world.
-
-    As NRRD or MetaImage if the image is one, otherwise as NIfTI.
-    """
-    import nibabel
-
-    suffix = suffix_of(like)
-    if suffix in (".nrrd", ".nhdr", ".mha", ".mhd"):
-        import SimpleITK as sitk
-
-        source = sitk.ReadImage(str(like))
-        array = labels if labels.ndim == 2 else labels.T
-        mask = sitk.GetImageFromArray(array.reshape(source.GetSize()[::-1]))
-        mask.CopyInformation(source)
-        path = path.with_name(path.name + (".nrrd" if suffix in (".nrrd", ".nhdr") else ".mha"))
-        sitk.WriteImage(mask, str(path), True)
-        return path
-    file = read_nifti(like) if suffix in NIFTI else read_itk(like)
-    place = file.place if file.array.ndim == 4 else None
-    path = path.with_name(f"{path.name}.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(labels.reshape(file.array.shape[1:]), place), path)  # type: ignore
-    return path

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from losswatch.data.formats import ARRAYS, ITK, NIFTI, TIFF, suffix_of
 from losswatch.data.pictures import GEO
-from losswatch.data.reading import ARRAYS, ITK, NIFTI, TIFF, read, suffix_of
-from losswatch.data.volumes import axes_of, turned_back, write_volume
+from losswatch.data.volumes import write_volume
 
 
 def write_mask(
@@ -33,16 +33,14 @@ def write_mask(
     Returns:
         the path with its suffix.
     """
-    known = np.concatenate([np.ravel(labels), np.asarray(values, int)])
+    known = np.concatenate([np.ravel(labels), np.asarray(values, np.int64)])
     low, high = known.min(initial=0), known.max(initial=0)
-    kinds = (np.uint8, np.uint16, np.int16, np.int32)
+    kinds = (np.uint8, np.uint16, np.int16, np.int32, np.int64)
     kind = next(k for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max)
     suffix, array = suffix_of(like), labels.astype(kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     if suffix in NIFTI or suffix in ITK or like.is_dir():
-        if axes:
-            array = turned_back(array, axes, axes_of(read(like, is_mask=False)))
-        return write_volume(array, path, like)
+        return write_volume(array, path, like, axes)
     if suffix in ARRAYS:
         path = _with(path, ".npy")
         np.save(path, array)

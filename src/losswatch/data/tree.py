@@ -1,0 +1,112 @@
+"""The files below a folder, without those that are hidden or belong to an operating system."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from losswatch.data.formats import stem_of, suffix_of
+
+SYSTEM = {"thumbs.db", "desktop.ini", "__macosx"}
+SLICES = (".dcm", ".ima", "")  # suffixes of the files of a DICOM series
+# The names of folders that hold a split, in small letters.
+WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+Key = tuple[str, ...]  # the parts of a path, the last one without suffix; splits by one word
+
+
+class Files(NamedTuple):
+    """The files below a folder.
+
+    Attributes:
+        images: files that can be read, and folders of a DICOM series.
+        others: what else there is.
+    """
+
+    folder: Path
+    images: dict[Key, Path]
+    others: list[Path]
+
+
+def files_below(folder: Path) -> Files:
+    """All files below a folder, sorted by their paths.
+
+    Raises:
+        ValueError: two images have the same name.
+    """
+    found = Files(folder, {}, [])
+    for where, names in _walk(folder):
+        place = Path(where)
+        parts = tuple(map(_part, place.relative_to(folder).parts))
+        paths = [Path(where, name) for name in names]
+        if parts and parts[-1] not in WORDS and _is_series(paths):
+            _add(found, parts, place)
+            continue
+        for path in paths:
+            if suffix_of(path):
+                _add(found, (*parts, normal(stem_of(path))), path)
+            else:
+                found.others.append(path)
+    return found
+
+
+def _add(found: Files, key: Key, path: Path) -> None:
+    if (other := found.images.setdefault(key, path)) is not path:
+        raise ValueError(f"{other} and {path} have the same name; remove or rename one")
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder and the names of its files, sorted. Links are followed, but not in a circle."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        folders[:] = [] if real in seen else sorted(n for n in folders if not is_hidden(n))
+        if real not in seen:
+            seen.add(real)
+            yield where, sorted(name for name in names if not is_hidden(name))
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each file below a folder, by its path."""
+    found = {}
+    for where, names in _walk(folder):
+        for name in names:
+            path = os.path.join(where, name)
+            try:
+                state = os.stat(path)
+            except OSError:  # a link to nothing
+                found[path] = (-1, -1)
+            else:
+                found[path] = (state.st_size, state.st_mtime_ns)
+    return found
+
+
+def _part(name: str) -> str:
+    """A folder's name in a key."""
+    return WORDS.get(name.lower(), normal(name))
+
+
+def _is_series(paths: list[Path]) -> bool:
+    """Whether files are the slices of a volume, of which many have no suffix."""
+    if not paths or any(path.suffix.lower() not in SLICES for path in paths):
+        return False
+    if paths[0].suffix or not paths[0].is_file():
+        return paths[0].suffix != ""
+    with paths[0].open("rb") as stream:
+        return stream.read(132).endswith(b"DICM")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden, or one that an operating system leaves behind."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def normal(name: str) -> str:
+    """One form of a name: macOS writes an umlaut as two characters, Windows as one."""
+    return unicodedata.normalize("NFC", name)
