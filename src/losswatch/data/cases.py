@@ -13,6 +13,7 @@ from losswatch.data.reading import read
 from losswatch.data.volumes import axes_of, distance, flat, placed, turned
 
 NEAR_WHOLE = 1e-3  # what resampling adds to a whole number
+GREY = 32  # how far the channels of a grey that was compressed with loss may differ
 
 
 class Case(NamedTuple):
@@ -153,18 +154,21 @@ def _settled(file: File, space: tuple[int, ...] | None, channels: int, dims: int
 
 
 def _as_mask(file: File, path: Path, image: File) -> Mask:
+    """The values of a mask's file."""
     array = flat(file)
     if array.dtype.kind == "f" and (bad := int((~np.isfinite(array)).sum())):
         raise ValueError(
             f"{path} is a mask with NaN or infinity in {bad} pixels; give them a value"
         )
     if file.loose:
-        array = _class_of_channels(array, array.shape == image.array.shape)
-    is_grey = (array == array[:1]).all()  # saved as colour, perhaps
-    if not is_grey and len(array) == 3 and array.ndim == 3 and array.dtype == np.uint8:
-        red, green, blue = array.astype(np.int32)
-        return Mask(red << 16 | green << 8 | blue, colours=True, lossy=file.lossy)
-    if not is_grey:
+        array = _channels_first(array, array.shape == image.array.shape)
+    is_colour = len(array) == 3 and array.ndim == 3 and array.dtype == np.uint8
+    if is_colour and file.lossy and np.ptp(array, axis=0).max() <= GREY:
+        array = array[1:2]
+    if not (array == array[:1]).all():  # more than grey that was saved as colour
+        if is_colour:
+            red, green, blue = array.astype(np.int32)
+            return Mask(red << 16 | green << 8 | blue, colours=True, lossy=file.lossy)
         raise ValueError(
             f"{path} is a mask of {len(array)} channels; one is needed, whose values are the "
             "classes, or three of 8 bits, whose colours are"
@@ -179,26 +183,31 @@ def _as_mask(file: File, path: Path, image: File) -> Mask:
         near = abs(values - whole) <= NEAR_WHOLE
         rounded = int((near & (values != whole)).sum())
         values = np.where(near, whole, values)
-        if near.all():
+        if near.all() and abs(values).max() < 2.0**63:
             values = values.astype(np.int64)
     palette = dict(file.palette) if file.palette else None
     return Mask(values, palette=palette, lossy=file.lossy, rounded=rounded)
 
 
-def _class_of_channels(array: np.ndarray, is_of_image: bool) -> np.ndarray:
-    """A mask [1, *space] of an array that has a channel of 0 and 1 for each class, or one alone.
+def _channels_first(array: np.ndarray, is_of_image: bool) -> np.ndarray:
+    """A mask [channels, *space] of an array that leaves open which axis is that of channels.
+
+    Channels of 0 and 1, one for each class, become the number of the class.
 
     Args:
         array: [1, ...].
         is_of_image: whether it has the shape of its image, so that it may be a volume.
     """
-    for axis in (array.ndim - 1, 1):
+    axes = array.ndim - 1, 1
+    for axis in axes:
         if array.shape[axis] == 1:
             return array.squeeze(axis)
-        if is_of_image and array.shape[axis] > 4:
-            continue
-        if (array.sum(axis) == 1).all() and np.isin(array, (0, 1)).all():
+        is_class = (array.sum(axis) == 1).all() and np.isin(array, (0, 1)).all()
+        if is_class and (array.shape[axis] <= 4 or not is_of_image):
             return array.argmax(axis)
+    for axis in axes:
+        if array.ndim == 4 and array.shape[axis] == 3 and array.dtype == np.uint8:  # colours
+            return np.moveaxis(array[0], axis - 1, 0)
     return array
 
 
@@ -206,9 +215,22 @@ def _joined(group: Sequence[Mask], space: tuple[int, ...]) -> Mask:
     """The masks of one image as one; where two are not 0, the first."""
     if not group:
         return Mask(np.zeros(space, np.uint8))
+    if len({(mask.colours, str(mask.palette)) for mask in group}) > 1:
+        group = [_in_colour(mask) for mask in group]
     first, *others = group
     for other in others:
         values = np.where(first.values == 0, other.values, first.values)
         first = first._replace(values=values, rounded=first.rounded + other.rounded,
                                lossy=first.lossy or other.lossy)  # fmt: skip
     return first
+
+
+def _in_colour(mask: Mask) -> Mask:
+    """A mask of greys or of a palette as one of colours."""
+    if mask.colours:
+        return mask
+    values = mask.values.astype(np.int32) * 0x010101
+    if mask.palette:
+        table = np.array([mask.palette.get(i, 0) for i in range(int(mask.values.max()) + 1)])
+        values = table[mask.values]
+    return mask._replace(values=values, colours=True, palette=None)

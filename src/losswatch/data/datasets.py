@@ -72,10 +72,18 @@ def _json(file: Path) -> Any:
 
 
 def _values(labels: Mapping[str, Any]) -> dict[str, Any]:
-    """From the names of classes to their values, the background first."""
-    if all(isinstance(name, str) for name in labels.values()):  # the Decathlon: by number
+    """From the names of classes to their values, the background first.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    is_by_number = all(str(number).isdigit() for number in labels)  # as in the Decathlon
+    if is_by_number and all(isinstance(name, str) for name in labels.values()):
         labels = {str(name): int(number) for number, name in labels.items()}
     found = {str(name): value for name, value in labels.items()}
+    for name, value in found.items():
+        if not all(type(v) is int for v in (value if isinstance(value, list) else [value])):
+            raise TypeError(f"label {name} is {value}, no whole number")
     if any(isinstance(value, list) for value in found.values()):
         return found
     return dict(sorted(found.items(), key=lambda item: int(item[1])))

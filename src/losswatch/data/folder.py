@@ -295,9 +295,11 @@ class UnlabelledImages(pl.LightningDataModule):
         wanted = (form.in_channels, form.dims)
         for case, look in zip(self.cases, look_at(self.cases, form), strict=True):
             if (look.shape[0], len(look.shape) - 1) != wanted:
+                way = "; channels are in one file, or in files that end in _0000, _0001, ..."
                 raise ValueError(
                     f"{case.images[0]} has {look.describe()}; the network was trained on "
                     f"{number_of(wanted[0], 'channel')} and {wanted[1]} dimensions"
+                    f"{way if wanted[0] > 1 else ''}"
                 )
         self.images = Unlabelled(self.cases, normalize, form)
         patch = patch_sides(patch_size, form.dims)

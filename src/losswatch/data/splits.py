@@ -58,7 +58,7 @@ def split_by_share(cases: Sequence[Case], shares: Mapping[str, float]) -> Parts:
         is_some = len(cases) > 1 and counts["test"]
         way = "data.test_share=0 keeps some" if is_some else "cut it into several"
         raise ValueError(
-            f"{number_of(len(cases), 'image')} leave none to train with, after {asked}; add "
+            f"of {number_of(len(cases), 'image')} none is left to train with, after {asked}; add "
             f"images, or {way}"
         )
     found: Parts = {}
@@ -164,7 +164,7 @@ def _ends(line: str, suffix: str) -> list[Key]:
     """What a line may name: all parts of a path, then fewer; the line may name the mask, too."""
     ends: list[Key] = []
     for text in (line, line.split()[0]):
-        *folders, last = Path(normal(text)).parts
+        *folders, last = Path(normal(text).replace("\\", "/")).parts
         stem = stem_of(Path(last))
         parts = (*folders, stem.removesuffix(suffix) if suffix else stem)
         ends += [parts[start:] for start in range(len(parts))]
