@@ -300,7 +300,7 @@ BAD = {
     ),
     "target": ({"target": "multilabel"}, "but the classes of .* do not overlap"),
     "word": ({"target": "soft"}, "data.target=soft: allowed are softmax, sigmoid, multilabel"),
-    "classes": ({"classes": {"a": "all"}}, "data.classes must map each name to a value"),
+    "classes": ({"classes": {"a": "all"}}, "data.classes must map each name to a whole number"),
     "shares": ({"val_share": 0.6, "test_share": 0.5}, "must leave a rest"),
 }  # fmt: skip
 
@@ -361,9 +361,9 @@ def test_files_that_have_not_changed_are_opened_once(tmp_path, monkeypatch):
     make_folder(tmp_path)
     opened = []
 
-    def count(path, is_mask):
+    def count(path, *more):
         opened.append(path)
-        return read(path, is_mask)
+        return read(path, *more)
 
     monkeypatch.setattr(cases, "read", count)
     counts = []
