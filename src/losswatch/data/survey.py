@@ -186,7 +186,7 @@ def check_alike(cases: Sequence[Case], looks: Sequence[Look], channels: int | No
             )
     if channels is not None and first.shape[0] != channels:
         raise ValueError(
-            f"{cases[0].images[0]} has {look.describe()}, but dataset.json names "
+            f"{cases[0].images[0]} has {first.describe()}, but dataset.json names "
             f"{number_of(channels, 'channel')}; name as many as an image has"
         )
 
