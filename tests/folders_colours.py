@@ -16,6 +16,13 @@ WHITE_FIRST, BLACK_FIRST = [255] * 3 + [0] * 3, [0] * 3 + [255] * 3
 WHITE = {"0": 0, "255": 1}
 CELL = {"background": 0, "cell": 1}
 
+
+def shown(path, mode=None):
+    """What Pillow shows of an image, [channels, rows, columns]; in another mode."""
+    with Image.open(path) as file:
+        return np.moveaxis(np.atleast_3d(np.asarray(file.convert(mode) if mode else file)), 2, 0)
+
+
 # --- Palettes ------------------------------------------------------------------------------------
 
 
@@ -42,7 +49,7 @@ def white_first(root, ending, every=1):
             path.write_bytes(bmp_of(index, colours))
         else:
             indexed(path, index, colours)
-        assert (np.asarray(Image.open(path).convert("L")) == 255 * label).all()
+        assert (shown(path, "L") == 255 * label).all()
     return truth
 
 
@@ -148,17 +155,14 @@ def alpha_is_soft(root):
 # --- TIFF ----------------------------------------------------------------------------------------
 
 
-def tiffs(root, write):
+def tiffs(root, write, mode=None):
     """Images that `write` has written; what Pillow shows of them is the truth."""
     truth = pairs(root)
     for name, (image, label) in truth.items():
         (root / "images" / f"{name}.png").unlink()
         path = root / "images" / f"{name}.tif"
         write(path, image)
-        shown = np.asarray(Image.open(path))
-        if shown.ndim == 2 and Image.open(path).mode == "P" or Image.open(path).mode == "CMYK":
-            shown = np.asarray(Image.open(path).convert("RGB"))
-        truth[name] = (shown[None] if shown.ndim == 2 else np.moveaxis(shown, 2, 0)), label
+        truth[name] = shown(path, mode), label
     return truth
 
 
@@ -177,7 +181,7 @@ def tiff_masks_white_is_zero(root):
     for name, (_, label) in truth.items():
         path = root / "masks" / f"{name}.tif"
         put(path, 255 - 255 * label, photometric="miniswhite")
-        assert (np.asarray(Image.open(path)) == 255 * label).all()
+        assert (shown(path) == 255 * label).all()
     return truth
 
 
@@ -187,18 +191,22 @@ def tiff_masks_one_bit_white_is_zero(root):
     for name, (_, label) in truth.items():
         path = root / "masks" / f"{name}.tif"
         put(path, label == 0, photometric="miniswhite")
-        assert (np.asarray(Image.open(path)) == label).all()
+        assert (shown(path) == label).all()
     return truth
 
 
 @case()
 def tiff_palette_images(root):
-    return tiffs(root, lambda path, image: Image.fromarray(hwc(image)).quantize(64).save(path))
+    return tiffs(
+        root, lambda path, image: Image.fromarray(hwc(image)).quantize(64).save(path), "RGB"
+    )
 
 
 @case(said="CMYK")
 def tiff_cmyk(root):
-    return tiffs(root, lambda path, image: Image.fromarray(hwc(image)).convert("CMYK").save(path))
+    return tiffs(
+        root, lambda path, image: Image.fromarray(hwc(image)).convert("CMYK").save(path), "RGB"
+    )
 
 
 @case(said="(?i)alpha|four")
@@ -225,7 +233,7 @@ def tiff_turned(root):
     for name, (image, label) in truth.items():
         stored_turned(root / "images" / f"{name}.tif", hwc(image))
         path = stored_turned(root / "masks" / f"{name}.tif", label)
-        assert (np.asarray(Image.open(path)) == label).all()  # as viewers show it
+        assert (shown(path) == label).all()  # as viewers show it
         assert (tifffile.imread(path) == label[::-1]).all()
     return truth
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from folders import THREE, case, grey, pairs, put, refused, scene, volumes
+from folders import JPEG, THREE, case, grey, pairs, put, refused, scene, volumes
 from folders_layouts import of_class
 
 CELL = {"background": 0, "cell": 1}
@@ -60,7 +60,7 @@ def nearest_far_int16(root):
     return pairs(root, mask="masks/{}.tif", draw=lambda x: x.astype(np.int16) * 30000 - 5)
 
 
-@case("data.classes={background:0,cell:255}", classes=CELL, far=6.0, wrong=0.02, said="nearest")
+@case("data.classes={background:0,cell:255}", classes=CELL, far=JPEG, wrong=0.02, said="nearest")
 def nearest_jpeg(root):
     """Masks as JPEG; the table of shares is that of the labels."""
     return pairs(root, "images/{}.jpg", "masks/{}.jpg", draw=lambda x: x * np.uint8(255))
@@ -176,8 +176,18 @@ def clash(name, pattern, *options):
 
 
 clash("value", "(?=.*low)(?=.*middle).*1", "data.classes={low:[0,1],middle:1,high:2}")
-clash("ignored", "ignore_index.*2", "data.classes={low:0,middle:1,high:2}", "data.ignore_index=2")
-clash("ignored_list", "ignore_index.*2", "data.classes={low:0,high:[1,2]}", "data.ignore_index=2")
+clash(
+    "ignored",
+    "(?=.*ignore_index)(?=.*2)",
+    "data.classes={low:0,middle:1,high:2}",
+    "data.ignore_index=2",
+)
+clash(
+    "ignored_list",
+    "(?=.*ignore_index)(?=.*2)",
+    "data.classes={low:0,high:[1,2]}",
+    "data.ignore_index=2",
+)
 clash("thresholds", "(?=.*middle)(?=.*high).*>", "data.classes={low:'<1',middle:'>=1',high:'>=2'}")
 clash("thresholds_meet", "(?=.*low)(?=.*high).*1", "data.classes={low:'<=1',high:'>=1'}")
 clash("colours", "(?i)(?=.*road)(?=.*car).*#ff0000",
