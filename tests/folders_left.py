@@ -11,7 +11,7 @@ from folders_values import of_folders
 DECATHLON = {"background": 0, "edema": 1, "tumor": 2}
 
 
-@case(said="^not used: 8 files")
+@case(said="not used: 8 files")
 def left_folder_of_split(root):
     """train/depth/ and val/depth/ lie beside the images."""
     truth = {}
@@ -22,13 +22,13 @@ def left_folder_of_split(root):
     return truth
 
 
-@case(said="^not used: 1 file ")
+@case(said="not used: 1 file ")
 def left_in_root(root):
     put(root / "extra.png", hwc(scene(50)[0]))
     return pairs(root)
 
 
-@case(said="^not used: 3 files")
+@case(said="not used: 3 files")
 def left_in_folder(root):
     """A folder that is none of images or masks, and one in it."""
     put(root / "previews" / "01.png", hwc(scene(50)[0]))
@@ -37,7 +37,7 @@ def left_in_folder(root):
     return pairs(root)
 
 
-@case(said="^not used: 4 files")
+@case(said="not used: 4 files")
 def left_by_lists(root):
     """Two images, with their masks, that no list names."""
     truth = pairs(root)
@@ -45,7 +45,7 @@ def left_by_lists(root):
     return {f"{'train' if name in NAMES[:4] else 'val'}:{name}": truth[name] for name in NAMES[:6]}
 
 
-@case(classes={"nucleus": 1, "border": 2}, overlap=True, said="^not used: 2 files")
+@case(classes={"nucleus": 1, "border": 2}, overlap=True, said="not used: 2 files")
 def left_beside_class_folders(root):
     """A loose file beside the folders of the classes, and one in the root."""
     put(root / "overview.png", scene(0)[1])
@@ -53,7 +53,7 @@ def left_beside_class_folders(root):
     return of_folders(root, "nucleus", "border")
 
 
-@case(classes=ORGANS, said="^not used: 4 files")
+@case(classes=ORGANS, said="not used: 4 files")
 def left_by_splits_final(root):
     """Two cases are in no part of the first fold."""
     truth = nnunet(root)
@@ -61,7 +61,7 @@ def left_by_splits_final(root):
     return {f"{'train' if i < 3 else 'val'}:{key}": truth[key] for i, key in enumerate(CASES[:4])}
 
 
-@case(classes=ORGANS, said="^not used: 2 files")
+@case(classes=ORGANS, said="not used: 2 files")
 def left_images_ts(root):
     """Cases to predict, of nnU-Net: two channels are two files."""
     truth = nnunet(root, channels=2)
@@ -70,7 +70,7 @@ def left_images_ts(root):
     return truth
 
 
-@case(classes=ORGANS, said="^not used: 2 files")
+@case(classes=ORGANS, said="not used: 2 files")
 def left_other_ending(root):
     """A case is .nii, the file_ending is .nii.gz."""
     image, label = scene(91, SMALL, 3)
@@ -79,19 +79,19 @@ def left_other_ending(root):
     return nnunet(root)
 
 
-@case(classes=DECATHLON, said="^not used: 4 files")
+@case(classes=DECATHLON, said="not used: 4 files")
 def left_by_decathlon(root):
     """The list `training` names four of six."""
     return decathlon(root, "spleen_{}", 1, slice(4))
 
 
-@case(classes=DECATHLON, said="^not used: 1 file ")
+@case(classes=DECATHLON, said="not used: 1 file ")
 def left_decathlon_test(root):
     put(root / "imagesTs" / "spleen_90.nii.gz", scene(90, SMALL)[0][0].astype(np.int16))
     return decathlon(root, "spleen_{}", 1)
 
 
-@case(classes=FOUND, said="^not used: 5 files")
+@case(classes=FOUND, said="not used: 5 files")
 def left_of_all_kinds(root):
     """A line for all of them."""
     truth = pairs(root)
