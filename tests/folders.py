@@ -37,7 +37,7 @@ class Row:
     refused: str | None = None  # what the line must match
     at: str = ""  # the file or folder that the line must name
     either: bool = False  # whether to read is right, too
-    said: str | None = None  # what a line of a run must match where the folder is read
+    said: str | None = None  # what one note must match where the folder is read
     far: float = 0.0  # how far images may be from the truth, in the mean
     wrong: float = 0.0  # the share of pixels whose label may be wrong
     turned: bool = False  # any order and direction of axes is right that is one for all

@@ -85,7 +85,7 @@ def palette_tiff(root):
 
 @case(classes={"0": 0, "255": 1})
 def palette_of_greys(root):
-    """A palette in whose place 1 is white, beside plain masks of 0 and 255: the colour counts."""
+    """A palette in whose place 1 is white, beside plain masks of 0 and 255: a value is its grey."""
     truth = pairs(root, draw=times(255))
     for name in NAMES[::2]:
         indexed(root / "masks" / f"{name}.png", truth[name][1], [0, 0, 0, 255, 255, 255])

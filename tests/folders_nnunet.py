@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import nibabel
 import numpy as np
 from folders import (
@@ -153,7 +155,8 @@ def msd(root):
     return decathlon(root, "BRATS_{:03}", 4)
 
 
-def decathlon(root, name, channels):
+def decathlon(root, name, channels, named=slice(None)):
+    """`named`: which of six cases the list names; the truth is of these."""
     truth, listed = {}, []
     for i in range(6):
         image, label = scene(i, SMALL, 3)
@@ -163,11 +166,11 @@ def decathlon(root, name, channels):
         listed.append({"image": f"./imagesTr/{file}", "label": f"./labelsTr/{file}"})
         truth[name.format(i)] = used, label
     write_json(root / "dataset.json", {
-        "name": "X", "tensorImageSize": "4D", "training": listed, "test": [],
+        "name": "X", "tensorImageSize": "4D", "training": listed[named], "test": [],
         "modality": {str(c): ["FLAIR", "T1w", "t1gd", "T2w"][c] for c in range(channels)},
         "labels": {"0": "background", "1": "edema", "2": "tumor"}, "numTraining": 6, "numTest": 0,
     })  # fmt: skip
-    return truth
+    return {key: truth[key] for key in list(truth)[named]}
 
 
 @refused("(?i)end.*_0000", at="case_")
@@ -265,6 +268,86 @@ def msd_listed_missing(root):
     decathlon(root, "spleen_{}", 1)
     for part in ("imagesTr", "labelsTr"):
         (root / part / "spleen_3.nii.gz").unlink()
+
+
+# --- Files of JSON that say nothing usable -------------------------------------------------------
+
+
+def fold_of(name, content, pattern="(?i)fold|train|val|list"):
+    """splits_final.json: text, or what is written as JSON."""
+
+    def build(root):
+        nnunet(root)
+        file = root / "splits_final.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    build.__name__ = f"nn_splits_{name}"
+    refused(pattern, at="splits_final.json")(build)
+
+
+fold_of("no_fold", [])
+fold_of("dict", {"train": ["case_000"], "val": ["case_001"]})
+fold_of("no_json", "not json", "(?i)json")
+fold_of("no_val", [{"train": CASES[:4], "val": []}])
+fold_of("other_keys", [{"training": CASES[:4], "validation": CASES[4:]}])
+fold_of("no_names", [{"train": 1, "val": 2}])
+fold_of("twice", [{"train": [*CASES[:4], "case_003"], "val": CASES[4:]}], "case_003")
+fold_of("in_two", [{"train": CASES[:4], "val": CASES[3:]}], "case_003")
+
+
+def said_by_json(name, pattern, channels=1, **content):
+    """dataset.json with other entries."""
+
+    def build(root):
+        nnunet(root, about(channels) | content, channels=channels)
+
+    build.__name__ = f"nn_json_{name}"
+    refused(pattern, at="dataset.json")(build)
+
+
+said_by_json("ending_null", "file_ending", file_ending=None)
+said_by_json("channels_number", "channel_names", 2, channel_names=2)
+said_by_json(
+    "no_label", "label", dataset={"case_000": {"images": ["imagesTr/case_000_0000.nii.gz"]}}
+)
+said_by_json("labels_list", "labels", labels=["background", "organ", "tumour"])
+said_by_json("labels_null", "labels", labels=None)
+said_by_json(
+    "label_twice", "(?=.*organ)(?=.*tumour)", labels={"background": 0, "organ": 1, "tumour": 1}
+)
+
+
+@refused("training", at="dataset.json")
+def msd_strings(root):
+    """The list holds names of files alone."""
+    decathlon(root, "spleen_{}", 1)
+    content = json.loads((root / "dataset.json").read_text())
+    content["training"] = [entry["image"] for entry in content["training"]]
+    write_json(root / "dataset.json", content)
+
+
+@refused("spleen_3", at="dataset.json")
+def msd_twice(root):
+    """The list names a case twice."""
+    decathlon(root, "spleen_{}", 1)
+    content = json.loads((root / "dataset.json").read_text())
+    content["training"].append(content["training"][3])
+    write_json(root / "dataset.json", content)
+
+
+@case(classes=ORGANS)
+def nn_ending_no_dot(root):
+    return nnunet(root, about(ending="png"), ending=".png", size=SIZE, dtype=np.uint8)
+
+
+@refused("NaN", at="imagesTr/case_001_0001.nii.gz")
+def nn_nan_second_channel(root):
+    """The line names the file of the channel."""
+    nnunet(root, channels=2, dtype=np.float32)
+    path = root / "imagesTr" / "case_001_0001.nii.gz"
+    scan = nibabel.load(path).get_fdata(dtype=np.float32)
+    scan[0] = np.nan
+    put(path, scan)
 
 
 # --- A folder for each patient -------------------------------------------------------------------

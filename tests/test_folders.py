@@ -8,13 +8,18 @@ import itertools
 import re
 import unicodedata
 
+import folders_colours
 import folders_damaged
 import folders_datasets
+import folders_flat
 import folders_formats
 import folders_layouts
+import folders_left
+import folders_lists
 import folders_masks
 import folders_nnunet
 import folders_scans
+import folders_values
 import nibabel
 import numpy as np
 import pytest
@@ -29,8 +34,11 @@ from losswatch.data.cases import load
 from losswatch.data.folder import FolderImages, UnlabelledImages
 from losswatch.data.writing import write_mask
 
-FILES = (folders_damaged, folders_datasets, folders_formats, folders_layouts, folders_masks)
-assert all((*FILES, folders_nnunet, folders_scans))  # they fill the table
+assert all(
+    (folders_colours, folders_damaged, folders_datasets, folders_flat, folders_formats,
+     folders_layouts, folders_left, folders_lists, folders_masks, folders_nnunet, folders_scans,
+     folders_values)
+)  # fmt: skip  # they fill the table
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +98,7 @@ def assert_read(row, data, truth):
     assert (data.form.target == "multilabel") == row.overlap
     seen, ways = set(), set(range(48))
     for split, cases in data.layout.cases.items():
+        labels = []
         for item, one in zip(data.items(split), cases, strict=True):
             name = unicodedata.normalize("NFC", one.name)
             keys = [k for k in truth if k in (name, f"{split}:{name}") or k.endswith(f"/{name}")]
@@ -100,6 +109,7 @@ def assert_read(row, data, truth):
             image, label = truth[key]
             wanted = expected(label, row, names)
             found = item["image"].numpy(), item["label"].numpy()
+            labels.append(found[1].reshape(len(wanted), -1))
             assert np.isfinite(found[0]).all()
             if row.turned:
                 tried = zip(turns(image), turns(wanted), strict=True)
@@ -114,7 +124,23 @@ def assert_read(row, data, truth):
             assert is_near(found[0], image, row.far), key
             assert found[1].shape == wanted.shape, key
             assert (found[1] != wanted).mean() <= row.wrong, key
+        assert_shares(data, split, np.concatenate(labels, 1))
     assert seen == set(truth)
+
+
+def assert_shares(data, split, labels):
+    """The table of shares is that of the labels [1 or K, pixels] that a network sees."""
+    names = data.form.classes
+    if data.form.target != "multilabel":
+        labels = np.eye(len(names))[labels[labels >= 0]].T
+    shares = data.survey.classes.query("split == @split").set_index("class")["share"]
+    assert shares.to_dict() == pytest.approx(dict(zip(names, labels.mean(1), strict=True)))
+
+
+def assert_said(row, notes):
+    assert sum(note.startswith("not used") for note in notes) <= 1, notes
+    if row.said:
+        assert sum(re.search(row.said, note) is not None for note in notes) == 1, notes
 
 
 @pytest.mark.parametrize(
@@ -134,6 +160,7 @@ def test_a_folder_is_read_right_or_refused(name, tmp_path):
     else:
         assert truth is not None and (row.either or not row.refused), "it was read"
         assert_read(row, data, truth)
+        assert_said(row, data.survey.notes)
 
 
 # --- What is said, and the masks that are written ------------------------------------------------
@@ -142,9 +169,15 @@ SHORT = ("data=folder", "data.root=d", "data.patch_size=12", "data.num_workers=0
          "trainer.accelerator=cpu")  # fmt: skip
 
 
+SAID = ["rgba_images", "geotiff_nodata", "class_file_missing", "skip_unpaired", "noise_threshold",
+        "alpha_is_the_mask", "dsb2018", "voc_with_test", "tiff_turned", "image_far_from_zero",
+        "left_of_all_kinds"]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.said])
+@pytest.mark.parametrize("name", SAID)
 def test_what_an_owner_should_know_is_said_once(name, tmp_path):
+    """In a run. The notes of every row are compared above."""
     row = ROWS[name]
     (tmp_path / "d").mkdir()
     row.build(tmp_path / "d")
@@ -183,7 +216,7 @@ def test_a_written_geotiff_keeps_its_place(tmp_path):
 def true_values(path, row, names):
     """A mask as the true values of its classes, read by the library of its format."""
     if path.name.endswith(".nii.gz"):
-        stored = np.asarray(nibabel.load(path).dataobj)
+        stored = np.asarray(nibabel.load(path).dataobj).squeeze()
     elif path.suffix == ".tif":
         stored = tifffile.imread(path)
     elif names[0].startswith("#"):
@@ -203,7 +236,7 @@ def dice(predicted, label, value):
 
 
 WRITTEN = ["negative", "geotiff", "exif_portrait", "palette_order", "nn_affine_flip",
-           "scans_two_orientations"]  # fmt: skip
+           "nifti_2d", "scans_two_orientations", "values_beyond_int32"]  # fmt: skip
 
 
 @pytest.mark.slow
