@@ -32,6 +32,7 @@ def flat_scans(root, image, mask, slices=1, size=SQUARE):
         picture, label = scene(i, size)
         scan = flat_itk(picture[0].astype(np.int16), slices)
         sitk.WriteImage(scan, root / "images" / f"{name}{image}")
+        scan = sitk.ReadImage(root / "images" / f"{name}{image}")  # DICOM keeps no origin here
         stored = flat_itk(label, slices, scan)
         sitk.WriteImage(stored, root / "masks" / f"{name}{mask}")
         truth[name] = picture[:1], label

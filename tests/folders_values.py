@@ -198,7 +198,7 @@ def single_inside_threshold(root):
     return pairs(root, classes=3)
 
 
-@case("data.classes={low:'<2',middle:1,high:'>1'}", classes={"low": 0, "middle": 1, "high": 2})
+@case("data.classes={low:'<1',middle:1,high:'>1'}", classes={"low": 0, "middle": 1, "high": 2})
 def single_between_thresholds(root):
     return pairs(root, classes=3)
 

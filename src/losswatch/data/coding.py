@@ -237,23 +237,36 @@ def values_of(coding: Coding) -> list[int | str]:
     """The value in a predicted mask of each class, which is read as that class again.
 
     That is the first of its single values. `REST` and thresholds have 255, 0, 1, 2, ... or a value
-    beside the threshold. Colours are written as `#rrggbb`.
+    beside a threshold. Colours are written as `#rrggbb`.
+
+    Raises:
+        ValueError: a class has no whole number, such as what is between 0.3 and 0.6.
     """
     values: list[int | str] = []
-    for label, (_, wanted) in enumerate(coding.classes):
-        value = next(v for v in _candidates(wanted, coding.colours) if _is_of(v, label, coding))
+    for label, (name, wanted) in enumerate(coding.classes):
+        options = _candidates(wanted, coding)
+        value = next((v for v in options if _is_of(v, label, coding)), None)
+        if value is None:
+            raise ValueError(
+                f"data.classes: class {name} has no whole number, which predicted masks need; "
+                "give it one, such as [255, ...]"
+            )
         values.append(f"#{value:06x}" if coding.colours else value)
     return values
 
 
-def _candidates(wanted: Sequence[Any], colours: bool) -> Iterator[int]:
+def _candidates(wanted: Sequence[Any], coding: Coding) -> Iterator[int]:
+    """Numbers that may be of a class, the most natural ones first."""
     ranges = ranges_of(wanted)
     yield from (int(found.low) for found in ranges if not found.is_threshold)
     below = any(found.low == -math.inf for found in ranges)
-    yield from (0, 255) if below else (0xFFFFFF if colours else 255,)
+    yield from (0, 255) if below else (0xFFFFFF if coding.colours else 255,)
     yield from range(256)
-    for end in (x for found in ranges for x in (found.low, found.high) if abs(x) < math.inf):
-        yield from (math.floor(end) + step for step in (0, 1, -1, 2))
+    every = [found for _, values in coding.classes for found in ranges_of(values)]
+    ends = [math.floor(x) for found in every for x in (found.low, found.high) if abs(x) < math.inf]
+    # Single values and an ignored one may take the next numbers.
+    yield from (end + step for step in range(len(ends) + 3) for end in ends)
+    yield from (end - step for step in range(len(ends) + 3) for end in ends)
 
 
 def _is_of(value: int, label: int, coding: Coding) -> bool:

@@ -58,6 +58,11 @@ def read_dataset(root: Path, shares: Mapping[str, float]) -> Layout:
             f"{file} has regions and a label to ignore; only one of them is supported, so name the "
             "classes instead of regions"
         )
+    single = [value for value in values.values() if not isinstance(value, list)]
+    for value in values.values():
+        if not overlap and single.count(value) > 1:
+            both = " and ".join(other for other, v in values.items() if v == value)
+            raise ValueError(f"{file}: the label {value} is of {both}; number them apart")
     if not cases:
         raise ValueError(f"{file} names no case to train with")
     parts, notes = _split(root, cases, test, shares)

@@ -262,7 +262,8 @@ def beside(folder: Path, names: Names) -> Pairs:
             "same"
         )
     used = {path for case in cases.values() for path in case.images}
-    lone = [path for path in rest.values() if path not in used]
+    # Where a suffix is given, masks of other names may be there, too.
+    lone = [path for key, path in rest.items() if path not in used and not ENDING.search(key[-1])]
     if lone and not names.skip_unpaired and not lists_of(folder):
         raise ValueError(
             f"{lone[0]} has no mask beside it; data.skip_unpaired=true leaves such images out"

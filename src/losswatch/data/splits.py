@@ -143,7 +143,8 @@ def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> Parts:
                 raise ValueError(f"{file} names {line}, of which there is no image with a mask")
             [key] = found
             if key in seen:
-                raise ValueError(f"{file} names {line}, which {seen[key]} names, too; remove one")
+                where = "twice" if seen[key] == file else f"and so does {seen[key]}"
+                raise ValueError(f"{file} names {line} {where}; remove one")
             seen[key] = file
             parts.setdefault(split, []).append(cases[key]._replace(name=names[key]))
     for split, file in lists_of(root).items():
