@@ -393,3 +393,17 @@ def acdc(root):
         film = np.stack([scene(50 + f, SMALL)[0][0] for f in range(3)], -1)
         put(root / f"patient{p:03}" / f"patient{p:03}_4d.nii.gz", film)
     return volumes(root, "{}.nii.gz", "{}_gt.nii.gz", names)
+
+
+@case(classes=ORGANS, said="not used: 2 files")
+def nn_dataset_key(root):
+    """`dataset` names the files of each case, which may lie anywhere."""
+    truth = nnunet(root, about())
+    (root / "scans").mkdir()
+    entries = {}
+    for name in list(truth)[:-1]:
+        (root / "imagesTr" / f"{name}_0000.nii.gz").rename(root / "scans" / f"{name}.nii.gz")
+        label = f"labelsTr/{name}.nii.gz"
+        entries[name] = {"images": [f"scans/{name}.nii.gz"], "label": label}
+    write_json(root / "dataset.json", about() | {"dataset": entries})
+    return {name: truth[name] for name in entries}
