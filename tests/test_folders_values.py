@@ -350,3 +350,17 @@ def test_nothing_is_left_where_all_is_read(name, tmp_path):
         path.unlink()
     data = opened(tmp_path / "d", ROWS[name])
     assert not [note for note in data.survey.notes if "not used" in note]
+
+
+def test_runs_in_a_folder_are_no_data(tmp_path):
+    """As in a sweep that was started in the folder of the images."""
+    pairs(tmp_path, "{}.png", "{}_mask.png")
+    sweep = tmp_path / "outputs" / "2026-01-01"
+    for place in (sweep / "loss=dice", sweep):
+        pairs(place, "{}.png", "{}_mask.png", ("11", "12"))
+    (sweep / "multirun.yaml").touch()
+    (tmp_path / "outputs" / "single" / ".hydra").mkdir(parents=True)
+    pairs(tmp_path / "outputs" / "single", "{}.png", "{}_mask.png", ("13",))
+    data = FolderImages(str(tmp_path), patch_size=4)
+    names = [case.name for part in data.layout.cases.values() for case in part]
+    assert sorted(names) == list(NAMES) and not data.survey.notes

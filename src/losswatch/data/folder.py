@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from losswatch.data.cases import Case
+from losswatch.data.cases import Case, Mask
 from losswatch.data.coding import make_coding, values_of
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
 from losswatch.data.labels import Coding, count_classes
@@ -111,28 +111,14 @@ class FolderImages(pl.LightningDataModule):
         cache_mb: int = 1024,
     ) -> None:
         super().__init__()
-        if lacking := [
-            name
-            for name in ("monai", "nibabel", "PIL", "tifffile", "SimpleITK")
-            if not find_spec(name)
-        ]:
-            raise ValueError(f'{", ".join(lacking)} is missing: pip install "losswatch[images]"')
-        for name, value, allowed in (
-            ("target", target or "softmax", TARGETS),
-            ("sampling", sampling, SAMPLINGS),
-            ("normalize", normalize, NORMALISATIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"data.{name}={value}: allowed are {', '.join(allowed)}")
-        for name, number, least in (
-            ("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0),
-            ("cache_mb", cache_mb, 0), ("intensity", intensity, 0), ("batches", batches, 0),
-        ):  # fmt: skip
-            if number < least:
-                raise ValueError(f"data.{name} must be at least {least}, got {number}")
-        shares = {"val": val_share, "test": test_share}
-        if not (0 < val_share < 1 and 0 <= test_share < 1 and val_share + test_share < 1):
-            raise ValueError(f"data.val_share and data.test_share must leave a rest, got {shares}")
+        _check_packages()
+        _check_settings(
+            {"target": target or "softmax", "sampling": sampling, "normalize": normalize},
+            {"batch_size": batch_size, "num_workers": num_workers or 0, "cache_mb": cache_mb,
+             "intensity": intensity, "batches": batches},
+            {"val_share": val_share, "test_share": test_share},
+            axes,
+        )  # fmt: skip
         self.root, self.seed, self.batch_size = Path(root).expanduser(), seed, batch_size
         self.batches, self.normalize, self.cache_mb = batches, normalize, cache_mb
         self.num_workers = min(4, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
@@ -140,20 +126,12 @@ class FolderImages(pl.LightningDataModule):
         state = tuple(state_of(self.root).items())
         self.layout, self.looks = _layout(self.root, names, val_share, test_share, state)
         self.state = hash(state)
-        every = [look for looks in self.looks.values() for look in looks]
-        ignored = self.layout.ignored if ignore_index is None else ignore_index
-        cases = [case for split in self.looks for case in self.layout.cases[split]]
-        seen = [
-            (paths[0], mask)
-            for case, look in zip(cases, every, strict=True)
-            for paths, mask in zip(case.masks, look.masks, strict=True)
-            if paths
-        ]
-        named, kinds, overlap = self.layout.classes, self.layout.kinds, self.layout.overlap
-        self.coding = make_coding(seen, classes, ignored, nearest, named, kinds, overlap)
-        self.survey: Survey = survey(self.layout, self.looks, self.coding)
-        if axes is not None and not is_orientation(axes):
-            raise ValueError(f"data.axes={axes} must be three letters such as RAS or LPS")
+        layout, every = self.layout, [look for looks in self.looks.values() for look in looks]
+        ignored = layout.ignored if ignore_index is None else ignore_index
+        self.coding = make_coding(
+            self._masks(), classes, ignored, nearest, layout.classes, layout.kinds, layout.overlap
+        )
+        self.survey: Survey = survey(layout, self.looks, self.coding)
         found = most_common_axes(every)
         axes = axes if axes and found else found
         self.shapes = {part: [shape_in(look, axes) for look in looks]
@@ -162,7 +140,7 @@ class FolderImages(pl.LightningDataModule):
             in_channels=every[0].shape[0],
             classes=self.coding.names,
             dims=len(every[0].shape) - 1,
-            target=target or ("multilabel" if self.layout.overlap else "softmax"),
+            target=target or ("multilabel" if layout.overlap else "softmax"),
             has_ignored=ignored is not None,
             axes=axes,
         )
@@ -172,6 +150,15 @@ class FolderImages(pl.LightningDataModule):
         self.infer = functools.partial(infer, patch=self.patch, count=batch_size)
         self.crops = make_crops(self.form, self.patch, sampling, flip, intensity)
         self.rank, self.world_size = 0, 1
+
+    def _masks(self) -> list[tuple[Path, Mask]]:
+        """All masks that have a file, by the first of their files."""
+        found = []
+        for split, looks in self.looks.items():
+            for case, look in zip(self.layout.cases[split], looks, strict=True):
+                parts = zip(case.masks, look.masks, strict=True)
+                found += [(paths[0], mask) for paths, mask in parts if paths]
+        return found
 
     def _check_form(self) -> None:
         target, count = self.form.target, len(self.form.classes)
@@ -307,6 +294,42 @@ class UnlabelledImages(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return batch_loader(self.images, range(len(self.cases)), 0)
+
+
+def _check_packages() -> None:
+    """Checks that the libraries are there that read images.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    needed = ("monai", "nibabel", "PIL", "tifffile", "imagecodecs", "SimpleITK")
+    if lacking := [name for name in needed if not find_spec(name)]:
+        raise ValueError(f'{", ".join(lacking)} is missing: pip install "losswatch[images]"')
+
+
+def _check_settings(
+    words: Mapping[str, str], numbers: Mapping[str, float], shares: Mapping[str, float], axes: Any
+) -> None:
+    """Checks settings of `FolderImages` by their names.
+
+    Raises:
+        ValueError: a setting cannot work.
+    """
+    known = {"target": TARGETS, "sampling": SAMPLINGS, "normalize": NORMALISATIONS}
+    for name, word in words.items():
+        if word not in known[name]:
+            raise ValueError(f"data.{name}={word}: allowed are {', '.join(known[name])}")
+    for name, number in numbers.items():
+        least = 1 if name == "batch_size" else 0
+        if number < least:
+            raise ValueError(f"data.{name} must be at least {least}, got {number}")
+    val, test = shares["val_share"], shares["test_share"]
+    if not (0 < val < 1 and 0 <= test < 1 and val + test < 1):
+        raise ValueError(
+            f"data.val_share and data.test_share must leave a rest, got {dict(shares)}"
+        )
+    if axes is not None and not is_orientation(axes):
+        raise ValueError(f"data.axes={axes} must be three letters such as RAS or LPS")
 
 
 @functools.lru_cache(maxsize=1)

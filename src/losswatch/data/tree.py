@@ -62,14 +62,19 @@ def _add(found: Files, key: Key, path: Path) -> None:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder and the names of its files, sorted. Links are followed, but not in a circle."""
+    """Each folder and the names of its files, sorted.
+
+    Links are followed, but not in a circle. Folders of runs and sweeps are no data.
+    """
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
-        folders[:] = [] if real in seen else sorted(n for n in folders if not is_hidden(n))
-        if real not in seen:
-            seen.add(real)
-            yield where, sorted(name for name in names if not is_hidden(name))
+        if real in seen or ".hydra" in folders or "multirun.yaml" in names:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield where, sorted(name for name in names if not is_hidden(name))
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int]]:
