@@ -131,9 +131,9 @@ class FolderImages(pl.LightningDataModule):
         self.coding = make_coding(
             self._masks(), classes, ignored, nearest, layout.classes, layout.kinds, layout.overlap
         )
-        self.survey: Survey = survey(layout, self.looks, self.coding)
         found = most_common_axes(every)
         axes = axes if axes and found else found
+        self.survey: Survey = survey(layout, self.looks, self.coding, axes)
         self.shapes = {part: [shape_in(look, axes) for look in looks]
                        for part, looks in self.looks.items()}  # fmt: skip
         self.form = Form(

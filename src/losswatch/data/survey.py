@@ -116,7 +116,7 @@ def _look(case: Case, known: tuple[int, int]) -> Look:
     if largest > np.finfo(np.float32).max:
         raise ValueError(f"{case.images[0]} holds {largest:g}, which float32 cannot; scale it down")
     if any(0 < high - low < abs(high) / 2**16 for low, high in zip(lows, highs, strict=True)):
-        note = f"{lows[0]:.9g} to {highs[0]:.9g} differ too little for float32; subtract an offset"
+        note = "its intensities differ too little for float32; subtract an offset from them"
         notes.append((note, case.images[0]))
     masks, counts = [], []
     for paths, mask in zip(case.masks, content.masks, strict=True):
@@ -222,8 +222,13 @@ class Survey:
     notes: tuple[str, ...] = ()
 
 
-def survey(layout: Layout, looks: Mapping[str, Sequence[Look]], coding: Coding) -> Survey:
+def survey(
+    layout: Layout, looks: Mapping[str, Sequence[Look]], coding: Coding, axes: str
+) -> Survey:
     """Count the pixels of each class.
+
+    Args:
+        axes: the orientation to which volumes are brought.
 
     Raises:
         ValueError: a mask holds a value that no class has; names the mask.
@@ -251,14 +256,17 @@ def survey(layout: Layout, looks: Mapping[str, Sequence[Look]], coding: Coding) 
                 coding.names, counts.sum(0), (counts == 0).sum(0), strict=True
             )
         ]
-    notes = (*layout.notes, *_notes(looks, coding, off))
+    notes = (*layout.notes, *_notes(looks, coding, axes, off))
     return Survey(pd.DataFrame(splits).set_index("split"), pd.DataFrame(rows), notes)
 
 
-def _notes(looks: Mapping[str, Sequence[Look]], coding: Coding, off: int) -> Iterator[str]:
+def _notes(
+    looks: Mapping[str, Sequence[Look]], coding: Coding, axes: str, off: int
+) -> Iterator[str]:
     """What was done with the files, a line each.
 
     Args:
+        axes: as of `survey`.
         off: pixels whose value is none of a class.
     """
     seen = [look for part in looks.values() for look in part]
@@ -269,12 +277,9 @@ def _notes(looks: Mapping[str, Sequence[Look]], coding: Coding, off: int) -> Ite
     for note, paths in files.items():
         more = f" and {len(paths) - 1} more" if paths[1:] else ""
         yield f"{paths[0]}{more}: {note}"
-    axes = most_common_axes(seen)
     if other := Counter(look.axes for look in seen if look.axes not in ("", axes)):
-        yield (
-            f"volumes are turned to the orientation {axes} that most have: "
-            + ", ".join(f"{count} were {name}" for name, count in other.items())
-        )
+        counted = ", ".join(f"{count} were {name}" for name, count in other.items())
+        yield f"volumes are turned to the orientation {axes}: {counted}"
     if rounded := sum(mask.rounded for look in seen for mask in look.masks):
         yield f"{number_of(rounded, 'pixel')} of masks were nearly whole numbers, and are rounded"
     if off:
