@@ -11,6 +11,7 @@ from folders import AFFINE, NAMES, ROWS, SMALL, THREE, Row, pairs, put, scene
 from folders_flat import flat_scans
 from folders_lists import write_lists
 from folders_scans import write_itk, write_series
+from PIL import Image
 from test_folders import assert_read, opened
 
 from losswatch.data import folder as module
@@ -364,3 +365,88 @@ def test_runs_in_a_folder_are_no_data(tmp_path):
     data = FolderImages(str(tmp_path), patch_size=4)
     names = [case.name for part in data.layout.cases.values() for case in part]
     assert sorted(names) == list(NAMES) and not data.survey.notes
+
+
+# --- What a second review found -------------------------------------------------------------------
+
+
+def test_a_tiff_of_colours_is_turned_once(tmp_path):
+    """Pillow turns a TIFF when it reads it, tifffile does not."""
+    table = np.stack([np.arange(256) * 257] * 3).astype(np.uint16)
+    for i, name in enumerate(NAMES):
+        picture, label = scene(i)
+        stored = np.ascontiguousarray(picture[0, ::-1, ::-1])
+        tags = [(274, "H", 1, 3, True)]
+        put(tmp_path / "images" / f"{name}.tif", stored, photometric="palette", colormap=table,
+            extratags=tags)  # fmt: skip
+        put(tmp_path / "masks" / f"{name}.png", label)
+    data = FolderImages(str(tmp_path), patch_size=4, normalize="none")
+    for item, case in zip(data.items("train"), data.layout.cases["train"], strict=True):
+        np.testing.assert_array_equal(item["image"], [scene(NAMES.index(case.name))[0][0]] * 3)
+
+
+def test_the_numbers_of_a_header_with_dots_in_its_name(tmp_path):
+    """p.0.mhd and its p.0.raw, in a folder with a dot: seen when they change, and not left over."""
+    sitk = pytest.importorskip("SimpleITK")
+    for value in (1, 2):
+        for i in range(6):
+            picture, label = scene(i, SMALL)
+            for kind, array in (("images", picture[0]), ("masks", label * np.uint8(value))):
+                path = tmp_path / "v1.0" / kind / f"p.{i}.mhd"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sitk.WriteImage(sitk.GetImageFromArray(array), path)
+        data = FolderImages(str(tmp_path / "v1.0"), patch_size=4)
+        assert data.form.classes == ("0", str(value)) and not data.survey.notes
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".npy"])
+def test_three_slices_are_a_volume(suffix, tmp_path):
+    for i, name in enumerate(NAMES):
+        picture, label = scene(i, (3, 24, 28))
+        put(tmp_path / "images" / f"{name}{suffix}", picture[0])
+        put(tmp_path / "masks" / f"{name}{suffix}", label)
+    data = FolderImages(str(tmp_path), patch_size=[2, 4, 4], normalize="none")
+    assert data.form.dims == 3 and data.form.classes == ("0", "1")
+
+
+def test_colours_of_an_array_are_channels(tmp_path):
+    for i, name in enumerate(NAMES):
+        picture, label = scene(i)
+        put(tmp_path / "images" / f"{name}.npy", np.moveaxis(picture, 0, -1))
+        put(tmp_path / "masks" / f"{name}.npy", np.stack([label * np.uint8(255)] * 3, -1))
+    data = FolderImages(str(tmp_path), patch_size=4)
+    assert data.form.in_channels == 3 and data.form.classes == ("0", "255")
+
+
+def test_greys_that_two_indices_share_do_not_merge_classes(tmp_path):
+    pairs(tmp_path, classes=3)
+    for path in (tmp_path / "masks").iterdir():
+        mask = Image.fromarray(np.asarray(Image.open(path)), "P")
+        mask.putpalette([0, 0, 0, 255, 255, 255, 255, 255, 255])
+        mask.save(path)
+    assert FolderImages(str(tmp_path), patch_size=4).form.classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("image", ["a.npy", "a.png", "a.mha"])
+def test_colours_are_written_as_a_picture(image, tmp_path):
+    if image.endswith("mha"):
+        sitk = pytest.importorskip("SimpleITK")
+        sitk.WriteImage(sitk.GetImageFromArray(scene(0)[0][0]), tmp_path / image)
+    else:
+        put(tmp_path / image, scene(0)[0][0])
+    label = np.array([0x4682B4, 0x804080])[scene(0)[1]]
+    path = write_mask(label, tmp_path / "mask", tmp_path / image, colours=True)
+    stored = np.asarray(Image.open(path)).astype(int)
+    np.testing.assert_array_equal(stored @ [65536, 256, 1], label)
+
+
+def test_lists_count_where_they_are_the_split_alone(tmp_path):
+    pairs(tmp_path)
+    write_lists(tmp_path, train=NAMES[:4], val=NAMES[4:6], test=["99"])
+    data = FolderImages(str(tmp_path), patch_size=4)
+    assert "test.txt names 1 image without a mask, 99 first" in data.survey.notes
+    for split in ("train", "val"):
+        pairs(tmp_path / "b" / split)
+    write_lists(tmp_path / "b", train=NAMES[:1], val=NAMES[1:2])
+    notes = FolderImages(str(tmp_path / "b"), patch_size=4).survey.notes
+    assert notes == ("not used: 2 files (2 .txt), train.txt is the first",)

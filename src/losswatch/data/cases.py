@@ -206,8 +206,13 @@ def _channels_first(array: np.ndarray, is_of_image: bool) -> np.ndarray:
         if is_class and (array.shape[axis] <= 4 or not is_of_image):
             return array.argmax(axis)
     for axis in axes:
-        if array.ndim == 4 and array.shape[axis] == 3 and array.dtype == np.uint8:  # colours
-            return np.moveaxis(array[0], axis - 1, 0)
+        if array.ndim != 4 or array.shape[axis] != 3 or array.dtype != np.uint8:
+            continue
+        colours = np.moveaxis(array[0], axis - 1, 0)
+        # Small numbers are labels of a volume of three slices, and pages of a TIFF are slices.
+        is_volume = axis == 1 or colours.max() < 32 and not (colours == colours[:1]).all()
+        if not (is_of_image and is_volume):
+            return colours
     return array
 
 

@@ -167,11 +167,14 @@ def _check_ignored(ignored: Any, classes: Classes) -> None:
 def _reading(masks: Masks) -> tuple[bool, bool]:
     """Whether masks are told by colours, and whether palettes by greys."""
     known: dict[int, int] = {}
-    pairs = [pair for _, mask in masks for pair in (mask.palette or {}).items()]
-    if all(colour % 0x010101 == 0 for _, colour in pairs):
-        return any(mask.colours for _, mask in masks), bool(pairs)
+    palettes = [mask.palette for _, mask in masks if mask.palette]
+    pairs = [pair for palette in palettes for pair in palette.items()]
+    any_colour = any(mask.colours for _, mask in masks)
     two = any(known.setdefault(index, colour) != colour for index, colour in pairs)
-    return two or any(mask.colours for _, mask in masks), False
+    are_greys = all(colour % 0x010101 == 0 for _, colour in pairs)
+    are_told = all(len({*palette.values()}) == len(palette) for palette in palettes)
+    greys = bool(palettes) and are_greys and are_told
+    return any_colour or two and not greys, greys
 
 
 def _check_colours(masks: Masks, listed: Sequence[Any]) -> None:

@@ -11,6 +11,7 @@ from losswatch.data.cases import Case
 from losswatch.data.formats import SUFFIXES, stem_of, suffix_of
 from losswatch.data.splits import Layout, Parts, split_by_share
 from losswatch.data.tree import files_below, normal
+from losswatch.text import number_of
 
 NEEDS = (
     "nnU-Net v2 needs channel_names, labels and file_ending, the Decathlon modality, labels and "
@@ -88,7 +89,7 @@ def _values(labels: Mapping[str, Any]) -> dict[str, Any]:
     found = {str(name): value for name, value in labels.items()}
     for name, value in found.items():
         if not all(type(v) is int for v in (value if isinstance(value, list) else [value])):
-            raise TypeError(f"label {name} is {value}, no whole number")
+            raise TypeError(f"label {name} is {value!r}, no whole number")
     if any(isinstance(value, list) for value in found.values()):
         return found
     return dict(sorted(found.items(), key=lambda item: int(item[1])))
@@ -160,12 +161,19 @@ def _nnunet_cases(root: Path, part: str, ending: str, channels: int) -> list[Cas
         if lacking := [i for i, file in enumerate(files) if file is None]:
             missing = images / f"{name}_{lacking[0]:04}{ending}"
             hint = f"; the name of {known[name]} must end in _0000" if name in known else ""
-            raise ValueError(f"{label} is a mask without an image {missing}{hint}")
+            count_of = number_of(channels, "channel")
+            raise ValueError(
+                f"{label} is a mask without an image {missing}, and dataset.json names {count_of}"
+                f"{hint}"
+            )
         cases.append(Case(name, tuple(file for file in files if file), ((label,),)))
     used = {file for case in cases for file in case.images}
     for file in known.values():
         if file not in used:
-            raise ValueError(f"{file} is an image without a mask in {labels}; move it to imagesTs/")
+            raise ValueError(
+                f"{file} is an image without a mask in {labels}, or a channel that dataset.json "
+                "does not name; name the channel, or move the image to imagesTs/"
+            )
     return cases
 
 

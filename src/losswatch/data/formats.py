@@ -10,7 +10,7 @@ import numpy as np
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 TIFF, NIFTI, ARRAYS = (".tif", ".tiff"), (".nii", ".nii.gz"), (".npy", ".npz")
-ITK = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
+ITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
 SUFFIXES = (*PICTURES, *TIFF, *NIFTI, *ITK, *ARRAYS)
 
 

@@ -48,14 +48,14 @@ def read_layout(
             used = [about, root / "splits_final.json"]
             return layout._replace(notes=(*layout.notes, *_unused(root, layout, files, used)))
         notes.append(f"{about.name} has no labels, and is not read")
-    layout = _found(root, names, shares)
-    used = [*lists_of(root).values(), about]
+    layout, used = _found(root, names, shares)
+    used.append(about)
     notes += [*layout.notes, *_unused(root, layout, files, used)]
     return layout._replace(notes=tuple(notes))
 
 
-def _found(root: Path, names: Names, shares: Mapping[str, float]) -> Layout:
-    """The layout of a folder that does not describe itself."""
+def _found(root: Path, names: Names, shares: Mapping[str, float]) -> tuple[Layout, list[Path]]:
+    """The layout of a folder that does not describe itself, and the lists that say its split."""
     pairs = find_pairs(root, names)
     cases, kinds = pairs.cases, pairs.kinds
     if not cases:
@@ -68,16 +68,18 @@ def _found(root: Path, names: Names, shares: Mapping[str, float]) -> Layout:
         if empty := [case.images[0] for case in cases.values() if not case.masks[i]]:
             have = f"{empty[0]} and {len(empty) - 1} more have" if empty[1:] else f"{empty[0]} has"
             notes.append(f"{have} no mask of class {kind}, which is taken for an empty one")
-    parts = split_of(root, cases)
+    parts, lists = split_of(root, cases), {}
     if parts is None and (lists := lists_of(root)):
-        parts = listed(root, cases, names.image_suffix)
+        parts, left = listed(root, cases, names.image_suffix)
         notes.append(f"the split is that of {nearby(lists['train'], root)} and its neighbours")
+        notes += left
     if parts is None:
         parts = split_by_share(named(cases), shares)
     else:
         parts, more = complete(parts, shares)
         notes += more
-    return Layout(parts, classes, None, kinds, len(kinds) > 1, None, tuple(notes))
+    layout = Layout(parts, classes, None, kinds, len(kinds) > 1, None, tuple(notes))
+    return layout, [*lists.values()]
 
 
 def _unused(root: Path, layout: Layout, files: Iterable[str], others: Iterable[Path]) -> list[str]:
@@ -94,7 +96,8 @@ def _unused(root: Path, layout: Layout, files: Iterable[str], others: Iterable[P
     for name in files:
         path = os.path.abspath(name)
         is_slice = os.path.dirname(path) in used  # a folder of DICOM files
-        is_part = path.endswith("raw") and path.split(".")[0] in headers
+        stem = os.path.splitext(path)[0]
+        is_part = bool({stem, os.path.splitext(stem)[0]} & headers)
         if path not in used and not is_slice and not is_part:
             left.append(Path(name))
     if not left:

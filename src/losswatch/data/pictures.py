@@ -44,7 +44,7 @@ def read_picture(path: Path, is_mask: bool) -> File:
         ) from None
     with opened as file, path.open("rb") as stream:
         header = stream.read(4096)
-        turn = 1 if is_mask else file.getexif().get(ORIENTATION, 1)
+        said = 1 if is_mask else file.getexif().get(ORIENTATION, 1)
         if file.format in ("GIF", "WEBP", "PNG") and getattr(file, "is_animated", False):
             file.seek(0)
             notes.append("of several frames the first one is read")
@@ -58,6 +58,8 @@ def read_picture(path: Path, is_mask: bool) -> File:
             array = imagecodecs.png_decode(path.read_bytes())
         else:
             array = np.asarray(_plain(file, notes))
+        # Pillow turns a TIFF when it reads the numbers, and takes the tag away.
+        turn = 1 if file.format == "TIFF" else said
     if depth in (2, 4) and array.ndim == 2:  # Pillow spreads them over 0 to 255
         array = array // (255 // (2**depth - 1))
     if array.ndim == 3 and array.shape[2] in (2, 4):
@@ -65,6 +67,7 @@ def read_picture(path: Path, is_mask: bool) -> File:
     array = array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
     if turn in TURNS:
         array = TURNS[turn](array)
+    if said in TURNS:
         notes.append("turned as its EXIF orientation says")
     is_lossy_webp = b"WEBPVP8" in header and b"VP8L" not in header
     lossy = file.format in ("JPEG", "MPO") or is_lossy_webp
@@ -144,6 +147,8 @@ def read_tiff(path: Path, is_mask: bool) -> File:
     if not is_mask:
         notes += _no_data(array, tags.get(NODATA))
     array = np.moveaxis(array, channels[0], 0) if channels else array[None]
+    if is_mask and len(array) == 4 and array.dtype == np.uint8:
+        array = np.moveaxis(_without_alpha(np.moveaxis(array, 0, -1), is_mask, notes), -1, 0)
     is_loose = not channels and len(axes) == 3 and axes[0] in "QIT"  # pages, or a film
     place = _place(tags) if array.ndim == 3 else None
     if turn in TURNS:

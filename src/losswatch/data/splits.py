@@ -114,8 +114,8 @@ def lists_of(root: Path) -> dict[str, Path]:
     return {}
 
 
-def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> Parts:
-    """The cases by split as the lists of `lists_of` have them.
+def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> tuple[Parts, list[str]]:
+    """The cases by split as the lists of `lists_of` have them, and what to say of it.
 
     Args:
         suffix: what follows the name of an image in its file, and may do so in the lists.
@@ -130,6 +130,7 @@ def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> Parts:
             known.setdefault(key[start:], []).append(key)
     names = {key: case.name for key, case in zip(cases, named(cases), strict=True)}
     parts: Parts = {}
+    lost: list[str] = []
     seen: dict[Key, Path] = {}
     for split, file in lists_of(root).items():
         for line in _lines(file):
@@ -137,8 +138,9 @@ def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> Parts:
             if len(found) > 1:
                 both = " and ".join("/".join(key) for key in found[:2])
                 raise ValueError(f"{file} names {line}, which could be {both}; write the folder")
-            if not found and split == "test":
-                continue  # often without masks
+            if not found and split == "test":  # often without masks
+                lost.append(line)
+                continue
             if not found:
                 raise ValueError(f"{file} names {line}, of which there is no image with a mask")
             [key] = found
@@ -150,7 +152,8 @@ def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> Parts:
     for split, file in lists_of(root).items():
         if split not in parts and split != "test":
             raise ValueError(f"{file} names no image; write a name on each line, or remove it")
-    return parts
+    names_of = number_of(len(lost), "image")
+    return parts, [f"test.txt names {names_of} without a mask, {lost[0]} first"] if lost else []
 
 
 def _lines(file: Path) -> list[str]:

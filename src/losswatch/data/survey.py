@@ -96,7 +96,7 @@ def _parts(path: Path) -> list[Path]:
     if path.is_dir():  # a series
         return sorted(path.iterdir())
     if suffix_of(path) in (".mhd", ".nhdr"):  # the numbers are in another file
-        return sorted(p for p in path.parent.iterdir() if p.stem.split(".")[0] == path.stem)
+        return sorted(p for p in path.parent.iterdir() if p.name.startswith(f"{path.stem}."))
     return [path]
 
 
@@ -257,6 +257,12 @@ def survey(
             )
         ]
     notes = (*layout.notes, *_notes(looks, coding, axes, off))
+    if coding.overlap:
+        notes += tuple(
+            f"all pixels of {row['split']} are of class {row['class']}; are its masks inverted?"
+            for row in rows
+            if row["share"] == 1
+        )
     return Survey(pd.DataFrame(splits).set_index("split"), pd.DataFrame(rows), notes)
 
 

@@ -39,14 +39,16 @@ def write_mask(
     kind = next(k for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max)
     suffix, array = suffix_of(like), labels.astype(kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if suffix in NIFTI or suffix in ITK or like.is_dir():
+    if colours:
+        array = np.stack([labels >> 16, labels >> 8 & 255, labels & 255], -1).astype(np.uint8)
+        if labels.ndim == 3:  # pages of a TIFF
+            return _write_tiff(array, _with(path, ".tif"), like)
+    elif suffix in NIFTI or suffix in ITK or like.is_dir():
         return write_volume(array, path, like, axes)
-    if suffix in ARRAYS:
+    elif suffix in ARRAYS:
         path = _with(path, ".npy")
         np.save(path, array)
         return path
-    if colours:
-        array = np.stack([labels >> 16, labels >> 8 & 255, labels & 255], -1).astype(np.uint8)
     elif suffix in TIFF or kind not in (np.uint8, np.uint16):  # a PNG has no other numbers
         return _write_tiff(array, _with(path, ".tif"), like)
     from PIL import Image
@@ -69,5 +71,6 @@ def _write_tiff(array: np.ndarray, path: Path, like: Path) -> Path:
         with tifffile.TiffFile(like) as file:
             kept = file.series[0].keyframe.tags
             tags = [(t.code, t.dtype, t.count, t.value, True) for t in kept if t.code in GEO]
-    tifffile.imwrite(path, array, photometric="minisblack", extratags=tags)
+    kind = "rgb" if array.ndim == 4 else "minisblack"
+    tifffile.imwrite(path, array, photometric=kind, extratags=tags)
     return path
