@@ -205,8 +205,7 @@ def _by_common_parts(
 def beside(folder: Path, names: Names) -> Pairs:
     """The pairs of one folder, where an image and its mask lie beside each other.
 
-    A mask is called like its image, with an ending. What else is called so is a channel. A .npz
-    holds both.
+    A .npz holds both. A mask is called like its image, with an ending, or all masks begin alike.
 
     Raises:
         ValueError: there are no masks, or they have no image.
@@ -220,10 +219,9 @@ def beside(folder: Path, names: Names) -> Pairs:
         for key in files.images
         if (key[-1].endswith(suffix) if suffix else ENDING.search(key[-1]))
     }
-    rest = {key: path for key, path in files.images.items() if key not in masks}
     if not masks and not suffix:
-        labels = {key: path for key, path in rest.items() if BEGINNING.search(key[-1])}
-        pictures = {key: path for key, path in rest.items() if key not in labels}
+        labels = {key: path for key, path in files.images.items() if BEGINNING.search(key[-1])}
+        pictures = {key: path for key, path in files.images.items() if key not in labels}
         if labels and (paired := _by_common_parts(pictures, labels)):
             return Pairs({k: Case("", (pictures[k],), ((path,),)) for k, path in paired.items()})
     if not masks:
@@ -234,6 +232,21 @@ def beside(folder: Path, names: Names) -> Pairs:
             f"{folder} holds no masks {what}{hint}; data.images, data.masks and data.mask_suffix "
             "say where they are"
         )
+    return _called_alike(files, masks, names)
+
+
+def _called_alike(files: Files, masks: Mapping[Key, str], names: Names) -> Pairs:
+    """The pairs of an image and the mask that is called like it.
+
+    What else is called so is a channel of the image.
+
+    Args:
+        masks: the keys of masks, and what their images are called.
+
+    Raises:
+        ValueError: an image and a mask do not pair.
+    """
+    rest = {key: path for key, path in files.images.items() if key not in masks}
     cases: dict[Key, Case] = {}
     channels: dict[tuple[str, ...], Path] = {}  # by what their names end in, and a mask of such
     for key, stem in masks.items():
@@ -264,7 +277,7 @@ def beside(folder: Path, names: Names) -> Pairs:
     used = {path for case in cases.values() for path in case.images}
     # Where a suffix is given, masks of other names may be there, too.
     lone = [path for key, path in rest.items() if path not in used and not ENDING.search(key[-1])]
-    if lone and not names.skip_unpaired and not lists_of(folder):
+    if lone and not names.skip_unpaired and not lists_of(files.folder):
         raise ValueError(
             f"{lone[0]} has no mask beside it; data.skip_unpaired=true leaves such images out"
         )
