@@ -76,30 +76,27 @@ def white_first_in_half_png(root):
     return white_first(root, ".png", 2)
 
 
-@case(classes={"ball": 2, "box": 1}, overlap=True)
-def class_folders_white_first(root):
-    """A folder for each class; in half of the palettes 0 is white."""
+def by_class(root, first, second):
+    """A folder for each class; in half of the palettes the class is index 1, in half index 0."""
     truth = {}
     for value, name in ((1, "box"), (2, "ball")):
         truth = pairs(root, mask=f"masks/{name}/{{}}.png", classes=3)
         for i, key in enumerate(NAMES):
             inside = of_class(value)(truth[key][1]) // 255
-            index, colours = (1 - inside, WHITE_FIRST) if i % 2 else (inside, BLACK_FIRST)
+            index, colours = (1 - inside, second) if i % 2 else (inside, first)
             indexed(root / "masks" / name / f"{key}.png", index, colours)
     return truth
 
 
 @case(classes={"ball": 2, "box": 1}, overlap=True)
+def class_folders_white_first(root):
+    return by_class(root, BLACK_FIRST, WHITE_FIRST)
+
+
+@case(classes={"ball": 2, "box": 1}, overlap=True)
 def class_folders_palettes(root):
     """Red on black, whatever the order of the palette: black is the background."""
-    truth = {}
-    for value, name in ((1, "box"), (2, "ball")):
-        truth = pairs(root, mask=f"masks/{name}/{{}}.png", classes=3)
-        for i, key in enumerate(NAMES):
-            inside = of_class(value)(truth[key][1]) // 255
-            black = [255, 0, 0, 0, 0, 0] if i % 2 else [0, 0, 0, 255, 0, 0]
-            indexed(root / "masks" / name / f"{key}.png", 1 - inside if i % 2 else inside, black)
-    return truth
+    return by_class(root, [0, 0, 0, 255, 0, 0], [255, 0, 0, 0, 0, 0])
 
 
 @refused("(?i)palette|colour", at="masks", either=True, classes=COLOURS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,13 @@ NEEDS = (
 )
 
 
-def describes(file: Path) -> bool:
-    """Whether a dataset.json is one of these, and not of another program.
-
-    Raises:
-        ValueError: it is no JSON.
-    """
-    about = _json(file)
+def describes(about: Any) -> bool:
+    """Whether the content of a dataset.json is one of these, and not of another program."""
     return isinstance(about, dict) and "labels" in about
 
 
-def read_dataset(root: Path, shares: Mapping[str, float]) -> Layout:
-    """The layout of a folder with dataset.json.
+def read_dataset(root: Path, about: Any, shares: Mapping[str, float]) -> Layout:
+    """The layout of a folder with dataset.json, whose content is `about`.
 
     Class 0 is the label 0. The first fold of splits_final.json, if there is one, is the split.
 
@@ -38,7 +34,6 @@ def read_dataset(root: Path, shares: Mapping[str, float]) -> Layout:
         ValueError: the file does not say what is needed, or names files that are not there.
     """
     file = root / "dataset.json"
-    about = _json(file)
     try:
         channels = about["channel_names" if "channel_names" in about else "modality"]
         values, count = _values(about["labels"]), len(channels)
@@ -59,22 +54,30 @@ def read_dataset(root: Path, shares: Mapping[str, float]) -> Layout:
             f"{file} has regions and a label to ignore; only one of them is supported, so name the "
             "classes instead of regions"
         )
-    single = [value for value in values.values() if not isinstance(value, list)]
-    for value in values.values():
-        if not overlap and single.count(value) > 1:
-            both = " and ".join(other for other, v in values.items() if v == value)
-            raise ValueError(f"{file}: the label {value} is of {both}; number them apart")
+    if not overlap and (value := _twice(map(str, values.values()))):
+        both = " and ".join(name for name, v in values.items() if str(v) == value)
+        raise ValueError(f"{file}: the label {value} is of {both}; number them apart")
     if not cases:
         raise ValueError(f"{file} names no case to train with")
     parts, notes = _split(root, cases, test, shares)
     return Layout(parts, values, ignored, (), overlap, count, tuple(notes))
 
 
-def _json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """The content of a file.
+
+    Raises:
+        ValueError: it is no JSON; names the file.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}; mend or remove it") from error
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """A name that stands more than once, if there is one."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _values(labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,10 +105,8 @@ def _cases(root: Path, about: Mapping[str, Any], channels: int) -> tuple[list[Ca
         return [_case(root, name, one["images"], one["label"]) for name, one in entries], []
     if "training" in about and "file_ending" not in about:
         cases = [_decathlon_case(root, entry, channels) for entry in about["training"]]
-        names = [case.name for case in cases]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{root / 'dataset.json'} names {name} twice; remove one")
+        if name := _twice(case.name for case in cases):
+            raise ValueError(f"{root / 'dataset.json'} names {name} twice; remove one")
         return cases, []
     ending = "." + about["file_ending"].lstrip(".")
     if ending.lower() not in SUFFIXES:
@@ -128,7 +129,8 @@ def _split(
         return split_by_share(cases, rest) | more, []
     known = {case.name: case for case in cases}
     try:
-        fold = {split: [str(name) for name in _json(file)[0][split]] for split in ("train", "val")}
+        first = read_json(file)[0]
+        fold = {split: [str(name) for name in first[split]] for split in ("train", "val")}
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"{file} must be a list of folds with train and val, as nnU-Net writes it"
@@ -137,8 +139,8 @@ def _split(
     for name in names:
         if name not in known:
             raise ValueError(f"{file} names {name}, of which there is no image with a label")
-        if names.count(name) > 1:
-            raise ValueError(f"{file} names {name} twice in its first fold; remove one")
+    if double := _twice(names):
+        raise ValueError(f"{file} names {double} twice in its first fold; remove one")
     if empty := [split for split, part in fold.items() if not part]:
         raise ValueError(f"{file} has no case of {empty[0]} in its first fold; add one")
     parts = {split: [known[name] for name in part] for split, part in fold.items()}

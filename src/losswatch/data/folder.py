@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from losswatch.data.cases import Case, Mask
+from losswatch.data.cases import Case, Mask, by
 from losswatch.data.coding import make_coding, values_of
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
 from losswatch.data.labels import Coding, count_classes
@@ -198,10 +198,9 @@ class FolderImages(pl.LightningDataModule):
             return None
         for case, shape in zip(cases, shapes, strict=True):
             if any(side > n for side, n in zip(sides, shape[1:], strict=True)):
-                have = " x ".join(map(str, shape[1:]))
                 raise ValueError(
-                    f"data.patch_size={size} is larger than {case.images[0]} ({have}); take a "
-                    "smaller one"
+                    f"data.patch_size={size} is larger than {case.images[0]} ({by(shape[1:])}); "
+                    "take a smaller one"
                 )
         return sides
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from losswatch.data.cases import Case
-from losswatch.data.datasets import describes, read_dataset
+from losswatch.data.datasets import describes, read_dataset, read_json
 from losswatch.data.formats import SUFFIXES, stem_of, suffix_of
 from losswatch.data.labels import REST
 from losswatch.data.matching import Names
@@ -23,7 +23,7 @@ from losswatch.data.splits import (
     split_by_share,
     split_of,
 )
-from losswatch.data.tree import Key, files_below
+from losswatch.data.tree import Key, files_below, parts_of
 from losswatch.text import nearby, number_of
 
 
@@ -41,15 +41,16 @@ def read_layout(
     """
     if not root.is_dir():
         raise ValueError(f"data.root={root}: there is no such folder")
-    about, notes = root / "dataset.json", []
-    if about.is_file():
+    file, notes = root / "dataset.json", []
+    if file.is_file():
+        about = read_json(file)
         if describes(about) or not (root / names.images).is_dir():
-            layout = read_dataset(root, shares)
-            used = [about, root / "splits_final.json"]
+            layout = read_dataset(root, about, shares)
+            used = [file, root / "splits_final.json"]
             return layout._replace(notes=(*layout.notes, *_unused(root, layout, files, used)))
-        notes.append(f"{about.name} has no labels, and is not read")
+        notes.append(f"{file.name} has no labels, and is not read")
     layout, used = _found(root, names, shares)
-    used.append(about)
+    used.append(file)
     notes += [*layout.notes, *_unused(root, layout, files, used)]
     return layout._replace(notes=tuple(notes))
 
@@ -70,7 +71,7 @@ def _found(root: Path, names: Names, shares: Mapping[str, float]) -> tuple[Layou
             notes.append(f"{have} no mask of class {kind}, which is taken for an empty one")
     parts, lists = split_of(root, cases), {}
     if parts is None and (lists := lists_of(root)):
-        parts, left = listed(root, cases, names.image_suffix)
+        parts, left = listed(lists, cases, names.image_suffix)
         notes.append(f"the split is that of {nearby(lists['train'], root)} and its neighbours")
         notes += left
     if parts is None:
@@ -89,17 +90,9 @@ def _unused(root: Path, layout: Layout, files: Iterable[str], others: Iterable[P
         others: files that are read, besides images and masks.
     """
     cases = [case for part in layout.cases.values() for case in part]
-    used = {os.path.abspath(path) for path in others}
-    used |= {os.path.abspath(path) for case in cases for path in case.files}
-    headers = {os.path.splitext(path)[0] for path in used if path.endswith((".mhd", ".nhdr"))}
-    left = []
-    for name in files:
-        path = os.path.abspath(name)
-        is_slice = os.path.dirname(path) in used  # a folder of DICOM files
-        stem = os.path.splitext(path)[0]
-        is_part = bool({stem, os.path.splitext(stem)[0]} & headers)
-        if path not in used and not is_slice and not is_part:
-            left.append(Path(name))
+    read = [part for case in cases for path in case.files for part in parts_of(path)]
+    used = {os.path.abspath(path) for path in (*others, *read)}
+    left = [Path(name) for name in files if os.path.abspath(name) not in used]
     if not left:
         return []
     kinds: dict[str, int] = {}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from losswatch.data.cases import Case
 from losswatch.data.matching import Names, NoMasks, Pairs, beside, match
-from losswatch.data.tree import WORDS, Key, files_below, is_hidden, normal
+from losswatch.data.splits import add_case
+from losswatch.data.tree import WORDS, Key, files_below, is_hidden, part_of
 
 # What images/ and masks/ are called elsewhere.
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages", "leftimg8bit")
@@ -114,15 +115,11 @@ def _joined(parts: Iterable[tuple[str, Pairs]]) -> Pairs:
         if pairs.cases and bool(pairs.kinds) != bool(kinds):
             case = next(iter(pairs.cases.values()))
             raise ValueError(f"{case.images[0]} has one mask, others have a folder for each class")
+        place = part_of(name)
         for key, case in pairs.cases.items():
             masks = dict(zip(pairs.kinds, case.masks, strict=False))
             padded = tuple(masks.get(kind, ()) for kind in kinds) if kinds else case.masks
-            whole = (WORDS.get(name.lower(), normal(name)), *key)
-            if whole in cases:
-                raise ValueError(
-                    f"{cases[whole].images[0]} and {case.images[0]} are both called "
-                    f"{'/'.join(key)} in {whole[0]}; rename one, or leave one folder out"
-                )
-            cases[whole] = Case("", case.images, padded)
+            called = f"{'/'.join(key)} in {place}"
+            add_case(cases, (place, *key), Case("", case.images, padded), called)
         notes |= dict.fromkeys(pairs.notes)
     return Pairs(cases, kinds, tuple(notes))

@@ -68,6 +68,22 @@ def split_by_share(cases: Sequence[Case], shares: Mapping[str, float]) -> Parts:
     return {split: sorted(part) for split, part in parts.items() if part}
 
 
+def add_case(cases: dict[Key, Case], key: Key, case: Case, called: str) -> None:
+    """Adds a case by its key.
+
+    Args:
+        called: how a message calls it.
+
+    Raises:
+        ValueError: there is one of this key.
+    """
+    if (other := cases.setdefault(key, case)) is not case:
+        raise ValueError(
+            f"{other.images[0]} and {case.images[0]} are both called {called}; rename one, or "
+            "leave one folder out"
+        )
+
+
 def split_of(root: Path, cases: Mapping[Key, Case]) -> Parts | None:
     """The cases by split, where a part of each path names one; None where none does.
 
@@ -78,11 +94,7 @@ def split_of(root: Path, cases: Mapping[Key, Case]) -> Parts | None:
     for key, case in cases.items():
         at = next((i for i, part in enumerate(key[:-1]) if part in SPLITS), None)
         split, rest = ("", key) if at is None else (key[at], (*key[:at], *key[at + 1 :]))
-        if (other := parts.setdefault(split, {}).setdefault(rest, case)) is not case:
-            raise ValueError(
-                f"{other.images[0]} and {case.images[0]} are both called {'/'.join(rest)} in "
-                f"{split}; rename one, or leave one folder out"
-            )
+        add_case(parts.setdefault(split, {}), rest, case, f"{'/'.join(rest)} in {split}")
     if parts.keys() <= {""}:
         return None
     if "" in parts:
@@ -114,10 +126,13 @@ def lists_of(root: Path) -> dict[str, Path]:
     return {}
 
 
-def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> tuple[Parts, list[str]]:
-    """The cases by split as the lists of `lists_of` have them, and what to say of it.
+def listed(
+    lists: Mapping[str, Path], cases: Mapping[Key, Case], suffix: str
+) -> tuple[Parts, list[str]]:
+    """The cases by split as lists have them, and what to say of it.
 
     Args:
+        lists: of `lists_of`.
         suffix: what follows the name of an image in its file, and may do so in the lists.
 
     Raises:
@@ -132,7 +147,7 @@ def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> tuple[Parts, l
     parts: Parts = {}
     lost: list[str] = []
     seen: dict[Key, Path] = {}
-    for split, file in lists_of(root).items():
+    for split, file in lists.items():
         for line in _lines(file):
             found = next((keys for end in _ends(line, suffix) if (keys := known.get(end))), [])
             if len(found) > 1:
@@ -149,7 +164,7 @@ def listed(root: Path, cases: Mapping[Key, Case], suffix: str) -> tuple[Parts, l
                 raise ValueError(f"{file} names {line} {where}; remove one")
             seen[key] = file
             parts.setdefault(split, []).append(cases[key]._replace(name=names[key]))
-    for split, file in lists_of(root).items():
+    for split, file in lists.items():
         if split not in parts and split != "test":
             raise ValueError(f"{file} names no image; write a name on each line, or remove it")
     names_of = number_of(len(lost), "image")

@@ -21,10 +21,10 @@ import pandas as pd
 
 from losswatch.data.cases import Case, Mask, load
 from losswatch.data.form import Form
-from losswatch.data.formats import suffix_of
 from losswatch.data.labels import Coding, count_classes, distinct_values
 from losswatch.data.reading import read
 from losswatch.data.splits import Layout
+from losswatch.data.tree import parts_of
 from losswatch.terminal import followed, say
 from losswatch.text import number_of
 
@@ -83,21 +83,12 @@ def _stamp(case: Case, known: tuple[int, int]) -> str:
         marks.append("|")
         for path in paths:
             try:
-                states = [(file.name, file.stat()) for file in _parts(path)]
+                states = [(file.name, file.stat()) for file in parts_of(path)]
             except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error.strerror}; remove it") from error
             marks.append(os.path.abspath(path))
             marks += [(name, state.st_size, state.st_mtime_ns) for name, state in states]
     return hashlib.sha256(repr(marks).encode(errors="surrogateescape")).hexdigest()
-
-
-def _parts(path: Path) -> list[Path]:
-    """The files of which an image consists."""
-    if path.is_dir():  # a series
-        return sorted(path.iterdir())
-    if suffix_of(path) in (".mhd", ".nhdr"):  # the numbers are in another file
-        return sorted(p for p in path.parent.iterdir() if p.name.startswith(f"{path.stem}."))
-    return [path]
 
 
 def _look(case: Case, known: tuple[int, int]) -> Look:

@@ -12,6 +12,7 @@ from losswatch.data.formats import stem_of, suffix_of
 
 SYSTEM = {"thumbs.db", "desktop.ini", "__macosx"}
 SLICES = (".dcm", ".ima", "")  # suffixes of the files of a DICOM series
+NUMBERS = (".raw", ".zraw", ".raw.gz", ".img", ".bin")  # suffixes of what belongs to a header
 # The names of folders that hold a split, in small letters.
 WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -43,7 +44,7 @@ def files_below(folder: Path) -> Files:
     found = Files(folder, {}, [])
     for where, names in _walk(folder):
         place = Path(where)
-        parts = tuple(map(_part, place.relative_to(folder).parts))
+        parts = tuple(map(part_of, place.relative_to(folder).parts))
         paths = [Path(where, name) for name in names]
         if parts and parts[-1] not in WORDS and _is_series(paths):
             _add(found, parts, place)
@@ -92,7 +93,7 @@ def state_of(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
     """A folder's name in a key."""
     return WORDS.get(name.lower(), normal(name))
 
@@ -105,6 +106,18 @@ def _is_series(paths: list[Path]) -> bool:
         return paths[0].suffix != ""
     with paths[0].open("rb") as stream:
         return stream.read(132).endswith(b"DICM")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of which an image consists.
+
+    A series has its slices. A header has its numbers in another file.
+    """
+    if path.is_dir():
+        return sorted(path.iterdir())
+    if suffix_of(path) not in (".mhd", ".nhdr"):
+        return [path]
+    return [path, *(p for suffix in NUMBERS if (p := path.with_suffix(suffix)).is_file())]
 
 
 def is_hidden(name: str) -> bool:

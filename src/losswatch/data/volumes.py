@@ -13,6 +13,8 @@ import numpy as np
 
 from losswatch.data.formats import NIFTI, File, Unusable, suffix_of
 
+TO_RAS = np.diag([-1.0, -1, 1, 1])  # from the coordinates of ITK (LPS)
+
 # --- Files ---------------------------------------------------------------------------------------
 
 
@@ -28,10 +30,14 @@ def read_nifti(path: Path) -> File:
     array = array.reshape(*(array.shape + (1, 1, 1))[:3], *more)
     if array.ndim > 4:
         raise Unusable(f"it has {array.ndim} axes; a volume and its channels are 4: split it")
+    return File(np.moveaxis(array, 3, 0) if array.ndim == 4 else array[None], _nifti_place(image))
+
+
+def _nifti_place(image: Any) -> np.ndarray | None:
+    """The affine matrix of an image of nibabel; None where its header does not know it."""
     header = image.header
     known = [int(header[key]) for key in ("sform_code", "qform_code") if key in header]
-    place = image.affine if any(known) and np.linalg.det(image.affine) else None
-    return File(np.moveaxis(array, 3, 0) if array.ndim == 4 else array[None], place)
+    return image.affine if any(known) and np.linalg.det(image.affine) else None
 
 
 def read_itk(path: Path, is_volume: bool = False) -> File:
@@ -49,19 +55,26 @@ def read_itk(path: Path, is_volume: bool = False) -> File:
         raise Unusable(f"an image has 2 or 3 dimensions, it has {dims}: split it")
     array = sitk.GetArrayFromImage(image)  # [z, y, x, channels]
     array = np.moveaxis(array, -1, 0) if array.ndim > dims else array[None]
-    place = np.eye(dims + 1)
-    place[:dims, :dims] = np.reshape(image.GetDirection(), (dims, dims)) * image.GetSpacing()
-    place[:dims, dims] = image.GetOrigin()
+    place = _itk_place(image)
     if dims == 2 and is_volume:
         array, dims = array[:, None], 3
         place = np.insert(np.insert(place, 2, 0, 0), 2, 0, 1)
         place[2, 2] = 1
     if dims == 2:
         return File(array, place[:, [1, 0, 2]])
-    place = np.diag([-1.0, -1, 1, 1]) @ place
+    place = TO_RAS @ place
     if array.shape[1] == 1 and not is_volume:
         return File(array[:, 0], place[:, [1, 0, 3]])
     return File(array.transpose(0, 3, 2, 1), place)
+
+
+def _itk_place(image: Any) -> np.ndarray:
+    """The affine matrix of an image of SimpleITK, in its own coordinates (LPS)."""
+    dims = image.GetDimension()
+    place = np.eye(dims + 1)
+    place[:dims, :dims] = np.reshape(image.GetDirection(), (dims, dims)) * image.GetSpacing()
+    place[:dims, dims] = image.GetOrigin()
+    return place
 
 
 def _open(path: Path) -> Any:
@@ -112,7 +125,7 @@ def write_volume(labels: np.ndarray, path: Path, like: Path, axes: str) -> Path:
         import nibabel
 
         source: Any = nibabel.load(like)
-        array = _stored(labels, read_nifti(like), axes)
+        array = _stored(labels, _axes(_nifti_place(source)), axes)
         path = path.with_name(f"{path.name}.nii.gz")
         image = nibabel.Nifti1Image(
             array.reshape(source.shape[:3]), source.affine, source.header, dtype=array.dtype
@@ -122,7 +135,9 @@ def write_volume(labels: np.ndarray, path: Path, like: Path, axes: str) -> Path:
     import SimpleITK as sitk
 
     image = _open(like)
-    array = labels if labels.ndim == 2 else _stored(labels, read_itk(like), axes).T
+    array = labels  # of one slice, as a picture
+    if labels.ndim == 3:
+        array = _stored(labels, _axes(TO_RAS @ _itk_place(image)), axes).T
     mask = sitk.GetImageFromArray(np.ascontiguousarray(array.reshape(image.GetSize()[::-1])))
     mask.CopyInformation(image)
     kind = {".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}.get(suffix)
@@ -131,12 +146,12 @@ def write_volume(labels: np.ndarray, path: Path, like: Path, axes: str) -> Path:
     return path
 
 
-def _stored(labels: np.ndarray, file: File, axes: str) -> np.ndarray:
-    """A mask in the orientation in which the file of its image is stored."""
+def _stored(labels: np.ndarray, own: str, axes: str) -> np.ndarray:
+    """A mask of the orientation `axes` in that of its image's file, `own`."""
     from nibabel.orientations import apply_orientation
 
     array = labels[..., None] if labels.ndim == 2 else labels
-    change = _change(axes, axes_of(file))
+    change = _change(axes, own)
     is_turned = change is not None and not _leaves_plane(array, change)
     return apply_orientation(array, change) if is_turned else array
 
@@ -156,11 +171,13 @@ def is_orientation(axes: object) -> bool:
 
 def axes_of(file: File) -> str:
     """The orientation of a volume, such as "RAS" for axes to the right, front and top; or ""."""
+    return _axes(file.place) if file.array.ndim == 4 else ""
+
+
+def _axes(place: np.ndarray | None) -> str:
     from nibabel.orientations import aff2axcodes
 
-    if file.place is None or file.array.ndim != 4:
-        return ""
-    return "".join(aff2axcodes(file.place))  # type: ignore[arg-type]
+    return "" if place is None else "".join(aff2axcodes(place))  # type: ignore[arg-type]
 
 
 def _change(before: str, after: str) -> np.ndarray | None:
