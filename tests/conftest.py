@@ -25,14 +25,14 @@ import torch
 from forks import ForkServer
 from omegaconf import open_dict
 
+from losswatch.config import schema as config
 from losswatch.data.random import ThresholdedImages
+from losswatch.disk.event_log import EventLog
 from losswatch.losses import LossSet
 from losswatch.nets import ConvNet, UNet
 from losswatch.presets import load_loss
-from losswatch.train import config
-from losswatch.train.checks import check
-from losswatch.train.eventlog import EventLog
-from losswatch.train.module import SegmentationModule
+from losswatch.run.module import SegmentationModule
+from losswatch.run.plan import check
 from losswatch.watch import record
 from losswatch.watch.lightning import Watch
 

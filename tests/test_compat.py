@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import compat
+from losswatch.config import schema as config
 from losswatch.stack.refusal import is_refusal
-from losswatch.train import config
 
 
 def test_it_imports_no_slow_library():

@@ -18,13 +18,13 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from losswatch.config.loss_files import loss_nodes
 from losswatch.losses import CrossEntropy
+from losswatch.run.build import describe_data, make_losses
+from losswatch.run.process import quiet
 from losswatch.stack.fit import Blocks
 from losswatch.stack.member import make_member
 from losswatch.stack.module import StackedModule
-from losswatch.train.build import describe_data, make_losses
-from losswatch.train.presets import loss_nodes
-from losswatch.train.process import quiet
 from losswatch.watch.record import Record
 
 META = torch.device("meta")

@@ -21,9 +21,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from test_folder import make_folder
 
+from losswatch.config.names import quoted
 from losswatch.losses import CrossEntropy, Dice
 from losswatch.report import losses
-from losswatch.train.names import quoted
 
 FOLDERS = ("conf", "outputs/article", "scripts", "src", "tests")
 PAGES = [*ROOT.glob("*.md"), *(page for f in FOLDERS for page in (ROOT / f).rglob("*.md"))]
@@ -91,7 +91,9 @@ def test_files_named_in_the_text_exist():
 def test_every_test_file_is_on_its_page():
     page = read("tests/README.md")
     assert [
-        path.name for path in ROOT.glob("tests/test_*.py") if f"`{path.name}`" not in page
+        file
+        for path in ROOT.glob("tests/**/test_*.py")
+        if f"`{(file := path.relative_to(ROOT / 'tests').as_posix())}`" not in page
     ] == []
 
 

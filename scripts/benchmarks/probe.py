@@ -18,10 +18,10 @@ from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.losses import LossSet
 from losswatch.nets import ConvNet, UNet
 from losswatch.nets.cpu import fast_on_cpu
+from losswatch.run.module import SegmentationModule
 from losswatch.stack.compile import compiled
 from losswatch.stack.optimizers import optimizer_rule
 from losswatch.stack.step import make_gradient
-from losswatch.train.module import SegmentationModule
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "article's net, 2×32×32": (lambda: ConvNet(1, 2), (2, 1, 32, 32)),

@@ -17,11 +17,11 @@ from rich.table import Table
 
 from benchmarks import ROOT
 from benchmarks.runs import COMMON
+from losswatch.config import schema
+from losswatch.config.loss_files import loss_nodes
+from losswatch.run import build
 from losswatch.stack.fit import fit
 from losswatch.stack.member import make_member
-from losswatch.train import build
-from losswatch.train import config as schema
-from losswatch.train.presets import loss_nodes
 
 Row = tuple[int, float, float, float]  # runs, ms a step of all, run-steps a second, peak MiB
 

@@ -9,11 +9,11 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from losswatch.config import schema as config
+from losswatch.config.names import quoted
 from losswatch.presets import CONF
 from losswatch.sweep.exit import clear_errors
 from losswatch.terminal import open_streams
-from losswatch.train import config
-from losswatch.train.names import quoted
 
 config.register()
 

@@ -18,9 +18,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from losswatch import compat
+from losswatch.config.schema import ConfigError
+from losswatch.config.settings import plain
+from losswatch.disk import checkpoint_files as checkpoints
+from losswatch.disk import locks
+from losswatch.disk.checkpoint import adopt, data_of, load_net
+from losswatch.disk.event_files import event_files
+from losswatch.disk.result import Reached, finished, write_result
+from losswatch.disk.resume import announce, check_folder
 from losswatch.events.encode import append_picture
 from losswatch.events.series import read_scalars
 from losswatch.events.tags import CURVES
+from losswatch.run import train as run
+from losswatch.run.build import describe_data, make_net
+from losswatch.run.plan import check
+from losswatch.run.process import only_errors, quiet
 from losswatch.stack.fit import train_compiled
 from losswatch.stack.member import FINISHED
 from losswatch.stack.refusal import NotStackable
@@ -28,16 +40,6 @@ from losswatch.sweep.command import again, current_sweep
 from losswatch.sweep.exit import stop
 from losswatch.terminal import say
 from losswatch.text import nearby, one_line, parse_overrides
-from losswatch.train import checkpoints, locks, run
-from losswatch.train.build import describe_data, make_net
-from losswatch.train.checks import check
-from losswatch.train.config import ConfigError
-from losswatch.train.content import adopt, data_of, load_net
-from losswatch.train.curves import event_files
-from losswatch.train.folder import announce, check_folder
-from losswatch.train.outcome import Reached, finished, write_result
-from losswatch.train.process import only_errors, quiet
-from losswatch.train.settings import plain
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +174,7 @@ def _work(cfg: DictConfig, trained: str, folder: Path) -> tuple[Reached, float]:
 def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     """Train one run: by a compiled step if `cfg.compile` asks for it, and it can be compiled.
 
-    Args and returns as of `train.run.train`.
+    Args and returns as of `run.train.train`.
     """
     if cfg.compile:
         try:

@@ -1,9 +1,9 @@
 """The table of sums and its derivative once more, as fast as a CPU allows.
 
 For class indices, a softmax and eager mode on a CPU. The functions of the same names in pixels.py
-are the plain form, and tests/test_losses_fast.py holds these to them. In large images allocating a
-tensor costs more than filling it, so tensors are few and are written in place. Labels of two
-classes are spelt out as one-hot. Those of more classes index and scatter instead.
+are the plain form, and tests/losses/test_losses_fast.py holds these to them. In large images
+allocating a tensor costs more than filling it, so tensors are few and are written in place. Labels
+of two classes are spelt out as one-hot. Those of more classes index and scatter instead.
 """
 
 from __future__ import annotations

@@ -12,17 +12,17 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from losswatch import compat, terminal
+from losswatch.config.loss_files import loss_nodes
 from losswatch.data.random import TEST, VAL
+from losswatch.disk.result import Reached
+from losswatch.disk.resume import announce
 from losswatch.losses import LossSet
+from losswatch.run.build import make_losses, trainer_options
+from losswatch.run.process import run_process
 from losswatch.stack.limits import check_config
 from losswatch.stack.member import Member, make_member
 from losswatch.stack.module import StackedModule
 from losswatch.stack.refusal import NotStackable
-from losswatch.train.build import make_losses, trainer_options
-from losswatch.train.folder import announce
-from losswatch.train.outcome import Reached
-from losswatch.train.presets import loss_nodes
-from losswatch.train.process import run_process
 
 BLOCK = 500  # steps between two writes, at most
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from losswatch.checks.first_step import try_step
+from losswatch.config.schema import RANDOM
 from losswatch.data.random import TRAIN
 from losswatch.losses import LossSet
+from losswatch.run.build import chosen, trainer_options
 from losswatch.stack.member import Member
 from losswatch.stack.refusal import NotStackable
-from losswatch.train.build import chosen, trainer_options
-from losswatch.train.config import RANDOM
-from losswatch.train.trial import try_step
 
 # Options of Lightning's Trainer that a stack does not have, and the value that changes nothing.
 _NEEDED = {

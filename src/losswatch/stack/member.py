@@ -10,14 +10,14 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from losswatch.config.settings import plain
 from losswatch.data.random import ThresholdedImages
+from losswatch.disk.checkpoint import load_net, load_optimizer
+from losswatch.disk.event_log import EventLog, open_log
+from losswatch.disk.resume import take_up
+from losswatch.run.build import make_data, make_net, make_optimizer
 from losswatch.stack.parameters import trained_parameters
 from losswatch.stack.refusal import NotStackable
-from losswatch.train.build import make_data, make_net, make_optimizer
-from losswatch.train.content import load_net, load_optimizer
-from losswatch.train.eventlog import EventLog, open_log
-from losswatch.train.folder import take_up
-from losswatch.train.settings import plain
 
 
 @dataclass

@@ -16,10 +16,15 @@ from torch.func import functional_call, vmap
 
 from losswatch import compat
 from losswatch.data.random import VAL, draw
+from losswatch.disk.checkpoint import add_record, as_of_lightning
+from losswatch.disk.checkpoint_files import save
+from losswatch.disk.event_log import side_by_side
 from losswatch.events.encode import write_scalars
 from losswatch.events.tags import GRAD_NORM, LOSS, PICTURES, watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import onednn
+from losswatch.run.callbacks import Images
+from losswatch.run.scores import Tally, metrics, tally
 from losswatch.stack.compile import compiled
 from losswatch.stack.limits import check_traits
 from losswatch.stack.member import Member
@@ -29,11 +34,6 @@ from losswatch.stack.refusal import NotStackable, is_refusal
 from losswatch.stack.step import make_gradient
 from losswatch.terminal import Steps, say
 from losswatch.text import number_of, one_line
-from losswatch.train.callbacks import Images
-from losswatch.train.checkpoints import save
-from losswatch.train.content import add_record, as_of_lightning
-from losswatch.train.evaluation import Tally, metrics, tally
-from losswatch.train.eventlog import side_by_side
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The gradient of one training step as a pure function, to be stacked over runs and compiled.
 
-It uses the network, the losses and the observation of an ordinary run (train.module,
+It uses the network, the losses and the observation of an ordinary run (run.module,
 watch.lightning). Three things differ. The images are drawn inside the step. The backward passes of
 all rows are one batched vector-Jacobian product. And the optimiser's rule is another pure function
 (optimizers.py). So torch.vmap can map all of it over stacked runs, and it can be compiled.

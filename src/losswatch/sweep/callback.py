@@ -20,12 +20,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from losswatch import compat, terminal
+from losswatch.config.schema import ConfigError, mode_of
 from losswatch.sweep.command import current_sweep, silence_logging
 from losswatch.sweep.exit import escaping, stop
 from losswatch.sweep.grid import check_grid, grid
 from losswatch.terminal import say
 from losswatch.text import number_of, one_line, parse_overrides
-from losswatch.train.config import ConfigError, mode_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class SweepCallback(Callback):
         if config.resume is None:
             return
         # Imported late: torch takes seconds, and train.py imports this file at its start.
-        from losswatch.train.folder import check_folder, check_run
+        from losswatch.disk.resume import check_folder, check_run
 
         try:
             check_run(Path(config.resume))

@@ -24,12 +24,12 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from losswatch import compat
+from losswatch.config import yaml_errors
+from losswatch.config.names import as_one_text
 from losswatch.sweep.command import Sweep, command, current_sweep
 from losswatch.sweep.table import show_table
 from losswatch.terminal import flush, say
 from losswatch.text import one_line
-from losswatch.train import yaml_errors
-from losswatch.train.names import as_one_text
 
 EXTRAS = ("joblib", "submitit", "ray", "optuna")  # of pyproject.toml
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from losswatch import compat
+from losswatch.config.names import run_name
+from losswatch.config.schema import ConfigError
 from losswatch.terminal import say_for_now
 from losswatch.text import number_of
-from losswatch.train.config import ConfigError
-from losswatch.train.names import run_name
 
 
 def grid(config: DictConfig) -> list[list[str]]:
@@ -57,10 +57,10 @@ def check_grid(config: DictConfig, runs: Sequence[Sequence[str]]) -> list[DictCo
 
 def _check_run(config: DictConfig, folder: Path) -> None:
     # Imported late: torch takes seconds, and train.py imports this file at its start.
-    from losswatch.train.checks import check
-    from losswatch.train.folder import check_folder
-    from losswatch.train.locks import hold
-    from losswatch.train.outcome import finished
+    from losswatch.disk.locks import hold
+    from losswatch.disk.result import finished
+    from losswatch.disk.resume import check_folder
+    from losswatch.run.plan import check
 
     check(config, config.hydra.runtime.choices.get("loss"), multirun=True)
     check_folder(folder, config)

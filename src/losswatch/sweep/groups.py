@@ -8,10 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from losswatch.config.loss_files import read_losses
+from losswatch.config.schema import thresholds
+from losswatch.disk.resume import take_up
 from losswatch.sweep.jobs import Job
-from losswatch.train.config import thresholds
-from losswatch.train.folder import take_up
-from losswatch.train.presets import read_losses
 
 
 def group_jobs(jobs: Sequence[Job]) -> tuple[list[list[Job]], list[str]]:

@@ -28,6 +28,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch import compat, terminal
+from losswatch.config import schema
+from losswatch.config.loss_files import loss_nodes
+from losswatch.disk.locks import hold
+from losswatch.disk.result import finished
+from losswatch.run.build import describe_data, make_losses, trainer_options
+from losswatch.run.process import quiet
 from losswatch.stack.fit import fit
 from losswatch.stack.limits import check_config
 from losswatch.stack.member import FINISHED, Failure, make_member
@@ -39,12 +45,6 @@ from losswatch.sweep.groups import group_jobs, order_groups
 from losswatch.sweep.jobs import Context, Job, make_job
 from losswatch.terminal import say
 from losswatch.text import number_of, one_line
-from losswatch.train import config as schema
-from losswatch.train.build import describe_data, make_losses, trainer_options
-from losswatch.train.locks import hold
-from losswatch.train.outcome import finished
-from losswatch.train.presets import loss_nodes
-from losswatch.train.process import quiet
 
 log = logging.getLogger(__name__)
 

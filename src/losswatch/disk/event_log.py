@@ -1,0 +1,122 @@
+"""A run's event file: its logger, TensorBoard's charts and table of runs, and the images shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext, suppress
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from losswatch.compat import process_rank
+from losswatch.data.survey import Survey
+from losswatch.disk.event_files import event_sizes, rewind
+from losswatch.disk.hparams import add_hparams
+from losswatch.events.charts import add_charts
+from losswatch.events.encode import put_last
+from losswatch.events.layout import SUFFIX
+
+
+class EventLog(TensorBoardLogger):
+    """Lightning's TensorBoard logger with one event file for a run: fit and test share it."""
+
+    has_charts = True  # `open_log` writes their layout, for runs that are not watched too
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(
+            folder, name=None, version="", default_hp_metric=False, filename_suffix=SUFFIX
+        )
+
+    def save(self) -> None:
+        """Write no hparams.yaml: the config stands in .hydra/ and result.json."""
+
+    def finalize(self, status: str) -> None:
+        self.experiment.flush()
+
+    def close(self) -> None:
+        self.experiment.close()
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close it. On a full disk that fails, too; the error that ended the run says more."""
+        with suppress(OSError) if error else nullcontext():
+            self.close()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of the run's event files by name, with all that was logged on the disk."""
+        self.experiment.flush()
+        return event_sizes(Path(self.log_dir))
+
+
+def open_log(cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int]) -> EventLog:
+    """The run's event file, with its charts and its row of the HParams tab.
+
+    Args:
+        cfg, loss, folder: of the run; `loss` is the name of the trained loss.
+        events: the event files and sizes that a checkpoint knows; what an earlier attempt wrote
+            beyond them is removed.
+    """
+    logger = EventLog(str(folder))
+    if process_rank() == 0:
+        rewind(folder, events)
+        with ExitStack() as on_failure:
+            on_failure.enter_context(logger)
+            put_last(logger.experiment)
+            add_charts(logger.experiment, cosines=cfg.probe.cosines, validation=True)
+            add_hparams(logger.experiment, cfg, loss, folder)
+            on_failure.pop_all()  # it stays open
+    return logger
+
+
+def log_survey(logger: TensorBoardLogger, found: Survey) -> None:
+    """Log the share of each class in each split as a picture."""
+    # Imported late: Matplotlib takes a second.
+    from matplotlib.figure import Figure
+
+    table = found.classes.pivot(index="class", columns="split", values="share")
+    table = table.loc[found.classes["class"].unique(), found.splits.index]
+    figure = Figure(figsize=(6, 1.5 + 0.35 * len(table)), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="share of pixels")
+    table[::-1].plot.barh(ax=axes)
+    axes.set_ylabel("")
+    logger.experiment.add_figure("data/class_shares", figure)
+
+
+def side_by_side(image: Tensor, label: Tensor, logits: Tensor) -> Tensor:
+    """Input, label and prediction as one picture, a row for each image. Ignored pixels are red.
+
+    Args:
+        image: [N, channels, *space]; three are shown as colours, of others the first one.
+        label: [N, *space], or [N, C, *space] where classes overlap; brighter where more of them do.
+        logits: [N, C, *space].
+
+    Returns:
+        [3, height, width], from 0 to 1.
+    """
+    if label.ndim == logits.ndim and label.shape[1] > 1:
+        label, prediction, brightest = label.sum(1), (logits > 0).sum(1), logits.shape[1]
+    else:
+        label = label.reshape(len(label), *logits.shape[2:])
+        prediction, brightest = logits.argmax(dim=1), max(1, logits.shape[1] - 1)
+    image = image[:, :3] if image.shape[1] == 3 else image[:, :1].expand(-1, 3, *image.shape[2:])
+    image = image.float()
+    low, high = image.amin(), image.amax()
+    red = torch.tensor([1.0, 0, 0], device=image.device).view(1, 3, *[1] * (image.ndim - 2))
+    ignored = (label < 0).unsqueeze(1)
+    tiles = [(image - low) / (high - low).clamp_min(1e-6)]
+    for classes in (label, prediction):
+        tiles.append(torch.where(ignored, red, (classes / brightest).unsqueeze(1).float()))
+    grid = torch.stack(tiles, dim=1)  # [N, 3, 3, *space]
+    if grid.ndim == 6:  # of a volume, the middle slice
+        grid = grid[..., grid.shape[3] // 2, :, :]
+    zoom = -(-96 // grid.shape[-1])  # TensorBoard shows a pixel as a pixel
+    grid = grid.repeat_interleave(zoom, dim=3).repeat_interleave(zoom, dim=4)
+    grid = F.pad(grid, (4, 4, 4, 4), value=0.5)
+    rows, columns, colours, height, width = grid.shape
+    return grid.permute(2, 0, 3, 1, 4).reshape(colours, rows * height, columns * width)

@@ -1,0 +1,1206 @@
+"""Nothing is lost when processes are killed, checkpoints are damaged, and sweeps are resumed."""
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, read_result, run_train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from losswatch.config.schema import ConfigError
+from losswatch.config.settings import plain
+from losswatch.disk import checkpoint_files as checkpoints
+from losswatch.disk.checkpoint import adopt, load_net
+from losswatch.disk.checkpoint_files import checkpoint_path, find, finish, load, newest, save
+from losswatch.disk.event_log import open_log
+from losswatch.disk.locks import hold
+from losswatch.disk.result import finished, write_result
+from losswatch.disk.resume import check_folder, check_run, take_up
+from losswatch.events.encode import write_scalars
+from losswatch.events.series import read_scalars
+from losswatch.report.runs import read_runs
+from losswatch.run.build import describe_data, make_net, trainer_options
+from losswatch.run.callbacks import Images
+from losswatch.run.module import SegmentationModule
+from losswatch.stack import module as stack_module
+from losswatch.stack.fit import fit
+from losswatch.stack.member import make_member
+from losswatch.stack.refusal import NotStackable
+from losswatch.sweep import launch
+from losswatch.task import train
+
+FORK = multiprocessing.get_context("fork")
+RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=20", "seed=5"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that was not interrupted."""
+    cwd = tmp_path_factory.mktemp("whole")
+    run_train(*RUN, "hydra.run.dir=run", cwd=cwd)
+    return cwd / "run"
+
+
+def events_of(folder):
+    """The run's curves, as TensorBoard reads them."""
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+
+def assert_same_training(folder, wanted):
+    """Equal bit for bit: curves as the report and TensorBoard read them, weights, moments."""
+    curves, reference = read_scalars(folder), read_scalars(wanted)
+    pd.testing.assert_frame_equal(curves[reference.columns], reference, check_exact=True)
+    seen = []
+    for each in (folder, wanted):
+        events = events_of(each)
+        tags = sorted(t for t in events.Tags()["scalars"] if not t.startswith("test/"))
+        seen.append({t: [(e.step, e.value) for e in events.Scalars(t) if e.step] for t in tags})
+    assert seen[0] == seen[1]
+    (name, state), (other_name, other_state) = newest(folder), newest(wanted)
+    assert name.name == other_name.name
+    for key, weight in other_state["state_dict"].items():
+        assert torch.equal(state["state_dict"][key], weight), key
+    moments, reference = (s["optimizer_states"][0]["state"] for s in (state, other_state))
+    for i, kept in reference.items():
+        assert all(torch.equal(moments[i][n], value) for n, value in kept.items())
+
+
+def assert_same(folder, wanted):
+    """The metrics are equal, too."""
+    assert_same_training(folder, wanted)
+    result, other = read_result(folder), read_result(wanted)
+    assert result["status"] == other["status"] == "done"
+    assert result["metrics"] == other["metrics"]
+
+
+def checkpoint_names(folder):
+    return sorted(path.name for path in folder.glob("checkpoints/*"))
+
+
+@pytest.fixture
+def train_here(compose, monkeypatch):
+    """train_here(folder, ...): trains as train.py does, 40 steps with a validation every ten.
+
+    `stop`: the time is up after so many batches. `die`: an error occurs then. `kill`: the process
+    ends then, as by kill -9.
+    """
+
+    def run(folder, *overrides, stop=None, die=None, kill=None):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if index + 1 == kill:
+                os._exit(0)
+            if index + 1 == die:
+                raise SystemError("died")
+            if stop is not None and index + 1 >= stop:
+                trainer.should_stop = True
+
+        monkeypatch.setattr(Images, "on_train_batch_end", on_train_batch_end, raising=False)
+        composed = compose(
+            "experiment=smoke", "seed=5", "trainer.max_steps=40",
+            "trainer.enable_progress_bar=false", *overrides,
+        )  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        return train(composed.cfg, composed.trained, folder)
+
+    return run
+
+
+@pytest.fixture
+def straight(train_here, tmp_path):
+    """The folder of such a run that was not interrupted."""
+    train_here(tmp_path / "straight")
+    return tmp_path / "straight"
+
+
+def in_a_process(function, *args, **kwargs):
+    """Call a function in a process of its own, which may be killed."""
+    process = FORK.Process(target=function, args=args, kwargs=kwargs)
+    process.start()
+    process.join()
+
+
+def no_step(*args):
+    raise AssertionError("a step was trained again")
+
+
+def start(*overrides, cwd, **options):
+    """train.py in the background."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, env=ENVIRONMENT,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | options,
+    )  # fmt: skip
+
+
+def killed(cwd, overrides, by, checkpoints):
+    """Start a run, and kill it after its n-th checkpoint; whether that was before its end."""
+    process = SERVER.start(str(ROOT / "train.py"), *overrides, cwd=cwd)
+    old = {file.name for file in cwd.glob("**/*.ckpt")}
+    seen: set = set()
+    try:
+        while len(seen - old) < checkpoints:
+            seen |= {file.name for file in cwd.glob("**/*.ckpt")}
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.002)
+                break
+        process.send_signal(by)
+        return process.wait(PATIENCE) != 0
+    finally:
+        process.kill()
+        process.result()
+
+
+@contextmanager
+def held_elsewhere(folder, then):
+    """Another process holds the run and calls `then(file, sender)`; yields what it sends first."""
+    receiver, sender = FORK.Pipe()
+    process = FORK.Process(target=lambda: then(hold(folder), sender))
+    process.start()
+    yield process, receiver.recv()
+    process.kill()
+    process.join()
+
+
+def test_one_process_trains_a_run(tmp_path):
+    """Another process is refused until the first one lets go or dies; the same process is not."""
+
+    def twice(file, sender):
+        again = hold(tmp_path)
+        sender.send(None)
+        time.sleep(60)
+        again.close()
+
+    with held_elsewhere(tmp_path, twice):
+        with pytest.raises(ConfigError, match=f"{tmp_path}: another process is training this run"):
+            hold(tmp_path)
+    hold(tmp_path).close()
+
+
+def test_a_killed_run_is_free_though_its_workers_live(tmp_path):
+    def fork(file, sender):
+        if worker := os.fork():
+            sender.send(worker)
+        time.sleep(60)
+
+    with held_elsewhere(tmp_path, fork) as (process, worker):
+        process.kill()
+        process.join()
+        hold(tmp_path).close()
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_who_only_looks_refuses_nobody(tmp_path):
+    def look(file, sender):
+        sender.send(None)
+        time.sleep(0.3)
+        file.close()
+        time.sleep(60)
+
+    with held_elsewhere(tmp_path, look) as (process, _):
+        hold(tmp_path).close()
+        assert process.is_alive()
+
+
+@pytest.mark.parametrize("why", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch, why):
+    def lockf(*args):
+        raise OSError(getattr(errno, why), why)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    hold(tmp_path).close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_sweep_leaves_a_run_that_another_process_took(tmp_path, fused):
+    """The run is taken after the grid was checked; the other runs are trained."""
+    sweep = ["-m", "experiment=smoke", "trainer.max_steps=300", "seed=0,1,2", "hydra.sweep.dir=s"]
+    if fused:
+        sweep += [
+            "hydra/launcher=fused",
+            "hydra.launcher.workers=1",
+            "hydra.launcher.max_members=1",
+        ]
+    process = start(*sweep, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (first := list(tmp_path.glob("s/*seed=0*/events*"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    taken = tmp_path / "s" / first[0].parent.name.replace("seed=0", "seed=1")
+    taken.mkdir()
+    with hold(taken):
+        _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert said.count(f"{taken.name}: another process is training this run") == 1
+    assert "Traceback" not in said
+    status = {f.parent: read_result(f.parent)["status"] for f in tmp_path.glob("s/*/result.json")}
+    assert len(status) == 2 and set(status.values()) == {"done"} and taken not in status
+    assert not list(taken.glob("events*"))
+
+
+@pytest.mark.slow
+def test_the_same_command_beside_itself(tmp_path):
+    """It is refused in one line, alone and in a sweep; the first command goes on."""
+    run = ["experiment=smoke", "trainer.max_steps=1000000", "trainer.val_check_interval=100"]
+    sweep = ["-m", *run, "hydra.sweep.dir=sweep"]
+    process = start(*sweep, cwd=tmp_path)
+    while not (found := list(tmp_path.glob("sweep/*/checkpoints/*.ckpt"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    folder = found[0].parents[1]
+    for command in ([*run, f"resume='{folder}'"], sweep):
+        done = run_train(*command, cwd=tmp_path, status=2)
+        assert "another process is training this run" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+    steps = read_scalars(folder)["loss/dice"].dropna().index
+    assert list(steps) == list(range(len(steps))) and len(steps) >= 100
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed(whole, tmp_path, by):
+    """It equals an uninterrupted run. With kill -9 a resumed run is killed, too."""
+    folder = tmp_path / "run"
+    assert killed(tmp_path, [*RUN, f"hydra.run.dir={folder}"], by, 3)
+    before, _ = newest(folder)
+    if by is signal.SIGKILL:
+        assert killed(tmp_path, [*RUN, f"resume={folder}"], by, 2)
+        assert newest(folder)[1]["global_step"] >= 60
+    done = run_train(*RUN, f"resume={folder}", cwd=tmp_path)
+    assert "resumed from step" in done.stderr
+    assert_same(folder, whole)
+    assert before.name != "step=400.ckpt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_killed_at_random(tmp_path, compiled):
+    """Twenty kills at moments spread over the whole run, its start included; ten if compiled.
+
+    A run that reaches its end must equal an uninterrupted one; then the next run begins.
+    """
+    command = ["experiment=smoke", "seed=5", "trainer.enable_progress_bar=false"]
+    command += ["trainer.val_check_interval=200", "data.val_size=4"]
+    command += [f"trainer.max_steps={60_000 if compiled else 2000}"]
+    command += ["compile=true", "probe.every_n_steps=50"] if compiled else []
+    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path)  # also fills the caches
+    (tmp_path / "whole").rename(tmp_path / "first")
+    begin = time.monotonic()
+    run_train(*command, "hydra.run.dir=whole", cwd=tmp_path)
+    seconds = time.monotonic() - begin
+    assert_same(tmp_path / "first", tmp_path / "whole")
+
+    dice, kills, resumed, lost, ends = random.Random(1), 0, 0, [], 0
+    while kills < (10 if compiled else 20):
+        ends += 1
+        folder = tmp_path / f"run{ends}"
+        while not finished(folder):
+            by = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+            process = start(*command, f"hydra.run.dir={folder}", cwd=tmp_path)
+            before = newest(folder)
+            try:
+                process.wait(timeout=dice.uniform(0, seconds))
+                assert process.returncode == 0
+                continue
+            except subprocess.TimeoutExpired:
+                process.send_signal(by)
+                assert process.wait(PATIENCE) or finished(folder)
+            kills += 1
+            resumed += before is not None
+            after, curves = newest(folder), read_scalars(folder)
+            kept = after[1]["global_step"] if after else 0
+            assert kept >= (before[1]["global_step"] if before else 0)
+            trained = curves["loss/dice"].dropna().index if "loss/dice" in curves else [-1]
+            lost.append(max(0, int(max(trained, default=-1)) + 1 - kept))
+        assert_same(folder, tmp_path / "whole")
+    print(f"{kills} kills, {resumed} of resumed runs; {ends} ends, all as uninterrupted")
+    print(f"steps on record past the checkpoint: {lost}; a whole run took {seconds:.0f} s")
+    assert resumed
+    assert compiled or max(lost) <= 200
+
+
+# --- Damaged checkpoints -------------------------------------------------------------------------
+
+
+def torn(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flipped(file):
+    """Flip one bit of a weight; PyTorch itself would load the file."""
+    content = bytearray(file.read_bytes())
+    tensor = torch.load(file, weights_only=True)["state_dict"]["net.0.0.weight"]
+    at = content.index(tensor.numpy().tobytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [torn, flipped, empty])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog, damage):
+    net = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)))
+    for step in (10, 20, 30):
+        weights = {f"net.{n}": t + step for n, t in net.state_dict().items()}
+        content = {"state_dict": weights, "global_step": step}
+        save(content, tmp_path)
+    assert {p.name for p in tmp_path.glob("checkpoints/*")} == {"step=20.ckpt", "step=30.ckpt"}
+    assert newest(tmp_path)[1]["global_step"] == 30
+    damage(tmp_path / "checkpoints" / "step=30.ckpt")
+    assert newest(tmp_path)[1]["global_step"] == 20
+    assert "step=30.ckpt cannot be read" in caplog.text and caplog.text.count("\n") == 1
+    damage(tmp_path / "checkpoints" / "step=20.ckpt")
+    assert newest(tmp_path) is None
+
+
+def test_loading_runs_no_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "checkpoints" / "step=1.ckpt"
+    torch.save({"state_dict": {}, "global_step": 1, "x": Bomb()}, file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(file)
+    with pytest.raises(ConfigError, match="no readable checkpoint"):
+        find(str(tmp_path))
+    assert not (tmp_path / "exploded").exists()
+
+
+def write(folder, *steps):
+    """Write small checkpoints, as a run would, one after the other."""
+    for step in steps:
+        content = {"state_dict": {"net.w": torch.full((3,), float(step))}, "global_step": step}
+        content["losswatch"] = {"config": {"theta": 0.5}, "events": {}}
+        save(content, folder)
+
+
+def test_damaged_checkpoints_do_not_count_when_old_ones_are_removed(tmp_path, monkeypatch):
+    """However late their steps are. Each of them is read once."""
+    write(tmp_path, 700, 800)
+    for step in (700, 800):
+        torn(checkpoint_path(tmp_path, step))
+    checkpoint_path(tmp_path, 7000).write_text("a stray file")
+    strays = ["step=700.ckpt", "step=7000.ckpt", "step=800.ckpt"]
+    read = []
+    monkeypatch.setattr(checkpoints, "load", lambda path: read.append(path.name) or load(path))
+    write(tmp_path, 10)
+    assert checkpoint_names(tmp_path) == sorted(["step=10.ckpt", *strays])
+    write(tmp_path, 20, 30)
+    assert checkpoint_names(tmp_path) == sorted(["step=20.ckpt", "step=30.ckpt", *strays])
+    finish(tmp_path, 30)
+    assert checkpoint_names(tmp_path) == sorted(["step=30.ckpt", *strays])
+    assert sorted(read) == strays
+    assert find(str(tmp_path))["global_step"] == 30
+
+
+def test_checkpoints_of_an_attempt_that_was_given_up_are_removed(tmp_path):
+    """They would count as the newest, though training went on from an earlier step."""
+    write(tmp_path, 300, 400)
+    write(tmp_path, 310)
+    assert checkpoint_names(tmp_path) == ["step=300.ckpt", "step=310.ckpt"]
+    (tmp_path / "checkpoints" / ".step=305.ckpt.123").write_text("half of one")
+    write(tmp_path, 320)
+    assert checkpoint_names(tmp_path) == ["step=310.ckpt", "step=320.ckpt"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_older_ones_are_removed(tmp_path, monkeypatch):
+    """A file is written under another name and then renamed, so a power cut leaves whole files."""
+    write(tmp_path, 10, 20)
+    done = []
+
+    def sync(descriptor):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        done.append(checkpoint_names(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write(tmp_path, 30)
+    partial = f".step=30.ckpt.{os.getpid()}"
+    before = ["step=10.ckpt", "step=20.ckpt"]
+    assert done == [partial, [partial, *before], "checkpoints", [*before, "step=30.ckpt"]]
+    assert checkpoint_names(tmp_path) == ["step=20.ckpt", "step=30.ckpt"]
+
+
+@pytest.mark.parametrize("damage", [torn, empty, None])
+def test_a_checkpoint_takes_the_place_of_one_of_its_name(straight, train_here, tmp_path, damage):
+    """A resumed run replaces files of the same name; otherwise its weights would not be used."""
+    folder = tmp_path / "run"
+    with pytest.raises(SystemError):
+        train_here(folder, die=25)
+    for step in (30, 40):
+        path = checkpoint_path(folder, step)
+        shutil.copy(checkpoint_path(folder, 20), path)
+        if damage:
+            damage(path)
+    train_here(folder)
+    assert checkpoint_names(folder) == ["step=30.ckpt", "step=40.ckpt"]
+    assert_same_training(folder, straight)
+    assert find(str(folder))["global_step"] == 40
+
+
+def test_a_stack_that_fails_after_its_last_step_is_tested_alone(train_here, tmp_path, monkeypatch):
+    """Its last checkpoint is that of the run: no step is done twice."""
+    monkeypatch.setattr(stack_module, "compiled", lambda function: function)
+    whole = train_here(tmp_path / "whole", "compile=true")
+    report = stack_module.StackedModule.report
+
+    def fail(module, stage, *args):
+        if stage == "test":
+            raise NotStackable("it needs the ordinary step")
+        report(module, stage, *args)
+
+    monkeypatch.setattr(stack_module.StackedModule, "report", fail)
+    folder = tmp_path / "run"
+    monkeypatch.setattr(SegmentationModule, "training_step", no_step)
+    alone = train_here(folder, "compile=true")
+    assert alone.steps == whole.steps == 40 and alone.is_done
+    assert alone.metrics == pytest.approx(whole.metrics, abs=1e-5)  # rounded otherwise
+    curves, wanted = read_scalars(folder), read_scalars(tmp_path / "whole")
+    pd.testing.assert_frame_equal(curves[wanted.columns], wanted)
+    weights, wanted = (find(str(run))["state_dict"] for run in (folder, tmp_path / "whole"))
+    assert all(torch.equal(weights[name], weight) for name, weight in wanted.items())
+
+
+def test_runs_at_different_steps_are_no_stack(compose, tmp_path):
+    """Another process may have trained one of them after the stack was made."""
+    members = []
+    for seed in (0, 1):
+        composed = compose("experiment=smoke", f"seed={seed}")
+        folder = tmp_path / f"{seed}"
+        folder.mkdir()
+        members.append(make_member(composed.cfg, "dice", folder))
+    members[1].start = 10
+    with pytest.raises(NotStackable, match="at different steps"):
+        fit(members, None, trainer_options(composed.cfg))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state_dict": [1]},
+        {"state_dict": {"net.w": "text"}},
+        {"state_dict": {7: torch.zeros(3)}},
+        {"global_step": "30"},
+        {"global_step": -1},
+        {"global_step": 10},
+        {"optimizer_states": 3},
+        {"losswatch": None},
+        {"losswatch": {"config": 5, "events": {}}},
+        {"losswatch": {"config": {"model": 10**30}, "events": {}}},
+        {"losswatch": {"config": {}, "events": ["x"]}},
+        {"losswatch": {"config": {}, "events": {"x": 1.5}}},
+    ],
+)
+def test_a_checkpoint_that_holds_something_else(compose, tmp_path, change):
+    """It counts as damaged wherever it is read."""
+    write(tmp_path, 20)
+    path = checkpoint_path(tmp_path, 30)
+    torch.save(load(checkpoint_path(tmp_path, 20)) | {"global_step": 30} | change, path)
+    with pytest.raises(ValueError, match="step=30.ckpt cannot be read"):
+        load(path)
+    found = take_up(tmp_path)
+    assert found.step == 20 and "step=30.ckpt cannot be read" in found.notice
+    with pytest.raises(ConfigError, match="cannot be read"):
+        find(str(path))
+
+
+def test_a_checkpoints_config_may_be_nonsense(compose):
+    """Only keys of this command's config are taken over; the rest is at most shown."""
+    config = {"model": "nothing", "data": {"image_size": 8, "[": 3, "low": {"x": 1}}, "theta": None}
+    content = {"state_dict": {}, "losswatch": {"config": config, "events": {}}}
+    composed = compose("model=convnet", "mode=test", "checkpoint=x")
+    adopt(composed.cfg, content, [])
+    assert composed.cfg.data.image_size == 8 and composed.cfg.theta == 0.5
+    with pytest.raises(ConfigError, match="trained with another"):
+        load_net(make_net(composed.cfg, describe_data(composed.cfg)), content)
+
+
+@pytest.mark.parametrize("place", ["pipe", "folder", "/dev/zero"])
+def test_what_is_no_file_is_not_read(tmp_path, place):
+    """Opening a pipe would wait for ever, and a device never ends."""
+    path = tmp_path / place
+    if place == "pipe":
+        os.mkfifo(path)
+    if place == "folder":
+        (path / "checkpoints").mkdir(parents=True)
+        os.mkfifo(checkpoint_path(path, 10))
+        os.mkfifo(path / "result.json")
+        assert finished(path) is None and take_up(path).step == 0
+    with pytest.raises(ConfigError, match="no readable checkpoint|not a regular file"):
+        find(str(path))
+
+
+# --- The same settings ---------------------------------------------------------------------------
+
+
+def test_another_config_is_refused(whole, tmp_path):
+    """The message names the difference, and no file is touched. Harmless keys may differ."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "result.json").unlink()  # as after an interruption; the checkpoint holds the config
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    done = run_train(*RUN, "resume=run", "optimizer.lr=0.1", "theta=0.3", cwd=tmp_path, status=2)
+    [line] = done.stderr.splitlines()
+    assert "optimizer.lr was 0.003, now 0.1; theta was 0.5, now 0.3" in line
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    done = run_train(*RUN, "resume=nowhere", cwd=tmp_path, status=2)
+    assert done.stderr == "losswatch: resume=nowhere: there is no such run folder\n"
+    done = run_train("-m", *RUN, "resume=run", cwd=tmp_path, status=2)
+    assert "hydra.sweep.dir=" in done.stderr
+
+
+def test_a_finished_run_is_left_alone(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*") if p.suffix != ".log"}
+    more = "trainer.enable_progress_bar=false"  # a harmless key
+    done = run_train(*RUN, "resume=run", more, cwd=tmp_path)
+    assert "done before, skipped" in done.stderr
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*")}.items()
+
+
+# --- Sweeps --------------------------------------------------------------------------------------
+
+SWEEP = [
+    "experiment=smoke", "loss=dice,cce", "seed=0,1", "trainer.max_steps=60",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("sweep")
+    run_train("-m", *SWEEP, "hydra.sweep.dir=s", cwd=cwd)
+    return cwd / "s"
+
+
+@pytest.mark.parametrize(
+    "launcher", ["basic", "fused", pytest.param("joblib", marks=pytest.mark.slow)]
+)
+def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
+    """One run is done, one failed, one is half done, one is missing: in the end all are done."""
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = tmp_path / "s"
+    shutil.copytree(swept, sweep)
+    done, failed, half, missing = sorted(p.parent for p in sweep.glob("*/result.json"))
+    stamp = (done / "result.json").stat().st_mtime_ns
+    result = read_result(failed) | {"status": "failed", "error": "interrupted"}
+    (failed / "result.json").write_text(json.dumps(result))
+    for run in (half, missing):
+        shutil.rmtree(run)
+    own = ["loss=dice", "seed=0"]
+    assert half.name == ",".join([*own, "experiment=smoke", "trainer.max_steps=60"])
+    assert killed(
+        tmp_path, ["experiment=smoke", *own, *SWEEP[3:], "hydra.run.dir=s/half"], signal.SIGKILL, 2
+    )
+    (sweep / "half").rename(half)
+    workers = ["hydra.launcher.workers=1"] if launcher == "fused" else []
+    said = run_train(
+        "-m", *SWEEP, f"hydra/launcher={launcher}", *workers, "hydra.sweep.dir=s", cwd=tmp_path
+    ).stderr
+    if launcher != "joblib":
+        assert said.count("done before, skipped") == 1
+        assert said.count("resumed from step") == 2
+        assert said.count("resumed from step 60") == 1  # the failed one has only its test left
+    assert (done / "result.json").stat().st_mtime_ns == stamp
+    summary, reference = (pd.read_csv(folder / "summary.csv") for folder in (sweep, swept))
+    assert list(summary.status) == ["done"] * 4
+    columns = ["run", "accuracy", "dice", "iou"]
+    near = {"rtol": 0.02} if launcher == "fused" else {"check_exact": True}
+    pd.testing.assert_frame_equal(summary[columns], reference[columns], **near)
+    for run in (failed, half, missing):
+        assert list(read_scalars(run)["loss/dice"].dropna().index) == list(range(60))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fused_sweep_is_killed_and_taken_up_again(tmp_path, compiled):
+    """Ended by kill -9 and then by Ctrl-C, with all processes; its table is complete at last."""
+    steps = 60_000 if compiled else 20_000
+    sweep = tmp_path / "s"
+    command = [
+        "-m", "experiment=smoke", "hydra/launcher=fused", "loss=dice,cce", "seed=0,1,2",
+        f"trainer.max_steps={steps}", "trainer.val_check_interval=500", f"compile={compiled}",
+        "probe.every_n_steps=10", "hydra.sweep.dir=s",
+    ]  # fmt: skip
+
+    def newest():
+        found = [
+            max(map(checkpoints.step_in_name, run.glob("checkpoints/*")), default=0)
+            for run in runs()
+        ]
+        return min(found) if len(found) == 6 else 0
+
+    def runs():
+        return [path for path in sweep.glob("*") if path.is_dir()]
+
+    reached = []
+    for by in (signal.SIGKILL, signal.SIGINT):
+        before = newest()
+        process = start(
+            *command, cwd=tmp_path, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        while newest() <= before and process.poll() is None:
+            time.sleep(0.05)
+        assert process.poll() is None
+        os.killpg(process.pid, by)
+        said, _ = process.communicate(timeout=PATIENCE)
+        reached.append(newest())
+        print(by.name, process.returncode, reached[-1], said, sep="\n")
+        assert "Traceback" not in said
+        cut = read_runs(sweep)
+        assert set(cut["status"]) == {"unfinished"} and set(cut["loss"]) == {"dice", "cce"}
+        assert process.returncode == (-signal.SIGKILL if by is signal.SIGKILL else 130)
+    assert "runs resumed from step" in said and "losswatch: interrupted" in said
+    assert 0 < reached[0] < reached[1] < steps
+
+    done = run_train(*command, cwd=tmp_path)
+    print(done.stderr, done.stdout)
+    assert "runs resumed from step" in done.stderr
+    summary = pd.read_csv(sweep / "summary.csv")
+    assert len(summary) == 6 and set(summary.status) == {"done"}
+    for run in runs():
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        events.Reload()
+        assert [e.step for e in events.Scalars("loss/dice")] == list(range(0, steps, 10))
+        checked = [e.step for e in events.Scalars("val/accuracy") if e.step]
+        assert checked == list(range(500, steps + 1, 500))
+
+
+def test_a_changed_sweep_is_refused(swept, tmp_path):
+    """A run's name tells the command's settings, but not those of conf/, which may have changed."""
+    shutil.copytree(swept, tmp_path / "s")
+    file = sorted(tmp_path.glob("s/*/result.json"))[2]
+    result = json.loads(file.read_text())
+    result["config"]["data"]["image_size"] = 64
+    file.write_text(json.dumps(result))
+    done = run_train("-m", *SWEEP, "hydra.sweep.dir=s", cwd=tmp_path, status=2)
+    [line] = done.stderr.splitlines()
+    assert "data.image_size was 64, now 16" in line and "nothing was started" in line
+
+
+# --- Event files ---------------------------------------------------------------------------------
+
+
+def add_foreign(folder):
+    """Write an event file of another program; return its path and content."""
+    with SummaryWriter(folder) as writer:
+        writer.add_scalar("theirs", 1.0, 0)
+    [file] = folder.glob("events.*")
+    return file, file.read_bytes()
+
+
+def test_other_programs_event_files_are_left_alone(train_here, straight, tmp_path, caplog):
+    """A new run does not remove them, and a resumed run does not cut them if they have grown."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file, content = add_foreign(folder)
+    with pytest.raises(SystemError):
+        train_here(folder, die=25)
+    assert file.read_bytes() == content
+    assert f"({file.name}), left alone" in caplog.text
+    file.write_bytes(content * 2)
+    train_here(folder)
+    assert file.read_bytes() == content * 2
+    assert file.name not in newest(folder)[1]["losswatch"]["events"]
+    file.unlink()
+    assert_same_training(folder, straight)
+
+
+@pytest.mark.slow
+def test_a_sweep_in_a_folder_of_another_program(tmp_path):
+    """The files there and in its runs' folders stay."""
+    run = tmp_path / "s" / "seed=0,experiment=smoke"
+    kept = [add_foreign(folder) for folder in (tmp_path / "s", run)]
+    notes = tmp_path / "s" / "checkpoints" / "step=7.ckpt"
+    notes.parent.mkdir()
+    notes.write_bytes(b"theirs")
+    run_train("-m", "experiment=smoke", "seed=0", "hydra.sweep.dir=s", cwd=tmp_path)
+    assert read_result(run)["status"] == "done" and notes.read_bytes() == b"theirs"
+    assert all(file.read_bytes() == content for file, content in kept)
+
+
+def test_another_programs_checkpoint_is_not_replaced(compose, tmp_path):
+    path = checkpoint_path(tmp_path, 10)
+    path.parent.mkdir()
+    torch.save({"state_dict": {}, "global_step": 10, "hyper_parameters": {}}, path)
+    with pytest.raises(ConfigError, match="step=10.ckpt is a checkpoint of another program"):
+        check_folder(tmp_path, compose("experiment=smoke").cfg)
+
+
+def test_what_is_no_run_is_not_resumed(swept, tmp_path):
+    """A sweep's folder, an empty one, another program's: the message names what they hold."""
+    empty, theirs, sweep = (tmp_path / name for name in ("empty", "theirs", "sweep"))
+    empty.mkdir()
+    (theirs / ".hydra").mkdir(parents=True)
+    (theirs / ".hydra" / "config.yaml").write_text("lr: 0.1\n")
+    add_foreign(theirs)
+    shutil.copytree(swept, sweep)
+    names = [path.name for path in sorted(sweep.glob("*/")) if path.is_dir()]
+    for folder, holds in [
+        (empty, "it holds nothing"),
+        (theirs, r"it holds \.hydra, events\.out\.tfevents\."),
+        (sweep, f"it holds the runs of a sweep: {', '.join(names)}"),
+    ]:
+        with pytest.raises(
+            ConfigError, match=f"resume={folder} is not the folder of a run; {holds}"
+        ):
+            check_run(folder)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    done = run_train("experiment=smoke", "resume=sweep", cwd=tmp_path, status=2)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("losswatch: resume=sweep is not the folder of a run")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_run_that_was_just_begun_can_be_resumed(tmp_path):
+    """Its folder holds only its config, only an event file, or only a result."""
+    for name in (".hydra/config.yaml", "events.out.tfevents.1.a.2.0.losswatch"):
+        folder = tmp_path / name[:6]
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("theta: 0.5\nseed: 0\n")
+        check_run(folder)
+    write_result(empty := tmp_path, {"status": "failed", "config": {"theta": 0.5}})
+    check_run(empty)
+
+
+@pytest.mark.parametrize("damage", ["removed", "emptied", "cut"])
+def test_an_event_file_that_lost_something(train_here, straight, tmp_path, caplog, damage):
+    """Training goes on from a checkpoint whose event files are whole, or starts anew."""
+    folder = tmp_path / "run"
+    with pytest.raises(SystemError):
+        train_here(folder, die=35)
+    events = [load(checkpoint_path(folder, step))["losswatch"]["events"] for step in (20, 30)]
+    [file] = folder.glob("events.*")
+    if damage == "removed":
+        file.unlink()
+    else:
+        size = sum(events[0].values()) + 5 if damage == "cut" else 0
+        os.truncate(file, size)
+    caplog.clear()
+    train_here(folder)
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    then = "goes on from step=20.ckpt" if damage == "cut" else "starts anew"
+    assert len(said) == 1 and file.name in said[0] and said[0].endswith(f"training {then}")
+    assert_same_training(folder, straight)
+
+
+@pytest.mark.slow
+def test_a_fused_run_says_that_it_starts_anew(tmp_path):
+    """The notice is in its own log, though its group was trained before that was opened."""
+    sweep = ["-m", "experiment=smoke", "seed=0", "hydra/launcher=fused", "hydra.sweep.dir=s"]
+    folder = tmp_path / "s" / "seed=0,experiment=smoke"
+    folder.mkdir(parents=True)
+    write(folder, 10)
+    torn(checkpoint_path(folder, 10))
+    run_train(*sweep, cwd=tmp_path)
+    log = (folder / "train.log").read_text()
+    assert log.count("cannot be read") == 1 and "training starts anew" in log
+
+
+def test_the_clock_went_back(compose, tmp_path, monkeypatch):
+    """TensorBoard reads a run's event files in the order of their names, which begin with the time.
+
+    Two files may be of the same second, and the later process may have the smaller number.
+    """
+    cfg = compose("experiment=smoke").cfg
+    events: dict[str, int] = {}
+    now = time.time()
+    for attempt, clock in enumerate([now, now - 400 * 86400, now - 1, now]):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        log = open_log(cfg, "dice", tmp_path, events)
+        steps = np.arange(10 * attempt, 10 * attempt + 10)
+        write_scalars(log.experiment, ["loss/dice"], steps, steps[:, None])
+        log.experiment.add_scalar("val/accuracy", attempt, 10 * attempt)
+        events = log.sizes()
+        log.close()
+    assert len(events) == 4
+    read = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    assert [e.step for e in read.Scalars("loss/dice")] == list(range(40))
+    assert [e.value for e in read.Scalars("val/accuracy") if e.step] == [1, 2, 3]
+
+
+# --- Stopped before the end ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [23, 30])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_path, stop):
+    """Stopped between validations or at one. The validation where it stops is not in the curves."""
+    folder, limit = tmp_path / "run", "+trainer.max_time=01:00:00:00"
+    steps, metrics, _ = train_here(folder, limit, stop=stop)
+    assert steps == stop and "val/accuracy" in metrics and "test/accuracy" not in metrics
+    content = newest(folder)[1]
+    assert content["global_step"] == stop
+    assert not content["callbacks"]  # with the timer's state no time would be left
+    assert train_here(folder, limit)[0] == 40
+    assert_same_training(folder, straight)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        # A rate that falls at each validation but the first.
+        ["scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=1.0"],
+        # The first validation is the best one: the metric is better the smaller it is.
+        ["callbacks=best", "callbacks.best.mode=min"],
+        ["callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2"],
+    ],
+)
+def test_a_kill_between_validations(train_here, tmp_path, options, accumulated):
+    """What goes by validations knows those before the kill, also that of the last checkpoint."""
+    options = [*options, f"trainer.accumulate_grad_batches={accumulated}"]
+    train_here(tmp_path / "whole", *options)
+    with suppress(SystemError):
+        train_here(tmp_path / "run", *options, die=15 * accumulated)
+    train_here(tmp_path / "run", *options)
+    assert_same_training(tmp_path / "run", tmp_path / "whole")
+    states = [newest(tmp_path / name)[1] for name in ("run", "whole")]
+    assert states[0]["lr_schedulers"] == states[1]["lr_schedulers"]
+    if "best" in options[0]:
+        run, whole = (
+            torch.load(tmp_path / name / "checkpoints/best.ckpt", weights_only=True)
+            for name in ("run", "whole")
+        )
+        assert run["global_step"] == whole["global_step"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer.max_steps=20", "trainer.val_check_interval=15", "logger=csv"],
+        # Early stopping after the second validation.
+        ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=1e-12"],
+    ],
+)
+def test_a_kill_after_the_last_checkpoint(train_here, tmp_path, monkeypatch, options):
+    """The run goes on with its test: no step is trained again, and nothing is in the curves twice.
+
+    What a second logger was given is in its files, too.
+    """
+    whole = train_here(tmp_path / "whole", *options)
+
+    def test(*args, **kwargs):
+        os._exit(0)
+
+    monkeypatch.setattr(pl.Trainer, "test", test)
+    in_a_process(train_here, tmp_path / "run", *options)
+    monkeypatch.undo()
+    last = newest(tmp_path / "run")[1]["global_step"]
+    assert last == whole.steps == 20
+    monkeypatch.setattr(SegmentationModule, "training_step", no_step)
+    assert train_here(tmp_path / "run", *options) == whole
+    assert_same_training(tmp_path / "run", tmp_path / "whole")
+    tested = [e.step for e in events_of(tmp_path / "run").Scalars("test/accuracy")]
+    assert tested == [last]
+    if "logger=csv" in options:
+        read = [
+            pd.concat(
+                map(pd.read_csv, sorted((tmp_path / name).glob("csv/*/metrics.csv"))),
+                ignore_index=True,
+            )
+            for name in ("run", "whole")
+        ]
+        assert len(list((tmp_path / "run").glob("csv/*/metrics.csv"))) == 2
+        pd.testing.assert_frame_equal(*read, check_like=True)
+
+
+def test_a_kill_between_writes_of_a_logger(train_here, tmp_path):
+    """What it was given before the last checkpoint is in its file; the run is watched as before."""
+    folder, options = tmp_path / "run", ["logger=csv", "probe.every_n_steps=15"]
+    in_a_process(train_here, folder, *options, kill=25)
+    rows = pd.read_csv(folder / "csv/version_0/metrics.csv").set_index("step")
+    assert list(rows["val/accuracy"].dropna().index) == [10, 20]
+    assert list(rows["loss/dice"].dropna().index) == [0, 15]
+    train_here(folder, *options)
+    assert list(read_scalars(folder)["loss/dice"].dropna().index) == [0, 15, 30]
+
+
+def test_checkpoints_in_folders_of_the_users(train_here, tmp_path):
+    """They lie in the run's folder. The run's own checkpoints neither replace nor remove them."""
+    train_here(
+        tmp_path / "run", "callbacks=best", "callbacks.best.save_top_k=-1",
+        "+callbacks.best.dirpath=mine/checkpoints", "callbacks.best.filename='{step}'",
+    )  # fmt: skip
+    found = tmp_path.glob("run/mine/checkpoints/*.ckpt")
+    assert {path.name: load(path)["global_step"] for path in found} == {
+        f"step={step}.ckpt": step for step in (10, 20, 30, 40)
+    }
+    assert checkpoint_names(tmp_path / "run") == ["step=30.ckpt", "step=40.ckpt"]
+    train_here(
+        tmp_path / "other", "callbacks=best", "callbacks.best.filename='a/b-{step}'",
+        "trainer.max_steps=10",
+    )  # fmt: skip
+    assert checkpoint_names(tmp_path / "other") == ["a", "step=10.ckpt"]
+    assert load(tmp_path / "other/checkpoints/a/b-step=10.ckpt")["global_step"] == 10
+
+
+@pytest.mark.parametrize("end", [{"stop": 25}, {"die": 35}])
+def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
+    """The end of the time may fall within a step: no checkpoint is saved there."""
+    accumulate = ["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=5"]
+    accumulate += ["trainer.max_steps=12"]
+    train_here(tmp_path / "whole", *accumulate)
+    folder = tmp_path / "run"
+    with suppress(SystemError):
+        steps, *_ = train_here(folder, *accumulate, **end)
+        assert steps == 7
+    assert train_here(folder, *accumulate)[0] == 12
+    assert_same_training(folder, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_no_time_left(tmp_path):
+    """A stopped run is neither done nor failed; the same command with more time does the rest.
+
+    A time limit is one of each run, so these runs are not stacked.
+    """
+    sweep = ["-m", "experiment=smoke", "seed=0,1", "hydra.sweep.dir=s"]
+    sweep += ["hydra/launcher=fused", "hydra.launcher.workers=1"]
+    limit = "+trainer.max_time=00:00:00:00"
+    done = run_train(*sweep, limit, cwd=tmp_path, status=1)
+    assert "trained one by one: trainer.max_time=00:00:00:00 needs" in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout.count(" unfinished ") == 2
+    runs = sorted(file.parent for file in tmp_path.glob("s/*/result.json"))
+    for run in runs:
+        result = read_result(run)
+        assert (result["status"], result["steps"]) == ("unfinished", 0)
+        assert result["error"] == "after 0 of 30 steps"
+    assert list(read_runs(tmp_path / "s").status) == ["unfinished"] * 2
+    resumed = ["experiment=smoke", "seed=0", f"resume={runs[0]}", limit.replace("=00", "=01")]
+    run_train(*resumed, cwd=tmp_path)
+    result = read_result(runs[0])
+    assert (result["status"], result["steps"], result["error"]) == ("done", 30, None)
+    assert list(read_runs(tmp_path / "s").status) == ["done", "unfinished"]
+
+
+@pytest.mark.slow
+def test_the_exit_status_of_a_stopped_run(tmp_path):
+    """It is 1, since not all that was asked for is done."""
+    command = ["experiment=smoke", "hydra.run.dir=run", "+trainer.max_time=00:00:00:00"]
+    for _ in range(2):
+        done = run_train(*command, cwd=tmp_path, status=1)
+        assert "unfinished after 0 of 30 steps" in done.stderr and "Traceback" not in done.stderr
+    assert read_result(tmp_path / "run")["status"] == "unfinished"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["fast_dev_run=true", "fast_dev_run=3", "limit_train_batches=1", "limit_train_batches=0.5",
+     "overfit_batches=2"],
+)  # fmt: skip
+def test_options_that_would_end_training_early_are_refused(compose, option):
+    name, value = option.split("=")
+    with pytest.raises(ConfigError, match=f"trainer.{name}=(?i:{value}) would end training before"):
+        compose("experiment=smoke", f"+trainer.{option}").check()
+    harmless = ["fast_dev_run=false", "limit_train_batches=1.0", "overfit_batches=0.0"]
+    compose("experiment=smoke", *(f"+trainer.{option}" for option in harmless)).check()
+
+
+# --- Another process ends the run meanwhile ------------------------------------------------------
+
+
+def test_a_run_that_ended_while_the_lock_was_waited_for(whole, tmp_path):
+    """Its result is read again under the lock, and it is not trained a second time."""
+    script = (
+        "import runpy, shutil, sys, losswatch.disk.locks as locks\n"
+        "hold = locks.hold\n"
+        "def wait(folder):\n"
+        f"    shutil.copytree({str(whole)!r}, folder, dirs_exist_ok=True)\n"
+        "    return hold(folder)\n"
+        "locks.hold = wait\n"
+        f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    before = {p.name: p.read_bytes() for p in whole.glob("*") if p.suffix != ".log" and p.is_file()}
+    process = SERVER.start("script.py", *RUN, "hydra.run.dir=run", cwd=tmp_path)
+    process.wait(PATIENCE)
+    done = process.result()
+    assert done.returncode == 0, done.stderr
+    assert "done before, skipped" in done.stderr and "resumed" not in done.stderr
+    after = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*") if p.is_file()}
+    assert before.items() <= after.items()
+
+
+def test_a_group_leaves_out_a_run_that_ended_while_the_lock_was_waited_for(tmp_path, monkeypatch):
+    def wait(folder):
+        write_result(folder, {"status": "done", "config": {}, "metrics": {"val/accuracy": 0.5}})
+        return hold(folder)
+
+    job = SimpleNamespace(folder=tmp_path / "run")
+    with ExitStack() as held:
+        assert launch._lock(job, held)
+    monkeypatch.setattr(launch, "hold", wait)
+    with ExitStack() as held:
+        assert not launch._lock(job, held)
+
+
+# --- Damaged results -----------------------------------------------------------------------------
+
+RESULT = '{"status": "done", "config": {"theta": %s}, "metrics": {"val/accuracy": %s}}'
+DAMAGED = {
+    "no metrics": '{"status": "done", "config": {"theta": 0.5}}',
+    "no config": '{"status": "done", "metrics": {"val/accuracy": 0.5}}',
+    "metrics are a list": '{"status": "done", "config": {}, "metrics": [1]}',
+    "a metric is text": RESULT % ("0.5", '"high"'),
+    "a huge number": RESULT % ("0.5", "1" * 400),
+    "a huger number": RESULT % ("0.5", "1" * 5000),
+    "deep": "[" * 100_000,
+    "deep in its config": RESULT % ("[" * 300 + "]" * 300, "0.5"),
+    "a list": "[1, 2]",
+    "a number": "3",
+    "half of one": '{"status": "do',
+    "not UTF-8": '{"status": "\xff"}'.encode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_result(compose, tmp_path, content):
+    """The run is not done; when it is resumed, one line says why."""
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "result.json").write_bytes(content)
+    assert finished(tmp_path) is None
+    check_folder(tmp_path, compose("experiment=smoke").cfg)
+    notice = take_up(tmp_path).notice
+    assert "result.json cannot be read (" in notice and "\n" not in notice and len(notice) < 500
+
+
+def test_a_run_whose_result_is_damaged_is_taken_up(straight, train_here, tmp_path, caplog):
+    (straight / "result.json").write_text(DAMAGED["no metrics"])
+    shutil.copytree(straight, folder := tmp_path / "run")
+    train_here(folder)
+    [said] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "metrics are missing" in said and said.endswith("training goes on from step=40.ckpt")
+    assert_same_training(folder, straight)
+
+
+@pytest.mark.slow
+def test_a_damaged_result_on_the_command_line(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    result = read_result(whole)
+    del result["metrics"]
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    done = run_train(*RUN, "resume=run", cwd=tmp_path)
+    assert done.stderr.count("result.json cannot be read") == 1 and "Traceback" not in done.stderr
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("text", ["\udcff", "\x1b[31mred\nline", "x" * 10_000])
+def test_a_results_text_is_shown_on_one_line(compose, tmp_path, text):
+    """Characters that do not print are replaced, and long text is cut."""
+    config = plain(compose("experiment=smoke").cfg) | {"note": text, text: 1}
+    write_result(tmp_path, {"status": "failed", "error": text, "config": config})
+    assert json.loads((tmp_path / "result.json").read_text("utf-8"))["error"] == text
+    with pytest.raises(ConfigError) as refused:
+        check_folder(tmp_path, compose("experiment=smoke").cfg)
+    said = str(refused.value)
+    said.encode()
+    assert "note was " in said and said.isprintable() and len(said) < 500
+
+
+# --- Testing a checkpoint ------------------------------------------------------------------------
+
+
+def test_mode_test(whole, tmp_path):
+    """The run's metrics again, from its folder or file; its θ and data unless others are given."""
+    wanted = {k: v for k, v in read_result(whole)["metrics"].items() if k.startswith("test/")}
+    [file] = whole.glob("checkpoints/*.ckpt")
+    done = run_train(
+        "mode=test", "model=convnet", f"checkpoint={file}", "hydra.run.dir=own", cwd=tmp_path
+    )
+    assert "test accuracy" in done.stderr
+    result = read_result(tmp_path / "own")
+    assert result["metrics"] == pytest.approx(wanted, rel=1e-5)
+    assert result["config"]["data"]["image_size"] == 16
+    run_train("-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9", "seed=7",
+              "hydra.sweep.dir=other", cwd=tmp_path)  # fmt: skip
+    others = [read_result(file.parent) for file in tmp_path.glob("other/*/result.json")]
+    assert {(r["config"]["theta"], r["config"]["seed"]) for r in others} == {(0.6, 7), (0.9, 7)}
+    found = {r["run"]: r["metrics"]["test/accuracy"] for r in others}
+    assert max(found.values()) < wanted["test/accuracy"]
+    summary = pd.read_csv(tmp_path / "other" / "summary.csv")
+    assert dict(zip(summary.run, summary.accuracy, strict=True)) == pytest.approx(found)
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["model=convnet", "model.width=3"], r"is \(4, 1, 3, 3\) there and \(3, 1, 3, 3\) in"),
+        ([], r"absent there and \(8, 1, 3, 3\) in this model; .*ConvNet"),
+        (["model=convnet", "theta=[0.3,0.6]"], r"is \(2, 4, 1, 1\) there and \(3, 4, 1, 1\) in"),
+    ],
+)
+def test_a_checkpoint_of_another_shape(whole, compose, overrides, said):
+    composed = compose("mode=test", f"checkpoint={whole}", *overrides)
+    content = find(composed.cfg.checkpoint)
+    given = [override.split("=")[0] for override in overrides]
+    adopt(composed.cfg, content, given)
+    with pytest.raises(ConfigError, match=said):
+        load_net(make_net(composed.cfg, describe_data(composed.cfg)), content)
+
+
+def test_a_checkpoints_config_is_only_numbers(compose):
+    """A `_target_` would name code to call: neither that nor any other text is taken over."""
+    saved = {
+        "theta": 0.2, "seed": 3, "data": {"image_size": 8, "low": "${oc.env:HOME}"},
+        "model": {"_target_": "os.system", "width": 7}, "loss": {"_target_": "os.system"},
+        "watch": ["x"], "trainer": {"max_steps": 1},
+    }  # fmt: skip
+    composed = compose("model=convnet", "mode=test", "checkpoint=x")
+    before = plain(composed.cfg)
+    adopt(composed.cfg, {"losswatch": {"config": saved}}, ["seed"])
+    wanted = before | {"theta": 0.2, "data": before["data"] | {"image_size": 8}}
+    assert plain(composed.cfg) == wanted
+
+
+def test_no_checkpoint(tmp_path):
+    missing = "nowhere/step=3.ckpt"  # Hydra would not read its "="
+    done = run_train("mode=test", f"checkpoint={missing}", cwd=tmp_path, status=2)
+    assert f"checkpoint={missing}: there is no such file or run folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- The disk is full ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [3_000, 20_000])
+def test_a_full_disk(tmp_path, limit):
+    """Imitated by a limit on file sizes: messages are clear, and existing files are readable."""
+    done = run_train(
+        "experiment=smoke", "hydra.run.dir=run", cwd=tmp_path, status=1,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    curves = read_scalars(tmp_path / "run")
+    assert curves.empty or len(curves["loss/cce"].dropna()) in (10, 20, 30)
+    run_train("experiment=smoke", "resume=run", cwd=tmp_path)
+    whole = SimpleNamespace(**read_result(tmp_path / "run"))
+    assert whole.status == "done" and len(read_scalars(tmp_path / "run")["loss/cce"].dropna()) == 30

@@ -1,0 +1,1244 @@
+"""Reading a sweep back from disk, its tables, comparison and figures."""
+
+import ctypes
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT
+from tensorboard.util.tensor_util import make_ndarray
+from torch.utils.tensorboard import SummaryWriter
+
+from losswatch.events.encode import write_scalars
+from losswatch.events.series import read_last_step, read_scalars
+from losswatch.report import dependence, figures
+from losswatch.report.compare import compare_losses, holm
+from losswatch.report.runs import KNOWN_LOSSES, all_losses, read_runs, settings, swept
+from losswatch.report.style import loss_looks
+from losswatch.report.tables import (
+    cell_table,
+    comparison_table,
+    markdown_table,
+    summary_table,
+    write_summary,
+)
+from losswatch.text import show
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["cce", "dice_fg", "dice"]
+
+
+def write_events(run_dir: Path, steps: range, scale: float = 1.0, **writer_options) -> None:
+    """Losses and norms at every step, the accuracy at every tenth."""
+    with SummaryWriter(run_dir, **writer_options) as writer:
+        for step in steps:
+            for i, name in enumerate(NAMES, start=1):
+                writer.add_scalar(f"loss/{name}", scale * i / (10 + step), step)
+                writer.add_scalar(f"grad_norm/{name}", scale * i, step)
+            if step % 10 == 0:
+                writer.add_scalar("val/accuracy", 1 - 0.3 / (1 + step), step)
+
+
+def write_result(run_dir: Path, loss="dice", theta=0.5, seed=0, accuracy=0.9, **changes) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record = {
+        "status": "done",
+        "error": None,
+        "seconds": 12.34,
+        "overrides": [f"loss={loss}", f"theta={theta}", f"seed={seed}"],
+        "choices": {"loss": loss, "model": "unet", "optimizer": "adam"},
+        "config": {
+            "theta": theta,
+            "seed": seed,
+            "model": {"batch_norm": False},
+            "optimizer": {"lr": 1e-3},
+            "data": {"low": 0.0},
+        },
+        "metrics": {"val/accuracy": accuracy, "val/dice": accuracy - 0.1, "val/iou": 0.5},
+    }
+    (run_dir / "result.json").write_text(json.dumps(record | changes))
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main(folder, ...): scripts/report.py in this process; its exit status."""
+    spec = importlib.util.spec_from_file_location("report_script", ROOT / "scripts/report.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(folder: Path, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", str(folder), *arguments])
+        return script.main()
+
+    return run
+
+
+@pytest.fixture
+def no_hang():
+    """Fail a test that still runs after half a minute."""
+
+    def interrupt(*_):
+        pytest.fail("still busy after half a minute")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def text_of(table) -> str:
+    console = Console(width=200, color_system="truecolor", force_terminal=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+# --- read_scalars --------------------------------------------------------------------------------
+
+
+def test_scalars_equal_tensorboards_own_reading(tmp_path):
+    write_events(tmp_path, range(50))
+    with SummaryWriter(tmp_path / "more") as writer:  # everything else that a run writes
+        writer.add_scalar("loss/as_tensor", 0.25, 3, new_style=True)
+        writer.add_scalar("loss/as_double", 0.1, 2**40, new_style=True, double_precision=True)
+        writer.add_scalar("loss/dice", float("nan"), 4)
+        writer.add_scalar("loss/dice", float("inf"), 5)
+        writer.add_image("images/input", np.zeros((1, 4, 4)), 3)
+        writer.add_text("note", "text", 3)
+        writer.add_histogram("weights", np.arange(9.0), 3)
+    for folder in (tmp_path, tmp_path / "more"):
+        ours = read_scalars(folder)
+        theirs = EventAccumulator(str(folder), {"scalars": 0, "tensors": 0}).Reload()
+        expected = {
+            tag: {event.step: event.value for event in theirs.Scalars(tag)}
+            for tag in theirs.Tags()["scalars"]
+        }
+        for tag in set(theirs.Tags()["tensors"]) & {"loss/as_tensor", "loss/as_double"}:
+            expected[tag] = {
+                event.step: make_ndarray(event.tensor_proto).item() for event in theirs.Tensors(tag)
+            }
+        found = {tag: dict(ours[tag].dropna()) for tag in ours}
+        assert found == {
+            tag: {step: v for step, v in values.items() if not np.isnan(v)}
+            for tag, values in expected.items()
+        }
+        assert ours.index.dtype == np.int64 and ours.index.name == "step"
+        assert ours.index.is_monotonic_increasing and ours.index.is_unique
+    assert list(ours.index) == [3, 4, 5, 2**40]  # a NaN keeps its step
+    assert len(found) == 3 and found["loss/dice"] == {5: float("inf")}
+
+
+def test_blocks_of_events_equal_tensorboards_own_reading(tmp_path):
+    """Blocks are read as arrays: steps of one to three bytes, other events between the blocks."""
+    rng = np.random.default_rng(0)
+    with SummaryWriter(tmp_path) as writer:
+        for begin, end in ((0, 300), (300, 310), (16_000, 17_000)):
+            steps = np.arange(begin, end)
+            write_scalars(
+                writer, ["loss/dice", "grad_norm/é"], steps, rng.normal(size=(end - begin, 2))
+            )
+            for step in range(begin, end):
+                writer.add_scalar("val/accuracy", rng.normal(), step)
+            writer.add_scalar("val/dice", float("nan"), end)
+            writer.add_text("note", "text", end)
+    theirs = EventAccumulator(str(tmp_path), {"scalars": 0}).Reload()
+    ours = read_scalars(tmp_path)
+    for tag in ("loss/dice", "grad_norm/é", "val/accuracy"):
+        expected = {event.step: event.value for event in theirs.Scalars(tag)}
+        assert ours[tag].dropna().to_dict() == expected and len(expected) == 1310
+
+
+def test_a_folder_of_sweeps_is_one_and_mappings_are_told_apart(tmp_path):
+    for sweep, low in (("a", 0), ("b/c", 1)):
+        data = {"data": {"low": low, "high": 1 - low}}
+        override = [f"data={{low:{low},high:{1 - low}}}"]
+        write_result(tmp_path / sweep / "run", overrides=override, config=data)
+    runs = read_runs(tmp_path)
+    assert list(runs["run"]) == ["a/run", "b/c/run"]
+    assert list(runs["data.low"]) == [0, 1] and list(runs["data.high"]) == [1, 0]
+
+
+def test_a_resumed_run_is_one_curve(tmp_path):
+    write_events(tmp_path, range(30), filename_suffix=".a")
+    write_events(tmp_path, range(12, 20), scale=2.0, filename_suffix=".b")
+    scalars = read_scalars(tmp_path)
+    assert list(scalars.index) == list(range(20))
+    assert (scalars["grad_norm/cce"] == [1.0] * 12 + [2.0] * 8).all()
+    assert list(scalars["val/accuracy"].dropna().index) == [0, 10]  # not at 20
+
+
+def test_a_marked_restart_purges_within_a_file(tmp_path):
+    write_events(tmp_path, range(10))
+    write_events(tmp_path, range(7, 8), scale=3.0, purge_step=5, filename_suffix=".b")
+    assert list(read_scalars(tmp_path).index) == [0, 1, 2, 3, 4, 7]
+
+
+def test_final_metrics_repeated_at_step_0_for_hparams_change_nothing(tmp_path):
+    write_events(tmp_path, range(21), filename_suffix=".a")
+    before = read_scalars(tmp_path)
+    with SummaryWriter(tmp_path, filename_suffix=".b") as writer:  # tested again
+        writer.add_scalar("val/dice", 0.9, 0)
+    with SummaryWriter(tmp_path, filename_suffix=".c") as writer:
+        writer.add_scalar("val/iou", 0.5, 20)
+        writer.add_scalar("val/iou", 0.5, 0)
+    after = read_scalars(tmp_path)
+    pd.testing.assert_frame_equal(after[list(before)], before)
+    assert after["val/iou"].dropna().to_dict() == {20: 0.5}
+
+
+def test_files_follow_in_the_order_of_their_first_event_not_of_their_names(tmp_path):
+    write_events(tmp_path, range(5), scale=1.0, filename_suffix=".z")
+    first = next(tmp_path.glob("*.z"))
+    first.rename(tmp_path / "events.out.tfevents.9999999999.host")
+    write_events(tmp_path, range(3, 5), scale=2.0)
+    assert read_scalars(tmp_path)["grad_norm/cce"].tolist() == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("files", "seen"),
+    [
+        # A resumed run whose earlier file was cut at the checkpoint.
+        ([(range(7), 0), (range(7, 20), -400)], [0] * 7 + [1] * 13),
+        ([(range(5), 0), (range(5, 10), -400), (range(10, 15), 3)], [0] * 5 + [1] * 5 + [2] * 5),
+        ([(range(5), 0), (range(5, 10), 3), (range(10, 15), -400)], [0] * 5 + [1] * 5 + [2] * 5),
+        # Not cut: the later file replaces what overlaps.
+        ([(range(20), 0), (range(12, 18), -400)], [0] * 12 + [1] * 6),
+        # Started again from before where another file began, or from the same step.
+        ([(range(5), 0), (range(5, 9), 0), (range(2, 7), 0)], [0, 0, 2, 2, 2, 2, 2]),
+        ([(range(9), 0), (range(6), 0)], [1] * 6),
+        ([(range(4, 9), 0), (range(4, 6), 0)], [1] * 2),
+        # Observed at every tenth step.
+        ([(range(0, 40, 10), 0), (range(40, 80, 10), -400)], [0] * 4 + [1] * 4),
+        ([(range(0, 40, 10), 0), (range(40, 80, 10), 0), (range(20, 50, 10), 0)], [0, 0, 2, 2, 2]),
+        # Steps in the middle are lost; in the second case those at the beginning, too.
+        ([(range(5), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
+        ([(range(50, 55), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
+    ],
+)  # fmt: skip
+def test_event_files_follow_by_their_steps_where_the_clock_went_back(
+    tmp_path, monkeypatch, files, seen
+):
+    """`files`: steps of each, and days by which the clock is off. `seen`: the file of each step."""
+    clock = time.time
+    for i, (steps, days) in enumerate(files):
+        monkeypatch.setattr(time, "time", lambda i=i, days=days: clock() + 60 * i + 86400 * days)
+        with SummaryWriter(tmp_path) as writer:
+            for step in steps:
+                writer.add_scalar("loss/dice", i, step)
+    assert read_scalars(tmp_path)["loss/dice"].tolist() == seen
+
+
+def test_metrics_hparams_and_marks_under_a_clock_that_went_back(tmp_path, monkeypatch):
+    write_events(tmp_path, range(21))
+    whole = read_scalars(tmp_path)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() - 400 * 86400)
+    with SummaryWriter(tmp_path, filename_suffix=".hparams") as writer:
+        writer.add_hparams({"lr": 0.1}, {"val/dice": 0.0}, run_name=".")
+    with SummaryWriter(tmp_path, filename_suffix=".test") as writer:
+        writer.add_scalar("test/dice", 0.7, 20)
+    with SummaryWriter(tmp_path, filename_suffix=".again") as writer:
+        writer.add_scalar("val/accuracy", 0.5, 20)
+    scalars = read_scalars(tmp_path)
+    kept = [tag for tag in whole if tag != "val/accuracy"]
+    pd.testing.assert_frame_equal(scalars[kept], whole[kept])
+    assert scalars["test/dice"].dropna().to_dict() == {20: pytest.approx(0.7)}
+    assert scalars.loc[20, "val/accuracy"] == 0.5
+    write_events(tmp_path, range(18, 19), scale=3.0, purge_step=15, filename_suffix=".marked")
+    scalars = read_scalars(tmp_path)
+    assert list(scalars["loss/dice"].dropna().index) == [*range(15), 18]
+
+
+@pytest.mark.parametrize("kept", [1, 5, 11, 40, -1])
+def test_a_torn_record_ends_the_file_with_one_warning(tmp_path, caplog, kept):
+    write_events(tmp_path, range(20))
+    path = next(tmp_path.glob("events*"))
+    whole = read_scalars(tmp_path)
+    size = path.stat().st_size
+    with open(path, "ab") as file:
+        file.write((100).to_bytes(8, "little") + b"x" * 40)  # a length and some of its event
+        file.truncate(size + kept)
+    with caplog.at_level(logging.WARNING):
+        torn = read_scalars(tmp_path)
+    assert len(caplog.messages) == 1 and path.name in caplog.messages[0]
+    if kept < 0:  # the value that was written last is torn
+        whole.loc[19, "grad_norm/dice"] = np.nan
+    pd.testing.assert_frame_equal(torn, whole, check_exact=True)
+
+
+def test_nonsense_and_zeros_are_torn_too(tmp_path, caplog):
+    write_events(tmp_path, range(5))
+    path = next(tmp_path.glob("events*"))
+    data = path.read_bytes()
+    for tail in (bytes(100), (9).to_bytes(8, "little") + b"\xff" * 30, b"\xff" * 64):
+        path.write_bytes(data + tail)
+        caplog.clear()
+        assert list(read_scalars(tmp_path).index) == list(range(5))
+        assert len(caplog.messages) == 1
+
+
+def test_event_files_that_cannot_be_read_are_named_and_left_out(tmp_path, caplog, no_hang):
+    write_events(tmp_path, range(5))
+    whole = read_scalars(tmp_path)
+    os.mkfifo(tmp_path / "events.out.tfevents.1.pipe")
+    (tmp_path / "events.out.tfevents.2.folder").mkdir()
+    (tmp_path / "events.out.tfevents.3.dangling").symlink_to("nowhere")
+    (tmp_path / "events.out.tfevents.4.device").symlink_to("/dev/zero")
+    event = Event(step=3, wall_time=1.0)
+    tensor = event.summary.value.add(tag="loss/dice").tensor
+    tensor.dtype, tensor.tensor_content = DT_FLOAT, b"odd"  # three of a float's four bytes
+    record = event.SerializeToString()
+    length = len(record).to_bytes(8, "little")
+    damaged = tmp_path / "events.out.tfevents.5.damaged"
+    damaged.write_bytes(length + bytes(4) + record + bytes(4))
+    pd.testing.assert_frame_equal(read_scalars(tmp_path), whole)
+    names = ["pipe", "folder", "dangling", "device", "damaged"]
+    assert len(caplog.messages) == 5
+    assert all(name in line for name, line in zip(names, caplog.messages, strict=True))
+
+
+def test_no_scalars_is_an_empty_frame(tmp_path):
+    assert read_scalars(tmp_path).empty
+    (tmp_path / "events.out.tfevents.1.host").touch()
+    assert read_scalars(tmp_path).empty
+
+
+@pytest.mark.parametrize("files", [[range(30)], [range(12), range(12, 30)], [range(30), range(30)]])
+def test_the_last_step_is_that_of_the_whole_reading(tmp_path, files):
+    for i, steps in enumerate(files):
+        write_events(tmp_path, steps, scale=1.0 + i, filename_suffix=f".{9 - i}")
+    with SummaryWriter(tmp_path) as writer:  # what a run writes at its end
+        writer.add_image("images/input", np.zeros((1, 4, 4)), 30)
+        writer.add_scalar("test/dice", 0.5, 30)
+    watched = read_scalars(tmp_path).filter(regex="^(loss|grad_norm)/")
+    assert read_last_step(tmp_path) == watched.dropna(how="all").iloc[-1].to_dict()
+
+
+def test_the_last_step_of_a_block_a_diverged_run_and_of_damaged_files(tmp_path, caplog):
+    values = np.arange(40.0).reshape(20, 2)
+    values[15:] = np.nan
+    values[14, 1] = np.nan
+    with SummaryWriter(tmp_path) as writer:
+        write_scalars(writer, ["loss/dice", "grad_norm/dice"], np.arange(20), values)
+    [path] = tmp_path.glob("events*")
+    path.write_bytes(path.read_bytes() + b"\xff" * 9)
+    (tmp_path / "events.out.tfevents.2.folder").mkdir()
+    os.mkfifo(tmp_path / "events.out.tfevents.1.pipe")
+    last = read_last_step(tmp_path)
+    assert last == {"loss/dice": 28, "grad_norm/dice": pytest.approx(np.nan, nan_ok=True)}
+    assert read_last_step(tmp_path / "none") == {} and not caplog.messages
+
+
+# --- read_runs, summary.csv, tables --------------------------------------------------------------
+
+
+def test_runs_have_settings_results_and_status(tmp_path, caplog):
+    write_result(tmp_path / "loss=dice,seed=10", seed=10)
+    write_result(tmp_path / "loss=dice,seed=2", seed=2, theta=[0.3, 0.6])
+    write_result(tmp_path / "bad", status="failed", error="loss is NaN", metrics=None)
+    write_result(tmp_path / "moved", overrides=["data.low=-0.5"], config={"data": {"low": -0.5}})
+    write_events(tmp_path / "killed", range(2))
+    hydra = tmp_path / "killed" / ".hydra"
+    hydra.mkdir()
+    (hydra / "config.yaml").write_text("theta: 0.95\nseed: ${other}\n")
+    (hydra / "overrides.yaml").write_text("- loss=cce\n")
+    (hydra / "hydra.yaml").write_text("hydra: {runtime: {choices: {loss: cce}}}\n")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "result.json").write_text('{"status": "done", "metr')
+    (tmp_path / "figures").mkdir()  # no run
+
+    runs = read_runs(tmp_path)
+    assert list(runs["run"]) == [
+        "bad", "killed", "loss=dice,seed=2", "loss=dice,seed=10", "moved", "torn",
+    ]  # fmt: skip
+    runs = runs.set_index("run")
+    assert runs["status"].to_dict() == {
+        "bad": "failed",
+        "killed": "unfinished",
+        "loss=dice,seed=2": "done",
+        "loss=dice,seed=10": "done",
+        "moved": "done",
+        "torn": "unfinished",
+    }
+    done = runs.loc["loss=dice,seed=10"]
+    assert (done["accuracy"], done["iou"], done["seconds"]) == (0.9, 0.5, 12.34)
+    assert (done["loss"], done["optimizer"], done["lr"]) == ("dice", "adam", 1e-3)
+    assert not done["batch_norm"]
+    assert runs.loc["loss=dice,seed=2", "theta"] == "[0.3, 0.6]"
+    assert runs.loc["bad", "error"] == "loss is NaN" and np.isnan(runs.loc["bad", "accuracy"])
+    assert runs.loc["killed", "loss"] == "cce" and runs.loc["killed", "theta"] == 0.95
+    # If one run alone overrides a key, the others show the value of their configuration.
+    assert runs.loc["moved", "data.low"] == -0.5 and done["data.low"] == 0.0
+    assert len(caplog.messages) == 1 and "torn" in caplog.messages[0]
+
+
+def test_summary_round_trips_and_leaves_no_partial_file(tmp_path):
+    for seed in range(3):
+        write_result(tmp_path / f"seed={seed}", seed=seed, accuracy=0.1 + 0.2 * seed)
+    written = write_summary(tmp_path)
+    read = pd.read_csv(tmp_path / "summary.csv")
+    assert written["error"].isna().all()  # None, which comes back as NaN
+    pd.testing.assert_frame_equal(read, written.assign(error=np.nan))
+    assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["summary.csv"]
+
+
+def test_summary_has_all_metrics_and_the_last_values(tmp_path):
+    metrics = {
+        "val/accuracy": 0.9, "val/dice": 0.8, "val/dice/nucleus": 0.7, "val/loss/dice": 0.2,
+        "test/accuracy": 0.6, "test/iou": None, "lr": 1.0, "error": 2.0,
+    }  # fmt: skip
+    write_result(tmp_path / "a", metrics=metrics)
+    write_events(tmp_path / "a", range(21))
+    write_result(tmp_path / "b", "cce", status="failed", metrics=None)
+    runs = write_summary(tmp_path)
+    cells = pd.read_csv(tmp_path / "summary.csv").set_index("run")
+    assert list(cells.loc[:, "error":])[1:] == [
+        "val/dice/nucleus", "val/loss/dice", "test/accuracy", "test/iou",
+        *(f"{kind}/{name}" for name in NAMES for kind in ("loss", "grad_norm")),
+    ]  # fmt: skip
+    row = cells.loc["a"]
+    assert (row["accuracy"], row["val/dice/nucleus"], row["test/accuracy"]) == (0.9, 0.7, 0.6)
+    assert row["loss/dice"] == pytest.approx(3 / 30) and row["grad_norm/dice_fg"] == 2
+    assert cells.loc["b", "val/dice/nucleus":].isna().all() and np.isnan(row["test/iou"])
+    # They are no settings, and not in the table on the terminal.
+    assert settings(runs) == settings(read_runs(tmp_path)) and swept(runs) == []
+    assert len(summary_table(runs).columns) == len(summary_table(read_runs(tmp_path)).columns)
+    assert all_losses(runs) == NAMES and all_losses(read_runs(tmp_path)) == ["cce", "dice"]
+
+
+def test_table_names_what_was_swept_and_colours_the_status(tmp_path):
+    write_result(tmp_path / "a", seed=1)
+    write_result(tmp_path / "b", loss="cce", seed=2, status="failed", error="loss is NaN")
+    table = summary_table(read_runs(tmp_path))
+    assert [str(c.header) for c in table.columns] == [
+        "loss", "θ", "optimiser", "BN", "seed", "accuracy", "Dice", "IoU", "seconds", "status",
+        "error",
+    ]  # fmt: skip
+    text = text_of(table)
+    assert "0.9000" in text and "12.3" in text and "loss is NaN" in text
+    assert "\x1b[32mdone" in text and "\x1b[1;31mfailed" in text
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_each_status_is_shown_however_many_settings_were_swept(tmp_path, width):
+    names = [f"trainer.setting_number_{i}" for i in range(20)]
+    for seed, status in enumerate(["done", "failed", "unfinished"]):
+        overrides = [f"{name}={seed}" for name in names]
+        write_result(tmp_path / f"{seed}", seed=seed, overrides=overrides, status=status)
+    console = Console(width=width)
+    with console.capture() as printed:
+        console.print(summary_table(read_runs(tmp_path), width))
+    words = printed.get().split()
+    assert {"done", "failed", "unfinished", "accuracy"} <= set(words)
+    left_out = " ".join(words).partition("Left out for want of width: ")[2].split(", ")
+    assert names[-1] in left_out and "accuracy" not in left_out
+    assert max(map(len, printed.get().splitlines())) <= width
+
+
+def test_a_run_without_a_config_sweeps_nothing(tmp_path):
+    """It was killed before it wrote one. What the others share is no column because of it."""
+    common = ["loss=dice", "data.image_size=8", "trainer.max_steps=60"]
+    for seed in (1, 2):
+        write_result(tmp_path / f"{seed}", seed=seed, overrides=[*common, f"seed={seed}"])
+    before = list(read_runs(tmp_path)), swept(read_runs(tmp_path))
+    write_events(tmp_path / "killed", range(3))
+    runs = read_runs(tmp_path)
+    assert list(runs["status"]) == ["done", "done", "unfinished"]
+    assert (list(runs), swept(runs)) == before
+    assert swept(runs) == ["seed"]
+
+
+def test_strings_from_disk_are_shown_as_text(tmp_path):
+    evil = "[red]x[/red]|<b>\x1b[2J\x1b]0;title\x07\r\nnext"
+    write_result(tmp_path / "a", loss=evil, error=evil, status="failed")
+    write_result(tmp_path / "b")
+    runs = read_runs(tmp_path)
+    text = text_of(summary_table(runs))
+    assert "[red]x[/red]|<b>" in text  # not taken for markup
+    assert "\x1b[2J" not in text and "\x1b]" not in text and "\x07" not in text and "\r" not in text
+    row = next(line for line in markdown_table(cell_table(runs)).splitlines() if "red" in line)
+    assert row.startswith(r"| \[red\]x\[/red\]\|\<b\>")
+    figure = figures.draw({evil: [curves()]}, title="$\\frac$ " + evil)  # no broken formula
+    figure.canvas.draw()
+    assert show(evil).count("\N{REPLACEMENT CHARACTER}") == 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "[]", "null", '"x"', "\xff", '{"config": 3}', "{}", " " * 2**20 + "{}",
+        '{"status": "done", "config": {"theta": ' + 900 * "[" + 900 * "]" + "}}",
+        '{"status": "done", "config": {"theta": ' + 10**5 * "[" + 10**5 * "]" + "}}",
+    ],
+    ids=lambda content: content[:60].strip(),
+)  # fmt: skip
+def test_any_result_file_is_survived(tmp_path, caplog, main, content):
+    write_result(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "result.json").write_bytes(content.encode("latin-1"))
+    assert main(tmp_path) == 0
+    assert list(read_runs(tmp_path)["status"]) == ["done", "unfinished"]
+    assert len(caplog.messages) == 2 and len(set(caplog.messages)) == 1
+    assert f"{tmp_path / 'b/result.json'}: unreadable" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": ["done"]},
+        {"status": None},
+        {"error": {"a": 1}},
+        {"seconds": "12.5"},
+        {"seconds": 10**400},
+        {"overrides": {"loss": "dice"}},
+        {"overrides": ["loss=dice", ["seed=1"], None]},
+        {"overrides": [f"key{i}=1" for i in range(10_000)]},
+        {"choices": "dice"},
+        {"choices": {"loss": 3}},
+        {"config": [1, 2]},
+        {"metrics": [0.9]},
+        {"metrics": {"val/accuracy": "0.9"}},
+        {"metrics": {"val/accuracy": True}},
+        {"metrics": {"val/dice": -(10**400)}},
+        {"metrics": {"val/dice/class_1": "0.9"}},
+        {"metrics": {f"val/dice/{i}": 0.5 for i in range(10_000)}},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_a_result_of_other_types_is_named_and_counts_as_unfinished(tmp_path, caplog, changes):
+    """The odd run is shown as unfinished and changes nothing about the other runs."""
+    for loss in ("dice", "cce"):
+        write_result(tmp_path / loss, loss)
+    before = compare_losses(read_runs(tmp_path))
+    write_result(tmp_path / "odd", **changes)
+    runs = write_summary(tmp_path).set_index("run")
+    assert runs["status"].to_dict() == {"cce": "done", "dice": "done", "odd": "unfinished"}
+    assert np.isnan(runs.loc["odd", "accuracy"])
+    pd.testing.assert_frame_equal(compare_losses(runs.reset_index()), before)
+    [message] = caplog.messages
+    assert message.startswith(f"{tmp_path / 'odd/result.json'}: unreadable, counted as unfinished")
+    assert len(message) < len(str(tmp_path)) + 300
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": {"theta": 10**400, "seed": -(10**400)}},
+        {"metrics": {"val/accuracy": float("nan"), "val/dice": float("inf")}},
+        {"error": "\ud800", "status": "\udcff", "choices": {"loss": "\ud800"}},
+        {"overrides": ["\ud800=\ud801", "=", "", "a", "{:}"], "config": {"theta": "\udfff"}},
+        {"config": {"theta": {"a": [1]}, "seed": [[1], None]}, "choices": {}},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_odd_values_are_shown(tmp_path, main, caplog, changes):
+    for loss in ("dice", "cce"):
+        write_result(tmp_path / loss, loss)
+    write_result(tmp_path / "odd", **changes)
+    write_events(tmp_path / "odd", range(3))
+    assert main(tmp_path) == 0 and not caplog.messages
+    assert len(pd.read_csv(tmp_path / "summary.csv")) == 3
+    assert (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{BOMB}theta: *a39\n", "[" * 10_000, "k: 1\n" * 2**20, "theta: ${a.${b}",
+        "theta: !!int ''", "theta: !!bool x", "theta: !!timestamp x",
+        "theta: !!python/tuple [1]", "\x00", "{", "pipe",
+    ],
+    ids=lambda content: content[:30],
+)  # fmt: skip
+def test_a_config_file_that_hydra_did_not_write_is_survived(tmp_path, caplog, no_hang, content):
+    write_result(tmp_path / "a")
+    config = tmp_path / "b/.hydra/config.yaml"
+    config.parent.mkdir(parents=True)
+    os.mkfifo(config) if content == "pipe" else config.write_text(content)
+    runs = write_summary(tmp_path)
+    assert list(runs["status"]) == ["done", "unfinished"]
+    if content == "theta: ${a.${b}":  # ordinary text
+        assert not caplog.messages and runs["theta"][1] == "${a.${b}"
+    else:
+        [message] = caplog.messages
+        assert message.startswith(f"{tmp_path / 'b/.hydra'}: unreadable, settings left out")
+
+
+@pytest.mark.parametrize(
+    "name", ["x\x1b[31m\x07", "x\ny", "[red]x[bold]", "a|b", "=1+1", " x", "x" * 255]
+)
+def test_any_folder_name_is_shown_as_text(tmp_path, main, capsys, caplog, name):
+    write_result(tmp_path / "a")
+    write_result(tmp_path / name, "cce", status="failed", error="x")
+    for run in ("a", name):
+        write_events(tmp_path / run, range(3))
+    assert main(tmp_path) == 0 and not caplog.messages
+    [figure] = (tmp_path / "figures").iterdir()
+    assert figure.stat().st_size
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    runs = pd.read_csv(tmp_path / "summary.csv")
+    assert set(runs["run"]) == {"a", "'=1+1" if name == "=1+1" else shown}
+    page = (tmp_path / "report.md").read_text()
+    assert re.sub(r"([|\[\]])", r"\\\1", f"- {shown}: failed") in page
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_folder_name_that_is_no_text_is_named_and_left_out(tmp_path, main, caplog):
+    write_result(tmp_path / "a")
+    write_result(Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff\xfe")))
+    assert main(tmp_path) == 0
+    assert list(pd.read_csv(tmp_path / "summary.csv")["run"]) == ["a"]
+    assert caplog.messages == [f"{tmp_path}/x\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}: "
+                               "left out, its name is not UTF-8"]  # fmt: skip
+    sweep = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    write_result(sweep / "b")
+    assert main(sweep) == 0 and (sweep / "report.md").exists()
+
+
+def test_links_are_not_followed(tmp_path, caplog, no_hang):
+    """A link to a run would count it twice; two links to a folder above would never end."""
+    sweep = tmp_path / "sweep"
+    write_result(sweep / "a")
+    write_result(sweep / "b", "cce")
+    (sweep / "a/newest").symlink_to(".")  # links within a run do not matter
+    (sweep / "loop").symlink_to("loop")
+    (sweep / "dangling").symlink_to("nowhere")
+    links = {"latest": "b", "up": "..", "self": ".", "also": sweep}
+    for name, target in links.items():
+        (sweep / name).symlink_to(target)
+    for folder, prefix in ((sweep, ""), (tmp_path, "sweep/")):
+        caplog.clear()
+        assert list(read_runs(folder)["run"]) == [f"{prefix}a", f"{prefix}b"]
+        assert set(caplog.messages) == {f"{sweep / name}: left out, a link" for name in links}
+    (tmp_path / "given").symlink_to(sweep)  # the folder that is asked for may be a link
+    assert len(read_runs(tmp_path / "given")) == 2
+
+
+def test_nothing_is_written_through_a_link(tmp_path, main, capsys):
+    sweep, elsewhere = tmp_path / "sweep", tmp_path / "elsewhere"
+    write_events(sweep / "a", range(3))
+    write_result(sweep / "a")
+    elsewhere.mkdir()
+    for name in ("figures/losses.png", "summary.csv", "report.md"):
+        file = elsewhere / Path(name).name
+        file.write_text("precious")
+        (sweep / name).parent.mkdir(exist_ok=True)
+        (sweep / name).symlink_to(file)
+    assert main(sweep) == 0
+    assert (sweep / "figures/losses.png").read_bytes().startswith(b"\x89PNG")
+    shutil.rmtree(sweep / "figures")
+    (sweep / "figures").symlink_to(elsewhere)
+    assert main(sweep) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"report.py: {sweep / 'figures'} is a link; figures are not written through it"
+    )
+    assert [file.read_text() for file in elsewhere.iterdir()] == ["precious"] * 3
+
+
+def test_a_sweep_nested_deeper_than_python_recurses(tmp_path, monkeypatch):
+    write_result(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        assert list(read_runs(tmp_path)["run"]) == ["a"]
+    finally:  # pytest uses shutil.rmtree, which would recurse, too
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+
+
+def test_cells_are_no_formulas_and_numbers_stay_numbers(tmp_path):
+    formulas = ["=cmd|' /C calc'!A0", "+1+cmd", "-x", "@SUM(A1)", "\t=1", "\r=1", " =1", "＝1"]
+    for i, text in enumerate(formulas):
+        write_result(tmp_path / f"{i}", text, theta=text, status=text, error=text,
+                     overrides=[f"{text}={i}", f"@{i}=-x"])  # fmt: skip
+    write_summary(tmp_path)
+    cells = pd.read_csv(tmp_path / "summary.csv", dtype=str)
+    texts = [*cells, *cells.stack().dropna()]
+    assert "'=cmd|' /C calc'!A0" in texts
+    assert not [text for text in texts if text.strip()[:1] in [*"=+@＝"] or text == "-x"]
+    assert not {"\t", "\r", "\n"} & set("".join(texts))
+
+    for i, low in enumerate([-0.5, -2, 1e-7]):
+        write_result(tmp_path / f"n/low={low}", theta=-0.25, accuracy=-1e-9 - i, seed=-i,
+                     overrides=[f"data.low={low}"], config={"theta": -0.25, "seed": -i,
+                     "data": {"low": low}, "optimizer": {"lr": 1e-3}})  # fmt: skip
+    written = write_summary(tmp_path / "n")
+    read = pd.read_csv(tmp_path / "n/summary.csv")
+    assert dict(zip(read["seed"], read["data.low"], strict=True)) == {0: -0.5, -1: -2, -2: 1e-7}
+    empty = {c: np.nan for c in written if written[c].isna().all()}  # None comes back as NaN
+    pd.testing.assert_frame_equal(read, written.assign(**empty))
+
+
+def test_an_unfinished_run_is_not_done(tmp_path, main):
+    """A run whose time was up has metrics, but of fewer steps than were asked for."""
+    write_result(tmp_path / "a", "dice", accuracy=0.8)
+    write_result(tmp_path / "b", "cce", accuracy=0.7)
+    write_result(tmp_path / "c", "dice", accuracy=0.1, status="unfinished", error="time is up")
+    runs = read_runs(tmp_path)
+    assert "\x1b[33munfinished" in text_of(summary_table(runs))
+    cells = cell_table(runs).set_index("loss")
+    assert cells.loc["dice", "accuracy"] == "0.8000" and cells.loc["dice", "runs"] == "1 of 2"
+    assert cells.loc["cce", "runs"] == "1"
+    assert compare_losses(runs)["accuracy"].tolist() == [pytest.approx(-0.1)]
+    assert main(tmp_path) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert "Runs: 2 done, 1 unfinished." in page
+    assert "- c: unfinished, time is up" in page
+
+
+# --- compare_losses ------------------------------------------------------------------------------
+
+
+def test_pairs_are_matched_on_everything_but_the_loss(tmp_path):
+    # dice − cce is 0.02, 0.04, 0.06 over the matched runs. The unmatched run would change the mean.
+    for i, (theta, seed) in enumerate([(0.05, 0), (0.05, 1), (0.5, 0)]):
+        write_result(tmp_path / f"c{i}", "cce", theta, seed, accuracy=0.5 + 0.1 * i)
+        write_result(tmp_path / f"d{i}", "dice", theta, seed, accuracy=0.52 + 0.12 * i)
+    write_result(tmp_path / "unmatched", "dice", 0.95, 0, accuracy=0.0)
+    write_result(tmp_path / "failed", "dice", 0.05, 0, accuracy=0.0, status="failed")
+    (row,) = compare_losses(read_runs(tmp_path), pooled=True).to_dict("records")
+    assert (row["loss"], row["other"], row["pairs"]) == ("cce", "dice", 3)
+    assert row["accuracy"] == pytest.approx(-0.04)
+    # By hand: t(2 degrees of freedom) = 4.302653, standard error 0.02 / √3.
+    half = 4.302653 * 0.02 / 3**0.5
+    assert row["accuracy_low"] == pytest.approx(-0.04 - half, abs=1e-6)
+    assert row["dice_high"] == pytest.approx(-0.04 + half, abs=1e-6)
+
+
+def opposite(tmp_path, seeds=3):
+    """θ = 0.5: dice − cce is −0.2 and a little; θ = 0.95: +0.2 and a little. dice_fg lacks 0.95."""
+    for theta, sign in ((0.5, -1), (0.95, 1)):
+        for seed in range(seeds):
+            for loss, gain in (("cce", 0), ("dice", sign * (0.2 + seed / 100)), ("dice_fg", 0.1)):
+                if (loss, theta) != ("dice_fg", 0.95):
+                    write_result(tmp_path / f"{loss},{theta},{seed}", loss, theta, seed,
+                                 accuracy=0.5 + seed / 10 + gain)  # fmt: skip
+    return read_runs(tmp_path)
+
+
+def test_losses_are_compared_in_each_condition(tmp_path):
+    """Differences of opposite signs are seen in each condition, and cancel in the pooled table."""
+    runs = opposite(tmp_path)
+    table = compare_losses(runs).set_index(["theta", "loss", "other"])
+    assert list(table.index) == [
+        (0.5, "cce", "dice_fg"), (0.5, "cce", "dice"), (0.5, "dice_fg", "dice"),
+        (0.95, "cce", "dice"),
+    ]  # fmt: skip
+    assert set(table["pairs"]) == {3}
+    half = 4.302653 * 0.01 / 3**0.5  # t with 2 degrees of freedom
+    for theta, mean in ((0.5, 0.21), (0.95, -0.21)):
+        row = table.loc[theta, "cce", "dice"]
+        assert row["accuracy"] == pytest.approx(mean)
+        assert row["accuracy_low"] == pytest.approx(mean - half, abs=1e-6)
+        assert row["accuracy_high"] == pytest.approx(mean + half, abs=1e-6)
+    # Uncorrected, by scipy; of four p-values the smallest is taken four times, and so on.
+    sample = [0.2, 0.21, 0.22]
+    p = [scipy.stats.ttest_1samp(x, 0).pvalue for x in (sample, sample, [0.3, 0.31, 0.32])]
+    assert table.loc[(0.5, "cce", "dice_fg"), "accuracy_p"] < 1e-6  # -0.1 for each seed
+    assert table.loc[(0.5, "dice_fg", "dice"), "accuracy_p"] == pytest.approx(3 * p[2])
+    assert table.loc[(0.5, "cce", "dice"), "accuracy_p"] == pytest.approx(2 * p[0])
+    assert table.loc[(0.95, "cce", "dice"), "accuracy_p"] == pytest.approx(2 * p[1])
+
+    pooled = compare_losses(runs, pooled=True).set_index(["loss", "other"]).loc["cce", "dice"]
+    assert pooled["pairs"] == 6 and pooled["accuracy"] == pytest.approx(0)
+    assert pooled["accuracy_p"] == pytest.approx(1)
+    assert pooled["accuracy_low"] < -0.2 < 0.2 < pooled["accuracy_high"]
+
+
+def test_one_seed_shows_differences_and_dashes(tmp_path):
+    table = compare_losses(opposite(tmp_path, seeds=1))
+    assert table["accuracy_p"].isna().all() and table["accuracy_low"].isna().all()
+    cells = comparison_table(table)
+    assert list(cells) == ["θ", "losses", "n", "accuracy ± 95 % (p)", "Dice ± 95 % (p)"]
+    assert cells["accuracy ± 95 % (p)"].tolist() == [
+        "-0.1000 ± – (–)", "+0.2000 ± – (–)", "+0.3000 ± – (–)", "-0.2000 ± – (–)"
+    ]  # fmt: skip
+
+
+def test_equal_runs_are_no_evidence(tmp_path):
+    for loss in ("cce", "dice"):
+        for seed in range(3):
+            write_result(tmp_path / f"{loss}{seed}", loss, seed=seed)
+    (row,) = compare_losses(read_runs(tmp_path)).to_dict("records")
+    assert (row["accuracy"], row["accuracy_low"], row["accuracy_high"]) == (0, 0, 0)
+    assert row["accuracy_p"] == 1
+
+
+def test_holm_by_hand():
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04; never decreasing.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.4, 0.9]) == pytest.approx([1, 1, 1])
+    # A row without a test is none of the tests.
+    corrected = holm([np.nan, 0.02, np.nan, 0.03])
+    assert corrected[[1, 3]] == pytest.approx([0.04, 0.04]) and np.isnan(corrected[[0, 2]]).all()
+    assert len(holm([])) == 0
+
+
+def test_holm_equals_statsmodels():
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 40):
+        p = rng.uniform(size=size) ** 3
+        p[: size // 2] = p[size // 2 - 1]  # ties
+        assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+
+
+def test_one_pair_has_no_interval_and_one_loss_no_pairs(tmp_path):
+    write_result(tmp_path / "a", "cce")
+    assert compare_losses(read_runs(tmp_path)).empty
+    write_result(tmp_path / "b", "dice", accuracy=0.8)
+    (row,) = compare_losses(read_runs(tmp_path)).to_dict("records")
+    assert row["pairs"] == 1 and row["accuracy"] == pytest.approx(0.1)
+    assert np.isnan(row["accuracy_low"])
+    write_result(tmp_path / "a", "cce", status="failed")
+    write_result(tmp_path / "b", "dice", status="failed")
+    assert compare_losses(read_runs(tmp_path)).empty
+
+
+# --- Figures -------------------------------------------------------------------------------------
+
+
+def curves(steps: int = 400, scale: float = 1.0) -> pd.DataFrame:
+    """Scalars as `read_scalars` gives them: observed every other step, validated every 50th."""
+    index = pd.Index(range(steps), name="step", dtype=np.int64)
+    frame = pd.DataFrame(index=index)
+    for i, name in enumerate(NAMES, start=1):
+        frame[f"loss/{name}"] = scale * i / (1 + index / 50)
+        frame[f"grad_norm/{name}"] = scale * i
+    frame[index % 2 == 1] = np.nan
+    frame["val/accuracy"] = np.where(index % 50 == 0, 0.95 + index / 1e5, np.nan)
+    return frame
+
+
+def lines(ax) -> dict:
+    return {line.get_color(): line for line in ax.get_lines()}
+
+
+def test_a_figure_has_the_studys_form():
+    figure = figures.draw(
+        {"cce": [curves(), curves(scale=2.0)], "dice": [curves(300)]}, title="θ = 0.5", study=True
+    )
+    above, above2, below, below2, right, right2 = figure.axes
+    assert [ax.get_title() for ax in (above, above2)] == ["trained with cce", "trained with dice"]
+    assert (above.get_ylim(), below.get_ylim(), right.get_ylim()) == ((0, 4), (0, 1), (0.9, 1.012))
+    assert above2.get_ylim() == (0, 4) and right2.get_ylim() == (0.9, 1.012)
+    assert above.get_ylabel() == "global gradient norm" and below.get_ylabel() == "loss"
+    assert right2.get_ylabel() == "validation accuracy" and below.get_xlabel() == "step"
+    assert figure.get_suptitle() == "θ = 0.5"
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        "cce", "dice_fg", "dice", "accuracy", "range of 2 runs",
+    ]  # fmt: skip
+    # Two runs are shown as their mean with the range shaded, a single run without shading.
+    looks = loss_looks(NAMES)
+    cce = lines(above)[looks["cce"]["color"]]
+    assert (cce.get_ydata() == 1.5).all() and list(cce.get_xdata()) == list(range(0, 400, 2))
+    assert len(above.collections) == 3 and len(above2.collections) == 0
+    shade = above.collections[0].get_datalim(above.transData)
+    assert (shade.y0, shade.y1) == (1, 2)
+    # The trained loss is the thicker line.
+    assert cce.get_linewidth() > lines(above2)[looks["cce"]["color"]].get_linewidth()
+    (accuracy,) = right.get_lines()
+    assert list(accuracy.get_xdata()) == list(range(0, 400, 50))
+
+
+def test_fitted_axes_show_everything():
+    tall = curves(scale=9.0)
+    tall["val/accuracy"] -= 0.9
+    above, below, right = figures.draw({"cce": [tall]}).axes
+    assert above.get_ylim()[0] == 0 and above.get_ylim()[1] > 27
+    assert below.get_ylim()[1] > 26
+    assert right.get_ylim()[0] < 0.05 and right.get_ylim()[1] == 1.012
+
+
+def test_moving_mean_is_the_studys_and_shorter_for_short_runs():
+    values = np.random.default_rng(0).normal(size=10_001)
+    smooth = figures.moving_mean(pd.DataFrame({"x": values}), 201)["x"]
+    assert smooth[5000] == pytest.approx(values[4900:5101].mean())
+    assert smooth[0] == pytest.approx(values[:101].mean())
+    short = figures.moving_mean(pd.DataFrame({"x": values[:500]}), 201)["x"]
+    assert short[100] == pytest.approx(values[95:106].mean())  # 11 of 500
+
+
+def test_looks_are_the_same_everywhere_and_differ_within_a_figure():
+    many = ["cce", "dice", "tversky", *(f"loss_{i}" for i in range(13))]
+    looks = loss_looks(many)
+    assert len({str(look) for look in looks.values()}) == 16
+    assert looks["cce"] == loss_looks(["cce"])["cce"]
+    alone = loss_looks(["tversky"])["tversky"]
+    assert loss_looks(["dice", "tversky", "cce"])["tversky"] == alone
+    assert alone not in loss_looks(KNOWN_LOSSES).values()
+
+
+@pytest.mark.parametrize("known", [0, 1, 5])
+def test_ten_losses_have_ten_colours(known):
+    names = [*KNOWN_LOSSES[:known], *(f"loss_{i}" for i in range(10 - known))]
+    assert len({look["color"] for look in loss_looks(names).values()}) == 10
+
+
+def test_a_report_gives_a_loss_one_look_in_all_figures(tmp_path, main, monkeypatch):
+    """Each θ has its own losses; two of them would have the same look in figures of their own."""
+    others = [f"loss_{i}" for i in range(20)]
+    looks = {name: loss_looks([name])[name]["color"] for name in others}
+    first = others[0]
+    second = next(n for n in others[1:] if looks[n] == looks[first])
+    for theta, loss in ((0.05, first), (0.5, second)):
+        write_result(tmp_path / f"{theta}", loss, theta)
+        with SummaryWriter(tmp_path / f"{theta}") as writer:
+            writer.add_scalar(f"loss/{loss}", 0.5, 0)
+    drawn = {}
+
+    def draw(runs, *, looks, **options):
+        drawn.update({name: looks[name]["color"] for name in runs})
+        return original(runs, looks=looks, **options)
+
+    original = figures.draw
+    monkeypatch.setattr(figures, "draw", draw)
+    assert main(tmp_path) == 0
+    assert len(drawn) == 2 and drawn[first] != drawn[second]
+
+
+def test_curves_of_a_short_unvalidated_or_diverged_run(tmp_path):
+    plot = tmp_path / "curves.png"
+    figures.plot_curves(curves(3).drop(columns="val/accuracy"), plot, title="a run", trained="dice")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    plot.unlink()
+    diverged = curves()
+    diverged.loc[100:, :] = np.nan
+    diverged.loc[90:100, "loss/cce"] = np.inf
+    figures.plot_curves(diverged, plot)
+    assert plot.exists()
+
+
+def test_a_figure_per_combination_or_per_seed(tmp_path):
+    for loss in ("cce", "dice"):
+        for theta in (0.05, 0.5):
+            for seed in (0, 1):
+                run = tmp_path / f"loss={loss},theta={theta},seed={seed}"
+                write_result(run, loss, theta, seed)
+                write_events(run, range(12))
+    shutil.rmtree(tmp_path / "loss=dice,theta=0.5,seed=1")
+    write_result(tmp_path / "empty", "cce", 0.95)  # failed before its first step
+    runs = read_runs(tmp_path)
+    paths = figures.plot_sweep(tmp_path, runs)
+    assert [path.name for path in paths.values()] == ["theta=0.05.png", "theta=0.5.png"]
+    assert list(paths)[0] == "θ = 0.05 (95 % foreground)   optimiser = adam   BN = off"
+    assert all(path.parent == tmp_path / "figures" and path.exists() for path in paths.values())
+    paths = figures.plot_sweep(tmp_path, runs[runs["theta"] == 0.05], seeds=True)
+    assert [path.name for path in paths.values()] == ["seed=0.png", "seed=1.png"]
+
+
+def test_figures_are_of_the_runs_that_are_done_and_the_others_are_named(
+    tmp_path, main, monkeypatch, capsys
+):
+    for seed in (0, 1):
+        write_result(tmp_path / f"done,{seed}", "dice", seed=seed, accuracy=0.9 + seed / 10)
+        write_events(tmp_path / f"done,{seed}", range(12), scale=1 + seed)
+    write_result(tmp_path / "failed", "dice", seed=2, status="failed", error="NaN")
+    write_result(tmp_path / "short", "cce", seed=0, status="unfinished", error="time is up")
+    (tmp_path / "killed").mkdir()  # without result.json
+    for name in ("failed", "short", "killed"):
+        write_events(tmp_path / name, range(5), scale=100)
+    drawn, draw = [], figures.draw
+    monkeypatch.setattr(figures, "draw", lambda *args, **o: drawn.append(draw(*args, **o)))
+    monkeypatch.setattr(figures, "draw_files", lambda figure, stem, _: figure() or stem)
+    assert main(tmp_path) == 0
+    [figure] = drawn
+    above, below, right = figure.axes
+    assert above.get_title() == "trained with dice"
+    line = lines(above)[loss_looks(NAMES)["cce"]["color"]]
+    assert line.get_ydata().tolist() == [1.5] * 12
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[-1] == "range of 2 runs"
+    # Both end at 1 - 0.3 / 11, whatever result.json says.
+    assert right.get_title() == "final accuracy 0.9727 (0.9727 to 0.9727)"
+    shown = capsys.readouterr().out
+    names = "failed (failed), killed (unfinished), short (unfinished)"
+    assert shown.count(f"\nNot done, so in no mean, comparison or figure: {names}\n") == 1
+    page = (tmp_path / "report.md").read_text()
+    assert "Runs: 2 done, 2 unfinished, 1 failed." in page
+    for name in ("failed: failed, NaN", "killed: unfinished", "short: unfinished, time is up"):
+        assert page.count(f"- {name}\n") == 1
+
+    for name in ("done,0", "done,1"):
+        write_result(tmp_path / name, "dice", status="failed")
+    drawn.clear()
+    assert main(tmp_path) == 0 and not drawn
+
+
+def test_a_mean_ends_where_the_first_of_its_runs_ends():
+    """Early stopping ends runs that are done at different steps."""
+    runs = {"cce": [curves(), curves(300, scale=2.0)], "dice": [curves(200)] * 3}
+    figure = figures.draw(runs)
+    above, _, _, _, right, _ = figure.axes
+    line = lines(above)[loss_looks(NAMES)["cce"]["color"]]
+    assert line.get_xdata().tolist() == list(range(0, 300, 2)) and (line.get_ydata() == 1.5).all()
+    shade = above.collections[0].get_datalim(above.transData)
+    assert (shade.y0, shade.y1, shade.x1) == (1, 2, 298)
+    [accuracy] = right.get_lines()
+    assert accuracy.get_xdata().tolist() == list(range(0, 300, 50))
+    assert right.get_title() == "final accuracy 0.9530 (0.9525 to 0.9535)"
+    assert figure.legends[0].get_texts()[-1].get_text() == "range of 2 to 3 runs"
+
+
+def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
+    """Matplotlib has no axis for a difference that is infinite."""
+    for theta in (0.05, 0.5):
+        write_result(tmp_path / f"{theta}", theta=theta)
+        write_events(tmp_path / f"{theta}", range(3))
+    with SummaryWriter(tmp_path / "0.5") as writer:
+        for step, value in enumerate([1e308, -1e308], start=3):
+            writer.add_scalar("loss/dice", value, step, new_style=True, double_precision=True)
+    paths = figures.plot_sweep(tmp_path, read_runs(tmp_path))
+    assert [path.name for path in paths.values()] == ["theta=0.05.png"]
+    [message] = caplog.messages
+    assert message.startswith(f"{tmp_path / 'figures/theta=0.5.png'}: not drawn")
+
+
+def test_accuracy_and_dice_over_a_swept_number(tmp_path):
+    accuracy = {0.05: [0.95, 0.97], 0.5: [0.6, 0.9], 0.95: [0.5]}
+    for theta, values in accuracy.items():
+        for seed, value in enumerate(values):
+            write_result(tmp_path / f"d{theta},{seed}", "dice", theta, seed, accuracy=value)
+    write_result(tmp_path / "cce", "cce", 0.05, accuracy=0.7)
+    write_result(tmp_path / "failed", "cce", 0.5, accuracy=0.1, status="failed")
+    runs = read_runs(tmp_path)
+    done = runs[runs["status"] == "done"]
+    assert dependence.swept_number(done) == "theta"
+    looks = loss_looks(["cce", "dice"])
+    left, right = dependence.draw(done, "theta", "title", looks).axes
+    assert [ax.get_ylabel() for ax in (left, right)] == ["validation accuracy", "validation Dice"]
+    cce, dice = left.containers
+    assert (cce.get_label(), dice.get_label()) == ("cce", "dice")
+    line, _, (bars,) = dice.lines
+    assert line.get_color() == looks["dice"]["color"]
+    assert line.get_xydata() == pytest.approx(np.array([[0.05, 0.96], [0.5, 0.75], [0.95, 0.5]]))
+    # By hand: t(1 degree of freedom) = 12.7062, and 12.7062 * 0.01 is beyond 1. One seed: no bar.
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx(e) for e in ([0.96 - 0.127062, 1], [0, 1], [0.5, 0.5])]
+    assert cce.lines[0].get_xydata().tolist() == [[0.05, 0.7]]
+    low, high = left.get_ylim()
+    assert -0.1 < low < 0 and 1 < high < 1.1
+    (path,) = dependence.plot_dependence(tmp_path, runs, formats=["svg", "png"]).values()
+    assert path == tmp_path / "figures/over_theta.svg" and path.with_suffix(".png").exists()
+
+
+def test_the_number_that_a_figure_is_over(tmp_path):
+    def number(*overrides, **columns):
+        runs = pd.DataFrame({"run": "r", "loss": "dice", **columns, "accuracy": 0.5})
+        return dependence.swept_number(runs)
+
+    assert number(theta=[0.5, 0.5], seed=[0, 1]) is None
+    assert number(theta=[0.5, 0.5], lr=[0.1, 0.2]) == "lr"
+    assert number(theta=[0.5, 0.9], lr=[0.1, 0.2]) == "theta"
+    assert number(lr=[0.1, 0.2], width=[8, 16]) is None  # neither is the one to choose
+    assert number(theta=["[0.3, 0.6]", 0.5]) is None
+    assert number(batch_norm=[True, False], lr=[0.1, np.nan]) is None
+
+
+def test_a_figure_over_a_number_for_each_of_the_other_settings(tmp_path):
+    for optimizer in ("adam", "sgd"):
+        for lr in (1e-4, 1e-2):
+            write_result(
+                tmp_path / f"{optimizer}{lr}",
+                choices={"loss": "dice", "optimizer": optimizer},
+                config={"theta": 0.5, "optimizer": {"lr": lr}},
+            )
+    paths = dependence.plot_dependence(tmp_path, read_runs(tmp_path))
+    assert {title: path.name for title, path in paths.items()} == {
+        f"accuracy and Dice over lr   optimiser = {name}": f"over_lr,optimizer={name}.png"
+        for name in ("adam", "sgd")
+    }
+    figure = dependence.draw(read_runs(tmp_path), "lr", "", loss_looks(["dice"]))
+    assert [ax.get_xscale() for ax in figure.axes] == ["log", "log"]
+
+
+# --- The script ----------------------------------------------------------------------------------
+
+
+def report(*arguments, **options) -> subprocess.CompletedProcess:
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "scripts/report.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        **options,
+    )
+
+
+def messages(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if not line.startswith("import time")]
+
+
+def test_script_reports_from_disk_without_torch(tmp_path):
+    sweep = tmp_path / "my sweep"
+    for loss in ("cce", "dice"):
+        for seed in (0, 1):
+            write_result(sweep / f"{loss},{seed}", loss, seed=seed, accuracy=0.9 + seed / 100)
+            write_events(sweep / f"{loss},{seed}", range(12))
+    write_result(sweep / "failed", "dice", seed=2, status="failed", error="loss is NaN | at 3")
+    done = report(sweep, "--seeds")
+    assert done.returncode == 0, done.stderr
+    assert "0.9100" in done.stdout and "cce − dice" in done.stdout
+    assert "Pooled" not in done.stdout  # over one condition
+    assert done.stdout.splitlines()[-1] == f"{sweep / 'report.md'} (3 figures)"
+    assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    text = (sweep / "report.md").read_text()
+    assert text.startswith("# my sweep\n") and "4 done, 1 failed" in text
+    assert r"loss is NaN \| at 3" in text and "0.9050 (0.9000 to 0.9100)" in text
+    images = [
+        unquote(line.split("](")[1][:-1]) for line in text.splitlines() if line.startswith("![")
+    ]
+    assert len(images) == 3 and all((sweep / image).exists() for image in images)
+    assert len(pd.read_csv(sweep / "summary.csv")) == 5
+
+
+def test_script_compares_in_each_condition_and_then_pooled(tmp_path):
+    sweep = tmp_path / "sweep"
+    opposite(sweep)
+    done = report(sweep)
+    each, pooled = (
+        done.stdout.index(title) for title in ("Losses, pair by pair, in each", "Pooled over all")
+    )
+    assert "+0.2100 ± 0.0248 (" in done.stdout[each:pooled]
+    assert "0.95  cce − dice      3  -0.2100 ± 0.0248 (" in done.stdout[each:pooled]
+    assert re.search(r"cce − dice +6  [-+]0\.0000 ± 0\.2", done.stdout[pooled:])
+    tables = done.stdout[each : done.stdout.index("comparison.csv")]
+    assert max(map(len, tables.splitlines()[:-1])) <= 80
+    rows = pd.read_csv(sweep / "comparison.csv")
+    assert rows["pooled"].tolist() == [False] * 4 + [True] * 3
+    assert rows["theta"][:4].tolist() == [0.5, 0.5, 0.5, 0.95] and rows["theta"][4:].isna().all()
+    page = (sweep / "report.md").read_text()
+    assert page.index("## Losses, pair by pair, in each condition") < page.index("## Pooled over")
+    assert "![accuracy and Dice over θ](figures/over_theta.png)" in page
+
+
+def test_a_long_comparison_shows_the_smallest_p(tmp_path, main, capsys):
+    """40 conditions, each with a larger difference than the one before, and so a smaller p."""
+    for i in range(40):
+        for seed in range(2):
+            for loss, gain in (("cce", 0), ("dice", 1e-3 * (i + 1) + 1e-4 * seed)):
+                write_result(tmp_path / f"{loss}{i},{seed}", loss, i, seed, accuracy=0.5 + gain)
+    assert main(tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "in each condition (30 of 40: those with the smallest p)" in printed
+    shown = printed[printed.index("in each") : printed.index("Pooled")]
+    assert re.findall(r"^ *(\d+)  cce − dice", shown, re.MULTILINE) == [
+        str(i) for i in range(10, 40)
+    ]
+    assert len(pd.read_csv(tmp_path / "comparison.csv")) == 41
+    assert f"{tmp_path / 'comparison.csv'} (all rows)" in printed
+
+
+def test_formats_of_figures_and_the_studys_axes(tmp_path, main):
+    write_result(tmp_path / "a")
+    write_events(tmp_path / "a", range(3))
+    assert main(tmp_path, "--format", "pdf,svg") == 0
+    assert (tmp_path / "figures/losses.pdf").read_bytes().startswith(b"%PDF")
+    assert b"<svg" in (tmp_path / "figures/losses.svg").read_bytes()
+    assert not (tmp_path / "figures/losses.png").exists()
+    assert re.search(r"\n!\[θ = 0.5.*losses.svg", (tmp_path / "report.md").read_text())
+    assert main(tmp_path, "--format", "pdf") == 0
+    assert "\n[θ = 0.5" in (tmp_path / "report.md").read_text()  # a link, no image
+    assert main(tmp_path) == 0
+    fitted = (tmp_path / "figures/losses.png").read_bytes()
+    assert main(tmp_path, "--study") == 0
+    assert (tmp_path / "figures/losses.png").read_bytes() != fitted
+
+
+def test_script_refuses_an_unknown_format_in_one_line(tmp_path, main, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(tmp_path, "--format", "png,gif")
+    assert stopped.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("argument --format: one or more of png,pdf,svg, not 'png,gif'")
+    )
+
+
+def test_script_refuses_a_folder_without_runs_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder: .*none"):
+        read_runs(tmp_path / "none")
+    done = report(tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert messages(done) == [f"report.py: holds no runs: {tmp_path}"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_output_of_ascii_or_a_closed_one(tmp_path, main, monkeypatch, closed):
+    write_result(tmp_path / "a")
+    written = io.BytesIO()
+    output = None if closed else io.TextIOWrapper(written, encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(tmp_path) == 0
+    assert (tmp_path / "report.md").exists()
+    assert closed or b"loss |  ? |" in written.getvalue()  # θ
+
+
+def test_no_html_from_disk_reaches_the_report(tmp_path, main):
+    html = "<img src=x onerror=alert(1)> &lt; [a](javascript:b)"
+    write_result(tmp_path / "a")
+    write_result(
+        tmp_path / html, html, html, html, status=html, error=html, overrides=[f"{html}={html}"]
+    )
+    write_events(tmp_path / html, range(3))
+    assert main(tmp_path) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert page.count("img src=x") > 6
+    assert not re.findall(r"(?<!\\)([<>&]|\]\(javascript)", page)
+
+
+def test_what_may_not_be_read_is_named_and_the_rest_reported(tmp_path):
+    def obey_permissions():
+        """Drop the two capabilities by which root reads everything."""
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+    for name in ("folder", "events", "good", "result"):
+        write_result(tmp_path / name, seed=len(name))
+        write_events(tmp_path / name, range(3))
+    secret = [tmp_path / "folder", next((tmp_path / "events").glob("events*"))]
+    secret += [tmp_path / "result/result.json"]
+    for path in secret:
+        path.chmod(0)
+    done = report(tmp_path, preexec_fn=obey_permissions)
+    secret[0].chmod(0o700)  # so that pytest can remove it
+    assert done.returncode == 0
+    assert [line.split(": ")[0] for line in messages(done)] == [
+        str(path) for path in (secret[0], secret[2], secret[1])
+    ]
+    runs = pd.read_csv(tmp_path / "summary.csv").set_index("run")
+    assert runs["status"].to_dict() == {"events": "done", "good": "done", "result": "unfinished"}
+
+
+def test_long_titles_are_broken():
+    curves = pd.DataFrame({"loss/dice": [0.5, 0.4], "grad_norm/dice": [1.0, 0.9]})
+    name = ",".join(f"optimizer.lr={i}" for i in range(12))
+    figure = figures.draw({"dice": [curves]}, title=name)
+    lines = figure.get_suptitle().split("\n")
+    assert len(lines) > 2 and max(map(len, lines)) <= 60
+    assert "".join(lines).replace(", ", ",").replace(" ", "") == name

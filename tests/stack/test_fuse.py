@@ -1,0 +1,435 @@
+"""Runs trained as one stack equal the same runs trained one by one, as train.py trains them."""
+
+import logging
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import ARTICLE, probe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+
+from losswatch.compat import traced
+from losswatch.config.loss_files import loss_nodes
+from losswatch.disk.checkpoint_files import newest
+from losswatch.disk.event_log import EventLog
+from losswatch.events.series import read_scalars
+from losswatch.events.tags import watched_tags
+from losswatch.losses import LossSet
+from losswatch.nets.cpu import fast_on_cpu
+from losswatch.run import build
+from losswatch.run.build import make_losses
+from losswatch.run.module import SegmentationModule
+from losswatch.run.process import quiet
+from losswatch.stack import fit as stack_fit
+from losswatch.stack import module as stack_module
+from losswatch.stack.fit import block_size, fit
+from losswatch.stack.limits import check_options
+from losswatch.stack.member import make_member
+from losswatch.stack.refusal import NotStackable
+from losswatch.task import train
+
+# Smaller than in conf/.
+SMALL = [
+    "experiment=smoke", "data.image_size=8", "data.val_size=5", "data.test_size=3",
+    "data.eval_batch_size=3", "trainer.accelerator=cpu",
+]  # fmt: skip
+# The runs of one stack, which differ in all that may differ.
+GRID = [
+    ["loss=dice", "theta=0.3", "seed=0", "optimizer.lr=3e-3"],
+    ["loss=cce", "theta=0.5", "seed=1", "optimizer.lr=1e-2", "data.low=1", "data.high=-1"],
+    ["loss=dice_square", "theta=0.95", "seed=2", "optimizer.lr=1e-3", "data.high=3"],
+]
+
+
+@pytest.fixture
+def both(compose, tmp_path):
+    """both(*common) -> the runs of GRID trained as a stack and alone, with their results.
+
+    `alone=False` leaves the latter out.
+    """
+
+    def make(*common, grid=GRID, alone=True, name="fused", **options):
+        composed = [compose(*SMALL, *common, *own) for own in grid]
+        members, folders = [], []
+        for i, one in enumerate(composed):
+            one.check()
+            folder = tmp_path / name / str(i)
+            folder.mkdir(parents=True)
+            members.append(make_member(one.cfg, one.trained, folder))
+        initial = [{n: t.clone() for n, t in member.net.state_dict().items()} for member in members]
+        first = composed[0]
+        losses = make_losses(loss_nodes(first.cfg, first.trained), build.describe_data(first.cfg))
+        trainer = build.trainer_options(first.cfg)
+        random = torch.get_rng_state()
+        fit(members, losses, trainer, **{"compile": False} | dict(first.cfg.probe) | options)
+        assert torch.equal(torch.get_rng_state(), random)
+        wanted = []
+        for i, one in enumerate(composed if alone else []):
+            folder = tmp_path / f"{name} alone" / str(i)
+            folder.mkdir(parents=True)
+            folders.append(folder)
+            wanted.append(train(one.cfg, one.trained, folder)[1])
+        return SimpleNamespace(
+            composed=composed, members=members, initial=initial, folders=folders, wanted=wanted
+        )
+
+    return make
+
+
+def checkpoint(folder):
+    file, content = newest(folder)
+    return file.name, content
+
+
+def assert_same_runs(runs, late=1e-3):
+    """Curves agree to 1e-5 over ten steps; all curves, metrics and weights agree to `late`."""
+    for member, folder, wanted in zip(runs.members, runs.folders, runs.wanted, strict=True):
+        assert member.error is None
+        got, reference = read_scalars(member.folder), read_scalars(folder)
+        assert set(got.columns) == set(reference.columns)
+        reference = reference[got.columns]
+        assert list(got.index) == list(reference.index)
+        np.testing.assert_array_equal(got.isna(), reference.isna())
+        watched = [c for c in got.columns if c.startswith(("loss/", "grad_norm/", "grad_cosine/"))]
+        np.testing.assert_allclose(
+            got.loc[:9, watched], reference.loc[:9, watched], rtol=1e-5, atol=1e-5
+        )
+        np.testing.assert_allclose(got[watched], reference[watched], rtol=late, atol=late)
+        # Rounding may move a pixel at the border to the other class.
+        pixels = 2.5 / (3 * 64)
+        assert member.metrics.keys() == wanted.keys() == member.result().keys()
+        for tag, value in wanted.items():
+            near = late if "/loss/" in tag else pixels
+            assert member.metrics[tag] == pytest.approx(value, abs=near), tag
+        (name, saved), (plain_name, plain) = checkpoint(member.folder), checkpoint(folder)
+        assert name == plain_name == f"step={reference.index[-1]}.ckpt"
+        assert saved["state_dict"].keys() == plain["state_dict"].keys()
+        for key, value in plain["state_dict"].items():
+            torch.testing.assert_close(saved["state_dict"][key], value, rtol=late, atol=late)
+        [optimizer], [plain_optimizer] = saved["optimizer_states"], plain["optimizer_states"]
+        assert optimizer["param_groups"] == plain_optimizer["param_groups"]
+        assert optimizer["state"].keys() == plain_optimizer["state"].keys()
+        for key, state in plain_optimizer["state"].items():
+            kept = {n: v for n, v in state.items() if v is not None}
+            assert optimizer["state"][key].keys() == kept.keys()
+            for moment, value in kept.items():
+                torch.testing.assert_close(
+                    optimizer["state"][key][moment], value, rtol=late, atol=late
+                )
+        assert saved["global_step"] == plain["global_step"]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("batch_norm", ["false", "true"])
+@pytest.mark.parametrize("net", ["convnet", "unet"])
+def test_equals_runs_trained_alone(both, net, batch_norm, optimizer):
+    own = ["model.widths=[2,3]"] if net == "unet" else []
+    own += ["optimizer.momentum=0.9"] if optimizer == "sgd" else []
+    runs = both(
+        f"model={net}", f"model.batch_norm={batch_norm}", f"optimizer={optimizer}", *own,
+        "probe.cosines=true",
+    )  # fmt: skip
+    assert_same_runs(runs)
+    # The initial weights are equal bit for bit, and each run has images of its own.
+    for one, initial in zip(runs.composed, runs.initial, strict=True):
+        for name, value in (
+            build.make_net(one.cfg, build.describe_data(one.cfg)).state_dict().items()
+        ):
+            assert torch.equal(initial[name], value)
+    first = [read_scalars(m.folder).loc[0, "loss/cce"] for m in runs.members]
+    assert len(set(first)) == len(GRID)
+
+
+def test_plain_sgd_keeps_no_moments(both):
+    assert_same_runs(both("optimizer=sgd"))
+
+
+def test_adamw(both):
+    assert_same_runs(both("optimizer=adamw", "optimizer.weight_decay=0.3"))
+
+
+def test_three_classes_and_a_foreign_loss(both):
+    grid = [["theta=[0.3,0.6]"], ["theta=[0.1,0.2]", "seed=3"]]
+    assert_same_runs(both("watch=[cce,dice]", "loss=dice_monai", grid=grid))
+
+
+def test_volumes(both):
+    grid = [["seed=0"], ["seed=1", "loss=cce"]]
+    assert_same_runs(both("data.dims=3", "data.image_size=4", grid=grid))
+
+
+@pytest.mark.parametrize(
+    "steps, interval, every",
+    [(12, 12, 1), (13, 5, 1), (7, 100, 1), (10, 5, 3), (14, 4, 3), (9, 4, 0), (1, 1, 1)],
+)
+def test_intervals(both, steps, interval, every):
+    """Blocks that end early, validations that do not fall on the end, steps not observed."""
+    runs = both(
+        f"trainer.max_steps={steps}", f"trainer.val_check_interval={interval}",
+        f"probe.every_n_steps={every}", grid=GRID[:2],
+    )  # fmt: skip
+    assert_same_runs(runs)
+    frame = read_scalars(runs.members[0].folder)
+    seen = list(frame["loss/dice"].dropna().index) if every else []
+    assert seen == (list(range(0, steps, every)) if every else [])
+    assert ("loss/dice" in frame) == bool(every)
+    validated = sorted({*range(interval, steps + 1, interval), steps})
+    assert list(frame["val/accuracy"].dropna().index) == validated
+
+
+@pytest.mark.parametrize("interval", [1, 7, 499, 500, 501, 1000, 1009, 2000])
+def test_block_size(interval):
+    size = block_size(interval)
+    assert interval % size == 0 and 1 <= size <= stack_fit.BLOCK
+    assert all(interval % n for n in range(size + 1, stack_fit.BLOCK + 1))
+
+
+@pytest.mark.parametrize("block", [1, 5, 10])
+def test_blocks_change_nothing(both, monkeypatch, block):
+    runs = both("trainer.max_steps=20", alone=False)
+    monkeypatch.setattr(stack_fit, "BLOCK", block)
+    others = both("trainer.max_steps=20", alone=False, name="blocks")
+    for a, b in zip(runs.members, others.members, strict=True):
+        assert read_scalars(a.folder).equals(read_scalars(b.folder))
+        assert a.metrics == b.metrics
+
+
+def test_chunks_change_nothing_but_rounding(both, monkeypatch):
+    """Members in several chunks, of which the last one is not full."""
+    monkeypatch.setattr(stack_module, "CHUNK", 2)
+    assert_same_runs(both())
+
+
+def test_observing_changes_nothing_but_rounding(both):
+    runs = both("probe.every_n_steps=1", alone=False)
+    others = both("probe.every_n_steps=0", alone=False, name="blind")
+    for a, b in zip(runs.members, others.members, strict=True):
+        for key, value in checkpoint(a.folder)[1]["state_dict"].items():
+            torch.testing.assert_close(
+                checkpoint(b.folder)[1]["state_dict"][key], value, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_event_files_hold_the_same_charts(both):
+    runs = both(grid=GRID[:1])
+    found = []
+    for folder in (runs.members[0].folder, runs.folders[0]):
+        assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+        events.Reload()
+        found.append(events)
+    fused, alone = found
+    for kind in ("scalars", "tensors"):
+        assert sorted(fused.Tags()[kind]) == sorted(alone.Tags()[kind])
+    assert fused.SummaryMetadata("_hparams_/experiment") == alone.SummaryMetadata(
+        "_hparams_/experiment"
+    )
+    assert sorted(p.name for p in runs.members[0].folder.iterdir() if p.is_dir()) == sorted(
+        p.name for p in runs.folders[0].iterdir() if p.is_dir()
+    )
+
+
+def test_a_process_is_left_as_it_was(both):
+    before = torch.backends.mkldnn.enabled
+    both(alone=False)
+    assert torch.backends.mkldnn.enabled == before
+    assert torch.tensor(1e-40) * 1 > 0, "denormals are numbers again"
+
+
+# --- Resuming a member alone ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "sgd, momentum"])
+def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
+    """A Trainer resumes from it and trains as from the checkpoint of the ordinary run."""
+    kind, *momentum = optimizer.split(", ")
+    own = ["optimizer.momentum=0.9"] if momentum else []
+    runs = both(f"optimizer={kind}", "model.batch_norm=true", *own, grid=GRID[:2])
+    for i, one in enumerate(runs.composed):
+        ended = []
+        for which, folder in (("fused", runs.members[i].folder), ("alone", runs.folders[i])):
+            file, _ = newest(folder)
+            state = torch.load(file, weights_only=True)
+            # Lightning warns of differences in these.
+            state["callbacks"] = {}
+            file = tmp_path / f"{which} {i}.ckpt"
+            torch.save(state, file)
+            cfg = one.cfg
+            net = build.make_net(cfg, build.describe_data(cfg))
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.zero_()  # the checkpoint must replace these
+            losses = make_losses(loss_nodes(cfg, one.trained), build.describe_data(cfg))
+            module = SegmentationModule(net, losses, one.trained, build.make_optimizer(cfg))
+            rest = tmp_path / "rest" / which / str(i)
+            trainer = pl.Trainer(
+                **build.trainer_options(cfg) | {"max_steps": 40}, logger=EventLog(str(rest)),
+                callbacks=[probe()(losses)], max_epochs=2, num_sanity_val_steps=0,
+                enable_checkpointing=False, enable_model_summary=False,
+            )  # fmt: skip
+            with quiet(), fast_on_cpu(net):
+                trainer.fit(module, build.make_data(cfg), ckpt_path=file, weights_only=True)
+            trainer.logger.close()
+            assert trainer.global_step == 40
+            ended.append((read_scalars(rest), module.state_dict()))
+        (got, weights), (wanted, plain_weights) = ended
+        assert list(wanted["loss/dice"].dropna().index) == list(range(30, 40))
+        assert list(got.index) == list(wanted.index)
+        np.testing.assert_allclose(got, wanted[got.columns], rtol=1e-3, atol=1e-3)
+        for name, value in plain_weights.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-3)
+
+
+# --- One of them fails ---------------------------------------------------------------------------
+
+
+# TensorBoard converts images that are infinite.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("bad", ["optimizer.lr=1e30", "optimizer.lr=1e36"])
+def test_a_failing_member_leaves_the_others_alone(both, caplog, bad):
+    """Its error names tag and step; the others train as beside a member that does not fail."""
+    grid = [GRID[0], [*GRID[1][:3], "optimizer.lr=1e-2"], GRID[2]]
+    good = both(grid=grid, alone=False)
+    spoiled = [own for own in grid[1] if own.split("=")[0] != bad.split("=")[0]]
+    with caplog.at_level(logging.WARNING, logger="losswatch"):
+        runs = both(grid=[grid[0], [*spoiled, bad], grid[2]], alone=False, name="spoiled")
+    failed = runs.members[1]
+    frame = read_scalars(failed.folder)
+    watched = frame[watched_tags(ARTICLE, cosines=False)].dropna(how="all")
+    said = r"^trained with cce, step (\d+): ((?:loss|grad_norm)/cce) is (\S+)$"
+    with pytest.raises(FloatingPointError, match=said) as e:
+        failed.result()
+    step, tag, value = re.match(said, str(e.value)).groups()
+    step = int(step)
+    assert str(frame.loc[step, tag]) == value and not np.isfinite(float(value))
+    before = frame.loc[: step - 1, ["loss/cce", "grad_norm/cce"]] if step else watched[:0]
+    assert np.isfinite(before.to_numpy()).all()
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("losswatch")]
+    assert len(said) == 1 and str(e.value) in said[0]
+    for i in (0, 2):
+        a, b = good.members[i], runs.members[i]
+        assert b.error is None
+        assert read_scalars(a.folder).equals(read_scalars(b.folder))
+        assert a.result() == b.result()
+        saved, wanted = checkpoint(b.folder)[1], checkpoint(a.folder)[1]
+        for name, weight in wanted["state_dict"].items():
+            assert torch.equal(saved["state_dict"][name], weight), name
+
+
+# --- What Lightning is told ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("gradient_clip_val", 1), ("accumulate_grad_batches", 2), ("precision", "bf16-mixed"),
+        ("precision", "64-true"), ("devices", 2), ("num_nodes", 2),
+    ],
+)  # fmt: skip
+def test_obstacles(compose, option, value):
+    options = build.trainer_options(compose().cfg)
+    check_options(options)
+    check_options(options | {"precision": 32})
+    with pytest.raises(NotStackable, match=f"^trainer.{option}={value} needs the ordinary step$"):
+        check_options(options | {option: value})
+
+
+def test_without_a_progress_bar(both):
+    runs = both("trainer.enable_progress_bar=false", "trainer.max_steps=2", alone=False)
+    assert all(m.result() for m in runs.members)
+
+
+def test_seconds_are_shared(both):
+    runs = both(alone=False)
+    shares = {m.seconds for m in runs.members}
+    assert max(shares) - min(shares) < 0.1 * max(shares) and min(shares) > 0
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("trainer.gradient_clip_val=1", "trainer.gradient_clip_val=1 needs the ordinary step"),
+        (
+            "optimizer._target_=torch.optim.RAdam",
+            "RAdam is not written out for stacked runs",
+        ),
+    ],
+)
+def test_compile_falls_back(compose, tmp_path, caplog, override, reason):
+    """Where compile=true is not possible, one line says so and the run is trained as ordinary."""
+    metrics = []
+    for compiled in ("true", "false"):
+        one = compose(*SMALL, override, "trainer.max_steps=3", f"compile={compiled}")
+        folder = tmp_path / compiled
+        folder.mkdir()
+        metrics.append(train(one.cfg, one.trained, folder))
+        assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+        assert len(list(folder.glob("checkpoints/*"))) == 1
+    assert metrics[0] == metrics[1]
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("losswatch")]
+    assert said == [f"not compiled: {reason}"]
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (AssertionError("no such operation"), "AssertionError: no such operation"),
+        (InductorError(CppCompileError(["g++"], "bad"), None), "InductorError: CppCompileError: "),
+        (InvalidCxxCompiler(), "InvalidCxxCompiler: No working C"),
+        (MemoryError("none left"), None),
+        (InductorError(MemoryError("none left"), None), None),
+        (torch.OutOfMemoryError("none left"), None),
+    ],
+)
+def test_what_the_compiler_refuses(both, monkeypatch, error, text):
+    """A failure of the compiler is a refusal; a lack of memory is an error of the run."""
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("losswatch.stack.compile.compile_graph", broken)
+    if text:
+        with pytest.raises(NotStackable, match=f"the compiler cannot compile them .*: {text}"):
+            both(alone=False, compile=True)
+    else:
+        with pytest.raises(type(error), match="none left"):
+            both(alone=False, compile=True)
+
+
+class Fussy(nn.Module):
+    """A loss that raises an error when its arguments are mapped over runs."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, logits, target):
+        if traced(logits):
+            raise self.error
+        return logits.square().mean()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, NotImplementedError, KeyError])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_error_of_somebodys_code_is_no_refusal(both, error, compiled, monkeypatch):
+    """The error is raised, even in the first step: the runs are not trained one by one."""
+    losses = LossSet({**dict.fromkeys(["cce", "dice"], Fussy(error("boom")))})
+    monkeypatch.setattr("test_fuse.make_losses", lambda *_: losses)
+    with pytest.raises(error, match="boom"):
+        both(alone=False, compile=compiled, grid=GRID[:2])
+
+
+# --- Compiled ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+# Inductor imports a part of PyTorch that PyTorch itself deprecates.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled_stack(both):
+    """There are two graphs: one for steps that are observed, and one for those between."""
+    assert_same_runs(both("model.batch_norm=true", "probe.every_n_steps=2", compile=True))

@@ -1,0 +1,491 @@
+"""hydra/launcher=fused: which runs are trained together, and that nothing else changes."""
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import hydra
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_folders, run_train
+from omegaconf import OmegaConf
+
+from losswatch.config import schema as config
+from losswatch.disk.locks import hold
+from losswatch.events.series import read_scalars
+from losswatch.report.runs import read_runs
+from losswatch.stack import module as stack_module
+from losswatch.stack.module import StackedModule
+from losswatch.sweep import launch
+from losswatch.sweep.groups import group_jobs, order_groups
+from losswatch.sweep.jobs import Job
+
+SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
+
+
+# --- Groups --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """jobs([overrides], ...) -> what the launcher makes of them."""
+    config.register()
+
+    def make(*runs):
+        found = []
+        for i, overrides in enumerate(runs):
+            cfg = hydra.compose("config", overrides=[*SMALL, *overrides], return_hydra_config=True)
+            found.append(Job(i, list(overrides), cfg, tmp_path / str(i)))
+        return found
+
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        yield make
+
+
+def indices(found):
+    return [[job.index for job in group] for group in found]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["seed=0", "seed=1"],
+        ["theta=0.05", "theta=0.5", "theta=0.95"],
+        ["theta=[0.1,0.2]", "theta=[0.3,0.6]"],
+        ["theta=0.5", "theta=[0.5]"],
+        ["loss=dice", "loss=cce", "loss=dice_fg"],
+        ["optimizer.lr=1e-3", "optimizer.lr=1e-2"],
+        ["optimizer.weight_decay=0", "optimizer.weight_decay=0.1"],
+        ["optimizer.betas=[0.9,0.99]", "optimizer.betas=[0.5,0.99]"],
+        ["optimizer.eps=1e-3", "optimizer.eps=1e-8"],
+        ["data.low=0", "data.low=-1", "data.high=3"],
+        ["watch=[cce,dice]", "watch=[dice,cce]"],
+        ["watch=[cce,dice]", "watch=[cce]"],  # dice is trained with
+    ],
+)
+def test_what_may_differ_stays_together(jobs, values):
+    found, differ = group_jobs(jobs(*([value] for value in values)))
+    assert indices(found) == [list(range(len(values)))]
+    assert differ == []
+
+
+@pytest.mark.parametrize("values", ["momentum=0 momentum=0.9", "nesterov=true weight_decay=0.1"])
+def test_numbers_of_sgd_stay_together(jobs, values):
+    common = ["optimizer=sgd", "optimizer.momentum=0.5"]
+    runs = jobs(*([*common, f"optimizer.{value}"] for value in values.split()))
+    assert indices(group_jobs(runs)[0]) == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    "values, name",
+    [
+        (["model=convnet", "model=unet"], "model._target_"),
+        (["model.batch_norm=true", "model.batch_norm=false"], "model.batch_norm"),
+        (["model.width=3", "model.width=4"], "model.width"),
+        (["model.bn_momentum=0.3", "model.bn_momentum=0.4"], "model.bn_momentum"),
+        (["optimizer=adam", "optimizer=sgd"], "optimizer._target_"),
+        (["optimizer=adam", "optimizer=adamw"], "optimizer._target_"),
+        (["+optimizer.amsgrad=true", "+optimizer.amsgrad=false"], "optimizer.amsgrad"),
+        (["theta=0.5", "theta=[0.3,0.6]"], "theta"),
+        (["compile=true", "compile=false"], "compile"),
+        (["probe.every_n_steps=1", "probe.every_n_steps=2"], "probe.every_n_steps"),
+        (["probe.cosines=true", "probe.cosines=false"], "probe.cosines"),
+        (["trainer.max_steps=5", "trainer.max_steps=6"], "trainer.max_steps"),
+        (["trainer.precision=64-true", "trainer.precision=32-true"], "trainer.precision"),
+        (["data.image_size=8", "data.image_size=16"], "data.image_size"),
+        (["data.batch_size=3", "data.batch_size=2"], "data.batch_size"),
+        (["data.dims=3", "data.dims=2"], "data.dims"),
+        (["data.val_size=3", "data.val_size=4"], "data.val_size"),
+        (["watch=[cce]", "watch=[dice_fg]"], "watched"),
+        (["loss=dice", "loss=dice_log"], "watched"),
+    ],
+)
+def test_what_must_be_equal_splits(jobs, values, name):
+    """Groups are in the order of their first runs, and the key in which they differ is named."""
+    found, differ = group_jobs(jobs([values[0]], [values[1]], [values[0], "seed=3"]))
+    assert indices(found) == [[0, 2], [1]]
+    assert name in differ
+    assert {key.split(".")[0] for key in differ} == {name.split(".")[0]}
+
+
+def test_a_changed_loss_is_another(jobs):
+    """Its name means the loss of its file, which the other runs watch."""
+    runs = jobs(
+        ["loss=dice"], ["loss=dice_square"],
+        ["loss=dice", "+loss.exponent=2"], ["loss=dice", "+loss.exponent=2", "seed=1"],
+        ["loss=dice", "+loss.exponent=3"],
+    )  # fmt: skip
+    found, differ = group_jobs(runs)
+    assert indices(found) == [[0, 1], [2, 3], [4]]
+    assert differ and all(name.startswith("changed loss") for name in differ)
+
+
+def test_groups_of_one_compiled_step_begin_apart(jobs):
+    grid = [[f"model.batch_norm={bn}", f"optimizer={o}"] for bn in (0, 1) for o in ("adam", "sgd")]
+    found, _ = group_jobs(jobs(*grid))
+    assert indices(found) == [[0], [1], [2], [3]]
+    assert indices(order_groups(found)) == [[2], [0], [3], [1]]
+
+
+def test_members_stay_in_order():
+    assert launch.split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert launch.split([1, 2], 5) == [[1, 2]]
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fits", [4, 2, 1])
+def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
+    """Like a group too large for a GPU. Each run is trained once, and leaves one event file."""
+    trained = []
+    train = StackedModule.training_step
+
+    def small(module, *args):
+        if len(module.members) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        trained.append(len(module.members))
+        train(module, *args)
+
+    monkeypatch.setattr(StackedModule, "training_step", small)
+    monkeypatch.setattr(launch, "FINISHED", {})
+    runs = jobs(*([f"seed={i}"] for i in range(5)))
+    launch._train(runs)
+    assert sum(trained) == 5 * 2 and max(trained) <= fits  # two blocks each
+    assert list(launch.FINISHED) == [run.folder for run in runs]
+    said = [r.getMessage() for r in caplog.records if "do not fit into memory" in r.getMessage()]
+    assert said[0] == "5 runs do not fit into memory; trying half as many at once"
+    for run in runs:
+        assert launch.FINISHED[run.folder].result()["test/accuracy"] > 0
+        assert list(read_scalars(run.folder)["loss/dice"].dropna().index) == list(range(12))
+        assert len(list(run.folder.glob("events.out.tfevents.*"))) == 1
+
+
+def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
+    """Its halves start at the checkpoint, and have what was logged before it."""
+    train, blocks = StackedModule.training_step, []
+
+    def fails_once(module, *args):
+        blocks.append(len(module.members))
+        if len(blocks) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        train(module, *args)
+
+    monkeypatch.setattr(StackedModule, "training_step", fails_once)
+    monkeypatch.setattr(launch, "FINISHED", {})
+    monkeypatch.setattr(stack_module, "SAVE_SECONDS", 0)  # a checkpoint at the first validation
+    runs = jobs(["seed=0"], ["seed=1"])
+    launch._train(runs)
+    assert blocks == [2, 2, 1, 1]
+    for run in runs:
+        assert list(read_scalars(run.folder)["loss/dice"].dropna().index) == list(range(12))
+
+
+def test_one_run_too_large_fails(jobs, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StackedModule, "training_step", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        launch._train(jobs(["seed=0"]))
+
+
+def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
+    def cut(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StackedModule, "training_step", cut)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning turns one into the other
+        launch._train(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]))
+    runs = read_runs(tmp_path)
+    assert list(runs["status"]) == ["unfinished"] * 2
+    assert list(runs["loss"]) == ["dice", "cce"] and list(runs["theta"]) == [0.05, 0.3]
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+def sweep(cwd, *args, status=0):
+    done = run_train("-m", *SMALL, *args, cwd=cwd, status=status)
+    [folder] = (cwd / "outputs").iterdir()
+    return SimpleNamespace(folder=folder, done=done, runs=run_folders(cwd), said=done.stderr)
+
+
+def tree(folder):
+    """All files of a sweep; names of event files without the time and the host."""
+    names = (str(p.relative_to(folder)) for p in folder.rglob("*"))
+    return sorted(re.sub(r"(events\.out\.tfevents)\..*", r"\1", name) for name in names)
+
+
+def fused_line(said):
+    [line] = [line for line in said.splitlines() if line.startswith("fused: ")]
+    return line
+
+
+GRID = ["loss=dice,cce", "theta=0.3,0.9", "seed=1,3"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The same sweep by both launchers."""
+    return [
+        sweep(tmp_path_factory.mktemp(name), *GRID, *args)
+        for name, args in [
+            ("basic", []),
+            ("fused", ["hydra/launcher=fused", "hydra.launcher.workers=2"]),
+        ]
+    ]
+
+
+def test_same_files(two):
+    basic, fused = two
+    assert len(basic.runs) == 8
+    assert tree(fused.folder) == tree(basic.folder)
+
+
+def test_same_results(two):
+    basic, fused = two
+    for name, folder in basic.runs.items():
+        a, b = read_result(folder), read_result(fused.runs[name])
+        assert b["status"] == "done" and b.pop("seconds") > 0 and a.pop("seconds") > 0
+        metrics, others = a.pop("metrics"), b.pop("metrics")
+        assert a == b
+        assert others == pytest.approx(metrics, rel=1e-3, abs=1e-3)
+        curve, other = read_scalars(folder), read_scalars(fused.runs[name])
+        assert set(curve.columns) == set(other.columns)
+        watched = [c for c in curve.columns if c.startswith(("loss/", "grad_norm/"))]
+        np.testing.assert_allclose(
+            curve[watched].to_numpy(), other[watched].to_numpy(), rtol=1e-4, atol=1e-5
+        )
+        for file in ("config.yaml", "overrides.yaml"):
+            texts = [(f / ".hydra" / file).read_text() for f in (folder, fused.runs[name])]
+            assert texts[0] == texts[1]
+
+
+def test_same_summary(two):
+    basic, fused = (pd.read_csv(s.folder / "summary.csv").drop(columns="seconds") for s in two)
+    pd.testing.assert_frame_equal(basic, fused, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_said(two):
+    _, fused = two
+    assert fused_line(fused.said) == "fused: 8 runs in 2 groups of up to 4, 2 at once"
+    assert "Warning" not in fused.said + fused.done.stdout
+    assert "one by one" not in fused.said
+    counted = re.findall(r"run (\d+) of 8: ", fused.said)
+    assert sorted(map(int, counted)) == list(range(1, 9))
+    assert sum(line.strip().endswith("done") for line in fused.done.stdout.splitlines()) == 8
+
+
+def complete(swept, count):
+    """All runs are done, and each has its files, once."""
+    assert len(swept.runs) == count
+    for folder in swept.runs.values():
+        assert read_result(folder)["status"] == "done"
+        assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+        frame = read_scalars(folder)
+        assert list(frame["loss/cce"].dropna().index) == list(range(12))
+        assert (folder / "curves.png").exists() and list(folder.glob("checkpoints/*.ckpt"))
+
+
+def test_what_cannot_be_stacked_is_trained_one_by_one(tmp_path):
+    """An optimiser that stacks do not know, and gradient clipping, beside runs without them."""
+    extra = tmp_path / "conf" / "optimizer"
+    extra.mkdir(parents=True)
+    OmegaConf.save({"_target_": "torch.optim.Adagrad", "lr": 0.01}, extra / "adagrad.yaml")
+    swept = sweep(
+        tmp_path, "hydra/launcher=fused", "hydra.launcher.workers=1", "optimizer=adam,adagrad",
+        "trainer.gradient_clip_val=null,1", "--config-dir", str(tmp_path / "conf"),
+    )  # fmt: skip
+    complete(swept, 4)
+    line = fused_line(swept.said)
+    assert line.startswith("fused: 4 runs in 4 groups of up to 1, 1 at once (they differ in ")
+    assert "optimizer._target_" in line and "trainer.gradient_clip_val" in line
+    said = [line for line in swept.said.splitlines() if "one by one" in line]
+    clip = "1 run trained one by one: trainer.gradient_clip_val=1 needs the ordinary step"
+    own = "1 run trained one by one: Adagrad is not written out for stacked runs"
+    assert sorted(said) == sorted([clip, clip, own])
+
+
+def test_a_failing_member(tmp_path):
+    """It is marked as failed and the others are done; groups are no larger than asked."""
+    swept = sweep(
+        tmp_path, "hydra/launcher=fused", "hydra.launcher.workers=1",
+        "hydra.launcher.max_members=2", "optimizer.lr=1e-3,1e30,1e-2", status=1,
+    )  # fmt: skip
+    assert fused_line(swept.said) == "fused: 3 runs in 2 groups of up to 2, 1 at once"
+    results = {read_result(f)["config"]["optimizer"]["lr"]: f for f in swept.runs.values()}
+    failed = read_result(results.pop(1e30))
+    assert failed["status"] == "failed"
+    assert re.match(
+        r"FloatingPointError: trained with dice, step \d+: (loss|grad_norm)/dice is \S+$",
+        failed["error"],
+    )
+    assert [read_result(f)["status"] for f in results.values()] == ["done", "done"]
+    summary = pd.read_csv(swept.folder / "summary.csv")
+    assert sorted(summary.status) == ["done", "done", "failed"]
+    assert "Traceback" not in swept.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "hydra/launcher=fused", "seed=0,1,2"]])
+def test_compiled(tmp_path, launcher):
+    """compile=true gives the numbers of compile=false, without a warning."""
+    runs = []
+    for compiled in ("true", "false"):
+        cwd = tmp_path / compiled
+        cwd.mkdir()
+        plain = [a for a in launcher if compiled == "true" or "launcher" not in a]
+        done = run_train(*plain, "experiment=smoke", f"compile={compiled}", cwd=cwd)
+        said = done.stderr.replace("DeprecationWarning: `torch.jit.script_method`", "")  # PyTorch's
+        assert "Warning" not in said and "not compiled" not in said
+        runs.append([
+            folder for _, folder in
+            sorted((read_result(f)["config"]["seed"], f) for f in run_folders(cwd).values())
+        ])  # fmt: skip
+    assert len(runs[0]) == len(runs[1]) == (3 if launcher else 1)
+    for a, b in zip(*runs, strict=True):
+        fast, plain = read_scalars(a), read_scalars(b)
+        assert set(fast.columns) == set(plain.columns)
+        watched = [c for c in plain.columns if c.startswith(("loss/", "grad_norm/"))]
+        np.testing.assert_allclose(fast[watched], plain[watched], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            fast.loc[:9, watched], plain.loc[:9, watched], rtol=1e-5, atol=1e-5
+        )
+        metrics = [read_result(f)["metrics"] for f in (a, b)]
+        assert metrics[0] == pytest.approx(metrics[1], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_with_another_optimizer_falls_back(tmp_path):
+    done = run_train(*SMALL, "compile=true", "optimizer._target_=torch.optim.RAdam", cwd=tmp_path)
+    said = [line for line in done.stderr.splitlines() if "not compiled" in line]
+    assert len(said) == 1 and said[0].endswith("RAdam is not written out for stacked runs")
+    [folder] = run_folders(tmp_path).values()
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+
+# --- Stopped -------------------------------------------------------------------------------------
+
+LONG = [
+    "experiment=smoke", "trainer.max_steps=1000000", "trainer.val_check_interval=100",
+    "hydra.sweep.dir=s",
+]  # fmt: skip
+SWEEP = ["-m", *LONG, "seed=0,1", "loss=dice,cce"]
+FUSED = [*SWEEP, "hydra/launcher=fused"]
+JOBLIB = pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None,
+    reason="hydra_joblib_launcher is not installed",
+)
+
+
+def session(leader):
+    """The processes of a session that have not ended, from Linux's /proc."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, sid = file.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(sid) == leader and state != "Z":
+            found.append(int(file.parent.name))
+    return found
+
+
+def stopped(cwd, command, by, whom, when, env=None):
+    """Start a command, and signal it or all its processes when `when()`; return its output.
+
+    None of its processes may be left 10 seconds later.
+    """
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *command], cwd=cwd, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT | {"PYTHONWARNINGS": ""} | (env or {}),
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not when():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            {"all": os.killpg, "first": os.kill}[whom](process.pid, by)
+            process.wait(PATIENCE)
+            deadline = time.monotonic() + 10
+            while left := session(process.pid):
+                assert time.monotonic() < deadline, left
+                time.sleep(0.05)
+        finally:
+            if session(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+        out, said = process.communicate()
+        print(process.returncode, out, said, sep="\n")
+        return process.returncode, out, said
+
+
+ENDS = {"SIGINT": (130, "losswatch: interrupted"), "SIGTERM": (143, "losswatch: terminated")}
+
+
+def interrupted(status, out, said, rows, by="SIGINT"):
+    """The command printed the table of what is finished, how to go on, and one line."""
+    wanted, line = ENDS[by]
+    assert status == wanted
+    known = r"checking|run[ :]|fused: |val accuracy|compiling|\d+ runs|Resume   python"
+    others = [line for line in said.splitlines() if not re.match(known, line)]
+    assert others == [line]
+    assert out.count("unfinished") == rows
+    assert not rows or re.search(r"^Resume   python .* hydra\.sweep\.dir=s$", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processes")
+@pytest.mark.parametrize(
+    "by, whom",
+    [("SIGKILL", "first"), *((by, whom) for by in ENDS for whom in ("first", "all"))],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*FUSED, "hydra.launcher.workers=2"],
+        [*FUSED, "hydra.launcher.workers=1"],
+        pytest.param([*SWEEP, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], marks=JOBLIB),
+        pytest.param(
+            [*FUSED, "hydra.launcher.outer=joblib", "hydra.launcher.max_members=2"], marks=JOBLIB
+        ),
+    ],
+)
+def test_a_stopped_sweep_leaves_no_process(tmp_path, command, by, whom):
+    """Whether killed, interrupted or terminated; its runs are not locked any more."""
+
+    def under_way():
+        return len(list(tmp_path.glob("s/*/checkpoints/*.ckpt"))) >= 2
+
+    status, out, said = stopped(tmp_path, command, getattr(signal, by), whom, under_way)
+    if by in ENDS:
+        interrupted(status, out, said, len(list(tmp_path.glob("s/*/events*"))), by)
+    for run in tmp_path.glob("s/*/.lock"):
+        hold(run.parent).close()
+    assert "leaked" not in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processes")
+@pytest.mark.parametrize("command", [[*FUSED, "hydra.launcher.workers=1"], FUSED, LONG])
+def test_interrupted_while_it_compiles(tmp_path, command):
+    """The compiler's cache is empty, so compiling takes a while."""
+
+    def compiling():
+        return list(tmp_path.glob("cache/**/*.cpp"))
+
+    status, out, said = stopped(
+        tmp_path, [*command, "compile=true", "model.batch_norm=true"], signal.SIGINT, "all",
+        compiling, env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+    )  # fmt: skip
+    interrupted(status, out, said, 0 if command == LONG else 4)
+    assert not list(tmp_path.glob("**/*.ckpt"))

@@ -1,0 +1,774 @@
+"""Losses and networks of other people: exact numbers, or one line before any work.
+
+The reference is one `torch.autograd.grad` for each loss, in float64, on copies.
+"""
+
+import builtins
+import copy
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import types
+from contextlib import suppress
+from itertools import combinations
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import (
+    ENVIRONMENT,
+    ROOT,
+    SERVER,
+    load_losses,
+    probe,
+    read_result,
+    run_folders,
+    run_train,
+)
+from packaging.version import Version
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import nn
+from torch.func import vmap
+
+from losswatch.config.loss_files import loss_names, loss_nodes
+from losswatch.config.schema import ConfigError
+from losswatch.data.random import TRAIN, ThresholdedImages
+from losswatch.disk.checkpoint_files import find
+from losswatch.disk.event_log import EventLog
+from losswatch.events.series import read_scalars
+from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
+from losswatch.nets import ConvNet
+from losswatch.run.build import describe_data, make_losses
+from losswatch.run.module import SegmentationModule
+from losswatch.stack.fit import fit
+from losswatch.stack.member import Member
+from losswatch.stack.parameters import trained_parameters
+from losswatch.stack.refusal import NotStackable
+from losswatch.stack.step import make_gradient
+
+# --- Losses --------------------------------------------------------------------------------------
+
+
+class MyDice(Dice):
+    def forward(self, logits, target):
+        return 3 * super().forward(logits, target) + 1
+
+
+class MyEntropy(CrossEntropy):
+    def forward(self, logits, target):
+        return super().forward(logits, target).square()
+
+
+class MySum(Sum):
+    def forward(self, logits, target):
+        return 0.5 * super().forward(logits, target)
+
+
+def hooked():
+    loss = Dice()
+    loss.register_forward_hook(lambda module, args, value: 2 * value)
+    return loss
+
+
+class _Old(torch.autograd.Function):
+    """In the old style, which torch.func does not take, with numpy inside."""
+
+    @staticmethod
+    def forward(ctx, p, y):
+        ctx.save_for_backward(p, y)
+        return p.new_tensor(np.square(p.detach().numpy() - y.numpy()).mean())
+
+    @staticmethod
+    def backward(ctx, g):
+        p, y = ctx.saved_tensors
+        return g * 2 * (p - y) / p.numel(), None
+
+
+class OldStyle(nn.Module):
+    def forward(self, logits, target):
+        p = logits.softmax(1)
+        return _Old.apply(p, nn.functional.one_hot(target, p.shape[1]).movedim(-1, 1).to(p))
+
+
+class Annealed(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, logits, target):
+        self.calls += 1
+        return nn.functional.cross_entropy(logits, target) / self.calls
+
+
+class Learned(nn.Module):
+    """Learns a temperature."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, logits, target):
+        return nn.functional.cross_entropy(logits / self.temperature, target)
+
+
+class Noisy(nn.Module):
+    def forward(self, logits, target):
+        noise = torch.rand(logits.shape, dtype=torch.float32) + float(np.random.rand())
+        return nn.functional.cross_entropy(logits + noise.to(logits), target)
+
+
+@functools.cache
+def smp_losses():
+    """smp's losses, imported without the rest of the package, which needs torchvision."""
+    spec = importlib.util.find_spec("segmentation_models_pytorch")
+    if spec is None:
+        pytest.skip("segmentation_models_pytorch is not installed")
+    package = types.ModuleType(spec.name)
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules[spec.name] = package
+    return importlib.import_module(f"{spec.name}.losses")
+
+
+def monai(name, **options):
+    import monai.losses
+
+    return OneHotTarget(getattr(monai.losses, name)(**options))
+
+
+def old_kornia():
+    """kornia 0.8, the newest for Python 3.10, looks at values in its focal loss."""
+    return Version(importlib.metadata.version("kornia")) < Version("0.9")
+
+
+def kornia(name, *args, **options):
+    return getattr(pytest.importorskip("kornia.losses"), name)(*args, **options)
+
+
+# The reason for losses that look at values, or make tensors whose shape depends on values.
+MAPPED = "^torch.func cannot map them over runs: RuntimeError: vmap: "
+
+# How a loss is made, and the reason if it needs the ordinary step.
+LOSSES = {
+    "subclass of Dice": (MyDice, None),
+    "subclass of CrossEntropy": (MyEntropy, None),
+    "subclass of Sum": (lambda: MySum([Dice(), CrossEntropy()]), None),
+    "sum with a foreign part": (lambda: Sum([Dice(), nn.CrossEntropyLoss()], [1, 2]), None),
+    "sum of a subclass": (lambda: Sum([MyDice(), CrossEntropy()]), None),
+    "hooked": (hooked, None),
+    "old-style Function, numpy": (OldStyle, MAPPED),
+    "state": (Annealed, "loss it keeps a state of its own"),
+    "parameters": (Learned, "loss it has parameters of its own to train"),
+    "random": (Noisy, "loss it draws random numbers"),
+    "torch": (lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 3.0])), None),
+    "monai Dice": (lambda: monai("DiceLoss", softmax=True), None),
+    "monai DiceCE": (lambda: monai("DiceCELoss", softmax=True), None),
+    "monai DiceFocal": (lambda: monai("DiceFocalLoss", softmax=True), None),
+    "monai Tversky": (lambda: monai("TverskyLoss", softmax=True), None),
+    "monai GeneralizedDice": (lambda: monai("GeneralizedDiceLoss", softmax=True), MAPPED),
+    "monai HausdorffDT": (lambda: monai("HausdorffDTLoss", softmax=True), "torch.func cannot map"),
+    "kornia Dice": (lambda: kornia("DiceLoss"), MAPPED),
+    "kornia Focal": (
+        lambda: kornia("FocalLoss", 0.5, reduction="mean"),
+        MAPPED if old_kornia() else None,
+    ),
+    "kornia Tversky": (lambda: kornia("TverskyLoss", 0.3, 0.7), MAPPED),
+    "kornia Lovasz": (lambda: kornia("LovaszSoftmaxLoss"), MAPPED),
+    "smp Dice": (lambda: smp_losses().DiceLoss("multiclass"), MAPPED),
+    "smp Jaccard": (lambda: smp_losses().JaccardLoss("multiclass"), MAPPED),
+    "smp Focal": (lambda: smp_losses().FocalLoss("multiclass"), None),
+}
+
+# --- Networks ------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """Uses one layer twice."""
+
+    def __init__(self, *_, **__):
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        x = self.twice(self.first(x).relu()).relu()
+        return self.head(self.twice(x).relu())
+
+
+class Tied(Shared):
+    """Has one parameter under two names."""
+
+    def __init__(self, *_, **__):
+        super().__init__()
+        self.again = nn.Conv2d(3, 3, 3, padding=1)
+        self.again.weight = self.twice.weight
+
+    def forward(self, x):
+        return self.head(self.again(self.twice(self.first(x).relu()).relu()))
+
+
+class Frozen(Shared):
+    def __init__(self, *_, **__):
+        super().__init__()
+        self.first.requires_grad_(False)
+
+
+class Complex(nn.Module):
+    def __init__(self, *_, **__):
+        super().__init__()
+        self.phase = nn.Parameter(torch.tensor([0.5 + 0.2j, -0.3 + 1j], dtype=torch.complex128))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        waves = self.phase.view(1, 2, 1, 1) * x.to(self.phase.dtype)
+        return self.scale * waves.abs() + waves.real
+
+
+class Dropped(Shared):
+    def forward(self, x):
+        x = nn.functional.dropout(self.first(x).relu(), 0.5, self.training)
+        return self.head(self.twice(x))
+
+
+# How a network is made, and the reason if it needs the ordinary step.
+NETS = {
+    "shared layer": (Shared, None),
+    "tied weights": (Tied, "the network shares a parameter between layers"),
+    "frozen": (Frozen, None),
+    "complex": (Complex, "the network has complex parameters"),
+    "dropout": (Dropped, "the network draws random numbers"),
+}
+
+
+# --- The true numbers ----------------------------------------------------------------------------
+
+
+class Reference(pl.Callback):
+    """At each step, for each loss: copies, a forward pass and one `autograd.grad`."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        precision = trainer.precision_plugin.forward_context()  # makes new tensors float64
+        with isolate_rng(), torch.enable_grad(), precision:
+            self.rows.append(self.row(module, batch))
+
+    def row(self, module, batch):
+        images, target = batch
+        state, values, gradients = torch.get_rng_state(), [], []
+        for loss in module.losses.losses:
+            torch.set_rng_state(state)
+            net, loss = copy.deepcopy((module.net, loss))
+            with isolate_rng():
+                value = loss(net(images), target)
+            trained = [p for p in net.parameters() if p.requires_grad]
+            found = torch.autograd.grad(value, trained)
+            found = [torch.view_as_real(g) if g.is_complex() else g for g in found]
+            gradients.append(torch.cat([g.flatten() for g in found]))
+            values.append(value.detach())
+        norms = [g.norm() for g in gradients]
+        pairs = combinations(gradients, 2)
+        cosines = [nn.functional.cosine_similarity(a, b, dim=0, eps=0) for a, b in pairs]
+        return torch.stack([*values, *norms, *cosines])
+
+
+def fit_and_compare(make_run, observed, losses, trained, net=None):
+    reference = Reference()
+    run = make_run(
+        losses=losses, trained=trained, probe=probe(cosines=True), callbacks=[reference],
+        precision="64-true", validate=False,
+    )  # fmt: skip
+    if net is not None:
+        run.module.net = net
+    run.fit()
+    assert len(observed) == 4
+    torch.testing.assert_close(
+        torch.stack(observed), torch.stack(reference.rows), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("trained", ["it", "dice"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_foreign_loss_trained_and_watched(make_run, observed, name, trained):
+    loss = LOSSES[name][0]()
+    ours = load_losses("cce", "dice", "dice_fg_square")
+    losses = LossSet(dict(zip(ours.names, ours.losses, strict=True)) | {"it": loss})
+    fit_and_compare(make_run, observed, losses, trained)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_foreign_network(make_run, observed, name):
+    losses = load_losses("cce", "dice", "dice_fg_square", it=monai("DiceLoss", softmax=True))
+    torch.manual_seed(3)
+    fit_and_compare(make_run, observed, losses, "cce", NETS[name][0]())
+
+
+def test_a_hook_added_later_counts(make_run, observed):
+    losses = load_losses("cce", "dice", "dice_cce")
+    losses.losses[1].register_forward_hook(lambda module, args, value: 3 * value)
+    fit_and_compare(make_run, observed, losses, "dice")
+
+
+# --- In stacks: the same numbers, or refused ------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Converts the images, which are float32, to the precision of its weights."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net.double()
+
+    def forward(self, x):
+        return self.net(x.double())
+
+
+def stack_or_reason(tmp_path, net, losses, trained):
+    """The reason why a stack of two such runs is refused; None if it is trained."""
+    members = []
+    for i in range(2):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        own = copy.deepcopy(net)
+        data = ThresholdedImages([0.5], seed=i, image_size=8, batch_size=3, val_size=3, test_size=3)
+        optimizer = torch.optim.SGD(list(trained_parameters(own).values()), lr=0.1)
+        log = EventLog(str(folder))
+        members.append(Member(folder, own, data, trained, optimizer, log, {}))
+    options = {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu",
+               "enable_progress_bar": False}  # fmt: skip
+    try:
+        fit(members, losses, options, compile=False)
+    except NotStackable as error:
+        return str(error)
+    assert all(member.result() for member in members)
+    return None
+
+
+def assert_mapped_step_is_exact(net, losses):
+    """The stacked step in float64 equals one `autograd.grad` for each loss."""
+    data = ThresholdedImages([0.5], seed=0, image_size=8, batch_size=3)
+    names = trained_parameters(net)
+    state = net.state_dict()
+    flat = torch.cat([state[n].flatten() for n in names])
+    rest = {n: state[n][None] for n in state if n not in names}
+    numbers = {
+        "seed": torch.tensor([0]), "thresholds": data.thresholds[None],
+        "low": torch.zeros(1), "high": torch.ones(1),
+        "trained": torch.eye(len(losses.names), dtype=torch.float64)[:1],
+    }  # fmt: skip
+    step = make_gradient(net, losses, (3, 1, 8, 8), observed=True, cosines=True)
+    mapped = vmap(step, in_dims=(0, 0, 0, None))
+    _, _, seen = mapped(flat[None].double(), rest, numbers, torch.tensor(0))
+    module = types.SimpleNamespace(net=net, losses=losses)
+    wanted = Reference().row(module, data.draw(TRAIN, 0, 3))
+    torch.testing.assert_close(seen[0], wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_foreign_loss_in_a_stack(tmp_path, name):
+    make, reason = LOSSES[name]
+    losses = load_losses("cce", "dice", it=make())
+    torch.manual_seed(0)
+    seen = stack_or_reason(tmp_path, ConvNet(1, 2), losses, "it")
+    if reason:
+        assert seen and re.search(reason, seen) and "\n" not in seen
+    else:
+        assert seen is None
+        losses = load_losses("cce", "dice", it=make().double())
+        assert_mapped_step_is_exact(Wide(ConvNet(1, 2)), losses)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_foreign_network_in_a_stack(tmp_path, name):
+    make, reason = NETS[name]
+    losses = load_losses("cce", "dice")
+    torch.manual_seed(0)
+    assert stack_or_reason(tmp_path, make(), losses, "cce") == reason
+    if reason is None:
+        assert_mapped_step_is_exact(Wide(make()), losses)
+
+
+# --- Refused before any work ---------------------------------------------------------------------
+
+
+class Detached(nn.Module):
+    def forward(self, logits, target):
+        return nn.functional.cross_entropy(logits.detach(), target)
+
+
+class Constant(nn.Module):
+    def forward(self, logits, target):
+        return torch.tensor(1.0)
+
+
+class Whole(nn.Module):
+    def forward(self, logits, target):
+        return (logits.argmax(1) != target).sum()
+
+
+class Vector(nn.Module):
+    def forward(self, logits, target):
+        return nn.functional.cross_entropy(logits, target, reduction="none")
+
+
+class InPlace(nn.Module):
+    def forward(self, logits, target):
+        return nn.functional.cross_entropy(logits.mul_(2), target)
+
+
+class InPlaceTarget(nn.Module):
+    def forward(self, logits, target):
+        return nn.functional.cross_entropy(logits, target.zero_())
+
+
+class Forgetful(nn.Module):
+    """Counts its calls in an attribute, which no checkpoint holds."""
+
+    calls = 0
+
+    def forward(self, logits, target):
+        self.calls += 1
+        return nn.functional.cross_entropy(logits, target) / self.calls
+
+
+def half_loss(logits, target):
+    return nn.functional.cross_entropy(logits, target) / 2
+
+
+class AllFrozen(Shared):
+    def __init__(self, *_, **__):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class Lazy(nn.Sequential):
+    def __init__(self, *_, **__):
+        super().__init__(nn.LazyConv2d(2, 3, padding=1))
+
+
+class NoGrad(Shared):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class Pair(Shared):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Named(Shared):
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
+
+def scheduled(parameters, lr, **_):
+    """What `configure_optimizers` may return in Lightning: no optimiser here."""
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+REFUSED = [
+    ("loss._target_=test_foreign.Detached", "loss dice: its value has no gradient by the logits"),
+    ("loss._target_=test_foreign.Constant", "loss dice: its value has no gradient by the logits"),
+    ("loss._target_=test_foreign.Whole", "loss dice must return a floating-point scalar.*int64"),
+    ("loss._target_=test_foreign.Vector", r"must return a floating-point scalar.*\(2, 16, 16\)"),
+    ("loss._target_=test_foreign.InPlace", "loss dice changes the logits in place"),
+    ("loss._target_=test_foreign.InPlaceTarget", "loss dice changes the target in place"),
+    ("loss._target_=test_foreign.Forgetful", "loss dice gives another value .* buffers"),
+    ("loss._target_=test_foreign.half_loss +loss._partial_=true", "loss dice: .* make a .*Module"),
+    ("loss._target_=collections.OrderedDict", "loss dice: .* make a .*Module, it makes a OrderedD"),
+    ("model._target_=test_foreign.AllFrozen", "model: no parameter requires a gradient"),
+    ("model._target_=test_foreign.Lazy", "model: 0.weight has no size before the first batch"),
+    ("model._target_=test_foreign.NoGrad", "model: its logits carry no gradient"),
+    ("model._target_=test_foreign.Pair", "model must return one tensor .*, it returns a tuple"),
+    ("model._target_=test_foreign.Named", "model must return one tensor .*, it returns a dict"),
+    ("model=unet data.image_size=4 data.batch_size=1", "model: Expected more than 1 value per cha"),
+    ("++optimizer.betas=[.5,.9,.3]", "optimizer.betas must be a list of 2, each .*a number"),
+    ("data.high=1e300", "data.high must be a finite number"),
+    ("data.high=3e38 data.low=-3e38", "high - low must be a finite number"),
+    ("data.high=3e38", "model: its logits are not finite at the first step"),
+    ("trainer.gradient_clip_val=nan", "trainer.gradient_clip_val must be .* at least 0, got nan"),
+    ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be .* at least 0, got -1"),
+    ("optimizer._target_=torch.nn.Linear", "optimizer"),
+    ("optimizer._target_=test_foreign.scheduled", "make a torch.optim.Optimizer, .* a tuple$"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", REFUSED)
+def test_refused_in_one_line(compose, overrides, message):
+    composed = compose("experiment=smoke", *overrides.split())
+    with pytest.raises(ConfigError) as raised:
+        composed.check()
+    assert re.search(message, str(raised.value)), str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+# --- The check does what training does, in every launcher -----------------------------------------
+
+
+@pytest.mark.slow
+def test_every_launcher_trains_the_same(tmp_path):
+    """The fused launcher trains what cannot be stacked as the basic launcher does."""
+    losses = {
+        "mine": "test_foreign.MyDice",
+        "learned": "test_foreign.Learned",
+        "old": "test_foreign.OldStyle",
+    }
+    for name, target in losses.items():
+        file = tmp_path / "conf" / "loss" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"_target_: {target}\n")
+    (tmp_path / "conf/model").mkdir()
+    (tmp_path / "conf/model/drop.yaml").write_text("_target_: test_foreign.Dropped\n")
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    results = []
+    for launcher, workers in ("basic", []), ("fused", ["hydra.launcher.workers=1"]):
+        cwd = tmp_path / launcher
+        cwd.mkdir()
+        done = run_train(
+            "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "model=drop",
+            "loss=mine,learned,old", "watch=[cce,dice,mine,old]", f"hydra/launcher={launcher}",
+            *workers, cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": path},
+        )  # fmt: skip
+        if launcher == "fused":
+            assert re.search(r"trained one by one: the network draws random numbers", done.stderr)
+        runs = run_folders(cwd)
+        results.append({n.split("loss=")[1].split(",")[0]: f for n, f in runs.items()})
+    for loss, folder in results[0].items():
+        other = results[1][loss]
+        assert read_result(folder)["metrics"] == read_result(other)["metrics"]
+        a, b = read_scalars(folder), read_scalars(other)
+        assert a.equals(b[a.columns]), loss
+    # A watched subclass shows the value of its own `forward`, three times Dice's plus one.
+    curves = read_scalars(results[0]["learned"]).dropna(subset=["loss/mine"])
+    np.testing.assert_allclose(curves["loss/mine"], 3 * curves["loss/dice"] + 1, rtol=1e-5)
+    np.testing.assert_allclose(curves["grad_norm/mine"], 3 * curves["grad_norm/dice"], rtol=1e-4)
+
+
+# --- Truth values --------------------------------------------------------------------------------
+
+FLAGS = [
+    "model.batch_norm", "+loss.joint", "+loss.include_background", "trainer.deterministic",
+    "trainer.benchmark", "trainer.sync_batchnorm", "trainer.enable_progress_bar",
+    "++optimizer.nesterov", "++optimizer.maximize", "probe.cosines", "compile",
+]  # fmt: skip
+NUMBERS = ["optimizer.lr", "++optimizer.weight_decay", "model.bn_momentum", "+loss.smooth_nr",
+           "trainer.gradient_clip_val", "trainer.max_steps"]  # fmt: skip
+
+
+def compose_or_refuse(compose, key, value):
+    """The value that a run would use; None if it is refused in a line that names the key."""
+    from hydra.errors import ConfigCompositionException
+    from omegaconf import OmegaConf
+
+    name = key.lstrip("+")
+    try:
+        composed = compose(
+            "experiment=smoke", "optimizer=sgd", "optimizer.momentum=0.9", f"{key}={value}"
+        )
+        composed.check()
+    except ConfigCompositionException as error:
+        assert name in str(error)
+        return None
+    except ConfigError as error:
+        assert name.replace("loss.", "") in str(error), error
+        return None
+    return OmegaConf.select(composed.cfg, name)
+
+
+@pytest.mark.parametrize("key", FLAGS)
+def test_a_truth_value_is_one_or_refused(compose, key):
+    meant = {"true": True, "on": True, "yes": True, "1": True,
+             "false": False, "off": False, "no": False}  # fmt: skip
+    for value in ("true", "false", "on", "off", "yes", "no", "maybe", "1", "None", "''"):
+        used = compose_or_refuse(compose, key, value)
+        assert used is None or used is meant[value], (key, value, used)
+    assert compose_or_refuse(compose, key, "false") is False
+    assert compose_or_refuse(compose, key, "off") in (None, False)
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_truth_value_is_no_number(compose, key):
+    for value in ("true", "off", "maybe", "''"):
+        assert compose_or_refuse(compose, key, value) is None, (key, value)
+
+
+# --- One's own files -----------------------------------------------------------------------------
+
+
+def test_a_loss_file_with_defaults_and_interpolation(tmp_path):
+    """It gives the same loss, trained or watched."""
+    folder = tmp_path / "conf" / "loss"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        "defaults:\n  - dice_square\n  - _self_\nsmooth_nr: ${seed}\nsmooth_dr: ${.smooth_nr}\n"
+    )
+    run_train(
+        "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "loss=mine,dice",
+        "seed=3", "watch=[dice,mine]", "trainer.max_steps=1", cwd=tmp_path,
+    )  # fmt: skip
+    trained, watched = (read_scalars(f)["loss/mine"][0] for f in run_folders(tmp_path).values())
+    loss = Dice(exponent=2, smooth_nr=3, smooth_dr=3)
+    assert trained == watched and abs(trained - 1) > 1e-3
+    [*folders] = run_folders(tmp_path).values()
+    square = read_scalars(folders[0])["loss/dice"][0]
+    assert loss.smooth_nr == 3 and trained != square
+
+
+def test_a_file_with_a_built_in_name_is_refused(tmp_path):
+    folder = tmp_path / "mine" / "loss"
+    folder.mkdir(parents=True)
+    (folder / "dice.yaml").write_text("_target_: torch.nn.CrossEntropyLoss\n")
+    done = run_train("--config-dir", "mine", "experiment=smoke", cwd=tmp_path, status=2)
+    line = done.stderr.splitlines()[-1]
+    assert re.match(r"losswatch: .*mine/loss/dice.yaml would not be used, but .*another name", line)
+
+
+def test_make_losses_of_the_zoo(compose):
+    """Every loss of conf/loss is made as its file says."""
+    composed = compose("experiment=smoke")
+    names = loss_names()
+    composed.cfg.watch = names
+    losses = make_losses(loss_nodes(composed.cfg, "dice"), describe_data(composed.cfg))
+    assert list(losses.names) == names and not losses.is_foreign("dice")
+
+
+# --- The same seed, the same numbers --------------------------------------------------------------
+
+TESTS = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+DRAWS = [
+    "experiment=smoke", "model._target_=test_foreign.Dropped", "trainer.max_steps=200",
+    "loss._target_=test_foreign.Noisy", "trainer.val_check_interval=20",
+]  # fmt: skip
+
+
+def test_random_draws_repeat_and_resume(tmp_path):
+    """A network with dropout and a loss that draws are killed after a checkpoint and resumed."""
+    environment = ENVIRONMENT | {"PYTHONPATH": TESTS}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_train(*DRAWS, f"hydra.run.dir={whole}", cwd=tmp_path, env=environment)
+    process = SERVER.start(
+        str(ROOT / "train.py"), *DRAWS, f"hydra.run.dir={cut}", cwd=tmp_path,
+        env={"PYTHONPATH": TESTS},
+    )  # fmt: skip
+    while not list(cut.glob("checkpoints/*.ckpt")):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.002)
+            break
+    process.kill()
+    assert process.result().returncode != 0, "the run must have been killed before its end"
+    run_train(*DRAWS, f"resume={cut}", cwd=tmp_path, env=environment)
+    a, b = read_scalars(whole), read_scalars(cut)
+    assert a.equals(b[a.columns])
+    assert read_result(whole)["metrics"] == read_result(cut)["metrics"]
+
+
+@pytest.mark.slow
+def test_watching_draws_nothing_from_training(tmp_path):
+    """A run is the same with and without a random loss among the watched ones."""
+    (tmp_path / "conf/loss").mkdir(parents=True)
+    (tmp_path / "conf/loss/noisy.yaml").write_text("_target_: test_foreign.Noisy\n")
+    curves = []
+    for watch in ("[cce,dice]", "[cce,dice,noisy]"):
+        folder = tmp_path / str(len(watch))
+        run_train(
+            "--config-dir", str(tmp_path / "conf"), "experiment=smoke", f"watch={watch}",
+            "model._target_=test_foreign.Dropped", f"hydra.run.dir={folder}",
+            cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": TESTS},
+        )  # fmt: skip
+        curves.append(read_scalars(folder))
+    assert curves[0].equals(curves[1][curves[0].columns])
+    assert curves[1]["loss/noisy"].notna().any()
+
+
+@pytest.mark.slow
+def test_threads_are_the_configs(tmp_path):
+    """The environment does not matter: another number of threads would round otherwise."""
+    metrics = []
+    for threads in ("1", "2"):
+        folder = tmp_path / threads
+        run_train(
+            "experiment=smoke", f"hydra.run.dir={folder}", cwd=tmp_path,
+            env=ENVIRONMENT | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        )  # fmt: skip
+        metrics.append(read_result(folder)["metrics"])
+    assert metrics[0] == metrics[1]
+
+
+# --- What a loss keeps is kept -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_the_trained_loss_learnt_is_tested(tmp_path):
+    """mode=test of a finished run gives the run's own test metrics."""
+    environment = ENVIRONMENT | {"PYTHONPATH": TESTS}
+    common = ["experiment=smoke", "loss._target_=test_foreign.Learned", "optimizer.lr=0.1"]
+    run_train(*common, "hydra.run.dir=run", cwd=tmp_path, env=environment)
+    run_train(
+        *common, "mode=test", "checkpoint=run", "hydra.run.dir=test", cwd=tmp_path, env=environment
+    )
+    trained, tested = (read_result(tmp_path / name)["metrics"] for name in ("run", "test"))
+    assert tested == pytest.approx({name: trained[name] for name in tested}, rel=1e-5)
+    kept = find(str(tmp_path / "run"))["state_dict"]["loss.temperature"]
+    assert kept != 1.5 and "test/loss/dice" in tested
+
+
+def test_a_stack_leaves_the_checkpoint_of_an_ordinary_run(tmp_path):
+    """It holds the buffers of foreign losses, too, so an ordinary run can go on from it."""
+    losses = load_losses("cce", it=nn.CrossEntropyLoss(torch.tensor([1.0, 3.0])))
+    assert stack_or_reason(tmp_path, ConvNet(1, 2), losses, "it") is None
+    module = SegmentationModule(ConvNet(1, 2), losses, "it", torch.optim.SGD)
+    for i in (0, 1):
+        state = find(str(tmp_path / str(i)))["state_dict"]
+        assert {n: t.shape for n, t in state.items()} == {
+            n: t.shape for n, t in module.state_dict().items()
+        }
+
+
+# --- An error of somebody's code is that of its runs ----------------------------------------------
+
+
+class Boom(nn.Module):
+    """Raises an error late in training, at its 25th call in a process."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.calls = getattr(builtins, error), 0
+
+    def forward(self, logits, target):
+        self.calls += 1
+        if self.calls >= 25:
+            raise self.error("boom")
+        return nn.functional.cross_entropy(logits, target)
+
+
+def test_an_error_in_a_stack_fails_its_runs_alone(tmp_path):
+    """They are not trained one by one, and the sweep goes on, whatever the error is."""
+    (tmp_path / "conf/loss").mkdir(parents=True)
+    for name, error in {"runtime": "RuntimeError", "value": "ValueError"}.items():
+        text = f"_target_: test_foreign.Boom\nerror: {error}\n"
+        (tmp_path / f"conf/loss/{name}.yaml").write_text(text)
+    done = run_train(
+        "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "hydra/launcher=fused",
+        "hydra.launcher.workers=1", "loss=cce", "watch=[cce,dice],[cce,runtime],[cce,value]",
+        "seed=0,1",
+        cwd=tmp_path, status=1, env=ENVIRONMENT | {"PYTHONPATH": TESTS},
+    )  # fmt: skip
+    assert "one by one" not in done.stderr and "Traceback" not in done.stderr
+    results = {name: read_result(folder) for name, folder in run_folders(tmp_path).items()}
+    assert len(results) == 6
+    for name, result in results.items():
+        wanted = {"dice": None, "runtime": "RuntimeError: boom", "value": "ValueError: boom"}
+        [error] = [error for loss, error in wanted.items() if loss in name]
+        assert (result["status"], result["error"]) == ("failed" if error else "done", error)
+        if error:
+            assert "Traceback" in (run_folders(tmp_path)[name] / "train.log").read_text()
