@@ -4,31 +4,144 @@ losswatch loss=cce theta=0.05       train as train.py does, which lists more
 losswatch losses                    print the table of losses
 """
 
+from __future__ import annotations
+
+import dataclasses
+import functools
 import sys
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from losswatch.config import schema as config
-from losswatch.config.names import quoted
+from losswatch.config import schema
+from losswatch.config.quoting import quoted
+from losswatch.config.settings import Job, Settings
+from losswatch.config.sources import Sources
 from losswatch.presets import CONF
-from losswatch.sweep.exit import clear_errors
+from losswatch.sweep.exit import end, verdict
+from losswatch.sweep.switches import command_switches, ended_by_sigterm, silence_logging
 from losswatch.terminal import open_streams
 
-config.register()
+if TYPE_CHECKING:
+    from losswatch.run.plan import Found, Planner
+    from losswatch.sweep.jobs import Run
+
+schema.register()
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def train(cfg: DictConfig) -> float | None:
-    """Train or test one run; the accuracy returned is for sweepers."""
-    # Imported late: PyTorch takes seconds, and --help or a misspelt key needs none of it.
-    from losswatch.task import run_task
+@dataclass(frozen=True)
+class Facts:
+    """What the processes of a sweep are told of it.
 
-    return run_task(cfg)
+    Attributes:
+        overrides: of the whole command, in the form in which Hydra got them.
+        total: how many runs there are; None where that is not known.
+        found: what the first process has found out for runs that are alike.
+        key: tells commands apart.
+    """
+
+    overrides: tuple[str, ...] = ()
+    total: int | None = None
+    found: Found | None = None
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+class Command:
+    """Hydra's task function, which is called for each run; and what the command knows of its runs.
+
+    Hydra hands it to sweepers and launchers, and these to their processes.
+
+    Args:
+        facts: of the sweep.
+
+    Attributes:
+        runs: of the sweep, composed and checked, by their overrides; each until it starts.
+        folder: of the sweep, from when its runs may start; the table of it ends the command.
+        lacks_runs: whether the table will lack a run, of which no file can be written.
+        is_terminated: whether SIGTERM ended the command.
+        line, status: how a single run ended: a line about bad input, and the exit status.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.runs: dict[tuple[str, ...], Run] = {}
+        self.folder: Path | None = None
+        self.lacks_runs = self.is_terminated = False
+        self.line, self.status = "", 0
+        self._planner: Planner | None = None
+
+    def planner(self, job: Job, is_here: bool = True) -> Planner:
+        """The one planner of this process.
+
+        Args:
+            job: one of the command's.
+            is_here: see `Planner`.
+        """
+        # Imported late: PyTorch takes seconds, and --help or a misspelt key needs none of it.
+        from losswatch.run.plan import Planner
+
+        if self._planner is None:
+            self._planner = Planner(Sources(job.search_path), self.facts.found, is_here)
+        return self._planner
+
+    def read(self, cfg: DictConfig, job: Job, is_here: bool = True) -> Settings:
+        """The settings of a composed config.
+
+        Args:
+            job: what Hydra knows of the run.
+            is_here: see `Planner`.
+
+        Raises:
+            ConfigError: a value is not allowed, or a loss or a checkpoint does not exist.
+        """
+        from losswatch.disk.checkpoint_files import settings_to_keep  # imported late, as above
+
+        return Settings.read(cfg, job, self.planner(job, is_here).sources, settings_to_keep)
+
+    def begin_sweep(self, folder: Path, runs: dict[tuple[str, ...], Run]) -> None:
+        """Let the runs of a sweep start, which are composed and checked."""
+        self.folder = folder
+        self.runs.update(runs)
+        found = self._planner.found if self._planner else None
+        self.facts = dataclasses.replace(self.facts, total=len(runs), found=found)
+
+    def refuse(self, line: str) -> None:
+        """End a single run for bad input, with one line."""
+        self.line, self.status = line, 2
+
+    def __call__(self, cfg: DictConfig) -> float | None:
+        """Train or test one run; the score returned is for sweepers."""
+        from losswatch.task import run_task  # imported late, as above
+
+        return run_task(self, cfg)
+
+    def __reduce__(self) -> Any:
+        """Another process gets a command of its own, which knows the facts."""
+        return _in_other_process, (self.facts,)
+
+
+def _in_other_process(facts: Facts) -> Command:
+    command = _command(facts.key)
+    command.facts = facts
+    return command
+
+
+@functools.lru_cache(maxsize=1)  # one for each process: its planner keeps what it has found out
+def _command(key: str) -> Command:
+    silence_logging()
+    return Command(Facts(key=key))
 
 
 def main() -> None:
     """Do what the arguments of this process ask for.
+
+    An error becomes one line and an exit status, and a sweep gets its table. If HYDRA_FULL_ERROR is
+    set, errors keep their traceback.
 
     Raises:
         SystemExit: with the exit status, if that is not 0.
@@ -41,6 +154,16 @@ def main() -> None:
         return
     typed = sys.argv[1:]
     sys.argv[1:] = map(quoted, typed)
-    with clear_errors() as sweep:
-        sweep.given = dict(zip(sys.argv[1:], typed, strict=True))
-        train()
+    command = Command(Facts(tuple(sys.argv[1:])))
+    HydraConfig.instance().cfg = None  # of an earlier command in this process
+    with command_switches() as is_verbose, ended_by_sigterm(command):
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()
+            line, status = command.line, command.status
+        except BaseException as error:
+            given = dict(zip(sys.argv[1:], typed, strict=True))
+            known = verdict(error, command, given)
+            if known is None or (is_verbose and isinstance(error, Exception)):
+                raise
+            line, status = known
+        end(command, line, status, is_verbose)

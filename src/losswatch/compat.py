@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from hydra._internal.callbacks import Callbacks
     from hydra.core.config_loader import ConfigLoader
-    from hydra.core.utils import JobReturn
+    from hydra.plugins.sweeper import Sweeper
     from torch import Tensor, nn
     from torch.utils.tensorboard import SummaryWriter
 
@@ -363,41 +363,11 @@ def several_values(error: Exception) -> str | None:
     return found[1] if found else None
 
 
-def split_grid(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each run of a grid, in the order in which Hydra's basic sweeper runs them.
-
-    Used to check all runs before the first one starts. Hydra calls `split_arguments` later, and
-    offers no public way to ask for its result.
-    """
+def basic_sweeper() -> type[Sweeper]:
+    """The class of Hydra's sweeper over a grid, to be subclassed."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    [batch] = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return batch
-
-
-@contextmanager
-def skip_validation(is_checked: Callable[[], bool]) -> Iterator[None]:
-    """While this is open, a sweeper does not compose its runs once more if `is_checked()`.
-
-    Hydra's sweepers compose each run only to see whether that is possible, which takes 70 ms a run.
-    The patched method is that of the base class: Hydra loads its plugins from their files, so the
-    class of the sweeper in use is another one than the class that an import gives.
-    """
-    from hydra.plugins.sweeper import Sweeper
-
-    validate = Sweeper.validate_batch_is_legal
-
-    def validate_unless_checked(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
-        if not is_checked():
-            validate(sweeper, batch)
-
-    Sweeper.validate_batch_is_legal = validate_unless_checked  # type: ignore
-    try:
-        yield
-    finally:
-        Sweeper.validate_batch_is_legal = validate  # type: ignore[method-assign]
+    return BasicSweeper
 
 
 def config_loader() -> ConfigLoader:
@@ -415,11 +385,6 @@ def no_callbacks() -> Callbacks:
     from hydra._internal.callbacks import Callbacks
 
     return Callbacks()
-
-
-def job_error(job: JobReturn) -> Exception:
-    """The error of a failed job. The public `return_value` would print a line, and raise it."""
-    return job._return_value
 
 
 # --- joblib --------------------------------------------------------------------------------------

@@ -1,283 +1,296 @@
-"""What train.py does with one config: check it, train or test the run, and write how that went.
-
-Everything of losswatch comes together here, so nothing but train.py imports this file.
-"""
+"""What train.py does with one run: plan it, train or test it, and write how that went."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import time
 import traceback
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from losswatch import compat
-from losswatch.config.schema import ConfigError
-from losswatch.config.settings import plain
-from losswatch.disk import checkpoint_files as checkpoints
-from losswatch.disk import locks
-from losswatch.disk.checkpoint import adopt, data_of, load_net
-from losswatch.disk.event_files import event_files
-from losswatch.disk.result import Reached, finished, write_result
-from losswatch.disk.resume import announce, check_folder
+from losswatch.config.errors import ConfigError
+from losswatch.config.quoting import resume_command
+from losswatch.config.settings import Job, Settings
+from losswatch.disk import checkpoint_files, locks
+from losswatch.disk.curves import last_watched, read_curves
+from losswatch.disk.growing_files import event_files
+from losswatch.disk.result import Result, finished
+from losswatch.disk.resume import announce, check_folder, check_run
 from losswatch.events.encode import append_picture
-from losswatch.events.series import read_scalars
 from losswatch.events.tags import CURVES
 from losswatch.run import train as run
-from losswatch.run.build import describe_data, make_net
-from losswatch.run.plan import check
+from losswatch.run.plan import Plan
 from losswatch.run.process import only_errors, quiet
+from losswatch.run.train import Reached
 from losswatch.stack.fit import train_compiled
-from losswatch.stack.member import FINISHED
+from losswatch.stack.member import Failure, Member
 from losswatch.stack.refusal import NotStackable
-from losswatch.sweep.command import again, current_sweep
-from losswatch.sweep.exit import stop
 from losswatch.terminal import say
-from losswatch.text import nearby, one_line, parse_overrides
+from losswatch.text import nearby, one_line
+
+if TYPE_CHECKING:
+    from losswatch.command import Command
 
 log = logging.getLogger(__name__)
 
 PICTURE = "curves.png"
 
 
-def run_task(cfg: DictConfig) -> float | None:
-    """Check a run, and train or test it unless it is done.
+def run_task(command: Command, cfg: DictConfig) -> float | None:
+    """Plan a run, and train or test it unless it is done.
 
     Returns:
-        the score, for sweepers; None if the run failed in a sweep, or is unfinished.
+        the score, for sweepers; None if the run cannot work, failed or is unfinished.
 
     Raises:
-        SystemExit: the config cannot work; or a single run failed or is unfinished.
-        KeyboardInterrupt: after Ctrl-C.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
-    if current_sweep().is_terminated:  # the signal came where Python drops errors
+    if command.is_terminated:  # the signal came where Python drops errors
         raise KeyboardInterrupt
-    job = HydraConfig.get()
-    folder = Path(job.runtime.output_dir)
-    trained = job.runtime.choices.get("loss") or ""  # `check` says what is wrong with none
-    is_single = job.mode == RunMode.RUN
+    job = Job.read(HydraConfig.get(), command.facts.overrides)
+    _say_which(command, job)
+    checked = command.runs.pop(job.overrides, None)
+    plan, settings = (checked.plan, checked.settings) if checked else (None, None)
     with quiet():
         try:
-            _check(cfg, trained, folder)
+            if plan is None:
+                settings = command.read(cfg, job)
+                if settings.resume:
+                    check_run(job.folder)
+                plan = command.planner(job).plan(settings)
         except ConfigError as error:
-            stop(str(error))
-        if earlier := finished(folder):
-            return _skip(earlier, cfg, trained, folder)
-        # Lightning starts this program again for each further device. Those processes train, too,
-        # and leave everything else to the first one.
-        is_first = compat.process_rank() == 0
+            if not job.is_sweep:
+                command.refuse(str(error))
+            else:
+                with _held(job.folder):
+                    _record_failure(job, settings, error, 0.0)
+            return None
         try:
-            with locks.hold(folder) if is_first else nullcontext():
+            with _held(job.folder):
                 # Before it let go, another process may have finished the run, or begun one here.
-                check_folder(folder, cfg)
-                if earlier := finished(folder):
-                    return _skip(earlier, cfg, trained, folder)
-                return _attempt(cfg, trained, folder, is_first)
+                check_folder(job.folder, plan.settings.as_config())
+                if earlier := finished(job.folder):
+                    return _skip(earlier, plan)
+                return _attempt(command, plan, _work)
         except ConfigError as error:
-            if is_single:
-                stop(str(error))
-            log.error("%s", error)  # true since the sweep began: its other runs go on
+            if job.is_sweep:
+                log.error("%s", error)  # the grid was valid when the sweep started
+            else:
+                command.refuse(str(error))
             return None
 
 
-def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
-    """See that a single run can work, and that `folder` holds no other one.
+def finish_stacked(
+    command: Command, plan: Plan, outcome: Member | Failure, cfg: DictConfig
+) -> float | None:
+    """Write the result of a run that was trained in a stack.
 
-    With a checkpoint its settings are taken over first. A run of a sweep is checked in `_work`,
-    since an error there is an error of the run and does not end the sweep.
+    Args:
+        outcome: of the run; whoever trained it holds its lock.
+        cfg: unused; Hydra passes it to each task function.
 
-    Raises:
-        ConfigError: it cannot, or it does.
+    Returns and raises as `run_task`.
     """
-    job = HydraConfig.get()
-    content = None
-    if cfg.checkpoint is not None:
-        content = checkpoints.find(cfg.checkpoint)
-        adopt(cfg, content, given=parse_overrides(job.overrides.task))
-    if job.mode == RunMode.RUN:
-        check(cfg, trained)
-    if content is not None:
-        form = data_of(content)[0] if cfg.mode == "predict" else describe_data(cfg)
-        load_net(make_net(cfg, form), content)
-    check_folder(folder, cfg)
+    _say_which(command, plan.settings.job)
+
+    def hand_over(plan: Plan) -> tuple[Reached, float]:
+        announce(outcome.notice, step=0)
+        return Reached(plan.steps, outcome.result()), outcome.seconds
+
+    with quiet():
+        return _attempt(command, plan, hand_over)
 
 
-def _skip(result: dict[str, Any], cfg: DictConfig, trained: str, folder: Path) -> float:
+def _say_which(command: Command, job: Job) -> None:
+    """Say which run starts; of the devices of a run the first one says it."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        return
+    total = f" of {command.facts.total}" if command.facts.total else ""
+    number = f" {job.number + 1}{total}" if job.is_sweep else ""
+    say(f"run{number}: {' '.join(job.overrides) or 'all defaults'}")
+
+
+def _held(folder: Path) -> AbstractContextManager[Any]:
+    """The lock of a run.
+
+    Lightning starts this program again for each further device. Those processes train, too, and
+    leave everything else to the first one.
+    """
+    return locks.hold(folder) if compat.process_rank() == 0 else nullcontext()
+
+
+def _skip(result: Result, plan: Plan) -> float:
     """Say that the run is done; return its score. Draw its picture if a kill came before that."""
-    log.info("done before, skipped: %s", _called(folder))
-    is_first = compat.process_rank() == 0
-    if is_first and cfg.mode == "train" and not (folder / PICTURE).exists():
-        _draw_curves(folder, trained, result.get("steps") or 0)
-    return score(result["metrics"], cfg)
-
-
-def score(metrics: Mapping[str, float | None], cfg: DictConfig) -> float:
-    """What a search goes by: the value of `cfg.metric`, of the test in mode=test."""
-    name = cfg.metric if cfg.mode == "train" else cfg.metric.replace("val/", "test/", 1)
-    value = metrics.get(name)
-    return float("nan") if value is None else value
+    log.info("done before, skipped: %s", _display_name(plan.settings.job))
+    is_trained = compat.process_rank() == 0 and plan.settings.mode == "train"
+    if is_trained and not (plan.folder / PICTURE).exists():
+        _draw_curves(plan, result.steps or 0)
+    return result.score(plan.settings.metric)
 
 
 # --- One attempt ---------------------------------------------------------------------------------
 
 
-def _attempt(cfg: DictConfig, trained: str, folder: Path, is_first: bool) -> float | None:
-    """Train or test the run, and write how it went."""
-    begin = time.perf_counter()
+def _attempt(
+    command: Command, plan: Plan, work: Callable[[Plan], tuple[Reached, float]]
+) -> float | None:
+    """Train or test the run, and write how it went.
+
+    Args:
+        work: trains or tests; returns what that has reached, and the seconds that it took.
+    """
+    settings, begin = plan.settings, time.perf_counter()
+    is_first = compat.process_rank() == 0
     try:
         with only_errors(not is_first):
-            reached, seconds = _work(cfg, trained, folder)
+            reached, seconds = work(plan)
     except BaseException as error:
-        _fail(error, cfg, folder, time.perf_counter() - begin, is_first)
+        _fail(command, plan, error, time.perf_counter() - begin, is_first)
         return None
-    found = score(reached.metrics, cfg)
+    status = "done" if reached.is_done else "unfinished"
+    result = _result(settings.job, settings, status, seconds, reached)
     if not is_first:
-        return found
+        return result.score(settings.metric)
     if not reached.is_done:
-        _stop_early(reached, cfg, trained, folder, seconds)
+        _stop_early(command, plan, result)
         return None
-    # In this order: a run that is not done has the checkpoints to go on from, and one that is done
-    # stays so whatever becomes of its picture.
-    _write(cfg, folder, "done", reached, seconds=seconds)
-    if cfg.mode == "train":
-        checkpoints.finish(folder, reached.steps)
-        _draw_curves(folder, trained, reached.steps)
+    # The result first: whatever becomes of its picture, a run that is done stays so, and one that
+    # is not done keeps the checkpoints to go on from.
+    result.write(plan.folder)
+    if settings.mode == "train":
+        checkpoint_files.finish(plan.folder, reached.steps)
+        _draw_curves(plan, reached.steps)
     what = "predicted"
-    if cfg.mode != "predict":
-        stage = "val" if cfg.mode == "train" else "test"
+    if settings.mode != "predict":
+        stage = "val" if settings.mode == "train" else "test"
         what = f"{stage} accuracy {reached.metrics.get(f'{stage}/accuracy', float('nan')):.4f}"
-    log.info("%s in %.1f s: %s", what, seconds, _called(folder))
-    return found
+    log.info("%s in %.1f s: %s", what, seconds, _display_name(settings.job))
+    return result.score(settings.metric)
 
 
-def _work(cfg: DictConfig, trained: str, folder: Path) -> tuple[Reached, float]:
-    """Train or test, and the seconds that this took.
-
-    A run that the fused launcher has trained only hands over its result.
-    """
-    if stacked := FINISHED.pop(folder, None):
-        announce(stacked.notice, step=0)
-        return Reached(cfg.trainer.max_steps, stacked.result()), stacked.seconds
+def _work(plan: Plan) -> tuple[Reached, float]:
+    """Train or test, and the seconds that this took."""
     begin = time.perf_counter()
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        check(cfg, trained, multirun=True)
-    work = {"train": train, "test": run.test, "predict": run.predict}[cfg.mode]
-    return work(cfg, trained, folder), time.perf_counter() - begin
+    work = {"train": train, "test": run.test, "predict": run.predict}[plan.settings.mode]
+    return work(plan), time.perf_counter() - begin
 
 
-def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
-    """Train one run: by a compiled step if `cfg.compile` asks for it, and it can be compiled.
-
-    Args and returns as of `run.train.train`.
-    """
-    if cfg.compile:
+def train(plan: Plan) -> Reached:
+    """Train one run: by a compiled step if the settings ask for it, and it can be compiled."""
+    if plan.settings.compile:
         try:
-            return train_compiled(cfg, trained, folder)
+            return train_compiled(plan)
         except NotStackable as error:
             log.warning("not compiled: %s", error)
-    return run.train(cfg, trained, folder)
+    return run.train(plan)
 
 
 # --- How it went ---------------------------------------------------------------------------------
 
 
-def _write(
-    cfg: DictConfig,
-    folder: Path,
+def _result(
+    job: Job,
+    settings: Settings | None,
     status: str,
+    seconds: float,
     reached: Reached | None = None,
     error: str | None = None,
-    seconds: float = 0.0,
-) -> None:
-    """Write result.json; `seconds` are those of the attempt."""
-    job = HydraConfig.get()
-    groups = ("loss", "model", "optimizer")
-    result = {
-        "run": folder.name,
-        "status": status,
-        "error": error,
-        "overrides": list(job.overrides.task),
-        "choices": {group: job.runtime.choices.get(group) for group in groups},
-        "config": plain(cfg),
-        "steps": reached.steps if reached else None,
-        "seconds": seconds,
-    }
-    write_result(folder, result | {"metrics": reached.metrics} if reached else result)
+) -> Result:
+    """The result of an attempt that took so many seconds."""
+    return Result(
+        run=job.folder.name,
+        status=status,
+        error=error,
+        overrides=list(job.overrides),
+        choices={group: job.choices.get(group) for group in ("loss", "model", "optimizer")},
+        config=settings.as_config() if settings else {},
+        steps=reached.steps if reached else None,
+        seconds=seconds,
+        metrics=reached.metrics if reached else {},
+        watched=last_watched(job.folder),
+    )
 
 
 def _fail(
-    error: BaseException, cfg: DictConfig, folder: Path, seconds: float, is_first: bool
+    command: Command, plan: Plan, error: BaseException, seconds: float, is_first: bool
 ) -> None:
-    """Record an error, and raise what ends the command: the error of a single run, or Ctrl-C.
+    """Record an error; pass on Ctrl-C, as which SIGTERM counts.
 
-    SIGTERM counts as Ctrl-C.
+    Raises:
+        KeyboardInterrupt: the error is Ctrl-C.
+        ConfigError: the error, of a single run: it is bad input that only the work could find.
     """
-    job, is_terminated = HydraConfig.get(), current_sweep().is_terminated
+    job = plan.settings.job
     # On Ctrl-C Lightning shuts down in order, and then exits.
-    is_interrupt = isinstance(error, KeyboardInterrupt | SystemExit) or is_terminated
-    text = "interrupted" if is_interrupt else one_line(error)
-    if is_first:
-        status = "unfinished" if is_interrupt else "failed"
-        _write(cfg, folder, status, error=text, seconds=seconds)
-    if is_interrupt:
+    if isinstance(error, KeyboardInterrupt | SystemExit) or command.is_terminated:
         if is_first:
-            _say_how_to_resume(cfg, folder)
+            result = _result(job, plan.settings, "unfinished", seconds, error="interrupted")
+            result.write(plan.folder)
+            _say_how_to_resume(plan)
         raise KeyboardInterrupt from error
-    log.error(
-        "failed: %s (traceback in %s)",
-        text,
-        nearby(folder / f"{job.job.name}.log", Path(job.runtime.cwd)),
-    )
-    log.debug("".join(traceback.format_exception(error)))
-    if job.mode == RunMode.RUN:
-        raise SystemExit(1) from error
+    if isinstance(error, ConfigError) and not job.is_sweep:
+        raise error
+    if is_first:
+        _record_failure(job, plan.settings, error, seconds)
+    command.status = 1
 
 
-def _stop_early(
-    reached: Reached, cfg: DictConfig, trained: str, folder: Path, seconds: float
+def _record_failure(
+    job: Job, settings: Settings | None, error: BaseException, seconds: float
 ) -> None:
-    """Record that the time was up before the last step, which ends a single run."""
-    what = f"after {reached.steps} of {cfg.trainer.max_steps} steps"
-    _write(cfg, folder, "unfinished", reached, error=what, seconds=seconds)
-    _draw_curves(folder, trained, reached.steps)
-    log.warning("unfinished %s: %s", what, _called(folder))
-    if HydraConfig.get().mode == RunMode.RUN:
-        _say_how_to_resume(cfg, folder)
-        raise SystemExit(1)
+    """Write the result of a run that failed, and say why."""
+    text = one_line(error)
+    _result(job, settings, "failed", seconds, error=text).write(job.folder)
+    log_file = nearby(job.folder / job.log)
+    log.error("failed: %s (traceback in %s)", text, log_file)
+    log.debug("".join(traceback.format_exception(error)))
 
 
-def _say_how_to_resume(cfg: DictConfig, folder: Path) -> None:
+def _stop_early(command: Command, plan: Plan, result: Result) -> None:
+    """Record that the time was up before the last step."""
+    what = f"after {result.steps} of {plan.steps} steps"
+    dataclasses.replace(result, error=what).write(plan.folder)
+    _draw_curves(plan, result.steps or 0)
+    log.warning("unfinished %s: %s", what, _display_name(plan.settings.job))
+    _say_how_to_resume(plan)
+    command.status = 1
+
+
+def _say_how_to_resume(plan: Plan) -> None:
     """Of a single run; a sweep says it below its table."""
-    if HydraConfig.get().mode == RunMode.RUN and cfg.mode == "train":
-        say(f"Resume   {again('resume', _called(folder))}")
+    job = plan.settings.job
+    if not job.is_sweep and plan.settings.mode == "train":
+        say(f"Resume   {resume_command('resume', _display_name(job))}")
 
 
-def _called(folder: Path) -> str:
-    """A run as lines call it: its folder, seen from that of the sweep or of the command."""
-    job = HydraConfig.get()
-    base = Path(job.runtime.cwd, job.sweep.dir if job.mode == RunMode.MULTIRUN else "")
-    return nearby(folder, base)
+def _display_name(job: Job, file: str = "") -> str:
+    """A run, or a file of it, as lines call it: its path from the sweep or the working folder."""
+    return nearby(job.folder / file, job.base)
 
 
-def _draw_curves(folder: Path, trained: str, step: int) -> None:
+def _draw_curves(plan: Plan, step: int) -> None:
     """Draw the run's curves into its folder, and for TensorBoard, whose charts colour by run.
 
     An error is no error of the run: a line tells it.
     """
-    file = folder / PICTURE
+    file = plan.folder / PICTURE
     try:
         # Imported late: Matplotlib takes a second, and a run that is done before draws nothing.
         from losswatch.report.figures import plot_curves
 
-        plot_curves(read_scalars(folder), file, title=folder.name, trained=trained)
-        if events := event_files(folder):
+        curves = read_curves(plan.folder)
+        plot_curves(curves, file, title=plan.folder.name, trained=plan.settings.trained)
+        if events := event_files(plan.folder):
             append_picture(max(events), CURVES, file.read_bytes(), step)
     except Exception as error:
-        log.warning("%s cannot be drawn: %s", _called(file), one_line(error))
+        name = _display_name(plan.settings.job, PICTURE)
+        log.warning("%s cannot be drawn: %s", name, one_line(error))
         log.debug("", exc_info=True)

@@ -14,7 +14,7 @@ from enum import Enum
 from os import PathLike
 from typing import Any
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 
 
 def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:

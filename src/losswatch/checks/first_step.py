@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 from losswatch.data.form import Form
 from losswatch.losses import LossSet
 from losswatch.run.randomness import draws
@@ -38,7 +38,7 @@ def try_step(
     batch: tuple[Tensor, Tensor],
     form: Form,
     autocast: AbstractContextManager | None = None,
-) -> Traits:
+) -> tuple[Traits, torch.optim.Optimizer]:
     """Do one training step and call all losses; this changes `net` and `losses`.
 
     Args:
@@ -48,6 +48,9 @@ def try_step(
         batch: images and labels.
         form: of the data.
         autocast: the context of the forward pass and the losses.
+
+    Returns:
+        what the network and the losses do besides, and the optimiser after its step.
 
     Raises:
         ConfigError: the step fails; with one line for the user.
@@ -97,7 +100,7 @@ def try_step(
             if parameter.dtype == torch.float16:
                 hint = "; an eps of 1e-8 is 0 in float16: raise it, or trainer.precision=bf16-true"
             raise ConfigError(f"optimizer: its first step makes {name} NaN or infinite{hint}")
-    return Traits(random, stateful)
+    return Traits(random, stateful), optimizer
 
 
 def _call(what: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 from losswatch.disk.checkpoint_files import step_in_name
 from losswatch.text import one_line
 

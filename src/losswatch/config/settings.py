@@ -1,17 +1,34 @@
-"""A run's config as plain data: as it stands in checkpoints and in result.json, and what differs.
+"""A run's settings as one typed object. Nothing below this file sees Hydra's config.
 
-Imports nothing slow.
+Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from losswatch.config.schema import RANDOM
-from losswatch.text import shortened
+from losswatch.config.errors import ConfigError
+from losswatch.config.ranges import FOLDER, RANDOM, check_values
+from losswatch.config.sources import Sources
+from losswatch.text import parse_overrides, shortened
+
+Node = dict[str, Any]  # plain values; with a `_target_` it describes an object
+
+# What a file of conf/ can say of the data and the run, as in `${form.in_channels}`. The values are
+# known once the data have been looked at (`run.plan`), so until then the text stands for itself.
+LATER = {
+    group: {key: f"\\${{{group}.{key}}}" for key in keys}
+    for group, keys in {"form": ("in_channels", "channels", "dims"), "run": ("folder", "name")}.items()
+}
 
 # What may differ when a run is resumed.
 _FREE = (
@@ -20,35 +37,246 @@ _FREE = (
 )  # fmt: skip
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The config as dicts, lists and plain values, without Hydra's section."""
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return OmegaConf.to_container(own, resolve=True)  # type: ignore[return-value]
+@dataclass(frozen=True)
+class Job:
+    """What Hydra knows of a run.
+
+    Attributes:
+        folder: where the run writes; absolute.
+        overrides: of the run, those of Hydra's settings left out.
+        choices: the chosen file of each group.
+        is_sweep: whether the run is one of a sweep.
+        number: of the run in its sweep, from 0.
+        base: the folder from which lines name the run's: that of the sweep, or the working folder.
+        log: the name of the log file in the folder.
+        search_path: the command's overrides of Hydra's search path.
+        swept: the value of each key in which the runs of the sweep differ, as text; of a single run,
+            of each key that the command sets.
+    """
+
+    folder: Path
+    overrides: tuple[str, ...]
+    choices: Mapping[str, str | None]
+    is_sweep: bool
+    number: int
+    base: Path
+    log: str
+    search_path: tuple[str, ...]
+    swept: Mapping[str, str]
+
+    @classmethod
+    def read(cls, hydra: DictConfig, command: Collection[str], folder: Path | None = None) -> Job:
+        """From the section `hydra` of a run's config.
+
+        Args:
+            command: the overrides of the whole command.
+            folder: of a run that Hydra has not started, so that its config does not name it.
+        """
+        is_sweep = hydra.mode == RunMode.MULTIRUN
+        own = [o for o in hydra.overrides.task if not (is_sweep and o in command)]
+        swept = {key: value for key, value in parse_overrides(own).items() if key != "resume"}
+        sweep = hydra.sweep.dir if is_sweep else ""
+        return cls(
+            folder=folder or Path(hydra.runtime.output_dir),
+            overrides=tuple(hydra.overrides.task),
+            choices=OmegaConf.to_container(hydra.runtime.choices),  # type: ignore[arg-type]
+            is_sweep=is_sweep,
+            number=hydra.job.num if is_sweep and not OmegaConf.is_missing(hydra.job, "num") else 0,
+            base=Path(hydra.runtime.cwd, sweep),
+            log=f"{hydra.job.name}.log",
+            search_path=tuple(o for o in hydra.overrides.hydra if "hydra.searchpath" in o),
+            swept=swept,
+        )
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+@dataclass(frozen=True)
+class Probe:
+    """How a run is watched; see conf/config.yaml."""
+
+    every_n_steps: int
+    cosines: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run; conf/config.yaml says what each means.
+
+    The first fields have the names of the config's keys. Values of nodes may hold the texts of
+    `LATER`; `run.plan.Plan.filled` replaces these.
+
+    Attributes:
+        trained: the name of the trained loss.
+        losses: the node of each watched loss by name, the trained one among them.
+        job: what Hydra knows of the run.
+        has_own_loss: whether a run of a sweep trains another loss than the file of that name says.
+    """
+
+    theta: float | list[float] | None
+    seed: int
+    watch: list[str]
+    metric: str
+    tags: list[str]
+    threads: int
+    compile: bool
+    mode: str
+    resume: str | None
+    checkpoint: str | None
+    loss: Node
+    model: Node
+    optimizer: Node
+    data: Node
+    scheduler: Node
+    logger: dict[str, Node | None]
+    callbacks: dict[str, Node | None]
+    probe: Probe
+    trainer: dict[str, Any]
+
+    trained: str
+    losses: dict[str, Node]
+    job: Job
+    has_own_loss: bool = False
+
+    @classmethod
+    def read(
+        cls,
+        cfg: DictConfig,
+        job: Job,
+        sources: Sources,
+        recall: Callable[[str], Mapping[str, Any]],
+    ) -> Settings:
+        """The settings of a composed config.
+
+        Args:
+            cfg: the config.
+            job: the run's.
+            sources: the files of losses.
+            recall: from `checkpoint` to the settings of the trained network, by dotted key, which
+                hold unless the command gives others (`disk.checkpoint_files.settings_to_keep`).
+
+        Raises:
+            ConfigError: a value is not allowed, or a loss does not exist.
+            OmegaConfBaseException: the config cannot be resolved.
+        """
+        cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        with open_dict(cfg):
+            for group, keys in LATER.items():
+                cfg[group] = keys
+        if cfg.checkpoint is not None:
+            _keep(cfg, recall(cfg.checkpoint), given=parse_overrides(job.overrides))
+        trained = job.choices.get("loss") or ""
+        _check_groups(cfg)
+        losses = sources.watched(cfg, trained)
+        own = job.is_sweep and sources.read([trained], cfg)[trained] != losses[trained]
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        for group in LATER:
+            del config[group]
+        check_values(config)
+        config["probe"] = Probe(**config["probe"])
+        return cls(**config, trained=trained, losses=losses, job=job, has_own_loss=own)
+
+    def as_config(self) -> dict[str, Any]:
+        """The config as plain data: for result.json, checkpoints and loggers."""
+        config = dataclasses.asdict(self)
+        for key in ("trained", "losses", "job", "has_own_loss"):
+            del config[key]
+        return config
+
+    def of_length(self, steps: int) -> Settings:
+        """The same settings for a training of so many steps."""
+        return dataclasses.replace(self, trainer=self.trainer | {"max_steps": steps})
+
+    def chosen(self, group: str) -> dict[str, Node]:
+        """The nodes of a group of which several can be chosen, by name."""
+        return {name: node for name, node in getattr(self, group).items() if node is not None}
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the images are the random ones of the toy task."""
+        return self.data.get("_target_") == RANDOM
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether losswatch makes the images; otherwise a data module of the user does."""
+        return self.data.get("_target_") in (RANDOM, FOLDER)
+
+    def step_key(self, channels: int) -> str:
+        """Equal for runs whose first step does the same.
+
+        Args:
+            channels: that the network returns, which θ decides.
+        """
+        data = {k: v for k, v in self.data.items() if k not in ("seed", "thresholds")}
+        own = {"theta": channels, "seed": 0, "data": data}
+        whole = json.dumps([self.as_config() | own, self.trained, self.losses], default=str)
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _check_groups(cfg: DictConfig) -> None:
+    """Check that the groups hold keys and values, and name no arguments as earlier versions did.
+
+    Raises:
+        ConfigError: a group holds something else, or has `_arguments_`.
+    """
+    if not OmegaConf.is_dict(cfg.data):
+        raise ConfigError(f"data must hold keys and values, got {cfg.data}")
+    nodes = {"model": cfg.model, "optimizer": cfg.optimizer, "data": cfg.data}
+    for group in ("logger", "callbacks"):
+        nodes |= {f"{group}.{name}": cfg[group][name] for name in cfg[group] or {}}
+    for name, node in nodes.items():
+        if OmegaConf.is_dict(node) and "_arguments_" in node:
+            raise ConfigError(
+                f"{name}: _arguments_ has no meaning any more; write what the constructor gets, "
+                f"{_instead(node)}"
+            )
+
+
+def _instead(node: DictConfig) -> str:
+    """What a file says today in the place of its `_arguments_`."""
+    values = {
+        "in_channels": "${form.in_channels}", "num_classes": "${form.channels}",
+        "dims": "${form.dims}", "run": "${run.name}", "checkpoints": "${run.folder}/checkpoints",
+    }  # fmt: skip
+    names: Any = OmegaConf.to_container(node)["_arguments_"] or {}  # type: ignore[call-overload]
+    named = [f"{names.get(key, key)}: {value}" for key, value in values.items() if names.get(key)]
+    return "such as " + ", ".join(named or ["in_channels: ${form.in_channels}"])
+
+
+def _keep(cfg: DictConfig, earlier: Mapping[str, Any], given: Mapping[str, str]) -> None:
+    """Set θ, seed, data and the model's numbers as they were, except for the keys `given`."""
+    for group in ("model", "data"):
+        if cfg[group].get("_target_") != earlier.get(f"{group}._target_"):
+            earlier = {k: v for k, v in earlier.items() if not k.startswith(f"{group}.")}
+    for key, value in earlier.items():
+        is_given = any(f"{name}.".startswith(f"{key}.") for name in given)
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        # What follows another setting, such as `${seed}`, goes on to follow it.
+        if is_given or name not in node or OmegaConf.is_interpolation(node, name):
+            continue
+        OmegaConf.update(cfg, key, value, merge=False)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values of a nested config, each with its dotted key.
 
-    >>> dict(flat({"seed": 0, "data": {"low": 0.0, "high": 1.0}}))
+    >>> dict(flatten({"seed": 0, "data": {"low": 0.0, "high": 1.0}}))
     {'seed': 0, 'data.low': 0.0, 'data.high': 1.0}
     """
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def differences(earlier: Mapping[str, Any], cfg: DictConfig) -> list[str]:
-    """What keeps a run from being resumed with this config: "<key> was <value>, now <value>".
+def differences(earlier: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What keeps a run from being resumed: "<key> was <value>, now <value>".
 
     Args:
         earlier: the run's config as a file holds it, so anybody may have written it.
-        cfg: the config of this command.
+        config: that of this command (`Settings.as_config`).
     """
-    old, new = dict(flat(earlier)), dict(flat(plain(cfg)))
-    # A run of a time when there was one kind of data names none.
-    old = {"data._target_": RANDOM} | old
+    old, new = dict(flatten(earlier)), dict(flatten(config))
     return [
         f"{shortened(key)} was {shortened(old.get(key, 'not set'))}, now {new.get(key, 'not set')}"
         for key in sorted(old.keys() | new.keys())

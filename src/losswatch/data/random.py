@@ -110,7 +110,7 @@ class ThresholdedImages(pl.LightningDataModule):
     """Images of independent uniform pixels; a pixel's class is the number of θ below its value.
 
     Args:
-        thresholds: sorted values in (0, 1); C - 1 of them make C classes.
+        thresholds: θ, or sorted values in (0, 1): C - 1 of them make C classes.
         seed: chooses the images, together with the split and the step.
         image_size, dims: an image has `dims` (2 or 3) sides of `image_size` pixels.
         low, high: input range.
@@ -122,7 +122,7 @@ class ThresholdedImages(pl.LightningDataModule):
 
     def __init__(
         self,
-        thresholds: Sequence[float],
+        thresholds: float | Sequence[float],
         *,
         seed: int = 0,
         image_size: int = 32,
@@ -137,14 +137,14 @@ class ThresholdedImages(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.thresholds = torch.tensor(thresholds, dtype=torch.float32)
+        self.thresholds = torch.tensor(thresholds, dtype=torch.float32).reshape(-1)
         self.seed, self.low, self.high = seed, low, high
         self.space = (image_size,) * dims
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.batches = batches
         self.val_size, self.test_size = val_size, test_size
         self.num_workers = num_workers
-        classes = tuple(f"class_{i}" for i in range(len(thresholds) + 1))
+        classes = tuple(f"class_{i}" for i in range(len(self.thresholds) + 1))
         self.form = Form(in_channels=1, classes=classes, dims=dims)
         self.device = torch.device("cpu")
         self.rank, self.world_size = 0, 1

@@ -7,16 +7,16 @@ and, of an ordinary run, the form of its data and the state of the random genera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from losswatch.config.schema import FOLDER, ConfigError
-from losswatch.config.settings import flat, plain
+from losswatch.config.errors import ConfigError
+from losswatch.config.ranges import FOLDER
+from losswatch.config.settings import flatten
 from losswatch.data.coding import check_classes
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
 from losswatch.data.labels import is_colour
@@ -188,31 +188,31 @@ def data_of(content: Content) -> tuple[Form, list[int | str]]:
     return form, values
 
 
-def adopt(cfg: DictConfig, content: Content, given: Collection[str]) -> None:
-    """Set θ, seed, data and the model's numbers as in a checkpoint, except for the keys `given`.
+def to_keep(content: Content) -> dict[str, Any]:
+    """What a test of a checkpoint's network takes over from its config, by dotted key.
 
-    Only numbers are taken, so that nothing in a file is ever imported or called. Of data=folder
-    also the settings in `_WORDS`, if they are what is allowed there.
+    Only numbers are taken, so that nothing in a file is ever imported or called; and of data=folder
+    the settings in `_WORDS`, if they are what is allowed there.
     """
-    saved, now = dict(flat(config_of(content))), dict(flat(plain(cfg)))
-    for key in now:
-        group, value = key.split(".")[0], saved.get(key)
-        if group not in ("theta", "seed", "data", "model") or key in given:
-            continue
-        if group == "model" and saved.get("model._target_") != now.get("model._target_"):
-            continue
+    config = config_of(content)
+    kept = {}
+    for key, value in flatten(config):
         numbers = value if isinstance(value, list) else [value]
-        if all(isinstance(n, int | float) for n in numbers):
-            OmegaConf.update(cfg, key, value)
-    if {saved.get("data._target_"), now.get("data._target_")} != {FOLDER}:
-        return
-    for name, is_allowed in _WORDS.items():
-        value = config_of(content)["data"].get(name)
-        if not any(key.startswith(f"data.{name}") for key in given) and is_allowed(value):
-            OmegaConf.update(cfg, f"data.{name}", value, merge=False)
-    axes = (content[_RECORD].get("data") or {}).get("axes")
-    if "data.axes" not in given and is_orientation(axes):  # which the network has seen
-        cfg.data.axes = axes
+        is_theirs = key.split(".")[0] in ("theta", "seed", "data", "model")
+        if is_theirs and all(isinstance(n, int | float) for n in numbers):
+            kept[key] = value
+    for group in ("data", "model"):
+        kept[f"{group}._target_"] = (config.get(group) or {}).get("_target_")
+    if kept["data._target_"] == FOLDER:
+        kept |= {
+            f"data.{name}": config["data"].get(name)
+            for name, is_allowed in _WORDS.items()
+            if is_allowed(config["data"].get(name))
+        }
+        axes = (content[_RECORD].get("data") or {}).get("axes")
+        if is_orientation(axes):  # which the network has seen
+            kept["data.axes"] = axes
+    return kept
 
 
 def _are_classes(value: Any) -> bool:
@@ -244,7 +244,7 @@ def load_net(net: nn.Module, content: Mapping[str, Any]) -> None:
         if here != there:
             settings = ", ".join(
                 f"{shortened(key.removeprefix('model.'))}={shortened(value)}"
-                for key, value in flat(config_of(dict(content)))
+                for key, value in flatten(config_of(dict(content)))
                 if key.startswith("model.")
             )
             raise ConfigError(

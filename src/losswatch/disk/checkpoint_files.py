@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from losswatch.config.schema import ConfigError
-from losswatch.disk.checkpoint import Content, check_types, step_of
+from losswatch.config.errors import ConfigError
+from losswatch.disk.checkpoint import Content, check_types, step_of, to_keep
 from losswatch.files import replace_file
 from losswatch.text import printable, reason
 
@@ -153,6 +153,18 @@ def find(place: str) -> Content:
         return load(path)
     except ValueError as error:
         raise ConfigError(f"checkpoint={error}") from error
+
+
+def settings_to_keep(place: str) -> dict[str, Any]:
+    """What a test takes over from the config of a checkpoint, by dotted key.
+
+    Args:
+        place: see `find`.
+
+    Raises:
+        ConfigError: there is no checkpoint that can be read.
+    """
+    return to_keep(find(place))
 
 
 def step_in_name(path: Path) -> int:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 
 try:
     import fcntl

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 from losswatch.config.settings import differences
 from losswatch.disk.checkpoint import Content, config_of, events_of, step_of
 from losswatch.disk.checkpoint_files import readable

@@ -1,47 +1,42 @@
-"""Whether a run can work, checked before anything of it is done."""
+"""From settings to a plan: all that is known of a run before its first step, checked."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import logging
+import math
 import multiprocessing
-import os
+import socket
 import tempfile
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.accelerators import CPUAccelerator
-from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities.seed import isolate_rng
 
 from losswatch import compat
 from losswatch.checks.arguments import check_arguments
-from losswatch.checks.first_step import try_step
+from losswatch.checks.first_step import Traits, try_step
+from losswatch.checks.images import check_images
+from losswatch.checks.machine import check_machine, ranks_of
 from losswatch.checks.metrics import Metrics, check_callbacks
-from losswatch.config.loss_files import loss_nodes
-from losswatch.config.schema import ConfigError, check_values
-from losswatch.config.settings import plain
+from losswatch.checks.schedule import check_scheduler
+from losswatch.config.errors import ConfigError
+from losswatch.config.ranges import check_values
+from losswatch.config.settings import Settings
+from losswatch.config.sources import Sources
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
-from losswatch.data.modules import (
-    count_batches,
-    first_batch,
-    has_test,
-    is_ours,
-    validation_batch,
-)
+from losswatch.data.modules import batches_per_epoch, first_batch, form_of, has_test, is_ours
 from losswatch.data.survey import show
-from losswatch.disk.checkpoint import data_of
-from losswatch.disk.checkpoint_files import AtomicCheckpoints, find
-from losswatch.disk.event_log import EventLog
-from losswatch.losses import LossSet
+from losswatch.disk.checkpoint import Content, data_of
+from losswatch.disk.checkpoint_files import find
 from losswatch.run.build import (
     check_loggers,
-    describe_data,
     make_callbacks,
     make_data,
     make_losses,
@@ -49,270 +44,303 @@ from losswatch.run.build import (
     make_optimizer,
     make_scheduler,
     make_unlabelled,
-    missing_classes,
-    set_length,
-    trainer_options,
 )
 from losswatch.run.process import quiet
 from losswatch.text import one_line
 
-_passed: set[str] = set()  # the first steps that `_try` has found to work, and the data shown
-
 log = logging.getLogger(__name__)
 
 
-def check(cfg: DictConfig, trained: str, multirun: bool = False) -> None:
-    """See that a run can work before anything of it is done; set its length (`set_length`).
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a run before its first step.
+
+    Attributes:
+        settings: the run's; `trainer["max_steps"]` is the length of the training.
+        form: of the data.
+        options: of Lightning's Trainer.
+        traits: what the first step showed when it was tried; None if the run is trained elsewhere.
+        data: the images to train with, if this process has made them.
+        checkpoint: the trained network, for mode=test and mode=predict.
+    """
+
+    settings: Settings
+    form: Form
+    options: dict[str, Any]
+    traits: Traits | None = None
+    data: pl.LightningDataModule | None = field(default=None, compare=False)
+    checkpoint: Content | None = field(default=None, compare=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes everything."""
+        return self.settings.job.folder
+
+    @property
+    def steps(self) -> int:
+        """The length of the training."""
+        return self.options["max_steps"]
+
+    def filled(self, node: Any, folder: Path | None = None) -> Any:
+        """A node with the values of the data and the run in the place of `${form...}`, `${run...}`.
+
+        Args:
+            folder: in the place of the run's.
+        """
+        folder = folder or self.folder
+        form = {name: getattr(self.form, name) for name in ("in_channels", "channels", "dims")}
+        run = {"folder": str(folder), "name": self.folder.name}
+        whole = OmegaConf.create({"form": form, "run": run, "node": node})
+        return OmegaConf.to_container(whole, resolve=True)["node"]  # type: ignore[index, call-overload]
+
+    def make_data(self) -> pl.LightningDataModule:
+        """The images to train with."""
+        return self.data or make_data(self.settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the images: another process makes its own."""
+        return self.__dict__ | {"data": None}
+
+
+@dataclass(frozen=True)
+class Images:
+    """What one look at the images of a run found.
+
+    Attributes:
+        form: of the data.
+        batches: in one pass over the training images; None: nobody can count them.
+        missing: the classes of which no validation image has a pixel.
+        has_test: whether there are images for a test.
+    """
+
+    form: Form
+    batches: int | None
+    missing: list[str]
+    has_test: bool
+
+
+@dataclass
+class Found:
+    """What has been found out for runs that are alike. A sweep sends it to its processes.
+
+    Attributes:
+        images: by the node of the data.
+        traits: by `Settings.step_key`. They hold for the machine on which the step was tried.
+        host: the name of that machine.
+    """
+
+    images: dict[str, Images] = field(default_factory=dict)
+    traits: dict[str, Traits] = field(default_factory=dict)
+    host: str = field(default_factory=socket.gethostname)
+
+
+class Planner:
+    """Makes plans, and keeps what this process has found out for them.
 
     Args:
-        cfg: of the run.
-        trained: the name of the trained loss.
-        multirun: whether it is one of a sweep.
-
-    Raises:
-        ConfigError: with one line for the user.
+        sources: the files of losses.
+        found: what another process has found out.
+        is_here: whether the runs are trained on this machine. Where they are not, no step is tried.
     """
-    with quiet():
-        _check_names()
-        check_values(cfg)
-        set_length(cfg)
-        options = trainer_options(cfg)
-        check_arguments("trainer", pl.Trainer, options)
-        trainer = _check_trainer(json.dumps(options), multirun)
-        if cfg.mode == "predict":
-            make_unlabelled(cfg, data_of(find(cfg.checkpoint))[0])
-            return
-        for key in ("batch_size", "eval_batch_size"):
-            if (images := cfg.data.get(key, _ranks(trainer))) < _ranks(trainer):
-                raise ConfigError(
-                    f"data.{key} must be at least {_ranks(trainer)}, an image for each device, "
-                    f"got {images}"
-                )
-        _show_data(cfg, _ranks(trainer))
-        if cfg.mode == "test" and not has_test(make_data(cfg)):
-            raise ConfigError("mode=test: the data have no images for a test")
-        _check_shares(cfg, _ranks(trainer))
-        form = describe_data(cfg)
-        missing = missing_classes(cfg) if cfg.mode == "train" else []
-        metrics = Metrics.of(form.classes, list(dict.fromkeys((*cfg.watch, trained))), missing)
-        metrics.check(f"metric={cfg.metric}", cfg.metric)
-        check_loggers(cfg)
-        if cfg.callbacks and (key := f"{cfg.callbacks} of {metrics}") not in _passed:
-            with tempfile.TemporaryDirectory() as folder:
-                made = make_callbacks(cfg, Path(folder))
-                check_callbacks(made, metrics, Path(folder).resolve(), multirun)
-            _passed.add(key)
-        # Runs that differ only in these two do the same in their first step.
-        same = plain(cfg) | {"theta": form.channels, "seed": 0}
-        nodes = loss_nodes(cfg, trained)
-        step = OmegaConf.to_yaml(OmegaConf.create([same, trained, nodes]))
-        if step not in _passed:
-            _try(cfg, trained, make_losses(nodes, form), trainer, form)
-            _check_scheduler(cfg)
-            _passed.add(step)
 
+    def __init__(
+        self, sources: Sources, found: Found | None = None, is_here: bool = True
+    ) -> None:
+        self.sources, self.is_here = sources, is_here
+        self.found = Found()
+        if found:
+            self.found.images |= found.images
+            if found.host == self.found.host:
+                self.found.traits |= found.traits
+        # The further processes of a launcher, and of Lightning, say nothing.
+        self.speaks = multiprocessing.parent_process() is None and not compat.process_rank()
+        self._trainers: dict[str, pl.Trainer] = {}  # by their options
+        self._passed: set[str] = set()  # callbacks that work
+        self._said: set[str] = set()
 
-def _check_scheduler(cfg: DictConfig) -> None:
-    """See that the scheduler can be made, take a step, and last as long as the training.
+    def plan(self, settings: Settings) -> Plan:
+        """The plan of a run.
 
-    Raises:
-        ConfigError: it cannot.
-    """
-    make = make_scheduler(cfg)
-    if make is None:
-        return
-    try:
-        optimizer = make_optimizer(cfg)([nn.Parameter(torch.zeros(1))])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the optimiser has taken no step
-            scheduler = make(optimizer)["scheduler"]
-            scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
-    except Exception as error:
-        raise ConfigError(f"scheduler: {' '.join(str(error).split())}") from error
-    steps = cfg.trainer.max_steps
-    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
-        raise ConfigError(
-            f"scheduler.total_steps={scheduler.total_steps} ends before trainer.max_steps={steps}"
-        )
-
-
-def _show_data(cfg: DictConfig, ranks: int) -> None:
-    """Say once how long epochs are, how rare each class is, and what a split lacks.
-
-    Raises:
-        ConfigError: a split has fewer images than there are devices.
-    """
-    # Not in the processes of a launcher: the first process has said it.
-    if multiprocessing.parent_process() or compat.process_rank():
-        return
-    if (epochs := cfg.trainer.max_epochs) is not None and cfg.mode == "train":
-        length = f"trainer.max_epochs={epochs} sets trainer.max_steps={cfg.trainer.max_steps}"
-        if length not in _passed:
-            _passed.add(length)
-            log.info(length)
-    # A data module of the user's is made once for this, and not for each run of a sweep.
-    key = f"{plain(cfg)['data']} on {ranks}"
-    if key in _passed:
-        return
-    data = make_data(cfg)
-    if not is_ours(data):
-        _check_module(data, ranks)
-    if isinstance(data, FolderImages):
-        for split, cases in data.layout.cases.items():
-            if len(cases) < ranks:
-                raise ConfigError(
-                    f"{split} has {len(cases)} images, fewer than the {ranks} devices"
-                )
-        if (text := str(data.survey)) not in _passed:
-            _passed.add(text)
-            show(data.survey, data.root)
-            for split, name in data.missing:
-                log.warning(
-                    "no image of %s has class %s; its metrics leave the class out", split, name
-                )
-    _passed.add(key)
-
-
-def _check_shares(cfg: DictConfig, ranks: int) -> None:
-    """See that a share of the validation or the test is at least one batch of each device.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    for split in ("val", "test"):
-        option = f"trainer.limit_{split}_batches"
-        share = cfg.trainer.get(f"limit_{split}_batches")
-        if not isinstance(share, float) or not 0 < share < 1:
-            continue
-        data = make_data(cfg)
-        if split == "test" and not has_test(data):
-            continue
-        try:
-            batches = count_batches(data, split)
-        except Exception as error:
-            raise ConfigError(
-                f"{option}={share} needs batches that can be counted: {one_line(error)}"
-            ) from error
-        if isinstance(data, FolderImages):
-            batches //= ranks  # of images
-        if share * batches < 1:
-            raise ConfigError(
-                f"{option}={share} of {batches} is less than one batch; whole numbers count batches"
+        Raises:
+            ConfigError: the run cannot work; with one line for the user.
+        """
+        with quiet():
+            options = self._options(settings)
+            ranks = 1
+            if self.is_here:
+                ranks = ranks_of(self._trainer(options, settings.job.is_sweep))
+            checkpoint = None if settings.checkpoint is None else find(settings.checkpoint)
+            if checkpoint is not None and settings.mode == "predict":
+                form, _ = data_of(checkpoint)
+                data = make_unlabelled(settings, form)
+                return Plan(settings, form, options, data=data, checkpoint=checkpoint)
+            images, data = self._look(settings, ranks, options)
+            settings = self._of_length(settings, images)
+            plan = Plan(
+                settings, images.form, self._options(settings), data=data, checkpoint=checkpoint
             )
+            if settings.mode == "test" and not images.has_test:
+                raise ConfigError("mode=test: the data have no images for a test")
+            check_loggers(settings)
+            self._check_metrics(plan, images)
+            traits = self._find_traits(plan) if self.is_here else None
+            # A module of the user is made anew for the training: it may draw from a generator of
+            # its own, and would go on from where the look ended.
+            kept = data if data is not None and is_ours(data) else None
+            return dataclasses.replace(plan, traits=traits, data=kept)
 
+    # --- Parts of a plan -------------------------------------------------------------------------
 
-def _check_module(data: pl.LightningDataModule, ranks: int) -> None:
-    """See that a data module of the user's can be trained with.
+    def _options(self, settings: Settings) -> dict[str, Any]:
+        """The Trainer's options, with a validation interval of at most the training's length."""
+        options = dict(settings.trainer)
+        options.pop("max_epochs", None)
+        check_arguments("trainer", pl.Trainer, options)
+        options["val_check_interval"] = min(options["val_check_interval"], options["max_steps"])
+        return options
 
-    Raises:
-        ConfigError: it cannot.
-    """
-    try:
-        validation_batch(data)
-    except Exception as error:
-        raise ConfigError(
-            f"data: its val_dataloader gives no batch to validate on: {one_line(error)}"
-        ) from error
-    if ranks > 1:
-        raise ConfigError(
-            f"trainer.devices x trainer.num_nodes is {ranks}: a data module of yours is trained on "
-            "one device; data=random and data=folder share their batches among devices, and "
-            "losswatch.Watch works in a Trainer of yours"
-        )
+    def _trainer(self, options: dict[str, Any], is_sweep: bool) -> pl.Trainer:
+        key = json.dumps([options, is_sweep], default=str)
+        if key not in self._trainers:
+            self._trainers[key] = check_machine(options, is_sweep)
+        return self._trainers[key]
 
+    def _look(
+        self, settings: Settings, ranks: int, options: dict[str, Any]
+    ) -> tuple[Images, pl.LightningDataModule | None]:
+        """What is known of a run's images; and the images, if they had to be made.
 
-def _check_names() -> None:
-    """See that no file of the user's has the name of a built-in one, which Hydra would use instead.
+        Raises:
+            ConfigError: the images cannot be trained with.
+        """
+        node = {key: value for key, value in settings.data.items() if key != "seed"}
+        key = json.dumps([node, ranks, options.get("limit_val_batches"),
+                          options.get("limit_test_batches")], default=str)  # fmt: skip
+        data = None
+        if settings.is_ours or key not in self.found.images:
+            data = make_data(settings)
+        if key not in self.found.images and data is not None:
+            with isolate_rng():
+                images = self._find_images(data)
+                check_images(data, options, ranks)
+            if isinstance(data, FolderImages) and self.speaks:
+                self._show(data)
+            self.found.images[key] = images
+        return self.found.images[key], data
 
-    Raises:
-        ConfigError: naming both.
-    """
-    sources = compat.config_loader().get_sources()
-    folders = [Path(source.path).resolve() for source in sources if source.scheme() == "file"]
-    for built_in in sorted(folders[0].rglob("*.yaml")) if folders else []:
-        for folder in dict.fromkeys(folders[1:]):
-            file = folder / built_in.relative_to(folders[0])
-            if file != built_in and file.exists():
-                raise ConfigError(f"{file} would not be used, but {built_in}; give it another name")
+    def _find_images(self, data: pl.LightningDataModule) -> Images:
+        """Look at the images; a module of the user is read through once.
 
-
-def _ranks(trainer: pl.Trainer) -> int:
-    return trainer.num_devices * trainer.num_nodes
-
-
-@functools.cache  # one Trainer for all runs of a sweep with the same options
-def _check_trainer(options: str, multirun: bool) -> pl.Trainer:
-    """Check the Trainer's options on this machine.
-
-    Args:
-        options: as JSON.
-        multirun: as of `check`.
-
-    Returns:
-        a Trainer of these options.
-
-    Raises:
-        ConfigError: with one line for the user.
-    """
-    asked = json.loads(options)
-    # As in the run, because Lightning refuses some options together with these. Nothing is written.
-    ours = {
-        "logger": EventLog("."), "plugins": [AtomicCheckpoints(Path())], "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False, "enable_model_summary": False,
-        "enable_progress_bar": False,
-    }  # fmt: skip
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run's own Trainer will give the same
-            trainer = pl.Trainer(**{**asked, **ours})
-    except Exception as error:
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    # Lightning would wait for tasks that never come, or train the whole run in each of them.
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if tasks != _ranks(trainer) and compat.is_started_by_slurm(trainer):
-        raise ConfigError(
-            f"Slurm tasks that run this command: {tasks}, trainer.devices x trainer.num_nodes: "
-            f"{_ranks(trainer)}; there must be one for each device, by srun --ntasks-per-node=..."
-        )
-    # On a CPU Lightning would take bfloat16.
-    precision = asked.get("precision")
-    if isinstance(trainer.accelerator, CPUAccelerator) and str(precision) in ("16", "16-mixed"):
-        raise ConfigError(
-            f"trainer.precision={precision} needs a GPU; on a CPU there is bf16-mixed"
-        )
-    # The fork of a process with threads hangs. Spawned ranks start anew for the test, and their
-    # logs are not the run's.
-    if compat.forks_or_spawns(trainer):
-        raise ConfigError(f"trainer.strategy={asked.get('strategy')} cannot be used here; ddp can")
-    # Lightning starts each rank by the command line of this process, here that of the whole sweep.
-    if multirun and _ranks(trainer) > 1:
-        raise ConfigError(
-            f"trainer.devices={asked.get('devices')} works outside of sweeps; give these runs as "
-            "single commands, without -m"
-        )
-    return trainer
-
-
-def _try(cfg: DictConfig, trained: str, losses: LossSet, trainer: pl.Trainer, form: Form) -> None:
-    """Do a run's first step, with the share of the batch that its last rank gets."""
-    precision, device = trainer.strategy.precision_plugin, trainer.strategy.root_device
-    data = make_data(cfg)
-    try:
-        images, target = first_batch(data, _ranks(trainer))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    except Exception as error:  # of a module of the user's
-        raise ConfigError(f"data: its first batch: {one_line(error)}") from error
-    net = make_net(cfg, form)
-    for what, module in (("model", net), ("losses", losses)):
+        Raises:
+            ConfigError: the images cannot be trained with.
+        """
+        missing = data.missing if isinstance(data, FolderImages) else []
         try:
-            precision.convert_module(module).to(device)
-        except Exception as error:
-            raise ConfigError(f"{what}: {one_line(error)}") from error
-    batch = precision.convert_input((images.to(device), target.to(device)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself will give them
-        try_step(
-            net, losses, trained, make_optimizer(cfg), batch, form,
-            precision.forward_context(),
-        )  # fmt: skip
+            return Images(
+                form=form_of(data),
+                batches=batches_per_epoch(data),
+                missing=[name for split, name in missing if split == "val"],
+                has_test=has_test(data),
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        except Exception as error:  # of the user's module
+            raise ConfigError(
+                f"data: before training, without a trainer, its batches cannot be looked at: "
+                f"{one_line(error)}"
+            ) from error
+
+    def _show(self, data: FolderImages) -> None:
+        """Say once how rare each class is, and which class a split lacks."""
+        if (text := str(data.survey)) in self._said:
+            return
+        self._said.add(text)
+        show(data.survey, data.root)
+        for split, name in data.missing:
+            log.warning("no image of %s has class %s; its metrics leave the class out", split, name)
+
+    def _of_length(self, settings: Settings, images: Images) -> Settings:
+        """The settings with the steps of `max_epochs`, where these are given.
+
+        From then on `max_steps` alone says how long the training is.
+
+        Raises:
+            ConfigError: nobody can count the batches of an epoch, or the training is too long.
+        """
+        if (epochs := settings.trainer["max_epochs"]) is None or settings.mode != "train":
+            return settings
+        if not images.batches:
+            raise ConfigError(
+                f"trainer.max_epochs={epochs} needs training batches that can be counted, which "
+                "these data do not have; set trainer.max_steps"
+            )
+        accumulated = settings.trainer["accumulate_grad_batches"]
+        settings = settings.of_length(math.ceil(epochs * images.batches / accumulated))
+        check_values(settings.as_config())
+        length = (
+            f"trainer.max_epochs={epochs} sets trainer.max_steps={settings.trainer['max_steps']}"
+        )
+        if self.speaks and length not in self._said:
+            self._said.add(length)
+            log.info(length)
+        return settings
+
+    def _check_metrics(self, plan: Plan, images: Images) -> None:
+        """Check that `metric` and the callbacks go by metrics that each validation computes.
+
+        Raises:
+            ConfigError: a metric is unknown, or a callback cannot work.
+        """
+        settings = plan.settings
+        missing = images.missing if settings.mode == "train" else []
+        metrics = Metrics.of(plan.form.classes, list(settings.losses), missing)
+        metrics.check(f"metric={settings.metric}", settings.metric)
+        key = f"{settings.callbacks} of {metrics}"
+        if settings.callbacks and key not in self._passed:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name).resolve()
+                made = make_callbacks(plan, folder)
+                check_callbacks(made, metrics, folder, settings.job.is_sweep)
+            self._passed.add(key)
+
+    # --- The first step --------------------------------------------------------------------------
+
+    def _find_traits(self, plan: Plan) -> Traits:
+        """What the first step shows, which is tried once for all runs that begin alike.
+
+        Raises:
+            ConfigError: the step fails.
+        """
+        key = plan.settings.step_key(plan.form.channels)
+        if key not in self.found.traits:
+            self.found.traits[key] = self._try(plan)
+        return self.found.traits[key]
+
+    def _try(self, plan: Plan) -> Traits:
+        """Do a run's first step, with the share of the batch that its last rank gets."""
+        settings = plan.settings
+        trainer = self._trainer(plan.options, settings.job.is_sweep)
+        precision, device = trainer.strategy.precision_plugin, trainer.strategy.root_device
+        try:
+            with isolate_rng():
+                inputs, target = first_batch(plan.make_data(), ranks_of(trainer))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        except Exception as error:  # of the user's module
+            raise ConfigError(f"data: its first batch: {one_line(error)}") from error
+        net, losses = make_net(plan), make_losses(plan)
+        for what, module in (("model", net), ("losses", losses)):
+            try:
+                precision.convert_module(module).to(device)
+            except Exception as error:
+                raise ConfigError(f"{what}: {one_line(error)}") from error
+        batch = precision.convert_input((inputs.to(device), target.to(device)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself will give them
+            traits, optimizer = try_step(
+                net, losses, settings.trained, make_optimizer(settings), batch, plan.form,
+                precision.forward_context(),
+            )  # fmt: skip
+        if make := make_scheduler(settings):
+            check_scheduler(make, optimizer, plan.steps)
+        return traits

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig
 from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from torch import nn
 
 from losswatch import compat
-from losswatch.config.loss_files import loss_nodes
-from losswatch.config.settings import flat, plain
+from losswatch.config.settings import flatten
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.modules import has_test, is_ours
 from losswatch.data.random import ThresholdedImages
 from losswatch.disk.checkpoint import data_of, load_loss, load_net, step_of
-from losswatch.disk.checkpoint_files import AtomicCheckpoints, find
+from losswatch.disk.checkpoint_files import AtomicCheckpoints
 from losswatch.disk.event_log import EventLog, log_survey, open_log
-from losswatch.disk.result import Reached
 from losswatch.disk.resume import announce, take_up
 from losswatch.run.build import (
-    describe_data,
     make_callbacks,
-    make_data,
     make_loggers,
     make_losses,
     make_net,
     make_optimizer,
     make_scheduler,
-    make_unlabelled,
-    trainer_options,
 )
 from losswatch.run.callbacks import (
     Checkpoints,
@@ -44,6 +37,7 @@ from losswatch.run.callbacks import (
 )
 from losswatch.run.epoch_loader import repeat
 from losswatch.run.module import SegmentationModule
+from losswatch.run.plan import Plan
 from losswatch.run.process import run_process
 from losswatch.run.sync_batch_norm import LayerSync
 from losswatch.text import nearby
@@ -52,34 +46,34 @@ from losswatch.watch.lightning import Watch
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
-    """Train one run in `folder`, from its newest checkpoint if there is one.
+class Reached(NamedTuple):
+    """What training or testing has reached."""
 
-    Args:
-        cfg: its config.
-        trained: the name of the trained loss.
-        folder: where it writes everything.
-    """
+    steps: int  # done in all
+    metrics: dict[str, float]  # of the last validation and of the test
+    is_done: bool = True  # False: to be resumed
+
+
+def train(plan: Plan) -> Reached:
+    """Train one run, from its newest checkpoint if there is one."""
+    settings, folder = plan.settings, plan.folder
     start = take_up(folder)
     announce(start.notice, start.step)
-    data, form = make_data(cfg), describe_data(cfg)
-    net = make_net(cfg, form)
-    with run_process(net, cfg.threads, cfg.seed):
-        module = _make_module(cfg, trained, net, data, form)
+    data, net = plan.make_data(), make_net(plan)
+    with run_process(net, settings.threads, settings.seed):
+        module = _make_module(plan, net, data)
         if not is_ours(data):
-            repeat(data, cfg.seed)
-        checkpoints = Checkpoints(folder, plain(cfg), _about(data, form))
-        with open_log(cfg, trained, folder, start.events) as logger:
+            repeat(data, settings.seed)
+        checkpoints = Checkpoints(folder, settings.as_config(), _about(data, plan.form))
+        with open_log(settings, start.events) as logger:
             if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
                 log_survey(logger, data.survey)
-            trainer = _make_trainer(cfg, module, logger, checkpoints)
+            trainer = _make_trainer(plan, module, logger, checkpoints)
             trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
             steps = trainer.global_step
             if early := why_ended_early(trainer):
-                log.info(
-                    "early stopping after %d of %d steps: %s", steps, cfg.trainer.max_steps, early
-                )
-            is_done = steps >= cfg.trainer.max_steps or early is not None
+                log.info("early stopping after %d of %d steps: %s", steps, plan.steps, early)
+            is_done = steps >= plan.steps or early is not None
             if is_done and checkpoints.validated != steps:  # validate the final weights, too
                 trainer.validate(module, data, verbose=False)
             metrics = checkpoints.metrics | _metrics(trainer)
@@ -91,41 +85,39 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     return Reached(steps, metrics, is_done)
 
 
-def test(cfg: DictConfig, trained: str, folder: Path) -> Reached:
-    """Test the network in `cfg.checkpoint`; nothing is trained.
-
-    Args and returns as of `train`.
-    """
-    content, data, form = find(cfg.checkpoint), make_data(cfg), describe_data(cfg)
-    net = make_net(cfg, form)
+def test(plan: Plan) -> Reached:
+    """Test the network of `plan.checkpoint`; nothing is trained."""
+    content, settings, data, net = plan.checkpoint, plan.settings, plan.make_data(), make_net(plan)
+    assert content is not None
     load_net(net, content)
-    with run_process(net, cfg.threads, cfg.seed):
-        module = _make_module(cfg, trained, net, data, form)
+    with run_process(net, settings.threads, settings.seed):
+        module = _make_module(plan, net, data)
         load_loss(module.loss, content)
-        with EventLog(str(folder)) as logger:
-            trainer = _make_tester(cfg, folder, logger)
+        with EventLog(str(plan.folder)) as logger:
+            trainer = _make_tester(plan, logger)
             if isinstance(data, FolderImages):
                 cases = data.layout.cases["test"]
-                predictions = Predictions(folder, form, data.values, cases)
+                predictions = Predictions(plan.folder, plan.form, data.values, cases)
                 trainer.callbacks.append(predictions)  # type: ignore[attr-defined]
             trainer.test(module, data, verbose=False)
         return Reached(step_of(content), _metrics(trainer))
 
 
-def predict(cfg: DictConfig, trained: str, folder: Path) -> Reached:
-    """Predict the masks of images without labels, by the network in `cfg.checkpoint`.
+def predict(plan: Plan) -> Reached:
+    """Predict the masks of images without labels, by the network of `plan.checkpoint`.
 
-    Args and returns as of `train`; there are no metrics.
+    There are no metrics.
     """
-    content = find(cfg.checkpoint)
-    form, values = data_of(content)
-    data = make_unlabelled(cfg, form)
-    net = make_net(cfg, form)
+    content, settings, net = plan.checkpoint, plan.settings, make_net(plan)
+    assert content is not None
+    data: Any = plan.data  # `Planner.plan` has made them
+    _, values = data_of(content)
     load_net(net, content)
-    with run_process(net, cfg.threads, cfg.seed):
-        module = _make_module(cfg, trained, net, data, form)
-        trainer = _make_tester(cfg, folder, False)
-        trainer.callbacks.append(Predictions(folder, form, values, data.cases))  # type: ignore
+    with run_process(net, settings.threads, settings.seed):
+        module = _make_module(plan, net, data)
+        trainer = _make_tester(plan, False)
+        masks = Predictions(plan.folder, plan.form, values, data.cases)
+        trainer.callbacks.append(masks)  # type: ignore[attr-defined]
         trainer.predict(module, data, return_predictions=False)
     return Reached(step_of(content), {})
 
@@ -133,33 +125,38 @@ def predict(cfg: DictConfig, trained: str, folder: Path) -> Reached:
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
-def _options(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def _options(plan: Plan) -> dict[str, Any]:
     """The options of the run's Trainer. A profiler writes its table into the run's folder."""
-    options = trainer_options(cfg)
+    options = dict(plan.options)
     if (name := options["profiler"]) in PROFILERS:
-        options["profiler"] = PROFILERS[name](dirpath=folder, filename="profile")
-        log.info("the profile goes to %s", nearby(folder / "*-profile.txt"))
+        options["profiler"] = PROFILERS[name](dirpath=plan.folder, filename="profile")
+        log.info("the profile goes to %s", nearby(plan.folder / "*-profile.txt"))
     return options
 
 
-def _make_tester(cfg: DictConfig, folder: Path, logger: EventLog | bool) -> pl.Trainer:
+def _make_tester(plan: Plan, logger: EventLog | bool) -> pl.Trainer:
     return pl.Trainer(
-        **_options(cfg, folder) | {"enable_progress_bar": False},
+        **_options(plan) | {"enable_progress_bar": False},
         logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
-        use_distributed_sampler=cfg.mode == "predict",  # for a test each rank takes its own share
+        # For a test each rank takes its own share.
+        use_distributed_sampler=plan.settings.mode == "predict",
     )
 
 
 def _make_module(
-    cfg: DictConfig, trained: str, net: Any, data: pl.LightningDataModule, form: Form
+    plan: Plan, net: nn.Module, data: pl.LightningDataModule
 ) -> SegmentationModule:
-    losses = make_losses(loss_nodes(cfg, trained), form)
-    own = None if isinstance(data, ThresholdedImages) else form
-    infer = getattr(data, "infer", None)
+    settings = plan.settings
     return SegmentationModule(
-        net, losses, trained, make_optimizer(cfg), own, infer, make_scheduler(cfg)
+        net,
+        make_losses(plan),
+        settings.trained,
+        make_optimizer(settings),
+        None if isinstance(data, ThresholdedImages) else plan.form,
+        getattr(data, "infer", None),
+        make_scheduler(settings),
     )
 
 
@@ -170,37 +167,34 @@ def _about(data: pl.LightningDataModule, form: Form) -> dict[str, Any]:
 
 
 def _make_trainer(
-    cfg: DictConfig, module: SegmentationModule, logger: EventLog, checkpoints: Checkpoints
+    plan: Plan, module: SegmentationModule, logger: EventLog, checkpoints: Checkpoints
 ) -> pl.Trainer:
-    folder = checkpoints.folder
-    options = _options(cfg, folder)
+    settings, options = plan.settings, _options(plan)
     options["max_epochs"] = 1  # the whole training is one epoch
     # Lightning counts batches.
     options["val_check_interval"] *= options["accumulate_grad_batches"]
-    if cfg.callbacks:  # Lightning's write every 50 steps otherwise
+    if settings.callbacks:  # Lightning's write every 50 steps otherwise
         options.setdefault("log_every_n_steps", 1)
     # In this order: the state of the user's checkpoint callbacks is to be in ours.
-    callbacks = [Images(together=module.is_random), *make_callbacks(cfg, folder), checkpoints]
-    watch = (
-        Watch(
+    callbacks = [Images(together=module.is_random), *make_callbacks(plan), checkpoints]
+    watch = None
+    if settings.probe.every_n_steps:
+        watch = Watch(
             module.losses,
             "loss",
-            **cfg.probe,
+            every_n_steps=settings.probe.every_n_steps,
+            cosines=settings.probe.cosines,
             activation=module.activation,
             ignore_index=module.ignore_index,
             strict=True,
-        )  # fmt: skip
-        if cfg.probe.every_n_steps
-        else None
-    )
-    if watch:
+        )
         callbacks.insert(0, watch)
     if options["enable_progress_bar"]:
         callbacks.append(Progress(watch))
-    loggers = make_loggers(cfg, folder)
+    loggers = make_loggers(plan)
     for other in loggers:
-        other.log_hyperparams(dict(flat(plain(cfg))))
-    plugins: list[Any] = [AtomicCheckpoints(folder)]
+        other.log_hyperparams(dict(flatten(settings.as_config())))
+    plugins: list[Any] = [AtomicCheckpoints(plan.folder)]
     if options["sync_batchnorm"]:
         plugins.append(LayerSync())
     return pl.Trainer(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig
 
 from losswatch import compat, terminal
-from losswatch.config.loss_files import loss_nodes
 from losswatch.data.random import TEST, VAL
-from losswatch.disk.result import Reached
 from losswatch.disk.resume import announce
 from losswatch.losses import LossSet
-from losswatch.run.build import make_losses, trainer_options
+from losswatch.run.build import make_losses
+from losswatch.run.plan import Plan
 from losswatch.run.process import run_process
-from losswatch.stack.limits import check_config
+from losswatch.run.train import Reached
+from losswatch.stack.limits import check_plan
 from losswatch.stack.member import Member, make_member
 from losswatch.stack.module import StackedModule
 from losswatch.stack.refusal import NotStackable
@@ -50,51 +48,46 @@ def block_size(val_check_interval: int) -> int:
     return max(n for n in range(1, BLOCK + 1) if val_check_interval % n == 0)
 
 
-def train_compiled(cfg: DictConfig, trained: str, folder: Path) -> Reached:
+def train_compiled(plan: Plan) -> Reached:
     """Train one run by a compiled step.
 
     Raises:
         NotStackable: it needs the ordinary step.
     """
-    options = trainer_options(cfg)
-    check_config(cfg)
-    member = make_member(cfg, trained, folder)
+    check_plan(plan)
+    member = make_member(plan)
     announce(member.notice, member.start)
-    losses = make_losses(loss_nodes(cfg, trained), member.data.form)
-    fit([member], losses, options, threads=cfg.threads, **cfg.probe)
-    return Reached(options["max_steps"], member.result())
+    fit([member], make_losses(plan), plan)
+    return Reached(plan.steps, member.result())
 
 
-def fit(
-    members: Sequence[Member],
-    losses: LossSet,
-    trainer_options: Mapping[str, Any],
-    threads: int | None = None,
-    **options: Any,
-) -> None:
+def fit(members: Sequence[Member], losses: LossSet, plan: Plan) -> None:
     """Train, validate and test the members; the results are in them.
 
     Args:
-        members, losses, options: of `StackedModule`.
-        trainer_options: of pytorch_lightning.Trainer; steps are those of each run.
-        threads: CPU threads; None leaves their number as it is.
+        members, losses: see `StackedModule`.
+        plan: of one of the members. They share its options of Lightning's Trainer, where steps are
+            those of each run, its threads, its probe, and whether the step is compiled.
 
     Raises:
         NotStackable: they cannot be trained as a stack.
     """
+    settings, options, steps = plan.settings, plan.options, plan.steps
     # After an error, too: the next attempt cuts the event files to the last checkpoint.
-    with ExitStack() as logs, run_process(members[0].net, threads):
+    with ExitStack() as logs, run_process(members[0].net, settings.threads):
         for member in members:
             logs.enter_context(member.logger)
         if len({member.start for member in members}) > 1:
             raise NotStackable("the runs are at different steps")
         begin = time.perf_counter()
-        steps, interval = trainer_options["max_steps"], trainer_options["val_check_interval"]
-        module = StackedModule(members, losses, **options)
+        interval = options["val_check_interval"]
+        module = StackedModule(
+            members, losses, compile=settings.compile, **dataclasses.asdict(settings.probe)
+        )
         block = block_size(interval)
         trainer = pl.Trainer(
             **{
-                **trainer_options,
+                **options,
                 "val_check_interval": interval // block,
                 "enable_progress_bar": False,  # `terminal.steps` below
             },
@@ -106,7 +99,7 @@ def fit(
         )
         first = members[0].start
         compat.count_steps(trainer, first)
-        count, is_shown = len(members), trainer_options["enable_progress_bar"]
+        count, is_shown = len(members), options["enable_progress_bar"]
         with terminal.steps(count * steps, count * first, is_shown=is_shown) as module.shown:
             trainer.fit(module, Blocks(first, steps, block), range(1))  # type: ignore[arg-type]
         if trainer.global_step < steps:

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from omegaconf import DictConfig
-
-from losswatch.checks.first_step import try_step
-from losswatch.config.schema import RANDOM
-from losswatch.data.random import TRAIN
 from losswatch.losses import LossSet
-from losswatch.run.build import chosen, trainer_options
+from losswatch.run.plan import Plan
 from losswatch.stack.member import Member
 from losswatch.stack.refusal import NotStackable
 
@@ -29,44 +21,35 @@ _NEEDED = {
 }
 
 
-def check_options(trainer: Mapping[str, Any]) -> None:
-    """See that runs with these options of the Trainer can be trained as a stack.
+def check_plan(plan: Plan) -> None:
+    """Check that a run asks for nothing that a stack does not have.
 
     Raises:
-        NotStackable: they cannot.
+        NotStackable: a setting needs the ordinary step.
     """
+    settings = plan.settings
     for key, value in _NEEDED.items():
-        given = trainer.get(key, value)
+        given = plan.options.get(key, value)
         if str(given) not in (str(value), "32"):
             raise NotStackable(f"trainer.{key}={given} needs the ordinary step")
-
-
-def check_config(cfg: DictConfig) -> None:
-    """See that a config asks for nothing that a stack does not have.
-
-    Raises:
-        NotStackable: it does.
-    """
-    check_options(trainer_options(cfg))
-    if cfg.data.get("_target_") != RANDOM:
+    if not settings.is_random:
         raise NotStackable("images that are read from files need the ordinary step")
-    if cfg.data.batches:
-        raise NotStackable(f"data.batches={cfg.data.batches} needs the ordinary step")
-    if cfg.scheduler:
+    if batches := settings.data["batches"]:
+        raise NotStackable(f"data.batches={batches} needs the ordinary step")
+    if settings.scheduler:
         raise NotStackable("a scheduler needs the ordinary step")
     for group in ("logger", "callbacks"):
-        for name in chosen(cfg, group):
+        for name in settings.chosen(group):
             raise NotStackable(f"{group}={name} needs the ordinary step")
 
 
 def check_traits(members: Sequence[Member], losses: LossSet) -> None:
-    """See that network and losses are pure functions of what is stacked; try the ordinary step.
+    """Check that network and losses are pure functions of what is stacked.
 
     Raises:
-        NotStackable: they are not; says what is in the way.
-        ConfigError: the ordinary step fails.
+        NotStackable: the message says what is in the way.
     """
-    net, data = copy.deepcopy(members[0].net), members[0].data
+    net = members[0].net
     named = list(net.named_parameters(remove_duplicate=False))
     if len(named) > len(list(net.parameters())):
         raise NotStackable("the network shares a parameter between layers")
@@ -75,12 +58,11 @@ def check_traits(members: Sequence[Member], losses: LossSet) -> None:
     for name in {member.trained for member in members}:
         if any(True for _ in losses.losses[losses.names.index(name)].parameters()):
             raise NotStackable(f"loss {name} has parameters of its own to train")
-    batch = data.draw(TRAIN, 0, data.batch_size)
-    traits = try_step(net, losses, members[0].trained, torch.optim.SGD, batch, data.form)
-    for name in traits.random:
-        raise NotStackable(f"{_called(name)} draws random numbers")
-    for name in traits.stateful:
-        raise NotStackable(f"{_called(name)} keeps a state of its own")
+    for member in members:
+        for name in member.traits.random:
+            raise NotStackable(f"{_called(name)} draws random numbers")
+        for name in member.traits.stateful:
+            raise NotStackable(f"{_called(name)} keeps a state of its own")
 
 
 def _called(name: str) -> str:

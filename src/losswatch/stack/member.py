@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
-from losswatch.config.settings import plain
+from losswatch.checks.first_step import Traits
 from losswatch.data.random import ThresholdedImages
 from losswatch.disk.checkpoint import load_net, load_optimizer
 from losswatch.disk.event_log import EventLog, open_log
 from losswatch.disk.resume import take_up
-from losswatch.run.build import make_data, make_net, make_optimizer
+from losswatch.run.build import make_net, make_optimizer
+from losswatch.run.plan import Plan
 from losswatch.stack.parameters import trained_parameters
 from losswatch.stack.refusal import NotStackable
 
@@ -31,6 +31,7 @@ class Member:
     optimizer: torch.optim.Optimizer  # of `net`; it holds the settings and moments, and never steps
     logger: EventLog
     config: dict[str, Any]  # kept in its checkpoints
+    traits: Traits  # what its first step has shown
     start: int = 0  # steps done by an earlier attempt, whose state net and optimizer hold
     notice: str | None = None  # what of that attempt is damaged or missing
     metrics: dict[str, float] = field(default_factory=dict)
@@ -61,36 +62,31 @@ class Failure:
         raise self.error
 
 
-# Runs that the fused launcher has trained, or that have failed, by folder. Each waits here until
-# losswatch.task takes it and writes its result.
-FINISHED: dict[Path, Member | Failure] = {}
-
-
-def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
+def make_member(plan: Plan) -> Member:
     """A run, in the state of its newest checkpoint if its folder holds one.
 
     Raises:
         NotStackable: that is its last one.
     """
-    data = make_data(cfg)
-    assert isinstance(data, ThresholdedImages)  # `limits.check_config`
-    net = make_net(cfg, data.form)
-    optimizer = make_optimizer(cfg)(list(trained_parameters(net).values()))
+    settings, folder, data, net = plan.settings, plan.folder, plan.make_data(), make_net(plan)
+    assert isinstance(data, ThresholdedImages)  # `limits.check_plan`
+    assert plan.traits is not None  # the first step was tried
+    optimizer = make_optimizer(settings)(list(trained_parameters(net).values()))
     start = take_up(folder)
-    if start.step >= cfg.trainer.max_steps:
+    if start.step >= plan.steps:
         raise NotStackable("no step is left, only the test")
     if start.path:
         load_net(net, start.content)
         load_optimizer(optimizer, start.content)
-    logger = open_log(cfg, trained, folder, start.events)
     return Member(
         folder=folder,
         net=net,
         data=data,
-        trained=trained,
+        trained=settings.trained,
         optimizer=optimizer,
-        logger=logger,
-        config=plain(cfg),
+        logger=open_log(settings, start.events),
+        config=settings.as_config(),
+        traits=plan.traits,
         start=start.step,
         notice=start.notice,
     )

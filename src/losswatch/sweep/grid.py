@@ -4,34 +4,39 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.config_loader import ConfigLoader
+from omegaconf import DictConfig
 
-from losswatch import compat
+from losswatch.config.errors import ConfigError
 from losswatch.config.names import run_name
-from losswatch.config.schema import ConfigError
+from losswatch.sweep.jobs import Run, compose_run
 from losswatch.terminal import say_for_now
 from losswatch.text import number_of
 
-
-def grid(config: DictConfig) -> list[list[str]]:
-    """The overrides of each run of a multirun, in the order in which Hydra launches them."""
-    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    overrides = [f"{key}={value}" for key, value in params.items()]
-    return compat.split_grid([*overrides, *config.hydra.overrides.task])
+if TYPE_CHECKING:
+    from losswatch.command import Command
 
 
-def check_grid(config: DictConfig, runs: Sequence[Sequence[str]]) -> list[DictConfig]:
-    """The config of each run, composed and checked.
+def check_grid(
+    runs: Sequence[Sequence[str]],
+    command: Command,
+    loader: ConfigLoader,
+    multirun: DictConfig,
+    is_here: bool,
+) -> dict[tuple[str, ...], Run]:
+    """The runs of a grid by their overrides, composed and checked.
 
     Args:
-        config: the multirun's.
         runs: the overrides of each run.
+        command: the sweep's.
+        loader, multirun: see `compose_run`.
+        is_here: see `Planner`.
 
     Raises:
         ConfigError: a run cannot work, is given twice, or its folder holds another run or a run
-            under way.
+            that another process is training.
         HydraException, OmegaConfBaseException, YAMLError: a config cannot be composed.
     """
     names = [run_name(overrides) for overrides in runs]
@@ -41,28 +46,36 @@ def check_grid(config: DictConfig, runs: Sequence[Sequence[str]]) -> list[DictCo
             raise ConfigError(
                 f"the run {' '.join(overrides)} is asked for twice; nothing was started"
             )
-    folder = Path(config.hydra.sweep.dir)
-    configs = []
+    if multirun.resume is not None:
+        raise ConfigError(
+            "resume=... is for one run; a sweep is resumed by hydra.sweep.dir=<its folder>"
+        )
     say_for_now(f"checking {number_of(len(runs), 'run')}")
-    for overrides, name in zip(runs, names, strict=True):
-        run_config = compat.config_loader().load_sweep_config(config, list(overrides))
+    checked = {}
+    for index, overrides in enumerate(runs):
+        run = compose_run(index, overrides, loader, multirun)
         try:
-            _check_run(run_config, folder / name)
+            run.prepare(command, is_here)
+            _check_folder(run)
         except ConfigError as error:
-            run = " ".join(overrides)
-            raise ConfigError(f"{error} (in the run {run}; nothing was started)") from error
-        configs.append(run_config)
-    return configs
+            where = " ".join(overrides)
+            raise ConfigError(f"{error} (in the run {where}; nothing was started)") from error
+        checked[run.overrides] = run
+    return checked
 
 
-def _check_run(config: DictConfig, folder: Path) -> None:
-    # Imported late: torch takes seconds, and train.py imports this file at its start.
+def _check_folder(run: Run) -> None:
+    """Check that the folder of a run holds no other one.
+
+    Raises:
+        ConfigError: the folder holds another run, or one that another process is training.
+    """
+    # Imported late: PyTorch takes seconds, and the command imports this file at its start.
     from losswatch.disk.locks import hold
-    from losswatch.disk.result import finished
     from losswatch.disk.resume import check_folder
-    from losswatch.run.plan import check
+    from losswatch.disk.result import finished
 
-    check(config, config.hydra.runtime.choices.get("loss"), multirun=True)
-    check_folder(folder, config)
-    if folder.is_dir() and not finished(folder):
-        hold(folder).close()
+    assert run.settings is not None
+    check_folder(run.folder, run.settings.as_config())
+    if run.folder.is_dir() and not finished(run.folder):
+        hold(run.folder).close()

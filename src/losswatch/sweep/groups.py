@@ -6,23 +6,20 @@ import json
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from losswatch.config.loss_files import read_losses
-from losswatch.config.schema import thresholds
+from losswatch.config.ranges import thresholds
 from losswatch.disk.resume import take_up
-from losswatch.sweep.jobs import Job
+from losswatch.sweep.jobs import Run
 
 
-def group_jobs(jobs: Sequence[Job]) -> tuple[list[list[Job]], list[str]]:
-    """The jobs in groups that can each be one stack, and the keys in which the groups differ.
+def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[str]]:
+    """The runs in groups that can each be one stack, and the keys in which the groups differ.
 
-    Groups are in the order of their first jobs.
+    Groups are in the order of their first runs.
     """
-    settings = [_common_settings(job) for job in jobs]
-    groups: dict[Hashable, list[Job]] = {}
-    for job, common in zip(jobs, settings, strict=True):
-        groups.setdefault(_frozen(common), []).append(job)
+    settings = [_common_settings(run) for run in runs]
+    groups: dict[Hashable, list[Run]] = {}
+    for run, common in zip(runs, settings, strict=True):
+        groups.setdefault(_frozen(common), []).append(run)
     differ = []
     for name, value in settings[0].items():
         for key in value if isinstance(value, dict) else [None]:
@@ -31,7 +28,7 @@ def group_jobs(jobs: Sequence[Job]) -> tuple[list[list[Job]], list[str]]:
     return list(groups.values()), differ
 
 
-def order_groups(groups: Sequence[list[Job]]) -> list[list[Job]]:
+def order_groups(groups: Sequence[list[Run]]) -> list[list[Run]]:
     """The groups in the order in which to start them, several at once.
 
     Groups that differ only in the optimiser share the compiled step (losswatch.stack.step). They
@@ -41,22 +38,24 @@ def order_groups(groups: Sequence[list[Job]]) -> list[list[Job]]:
     return sorted(reversed(groups), key=lambda group: group[0].config.optimizer._target_)
 
 
-def _common_settings(job: Job) -> dict[str, Any]:
+def _common_settings(run: Run) -> dict[str, Any]:
     """What must be equal in all runs of a stack, by name."""
-    config: Any = OmegaConf.to_container(job.task, resolve=True)
+    settings = run.settings
+    assert settings is not None
+    config = settings.as_config()
     per_run = {"lr", "betas", "eps", "weight_decay", "momentum", "nesterov"}
     config["optimizer"] = {k: v for k, v in config["optimizer"].items() if k not in per_run}
     del config["seed"]
-    config["data"] = {k: v for k, v in config["data"].items() if k not in ("low", "high")}
-    if config["theta"] is not None:
-        config["theta"] = f"{len(thresholds(config['theta'])) + 1} classes"
+    of_run = ("low", "high", "seed", "thresholds")
+    config["data"] = {k: v for k, v in config["data"].items() if k not in of_run}
+    if settings.theta is not None:
+        config["theta"] = f"{len(thresholds(settings.theta)) + 1} classes"
     # A stack watches the losses of all its runs. A trained loss that the command line has changed
     # is another one than the watched loss of the same name.
     loss = config.pop("loss")
-    config["watched"] = sorted({*config.pop("watch"), job.loss})
-    unchanged = OmegaConf.to_container(read_losses([job.loss], job.task)[job.loss])
-    config["changed loss"] = None if loss == unchanged else loss
-    config["steps done"] = take_up(job.folder).step
+    config["watched"] = sorted({*config.pop("watch"), settings.trained})
+    config["changed loss"] = loss if settings.has_own_loss else None
+    config["steps done"] = take_up(run.folder).step
     return config
 
 

@@ -1,63 +1,103 @@
-"""One run of a sweep, as the fused launcher handles it."""
+"""One run of a sweep: its config, composed once, and what follows from it."""
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from losswatch.sweep.command import current_sweep
+from losswatch.config.settings import Job, Settings
 
-
-class Context(NamedTuple):
-    """What Hydra gives a launcher."""
-
-    hydra: HydraContext  # composes configs, and calls the callbacks
-    task_function: TaskFunction  # train.py's main
-    multirun: DictConfig  # the config of the sweep, with the `hydra` section
+if TYPE_CHECKING:
+    from losswatch.command import Command
+    from losswatch.run.plan import Plan
 
 
 @dataclass
-class Job:
-    """One run of a sweep."""
+class Run:
+    """One run of a sweep.
 
-    index: int  # its number in the sweep, from 0
-    overrides: list[str]
-    config: DictConfig  # with the `hydra` section
-    folder: Path  # absolute
+    Attributes:
+        index: its number in the sweep, from 0.
+        config: with the section `hydra`.
+        folder: where the run writes everything; absolute.
+        settings, plan: of the run, as far as this process has made them.
+    """
 
-    @functools.cached_property
-    def task(self) -> DictConfig:
-        """The config without the `hydra` section, which train.py's main gets."""
-        task = copy.deepcopy(self.config)
-        with open_dict(task):
-            del task["hydra"]
-        return task
+    index: int
+    config: DictConfig
+    folder: Path
+    settings: Settings | None = None
+    plan: Plan | None = None
 
     @property
-    def loss(self) -> str:
-        """The name of the trained loss."""
-        return self.config.hydra.runtime.choices.loss
+    def overrides(self) -> tuple[str, ...]:
+        """The run's."""
+        return tuple(self.config.hydra.overrides.task)
+
+    def prepare(self, command: Command, is_here: bool = True) -> None:
+        """Read the settings, and make the plan.
+
+        Args:
+            command: the sweep's.
+            is_here: see `Planner`.
+
+        Raises:
+            ConfigError: the run cannot work.
+        """
+        job = Job.read(self.config.hydra, command.facts.overrides, self.folder)
+        self.settings = command.read(self.config, job, is_here)
+        plan = command.planner(job, is_here).plan(self.settings)
+        self.settings = plan.settings
+        self.plan = plan if is_here else None  # the process that trains the run plans it
 
 
-def make_job(index: int, overrides: Sequence[str], context: Context) -> Job:
-    """Run number `index` of a sweep, its config composed."""
-    multirun = context.multirun
-    config = current_sweep().configs.pop(tuple(overrides), None)
-    if config is None:  # in another process, or in a sweep by a sweeper that searches
-        config = context.hydra.config_loader.load_sweep_config(multirun, list(overrides))
+def compose_run(
+    index: int, overrides: Sequence[str], loader: ConfigLoader, multirun: DictConfig
+) -> Run:
+    """Compose a run of a sweep.
+
+    Args:
+        index: its number in the sweep.
+        overrides: the run's.
+        loader: Hydra's.
+        multirun: the config of the sweep.
+
+    Raises:
+        HydraException, OmegaConfBaseException, YAMLError: the config cannot be composed.
+    """
+    config = loader.load_sweep_config(multirun, list(overrides))
     with open_dict(config):
         config.hydra.job.id = str(index)
         config.hydra.job.num = index
         # As resolved for the sweep: another process would take another time for its name.
         config.hydra.sweep.dir = multirun.hydra.sweep.dir
     HydraConfig.instance().set_config(config)  # for ${hydra:...} in the folder's name
-    folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
-    return Job(index, list(overrides), config, folder)
+    OmegaConf.set_readonly(config.hydra, None)  # `set_config` protects it; launchers change it
+    return Run(index, config, Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute())
+
+
+class ComposedOnce:
+    """A config loader that gives a launcher the configs with which the runs were checked.
+
+    It stands in for Hydra's, for launchers of this process: to compose a config takes 70 ms.
+    """
+
+    def __init__(self, loader: ConfigLoader, runs: dict[tuple[str, ...], Run]) -> None:
+        self.loader, self.runs = loader, runs
+
+    def load_sweep_config(self, multirun: DictConfig, overrides: list[str]) -> DictConfig:
+        run = self.runs.get(tuple(overrides))
+        return run.config if run else self.loader.load_sweep_config(multirun, overrides)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.loader, name)
+
+    def __reduce__(self) -> tuple:
+        """Another process composes its own."""
+        return ComposedOnce, (self.loader, {})

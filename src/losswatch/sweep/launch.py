@@ -1,13 +1,14 @@
 """The fused launcher's work: it trains the runs of a sweep in groups.
 
 A group is trained as one stack (losswatch.stack). Then each of its runs goes through Hydra's
-`run_job` and train.py like any other run. There it is found trained, and its result is written.
-Runs that cannot be stacked are trained there.
+`run_job`, with a task function that writes its result. A run that cannot be stacked goes through
+`run_job` with the command, which trains it.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import joblib
 import torch
@@ -24,34 +25,44 @@ from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch import compat, terminal
-from losswatch.config import schema
-from losswatch.config.loss_files import loss_nodes
+from losswatch.config.errors import ConfigError
 from losswatch.disk.locks import hold
 from losswatch.disk.result import finished
-from losswatch.run.build import describe_data, make_losses, trainer_options
+from losswatch.run.build import make_losses
 from losswatch.run.process import quiet
 from losswatch.stack.fit import fit
-from losswatch.stack.limits import check_config
-from losswatch.stack.member import FINISHED, Failure, make_member
+from losswatch.stack.limits import check_plan
+from losswatch.stack.member import Failure, Member, make_member
 from losswatch.stack.refusal import NotStackable
-from losswatch.sweep.command import current_sweep
 from losswatch.sweep.counting import Counted, collected
-from losswatch.sweep.exit import stop
-from losswatch.sweep.groups import group_jobs, order_groups
-from losswatch.sweep.jobs import Context, Job, make_job
+from losswatch.sweep.groups import group_runs, order_groups
+from losswatch.sweep.jobs import Run, compose_run
+from losswatch.task import finish_stacked
 from losswatch.terminal import say
 from losswatch.text import number_of, one_line
+
+if TYPE_CHECKING:
+    from losswatch.command import Command
 
 log = logging.getLogger(__name__)
 
 Returned = tuple[int, JobReturn]  # a run's number, and what its job returned
+Outcomes = dict[Path, Member | Failure]  # what became of runs of a stack, by folder
 
 OUTER_MEMBERS = 32  # runs a group for another launcher, whose machines are not known here
 KILLED = "the process that trained it was killed, for want of memory or by a crash in native code"
+
+
+class Context(NamedTuple):
+    """What Hydra gives the launcher."""
+
+    hydra: HydraContext  # composes configs, and calls the callbacks
+    command: Command  # the task function
+    multirun: DictConfig  # the config of the sweep, with the section `hydra`
 
 
 def launch(
@@ -70,13 +81,17 @@ def launch(
         context: what Hydra gave the launcher.
         max_members, workers, outer: of the launcher's config (`FusedConf`).
     """
-    jobs = [make_job(i, o, context) for i, o in enumerate(job_overrides, initial_job_idx)]
-    done: list[Job] = []
-    todo: list[Job] = []
-    for job in jobs:
-        (done if finished(job.folder) else todo).append(job)
-    groups, differ = group_jobs(todo) if todo else ([], [])
-    uses_gpu = torch.cuda.is_available() and jobs[0].config.trainer.accelerator != "cpu"
+    is_here = outer is None
+    runs = [
+        _find_run(i, overrides, context, is_here)
+        for i, overrides in enumerate(job_overrides, initial_job_idx)
+    ]
+    todo: list[Run] = []
+    others: list[Run] = []  # the command skips a run that is done, and fails one that cannot work
+    for run in runs:
+        (others if run.settings is None or finished(run.folder) else todo).append(run)
+    groups, differ = group_runs(todo) if todo else ([], [])
+    uses_gpu = torch.cuda.is_available() and runs[0].config.trainer.accelerator != "cpu"
     at_once = workers or (1 if uses_gpu else os.cpu_count() or 1)
     if outer is not None and not workers:
         size = OUTER_MEMBERS
@@ -93,7 +108,7 @@ def launch(
         advice = "" if max_members or workers else " (hydra.launcher.max_members sets how large)"
         place = f"jobs of {type(launcher).__name__}{advice}"
     reason = f" (they differ in {', '.join(differ)})" if differ else ""
-    earlier = f", {len(done)} done before" if done else ""
+    earlier = f", {len(others)} done before" if others else ""
     say(
         f"fused: {number_of(len(todo), 'run')} in {number_of(len(parts), 'group')} of up to "
         f"{max(map(len, parts), default=0)}, {place}{reason}{earlier}"
@@ -101,30 +116,44 @@ def launch(
 
     returns: list[Returned] = []
     if parts and launcher is None:
-        total = sum(job.task.trainer.max_steps for job in todo)
-        is_shown = todo[0].task.trainer.enable_progress_bar
+        total = sum(run.config.trainer.max_steps for run in todo)
+        is_shown = todo[0].config.trainer.enable_progress_bar
         with terminal.steps(total, runs=len(todo), is_shown=is_shown) as steps:
             returns += _run_here(parts, context, at_once, steps)
     elif parts and launcher is not None:
         returns += _run_by(launcher, len(parts))
-    returns += run_group(done, context)  # train.py skips each of them
+    returns += run_group(others, context)
     for _, returned in returns:
         if returned.status is JobStatus.FAILED:  # the sweeper would end the sweep (see `_finish`)
-            current_sweep().lacks_runs = True
+            context.command.lacks_runs = True
             returned.status = JobStatus.COMPLETED
     return [returned for _, returned in sorted(returns, key=lambda pair: pair[0])]
 
 
-def split(jobs: list[Job], size: int) -> list[list[Job]]:
-    """The jobs in order, in lists of at most `size`."""
-    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+def _find_run(index: int, overrides: Sequence[str], context: Context, is_here: bool) -> Run:
+    """A run as it was checked before; or composed now, of a search or in another process.
+
+    A run of a search whose settings cannot work has none.
+    """
+    command = context.command
+    if run := command.runs.pop(tuple(overrides), None):
+        return run
+    run = compose_run(index, overrides, context.hydra.config_loader, context.multirun)
+    with suppress(ConfigError):
+        run.prepare(command, is_here)
+    return run
+
+
+def split(runs: list[Run], size: int) -> list[list[Run]]:
+    """The runs in order, in lists of at most `size`."""
+    return [runs[i : i + size] for i in range(0, len(runs), size)]
 
 
 # --- Where groups are trained --------------------------------------------------------------------
 
 
 def _run_here(
-    parts: Sequence[Sequence[Job]], context: Context, at_once: int, steps: terminal.Steps
+    parts: Sequence[Sequence[Run]], context: Context, at_once: int, steps: terminal.Steps
 ) -> list[Returned]:
     """On this machine: several groups at once, each in a process of its own, which counts `steps`.
 
@@ -142,15 +171,14 @@ def _run_here(
                 for returned in _in_processes(waiting, at_once):
                     returns += returned
             returned_runs = {index for index, _ in returns}
-            waiting = [group for group in waiting if group.jobs[0].index not in returned_runs]
+            waiting = [group for group in waiting if group.runs[0].index not in returned_runs]
             for group in waiting[:at_once]:
                 try:
                     for returned in _in_processes([group], at_once):
                         returns += returned
                 except BrokenProcessPool:
                     killed = Failure(RuntimeError(KILLED))
-                    FINISHED.update({job.folder: killed for job in group.jobs})
-                    returns += [(job.index, _finish(job, context)) for job in group.jobs]
+                    returns += [(run.index, _finish(run, context, killed)) for run in group.runs]
             waiting = waiting[at_once:]
     return returns
 
@@ -159,7 +187,7 @@ def _run_here(
 class _Group:
     """A group of runs for a process of its own."""
 
-    jobs: Sequence[Job]
+    runs: Sequence[Run]
     file: Path  # where the process counts its steps
     index: int  # of the group there
     context: Context
@@ -167,10 +195,9 @@ class _Group:
     def __call__(self, singletons: Any) -> list[Returned]:
         """`run_group` in that process; `singletons` is Hydra's state."""
         setup_globals()
-        schema.register()
         Singleton.set_state(singletons)
         with terminal.part_of(Counted(self.file, self.index)):
-            return run_group(self.jobs, self.context)
+            return run_group(self.runs, self.context)
 
 
 def _in_processes(groups: Sequence[_Group], at_once: int) -> Iterator[list[Returned]]:
@@ -193,25 +220,28 @@ class OuterTask:
     The launcher sends all of this with each job, so it holds the overrides and no configs.
     """
 
-    parts: list[list[tuple[int, list[str]]]]  # number and overrides of each run of each group
+    parts: list[list[tuple[int, tuple[str, ...]]]]  # number and overrides of each run of a group
     context: Context
 
     def __call__(self, config: DictConfig) -> list[Returned]:
-        runs = self.parts[HydraConfig.get().job.num]
-        jobs = [make_job(index, overrides, self.context) for index, overrides in runs]
+        part = self.parts[HydraConfig.get().job.num]
+        runs = [_find_run(index, overrides, self.context, True) for index, overrides in part]
         # Grouped again: if a cluster stops this job and starts it anew, its runs may be at
         # different steps.
-        groups, _ = group_jobs(jobs)
+        able = [run for run in runs if run.settings is not None]
+        groups = group_runs(able)[0] if able else []
+        groups.append([run for run in runs if run.settings is None])
         return [returned for group in groups for returned in run_group(group, self.context)]
 
 
-def _outer_launcher(outer: Any, parts: Sequence[Sequence[Job]], context: Context) -> Launcher:
+def _outer_launcher(outer: Any, parts: Sequence[Sequence[Run]], context: Context) -> Launcher:
     """The launcher whose jobs are the groups, set up with them.
 
     Args:
         outer: its name, or its config.
 
     Raises:
+        ConfigError: `outer` names no other launcher.
         MissingConfigException: there is no launcher of that name.
     """
     multirun = context.multirun
@@ -220,14 +250,14 @@ def _outer_launcher(outer: Any, parts: Sequence[Sequence[Job]], context: Context
             multirun.hydra.job.config_name, [f"hydra/launcher={outer}"], RunMode.RUN
         ).hydra.launcher
     if outer.get("_target_") in (None, multirun.hydra.launcher._target_):
-        stop(
+        raise ConfigError(
             "hydra.launcher.outer takes the name of another launcher (hydra.launcher.outer=ray), "
             "or its config (+hydra/launcher@hydra.launcher.outer=ray)"
         )
     config = copy.deepcopy(multirun)
     with open_dict(config):
         config.hydra.launcher = outer
-    runs = [[(job.index, job.overrides) for job in part] for part in parts]
+    runs = [[(run.index, run.overrides) for run in part] for part in parts]
     return Plugins.instance().instantiate_launcher(
         # The callbacks are called for each run of a group, and not for the group.
         hydra_context=replace(context.hydra, callbacks=compat.no_callbacks()),
@@ -250,111 +280,117 @@ def _run_by(launcher: Launcher, count: int) -> list[Returned]:
 # --- One group -----------------------------------------------------------------------------------
 
 
-def run_group(jobs: Sequence[Job], context: Context) -> list[Returned]:
-    """Train the runs of a group that are not done, and let train.py write the results of all.
+def run_group(runs: Sequence[Run], context: Context) -> list[Returned]:
+    """Train the runs of a group that are not done, and write the results of all.
 
     An error is that of the runs that it stops, and is in their results: other runs go on.
     """
+    outcomes: Outcomes = {}
     with quiet(), ExitStack() as locks:
-        todo = [job for job in jobs if _lock(job, locks)]
+        todo = [run for run in runs if _lock(run, locks)]
         try:
             if todo:
                 HydraConfig.instance().set_config(todo[0].config)
-                _train(todo)
+                _train(todo, outcomes)
         except NotStackable as error:
             say(f"{number_of(len(todo), 'run')} trained one by one: {error}")
         except Exception as error:
-            for job in todo:
-                FINISHED.setdefault(job.folder, Failure(error))
-        return [(job.index, _finish(job, context)) for job in jobs]
+            for run in todo:
+                outcomes.setdefault(run.folder, Failure(error))
+        return [(run.index, _finish(run, context, outcomes.get(run.folder))) for run in runs]
 
 
-def _lock(job: Job, locks: ExitStack) -> bool:
+def _lock(run: Run, locks: ExitStack) -> bool:
     """Whether the run is ours to train; then it is locked until `locks` is closed.
 
-    It is not if it is done, if another process trains it, or if its folder cannot be made.
-    train.py or Hydra finds the same later, and says so.
+    It is not if it cannot be planned, is done, if another process trains it, or if its folder
+    cannot be made. The command or Hydra finds the same later, and says so.
     """
-    if finished(job.folder):
+    if run.plan is None or finished(run.folder):
         return False
     try:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        locks.enter_context(hold(job.folder))
-    except (schema.ConfigError, OSError):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        locks.enter_context(hold(run.folder))
+    except (ConfigError, OSError):
         return False
-    return not finished(job.folder)  # another process may have finished it meanwhile
+    return not finished(run.folder)  # another process may have finished it meanwhile
 
 
-def _train(jobs: Sequence[Job]) -> None:
+def _train(runs: Sequence[Run], outcomes: Outcomes) -> None:
     """Train runs as one stack, or in halves of it if they do not fit into memory.
 
-    The results are in `FINISHED`.
+    Args:
+        outcomes: gets what became of them.
 
     Raises:
         NotStackable: the runs need the ordinary training loop.
     """
-    first = jobs[0]
-    options = trainer_options(first.task)
-    check_config(first.task)
-    losses = make_losses(loss_nodes(first.task, first.loss), describe_data(first.task))
+    plan = runs[0].plan
+    assert plan is not None
+    check_plan(plan)
+    losses = make_losses(plan)
     members = []
-    for job in jobs:
+    for run in runs:
         try:
-            _describe(job)
-            members.append(make_member(job.task, job.loss, job.folder))
+            _describe(run)
+            assert run.plan is not None
+            members.append(make_member(run.plan))
         except NotStackable:
             raise
         except Exception as error:
-            FINISHED[job.folder] = Failure(error)
+            outcomes[run.folder] = Failure(error)
     if not members:
         return
     if start := members[0].start:  # the same in all of a group
         say(f"{number_of(len(members), 'run')} resumed from step {start}")
     try:
-        fit(
-            members, losses, options, first.task.threads,
-            compile=bool(first.task.compile), **first.task.probe,
-        )  # fmt: skip
+        fit(members, losses, plan)
     except torch.OutOfMemoryError:
-        if len(jobs) == 1:
+        if len(runs) == 1:
             raise
-        log.warning("%d runs do not fit into memory; trying half as many at once", len(jobs))
-        half = len(jobs) // 2
-        for part in (jobs[:half], jobs[half:]):
-            _train(part)
+        log.warning("%d runs do not fit into memory; trying half as many at once", len(runs))
+        half = len(runs) // 2
+        for part in (runs[:half], runs[half:]):
+            _train(part, outcomes)
         return
-    for member in members:
-        FINISHED[member.folder] = member
+    outcomes |= {member.folder: member for member in members}
 
 
-def _describe(job: Job) -> None:
+def _describe(run: Run) -> None:
     """Write a run's config before it is trained.
 
     Hydra writes the same files when the run is finished. A run that is cut off needs them to be
     known by its settings.
     """
-    if (name := job.config.hydra.output_subdir) is None:
+    if (name := run.config.hydra.output_subdir) is None:
         return
-    (folder := job.folder / name).mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(job.task, folder / "config.yaml")
-    OmegaConf.save(OmegaConf.masked_copy(job.config, "hydra"), folder / "hydra.yaml")
-    OmegaConf.save(job.config.hydra.overrides.task, folder / "overrides.yaml")
+    (folder := run.folder / name).mkdir(parents=True, exist_ok=True)
+    own = OmegaConf.masked_copy(run.config, [str(key) for key in run.config if key != "hydra"])
+    OmegaConf.save(own, folder / "config.yaml")
+    OmegaConf.save(OmegaConf.masked_copy(run.config, "hydra"), folder / "hydra.yaml")
+    OmegaConf.save(run.config.hydra.overrides.task, folder / "overrides.yaml")
 
 
-def _finish(job: Job, context: Context) -> JobReturn:
-    """Let Hydra run train.py for a run; what failed there is no error to Hydra (callback.py).
+def _finish(run: Run, context: Context, outcome: Member | Failure | None) -> JobReturn:
+    """Let Hydra call what writes the result of a run, or trains it if there is no outcome.
 
     The job has failed, with no return value, if Hydra cannot write the run's folder or its config.
     """
-    HydraConfig.instance().set_config(job.config)
+    task: TaskFunction = context.command
+    if outcome is None:
+        context.command.runs[run.overrides] = run
+    else:
+        assert run.plan is not None
+        task = functools.partial(finish_stacked, context.command, run.plan, outcome)
+    HydraConfig.instance().set_config(run.config)
     try:
         return run_job(
             hydra_context=context.hydra,
-            task_function=context.task_function,
-            config=job.config,
+            task_function=task,
+            config=run.config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
     except Exception as error:
-        say(f"{job.folder}: {one_line(error)}")
-        return JobReturn(overrides=job.overrides, status=JobStatus.FAILED)
+        say(f"{run.folder}: {one_line(error)}")
+        return JobReturn(overrides=list(run.overrides), status=JobStatus.FAILED)

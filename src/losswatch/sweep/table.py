@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from losswatch.sweep.command import again
+from losswatch.config.quoting import resume_command
 from losswatch.text import nearby
 
 
@@ -34,7 +34,7 @@ def show_table(folder: Path) -> bool:
         "Browse": shlex.join(["tensorboard", "--logdir", nearby(folder)]),
     }
     if not all_done:
-        places["Resume"] = again("hydra.sweep.dir", nearby(folder))
+        places["Resume"] = resume_command("hydra.sweep.dir", nearby(folder))
     # Where the output is no terminal, rich would fold the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.capture() as printed:  # on a closed pipe rich would exit by itself

@@ -13,12 +13,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from losswatch.sweep.jobs import Context
-
 
 @dataclass
 class FusedConf:
-    _target_: str = "hydra_plugins.losswatch_launcher.fused_launcher.FusedLauncher"
+    _target_: str = "hydra_plugins.losswatch.fused_launcher.FusedLauncher"
     # Runs a group. null: as many as keep all CPU cores, or the GPU, busy.
     max_members: int | None = None
     # Groups trained at once. null: one for each CPU core, or one if there is a GPU.
@@ -45,11 +43,11 @@ class FusedLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.context = Context(hydra_context, task_function, config)
+        self.given = hydra_context, task_function, config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from losswatch.sweep.launch import launch
+        from losswatch.sweep.launch import Context, launch
 
-        return launch(job_overrides, initial_job_idx, self.context, **self.settings)
+        return launch(job_overrides, initial_job_idx, Context(*self.given), **self.settings)

@@ -1,0 +1,40 @@
+"""Whether the learning rate's scheduler can be made, and lasts as long as the training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+
+from losswatch.config.errors import ConfigError
+
+
+def check_scheduler(
+    make: Callable[[torch.optim.Optimizer], dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+) -> None:
+    """Make a scheduler, and let it take a step.
+
+    Args:
+        make: from an optimiser to Lightning's config of its scheduler.
+        optimizer: that has taken a step.
+        steps: of the training.
+
+    Raises:
+        ConfigError: the scheduler cannot be made, or ends before the training.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the order of the two first steps
+            scheduler = make(optimizer)["scheduler"]
+            scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+    except Exception as error:
+        raise ConfigError(f"scheduler: {' '.join(str(error).split())}") from error
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
+        raise ConfigError(
+            f"scheduler.total_steps={scheduler.total_steps} ends before trainer.max_steps={steps}"
+        )

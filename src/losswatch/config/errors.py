@@ -1,0 +1,5 @@
+"""The error of a config that cannot work."""
+
+
+class ConfigError(ValueError):
+    """A value of the config that cannot work; the message is one line for the user."""
