@@ -6,8 +6,8 @@
     python scripts/reproduce.py --quick seed=0 trainer.max_steps=500      overrides go to each sweep
 
 Runs are written to outputs/reproduce (--runs). The report, its figures and summary.csv are written
-to outputs/article, or with --quick to outputs/article_quick (--out). A sweep is skipped if all its
-runs are done, and started again if it was interrupted.
+to outputs/article, or with --quick to outputs/article_quick (--out). Runs that are done are
+skipped, and those that were interrupted go on.
 """
 
 import argparse
@@ -15,11 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-
-from losswatch.report.runs import read_runs
-from losswatch.sweep.grid import grid
 from study.report import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -51,10 +46,8 @@ def main() -> int:
 
     if not args.no_train:
         for name, overrides in (QUICK if args.quick else SWEEPS).items():
-            if not is_done(args.runs / name):
-                status = sweep(args.runs / name, [*overrides, *args.overrides])
-                if status:
-                    return status
+            if status := sweep(args.runs / name, [*overrides, *args.overrides]):
+                return status
     try:
         others = write_report(args.runs, out)
     except OSError as error:  # there are no runs, or nothing can be written
@@ -71,15 +64,6 @@ def sweep(folder: Path, overrides: list[str]) -> int:
     where = f"hydra.sweep.dir={folder}"
     command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=fused"]
     return subprocess.run([*command, *overrides, where], check=False).returncode
-
-
-def is_done(folder: Path) -> bool:
-    """Whether all runs of the sweep that was started in a folder are done."""
-    try:
-        expected = grid(OmegaConf.load(folder / "multirun.yaml"))  # type: ignore[arg-type]
-        return bool((read_runs(folder)["status"] == "done").sum() == len(expected))
-    except (OSError, HydraException):
-        return False
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -18,8 +19,11 @@ from rich.table import Table
 from benchmarks import ROOT
 from benchmarks.runs import COMMON
 from losswatch.config import schema
-from losswatch.config.loss_files import loss_nodes
-from losswatch.run import build
+from losswatch.config.settings import Job, Settings
+from losswatch.config.sources import Sources
+from losswatch.disk.checkpoint_files import settings_to_keep
+from losswatch.run.build import make_losses
+from losswatch.run.plan import Plan, Planner
 from losswatch.stack.fit import fit
 from losswatch.stack.member import make_member
 
@@ -32,19 +36,30 @@ def measure(steps: int, counts: list[int], figure: Path) -> None:
     schema.register()
     overrides = [*COMMON, "compile=true", "trainer.accelerator=cpu"]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfgs = [compose("config", [*overrides, f"seed={i}"]) for i in range(max(counts))]
-        nodes = loss_nodes(cfgs[0], "dice")
+        planner = Planner(Sources())
 
+        def plan(seed: int, length: int, folder: Path) -> Plan:
+            own = [f"seed={seed}", f"trainer.max_steps={length}"]
+            cfg = compose("config", [*overrides, *own], return_hydra_config=True)
+            job = Job.read(cfg.hydra, (), folder)
+            return planner.plan(Settings.read(cfg, job, planner.sources, settings_to_keep))
+
+        _measure(plan, steps, counts, figure)
+
+
+def _measure(
+    plan: Callable[[int, int, Path], Plan], steps: int, counts: list[int], figure: Path
+) -> None:
     def seconds(count: int, length: int) -> float:
         """CPU seconds of `count` runs of `length` steps."""
-        options = build.trainer_options(cfgs[0]) | {"max_steps": length}
         with tempfile.TemporaryDirectory() as folder:
-            members = []
-            for i, cfg in enumerate(cfgs[:count]):
-                (run := Path(folder, str(i))).mkdir()
-                members.append(make_member(cfg, "dice", run))
+            plans = []
+            for seed in range(count):
+                (run := Path(folder, str(seed))).mkdir()
+                plans.append(plan(seed, length, run))
+            members = [make_member(each) for each in plans]
             begin = time.process_time()
-            fit(members, build.make_losses(nodes, members[0].data.form), options, **cfgs[0].probe)
+            fit(members, make_losses(plans[0]), plans[0])
             return time.process_time() - begin
 
     rows: list[Row] = []

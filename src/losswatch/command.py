@@ -154,6 +154,7 @@ def main() -> None:
         return
     typed = sys.argv[1:]
     sys.argv[1:] = map(quoted, typed)
+    schema.use_checked_sweeper()
     command = Command(Facts(tuple(sys.argv[1:])))
     HydraConfig.instance().cfg = None  # of an earlier command in this process
     with command_switches() as is_verbose, ended_by_sigterm(command):

@@ -55,7 +55,8 @@ def run_task(command: Command, cfg: DictConfig) -> float | None:
     """
     if command.is_terminated:  # the signal came where Python drops errors
         raise KeyboardInterrupt
-    job = Job.read(HydraConfig.get(), command.facts.overrides)
+    hydra: Any = HydraConfig.get()
+    job = Job.read(hydra, command.facts.overrides)
     _say_which(command, job)
     checked = command.runs.pop(job.overrides, None)
     plan, settings = (checked.plan, checked.settings) if checked else (None, None)

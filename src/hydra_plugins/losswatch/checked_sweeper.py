@@ -1,9 +1,7 @@
-"""`hydra/sweeper=basic`: a sweep over a grid, all of whose runs are checked before the first starts.
+"""`hydra/sweeper=basic`: a sweep over a grid; all runs are checked before the first one starts.
 
 Hydra imports this file whenever it starts. So it imports nothing slow.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence

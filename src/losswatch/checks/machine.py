@@ -61,7 +61,8 @@ def check_machine(options: Mapping[str, Any], is_sweep: bool) -> pl.Trainer:
     # The fork of a process with threads hangs. Spawned ranks start anew for the test, and their
     # logs are not the run's.
     if compat.forks_or_spawns(trainer):
-        raise ConfigError(f"trainer.strategy={options.get('strategy')} cannot be used here; ddp can")
+        strategy = options.get("strategy")
+        raise ConfigError(f"trainer.strategy={strategy} cannot be used here; ddp can")
     # Lightning starts each rank by the command line of this process, here that of the whole sweep.
     if is_sweep and ranks > 1:
         raise ConfigError(

@@ -115,7 +115,8 @@ def _check_keys(config: Config) -> None:
     Raises:
         ConfigError: a key is unknown, or losswatch sets it itself.
     """
-    for name, group, known in ("", config, schema.Config), ("probe.", config["probe"], schema.Probe):
+    groups = ("", config, schema.Config), ("probe.", config["probe"], schema.Probe)
+    for name, group, known in groups:
         keys = [field.name for field in dataclasses.fields(known)]
         for key in group:
             if key not in keys:

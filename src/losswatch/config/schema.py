@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import MISSING, OmegaConf
 
 from losswatch.config import names
@@ -42,6 +43,23 @@ class Config:
     callbacks: dict[str, Any] = field(default_factory=dict)
     probe: Probe = MISSING
     trainer: dict[str, Any] = MISSING
+
+
+@dataclass
+class Grid:
+    _target_: str = "hydra_plugins.losswatch.checked_sweeper.CheckedSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
+
+
+def use_checked_sweeper() -> None:
+    """Let `hydra/sweeper=basic`, the default, be the sweeper that checks all runs first.
+
+    It takes the place of Hydra's own under its name. A name of its own in conf/config.yaml could
+    not be overridden by an experiment, such as conf/experiment/optuna.yaml.
+    """
+    Plugins.instance()  # Hydra's own is stored at that moment
+    ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=Grid)
 
 
 def register() -> None:

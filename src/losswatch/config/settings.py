@@ -25,9 +25,9 @@ Node = dict[str, Any]  # plain values; with a `_target_` it describes an object
 
 # What a file of conf/ can say of the data and the run, as in `${form.in_channels}`. The values are
 # known once the data have been looked at (`run.plan`), so until then the text stands for itself.
+_LATER_KEYS = {"form": ("in_channels", "channels", "dims"), "run": ("folder", "name")}
 LATER = {
-    group: {key: f"\\${{{group}.{key}}}" for key in keys}
-    for group, keys in {"form": ("in_channels", "channels", "dims"), "run": ("folder", "name")}.items()
+    group: {key: f"\\${{{group}.{key}}}" for key in keys} for group, keys in _LATER_KEYS.items()
 }
 
 # What may differ when a run is resumed.
@@ -50,8 +50,8 @@ class Job:
         base: the folder from which lines name the run's: that of the sweep, or the working folder.
         log: the name of the log file in the folder.
         search_path: the command's overrides of Hydra's search path.
-        swept: the value of each key in which the runs of the sweep differ, as text; of a single run,
-            of each key that the command sets.
+        swept: the value of each key in which the runs of the sweep differ, as text; of a single
+            run, of each key that the command sets.
     """
 
     folder: Path
@@ -236,7 +236,7 @@ def _instead(node: DictConfig) -> str:
         "in_channels": "${form.in_channels}", "num_classes": "${form.channels}",
         "dims": "${form.dims}", "run": "${run.name}", "checkpoints": "${run.folder}/checkpoints",
     }  # fmt: skip
-    names: Any = OmegaConf.to_container(node)["_arguments_"] or {}  # type: ignore[call-overload]
+    names = node["_arguments_"] or {}
     named = [f"{names.get(key, key)}: {value}" for key, value in values.items() if names.get(key)]
     return "such as " + ", ".join(named or ["in_channels: ${form.in_channels}"])
 

@@ -30,9 +30,7 @@ class Sources:
     def __init__(self, added: Sequence[str] = ()) -> None:
         self.added = list(added)
         loader = config_loader()
-        self.losses = loader.get_group_options(
-            "loss", config_name="config", overrides=self.added
-        )
+        self.losses = loader.get_group_options("loss", config_name="config", overrides=self.added)
         self._composed: dict[str, DictConfig] = {}
         self._check_names()
 

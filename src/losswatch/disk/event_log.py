@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -54,7 +53,7 @@ class EventLog(TensorBoardLogger):
         return event_sizes(Path(self.log_dir))
 
 
-def open_log(cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int]) -> EventLog:
+def open_log(settings, events: Mapping[str, int]) -> EventLog:
     """The run's event file, with its charts and its row of the HParams tab.
 
     Args:
@@ -62,14 +61,15 @@ def open_log(cfg: DictConfig, loss: str, folder: Path, events: Mapping[str, int]
         events: the event files and sizes that a checkpoint knows; what an earlier attempt wrote
             beyond them is removed.
     """
+    folder = settings.job.folder
     logger = EventLog(str(folder))
     if process_rank() == 0:
         rewind(folder, events)
         with ExitStack() as on_failure:
             on_failure.enter_context(logger)
             put_last(logger.experiment)
-            add_charts(logger.experiment, cosines=cfg.probe.cosines, validation=True)
-            add_hparams(logger.experiment, cfg, loss, folder)
+            add_charts(logger.experiment, cosines=settings.probe.cosines, validation=True)
+            add_hparams(logger.experiment, settings)
             on_failure.pop_all()  # it stays open
     return logger
 

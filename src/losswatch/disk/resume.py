@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import DictConfig
-
 from losswatch.config.errors import ConfigError
 from losswatch.config.settings import differences
 from losswatch.disk.checkpoint import Content, config_of, events_of, step_of
 from losswatch.disk.checkpoint_files import readable
 from losswatch.disk.event_files import event_files, lost_events
-from losswatch.disk.result import read_result
-from losswatch.run.build import set_length
+from losswatch.disk.result import Result
 from losswatch.text import printable, shortened
 
 log = logging.getLogger(__name__)
@@ -43,7 +39,7 @@ def take_up(folder: Path) -> Start:
     """Where a run goes on: at its newest checkpoint with whole event files."""
     passed: list[str] = []
     try:
-        read_result(folder)
+        Result.read(folder)
     except ValueError as error:
         passed.append(str(error))
     for path, content in readable(folder, passed):
@@ -78,7 +74,7 @@ def check_run(folder: Path) -> None:
         if re.search(r"^theta:", config, re.MULTILINE):
             return
     with suppress(ValueError):
-        if read_result(folder):
+        if Result.read(folder):
             return
     if event_files(folder) or any(config_of(content) for _, content in readable(folder)):
         return
@@ -92,7 +88,7 @@ def check_run(folder: Path) -> None:
     )
 
 
-def check_folder(folder: Path, cfg: DictConfig) -> None:
+def check_folder(folder: Path, cfg: dict) -> None:
     """See that what the folder holds of an earlier attempt was made with the same config.
 
     Epochs must also be as long as they were (`set_length`).
@@ -102,9 +98,9 @@ def check_folder(folder: Path, cfg: DictConfig) -> None:
     """
     result = None
     with suppress(ValueError):
-        result = read_result(folder)
-    configs = [result["config"]] if result else []
-    if not result or result["status"] != "done":
+        result = Result.read(folder)
+    configs = [result.config] if result else []
+    if not result or result.status != "done":
         for path, content in readable(folder):
             if not config_of(content):
                 raise ConfigError(
@@ -112,9 +108,6 @@ def check_folder(folder: Path, cfg: DictConfig) -> None:
                     "give another folder"
                 )
             configs.append(config_of(content))
-    if configs and cfg.trainer.max_epochs is not None:
-        cfg = copy.deepcopy(cfg)  # Hydra writes this config to the folder as it was given
-        set_length(cfg)
     for config in configs:
         if differ := differences(config, cfg):
             raise ConfigError(

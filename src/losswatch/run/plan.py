@@ -143,9 +143,7 @@ class Planner:
         is_here: whether the runs are trained on this machine. Where they are not, no step is tried.
     """
 
-    def __init__(
-        self, sources: Sources, found: Found | None = None, is_here: bool = True
-    ) -> None:
+    def __init__(self, sources: Sources, found: Found | None = None, is_here: bool = True) -> None:
         self.sources, self.is_here = sources, is_here
         self.found = Found()
         if found:
@@ -172,8 +170,8 @@ class Planner:
             checkpoint = None if settings.checkpoint is None else find(settings.checkpoint)
             if checkpoint is not None and settings.mode == "predict":
                 form, _ = data_of(checkpoint)
-                data = make_unlabelled(settings, form)
-                return Plan(settings, form, options, data=data, checkpoint=checkpoint)
+                unlabelled = make_unlabelled(settings, form)
+                return Plan(settings, form, options, data=unlabelled, checkpoint=checkpoint)
             images, data = self._look(settings, ranks, options)
             settings = self._of_length(settings, images)
             plan = Plan(

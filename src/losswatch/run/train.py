@@ -145,9 +145,7 @@ def _make_tester(plan: Plan, logger: EventLog | bool) -> pl.Trainer:
     )
 
 
-def _make_module(
-    plan: Plan, net: nn.Module, data: pl.LightningDataModule
-) -> SegmentationModule:
+def _make_module(plan: Plan, net: nn.Module, data: pl.LightningDataModule) -> SegmentationModule:
     settings = plan.settings
     return SegmentationModule(
         net,

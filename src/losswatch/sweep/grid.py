@@ -72,8 +72,8 @@ def _check_folder(run: Run) -> None:
     """
     # Imported late: PyTorch takes seconds, and the command imports this file at its start.
     from losswatch.disk.locks import hold
-    from losswatch.disk.resume import check_folder
     from losswatch.disk.result import finished
+    from losswatch.disk.resume import check_folder
 
     assert run.settings is not None
     check_folder(run.folder, run.settings.as_config())
