@@ -17,9 +17,9 @@ from urllib.parse import unquote
 import hydra
 import pytest
 from conftest import ROOT
+from disks import make_folder
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from test_folder import make_folder
 
 from losswatch.config.names import quoted
 from losswatch.losses import CrossEntropy, Dice

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 from conftest import ENVIRONMENT, PATIENCE, ROOT
-from test_watch import read_tensorboard
+from curves import read_tensorboard
 
 NEEDS = {
     "monai_trainer": ["monai", "ignite"], "hugging_face": ["transformers", "accelerate"],

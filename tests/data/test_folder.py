@@ -15,7 +15,9 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
+from disks import SHORT, disks, make_folder, save
 from omegaconf import OmegaConf
+from oracle import gradients, truth
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -33,40 +35,6 @@ from losswatch.run.module import SegmentationModule
 from losswatch.run.scores import ImageScores
 
 RNG = np.random.default_rng(0)
-SHORT = [
-    "data=folder", "data.patch_size=16", "trainer.max_steps=12", "trainer.val_check_interval=6",
-    "trainer.accelerator=cpu",
-]  # fmt: skip
-
-
-def disks(count, size=(40, 48), channels=1, depth=8, seed=0):
-    """Images of noise with a bright disk each, and the disks as masks of 0 and 1."""
-    rng, top = np.random.default_rng(seed), 2**depth - 1
-    pairs = []
-    for _ in range(count):
-        centre, radius = rng.uniform(10, np.array(size) - 10), rng.uniform(5, 9)
-        y, x = np.indices(size)
-        mask = np.hypot(y - centre[0], x - centre[1]) < radius
-        image = 0.3 * rng.random((*size, channels)) + 0.6 * mask[..., None]
-        pairs.append(((top * image).astype(f"uint{depth}").squeeze(), mask.astype(np.uint8)))
-    return pairs
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".tif":
-        tifffile.imwrite(path, array)
-    elif path.name.endswith((".nii", ".nii.gz")):
-        nibabel.save(nibabel.Nifti1Image(array, np.diag([2.0, 1, 1, 1])), path)
-    else:
-        Image.fromarray(array).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
-
-
-def make_folder(root, count=10, image=".png", mask=".png", scale=255, **options):
-    for i, (picture, label) in enumerate(disks(count, **options)):
-        save(root / "images" / f"{i:02}{image}", picture)
-        save(root / "masks" / f"{i:02}{mask}", label * np.uint8(scale))
-    return root
 
 
 @pytest.fixture(autouse=True)
@@ -582,11 +550,9 @@ def test_training_values_and_norms(tmp_path, kind, compose):
         p, t = (x * counted.unsqueeze(1) for x in (p, t))
     tp, both = (p * t).sum((0, 2, 3)), (p + t).sum((0, 2, 3))
     dice = (1 - (2 * tp + 1e-7) / (both + 1e-7)).mean()
-    for i, value in enumerate((cce, dice)):
-        torch.testing.assert_close(seen.values[i], value.detach(), rtol=1e-9, atol=0)
-        slopes = torch.autograd.grad(value, list(net.parameters()), retain_graph=True)
-        norm = torch.cat([s.flatten() for s in slopes]).norm()
-        torch.testing.assert_close(seen.norms[i], norm, rtol=1e-9, atol=0)
+    wanted = truth([cce, dice], gradients([cce, dice], net.parameters()))
+    torch.testing.assert_close(seen.values, wanted.values, rtol=1e-9, atol=0)
+    torch.testing.assert_close(seen.norms, wanted.norms, rtol=1e-9, atol=0)
 
 
 class Plain(Dice):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tifffile
 from folders import AFFINE, NAMES, ROWS, SMALL, THREE, Row, pairs, put, scene
+from folders_checks import assert_read, opened
 from folders_flat import flat_scans
 from folders_lists import write_lists
 from folders_scans import write_itk, write_series
 from PIL import Image
-from test_folders import assert_read, opened
 
 from losswatch.data import folder as module
 from losswatch.data.coding import check_classes, values_of

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from oracle import gradients
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -223,7 +224,7 @@ def true_numbers(row: Row, snapshot: list, wanted: list) -> tuple[Tensor, Tensor
     torch.manual_seed(0)
     net = row.net()
     losses = dict(zip(row.names(), modules(row.losses), strict=True))
-    values = gradients = 0
+    values = sums = 0
     for state, rng, step in snapshot:
         net.load_state_dict(state)
         images, index = row.draw(step)
@@ -244,19 +245,11 @@ def true_numbers(row: Row, snapshot: list, wanted: list) -> tuple[Tensor, Tensor
                 value = presets[head][name]
             else:
                 value = copy.deepcopy(losses[name])(output, copy.deepcopy(label))
-            net.zero_grad()
-            if value.requires_grad:
-                value.backward(retain_graph=True)
-            found.append((value.detach().double().reshape(()), flat(trained)))
+            value = value.reshape(())
+            found.append((value.detach().double(), gradients([value], trained)[0].double()))
         of_step = [torch.stack(x) / len(snapshot) for x in zip(*found, strict=True)]
-        values, gradients = values + of_step[0], gradients + of_step[1]
-    return values, gradients
-
-
-def flat(parameters: list[Tensor]) -> Tensor:
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
-    real = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
-    return torch.cat([g.flatten().double() for g in real])
+        values, sums = values + of_step[0], sums + of_step[1]
+    return values, sums
 
 
 def assert_right(row: Row, run: Run) -> None:

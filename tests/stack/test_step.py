@@ -1,13 +1,13 @@
 """The stacked step equals plain training: nn.Module, torch.optim, one gradient for each loss."""
 
 import copy
-from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARTICLE, load_losses
+from oracle import expected, gradients, truth
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import vjp, vmap
@@ -140,17 +140,9 @@ def train_plainly(member, losses):
         images, target = batches[step]
         logits = net(images)
         values = [loss(logits, target) for loss in losses.losses]
-        gradients = [
-            torch.autograd.grad(value, list(net.parameters()), retain_graph=True)
-            for value in values
-        ]
-        flat = [torch.cat([g.flatten() for g in each]) for each in gradients]
-        cosines = [F.cosine_similarity(a, b, dim=0, eps=0) for a, b in combinations(flat, 2)]
-        norms = [g.norm() for g in flat]
-        seen.append(torch.stack([v.detach() for v in values] + norms + cosines))
-        mine = gradients[losses.names.index(member.trained)]
-        for p, g in zip(net.parameters(), mine, strict=True):
-            p.grad = g
+        seen.append(truth(values, gradients(values, net.parameters())).row())
+        optimizer.zero_grad()
+        values[losses.names.index(member.trained)].backward()
         optimizer.step()
     return net, torch.stack(seen)
 
@@ -234,12 +226,9 @@ def test_frozen_parameters_stay():
     assert torch.equal(buffers[frozen], rest[frozen]) and not torch.equal(after, flat)
     net = stack.members[0].net
     images, target = _Batches(stack.members[0].data, TRAIN, 3, 3)[0]
-    logits = net(images)
-    for k, loss in enumerate(stack.losses.losses):
-        trained = list(trained_parameters(net).values())
-        gradients = torch.autograd.grad(loss(logits, target), trained, retain_graph=True)
-        norm = torch.cat([g.flatten() for g in gradients]).norm()
-        torch.testing.assert_close(seen[0, 0, len(stack.losses.names) + k], norm, rtol=1e-9, atol=0)
+    wanted = expected(stack.losses.losses, net(images), target, net.parameters())
+    count = len(stack.losses.names)
+    torch.testing.assert_close(seen[0, 0, count : 2 * count], wanted.norms, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +283,7 @@ def test_narrow_convolution_stacked(shared_input):
     weight = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64)
     back = torch.randn(3, 7, 2, 2, 5, 6, dtype=torch.float64)
 
-    def gradients(convolve):
+    def differentiate(convolve):
         def one(x, weight, back):
             y, pull = vjp(convolve, x, weight)
             return y, vmap(pull)(back)
@@ -303,8 +292,8 @@ def test_narrow_convolution_stacked(shared_input):
             x[0] if shared_input else x, weight, back
         )
 
-    y, (by_x, by_weight) = gradients(NarrowConvolution.apply)
-    wanted, (wanted_x, wanted_weight) = gradients(lambda x, w: F.conv2d(x, w, padding=1))
+    y, (by_x, by_weight) = differentiate(NarrowConvolution.apply)
+    wanted, (wanted_x, wanted_weight) = differentiate(lambda x, w: F.conv2d(x, w, padding=1))
     for got, reference in ((y, wanted), (by_x, wanted_x), (by_weight, wanted_weight)):
         torch.testing.assert_close(got, reference, rtol=1e-12, atol=1e-12)
 

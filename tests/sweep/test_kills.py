@@ -22,10 +22,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result
+from curves import assert_same
 from forks import Fork, ForkServer
+from processes import session
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_launch import session
-from test_resume import assert_same
 
 from losswatch.disk.checkpoint_files import newest
 from losswatch.disk.result import finished

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
@@ -17,6 +16,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_folders, run_train
 from omegaconf import OmegaConf
+from processes import session
 
 from losswatch.config import schema as config
 from losswatch.disk.locks import hold
@@ -385,19 +385,6 @@ JOBLIB = pytest.mark.skipif(
     importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None,
     reason="hydra_joblib_launcher is not installed",
 )
-
-
-def session(leader):
-    """The processes of a session that have not ended, from Linux's /proc."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, sid = file.read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(sid) == leader and state != "Z":
-            found.append(int(file.parent.name))
-    return found
 
 
 def stopped(cwd, command, by, whom, when, env=None):

@@ -1,7 +1,6 @@
 """`python train.py -m ...`: the six-run sweep, its table, and the grid checked beforehand."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -20,14 +19,13 @@ from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_train
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
+from switches import switches
 
 from losswatch.config import loss_files as presets
 from losswatch.disk.result import write_result
 from losswatch.events.series import read_scalars
 from losswatch.sweep.callback import SweepCallback
-from losswatch.sweep.command import current_sweep
 from losswatch.sweep.exit import Escaped, clear_errors, explain, verdict
 from losswatch.sweep.grid import grid
 
@@ -354,18 +352,6 @@ def test_joblibs_processes_end_with_the_one_that_began_them(tmp_path):
 # --- Switches of the process ---------------------------------------------------------------------
 
 
-def switches():
-    names = ("HYDRA_FULL_ERROR", "PYTHONWARNINGS")
-    environment = {name: os.environ.get(name) for name in names}
-    return (
-        environment,
-        Sweeper.validate_batch_is_legal,
-        logging.raiseExceptions,
-        current_sweep(),
-        sys.unraisablehook,
-    )
-
-
 @pytest.mark.parametrize("full_error", [None, "0"])
 @pytest.mark.parametrize("filters", [None, "default"])
 @pytest.mark.parametrize("error", [None, SystemExit(2), KeyboardInterrupt(), ValueError("a fault")])
@@ -390,7 +376,7 @@ def test_switches_are_put_back(monkeypatch, full_error, filters, error):
 
 IN_PROCESS = """
 import runpy, sys
-from test_sweep import current_sweep, switches
+from switches import current_sweep, switches
 
 train, before = sys.argv[1], switches()
 for arguments in (
@@ -410,7 +396,7 @@ for arguments in (
 @pytest.mark.slow
 def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
     """Three sweeps in one process: one is done, one refused, one done by the fused launcher."""
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", IN_PROCESS, str(ROOT / "train.py")], cwd=tmp_path, timeout=PATIENCE,
         env=BUFFERED | {"PYTHONPATH": path}, capture_output=True, text=True,

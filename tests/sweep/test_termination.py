@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 from conftest import ROOT, SERVER, read_result
-from test_folder import SHORT, make_folder
-from test_launch import session
+from disks import SHORT, make_folder
+from processes import session
 
 from losswatch.disk.checkpoint_files import newest
 from losswatch.events.series import read_scalars

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fits import Functional, Manual, Plain, Wanted, fit, half, seen
 from pytorch_lightning.loggers import CSVLogger
-from test_observer import Focal, small
-from test_watch import Functional, Manual, Plain, Wanted, fit, half, seen
+from small import Focal, small
 from torch import nn
 
 from losswatch import Watch, load_loss

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import expected
+from small import LOSSES, Drawing, Focal, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_observer import LOSSES, Drawing, Focal, expected, small
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 

@@ -3,23 +3,14 @@
 The reference is one `torch.autograd.grad` for each loss, in float64, on copies.
 """
 
-import builtins
 import copy
-import functools
-import importlib
-import importlib.metadata
-import importlib.util
 import os
 import re
 import subprocess
-import sys
-import types
 from contextlib import suppress
-from itertools import combinations
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from conftest import (
     ENVIRONMENT,
@@ -31,8 +22,8 @@ from conftest import (
     run_folders,
     run_train,
 )
-from packaging.version import Version
-from pytorch_lightning.utilities.seed import isolate_rng
+from foreign import LOSSES, NETS, monai
+from oracle import Oracle, by_copies, truth
 from torch import nn
 from torch.func import vmap
 
@@ -42,7 +33,7 @@ from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.disk.checkpoint_files import find
 from losswatch.disk.event_log import EventLog
 from losswatch.events.series import read_scalars
-from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
+from losswatch.losses import Dice, LossSet
 from losswatch.nets import ConvNet
 from losswatch.run.build import describe_data, make_losses
 from losswatch.run.module import SegmentationModule
@@ -52,247 +43,25 @@ from losswatch.stack.parameters import trained_parameters
 from losswatch.stack.refusal import NotStackable
 from losswatch.stack.step import make_gradient
 
-# --- Losses --------------------------------------------------------------------------------------
-
-
-class MyDice(Dice):
-    def forward(self, logits, target):
-        return 3 * super().forward(logits, target) + 1
-
-
-class MyEntropy(CrossEntropy):
-    def forward(self, logits, target):
-        return super().forward(logits, target).square()
-
-
-class MySum(Sum):
-    def forward(self, logits, target):
-        return 0.5 * super().forward(logits, target)
-
-
-def hooked():
-    loss = Dice()
-    loss.register_forward_hook(lambda module, args, value: 2 * value)
-    return loss
-
-
-class _Old(torch.autograd.Function):
-    """In the old style, which torch.func does not take, with numpy inside."""
-
-    @staticmethod
-    def forward(ctx, p, y):
-        ctx.save_for_backward(p, y)
-        return p.new_tensor(np.square(p.detach().numpy() - y.numpy()).mean())
-
-    @staticmethod
-    def backward(ctx, g):
-        p, y = ctx.saved_tensors
-        return g * 2 * (p - y) / p.numel(), None
-
-
-class OldStyle(nn.Module):
-    def forward(self, logits, target):
-        p = logits.softmax(1)
-        return _Old.apply(p, nn.functional.one_hot(target, p.shape[1]).movedim(-1, 1).to(p))
-
-
-class Annealed(nn.Module):
-    """Counts its calls in a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, logits, target):
-        self.calls += 1
-        return nn.functional.cross_entropy(logits, target) / self.calls
-
-
-class Learned(nn.Module):
-    """Learns a temperature."""
-
-    def __init__(self):
-        super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, logits, target):
-        return nn.functional.cross_entropy(logits / self.temperature, target)
-
-
-class Noisy(nn.Module):
-    def forward(self, logits, target):
-        noise = torch.rand(logits.shape, dtype=torch.float32) + float(np.random.rand())
-        return nn.functional.cross_entropy(logits + noise.to(logits), target)
-
-
-@functools.cache
-def smp_losses():
-    """smp's losses, imported without the rest of the package, which needs torchvision."""
-    spec = importlib.util.find_spec("segmentation_models_pytorch")
-    if spec is None:
-        pytest.skip("segmentation_models_pytorch is not installed")
-    package = types.ModuleType(spec.name)
-    package.__path__ = list(spec.submodule_search_locations)
-    sys.modules[spec.name] = package
-    return importlib.import_module(f"{spec.name}.losses")
-
-
-def monai(name, **options):
-    import monai.losses
-
-    return OneHotTarget(getattr(monai.losses, name)(**options))
-
-
-def old_kornia():
-    """kornia 0.8, the newest for Python 3.10, looks at values in its focal loss."""
-    return Version(importlib.metadata.version("kornia")) < Version("0.9")
-
-
-def kornia(name, *args, **options):
-    return getattr(pytest.importorskip("kornia.losses"), name)(*args, **options)
-
-
-# The reason for losses that look at values, or make tensors whose shape depends on values.
-MAPPED = "^torch.func cannot map them over runs: RuntimeError: vmap: "
-
-# How a loss is made, and the reason if it needs the ordinary step.
-LOSSES = {
-    "subclass of Dice": (MyDice, None),
-    "subclass of CrossEntropy": (MyEntropy, None),
-    "subclass of Sum": (lambda: MySum([Dice(), CrossEntropy()]), None),
-    "sum with a foreign part": (lambda: Sum([Dice(), nn.CrossEntropyLoss()], [1, 2]), None),
-    "sum of a subclass": (lambda: Sum([MyDice(), CrossEntropy()]), None),
-    "hooked": (hooked, None),
-    "old-style Function, numpy": (OldStyle, MAPPED),
-    "state": (Annealed, "loss it keeps a state of its own"),
-    "parameters": (Learned, "loss it has parameters of its own to train"),
-    "random": (Noisy, "loss it draws random numbers"),
-    "torch": (lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 3.0])), None),
-    "monai Dice": (lambda: monai("DiceLoss", softmax=True), None),
-    "monai DiceCE": (lambda: monai("DiceCELoss", softmax=True), None),
-    "monai DiceFocal": (lambda: monai("DiceFocalLoss", softmax=True), None),
-    "monai Tversky": (lambda: monai("TverskyLoss", softmax=True), None),
-    "monai GeneralizedDice": (lambda: monai("GeneralizedDiceLoss", softmax=True), MAPPED),
-    "monai HausdorffDT": (lambda: monai("HausdorffDTLoss", softmax=True), "torch.func cannot map"),
-    "kornia Dice": (lambda: kornia("DiceLoss"), MAPPED),
-    "kornia Focal": (
-        lambda: kornia("FocalLoss", 0.5, reduction="mean"),
-        MAPPED if old_kornia() else None,
-    ),
-    "kornia Tversky": (lambda: kornia("TverskyLoss", 0.3, 0.7), MAPPED),
-    "kornia Lovasz": (lambda: kornia("LovaszSoftmaxLoss"), MAPPED),
-    "smp Dice": (lambda: smp_losses().DiceLoss("multiclass"), MAPPED),
-    "smp Jaccard": (lambda: smp_losses().JaccardLoss("multiclass"), MAPPED),
-    "smp Focal": (lambda: smp_losses().FocalLoss("multiclass"), None),
+# Where other processes find `foreign`.
+HELPERS = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")])
 }
-
-# --- Networks ------------------------------------------------------------------------------------
-
-
-class Shared(nn.Module):
-    """Uses one layer twice."""
-
-    def __init__(self, *_, **__):
-        super().__init__()
-        self.first, self.twice = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
-        self.head = nn.Conv2d(3, 2, 1)
-
-    def forward(self, x):
-        x = self.twice(self.first(x).relu()).relu()
-        return self.head(self.twice(x).relu())
-
-
-class Tied(Shared):
-    """Has one parameter under two names."""
-
-    def __init__(self, *_, **__):
-        super().__init__()
-        self.again = nn.Conv2d(3, 3, 3, padding=1)
-        self.again.weight = self.twice.weight
-
-    def forward(self, x):
-        return self.head(self.again(self.twice(self.first(x).relu()).relu()))
-
-
-class Frozen(Shared):
-    def __init__(self, *_, **__):
-        super().__init__()
-        self.first.requires_grad_(False)
-
-
-class Complex(nn.Module):
-    def __init__(self, *_, **__):
-        super().__init__()
-        self.phase = nn.Parameter(torch.tensor([0.5 + 0.2j, -0.3 + 1j], dtype=torch.complex128))
-        self.scale = nn.Parameter(torch.tensor(0.7))
-
-    def forward(self, x):
-        waves = self.phase.view(1, 2, 1, 1) * x.to(self.phase.dtype)
-        return self.scale * waves.abs() + waves.real
-
-
-class Dropped(Shared):
-    def forward(self, x):
-        x = nn.functional.dropout(self.first(x).relu(), 0.5, self.training)
-        return self.head(self.twice(x))
-
-
-# How a network is made, and the reason if it needs the ordinary step.
-NETS = {
-    "shared layer": (Shared, None),
-    "tied weights": (Tied, "the network shares a parameter between layers"),
-    "frozen": (Frozen, None),
-    "complex": (Complex, "the network has complex parameters"),
-    "dropout": (Dropped, "the network draws random numbers"),
-}
-
 
 # --- The true numbers ----------------------------------------------------------------------------
 
 
-class Reference(pl.Callback):
-    """At each step, for each loss: copies, a forward pass and one `autograd.grad`."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        precision = trainer.precision_plugin.forward_context()  # makes new tensors float64
-        with isolate_rng(), torch.enable_grad(), precision:
-            self.rows.append(self.row(module, batch))
-
-    def row(self, module, batch):
-        images, target = batch
-        state, values, gradients = torch.get_rng_state(), [], []
-        for loss in module.losses.losses:
-            torch.set_rng_state(state)
-            net, loss = copy.deepcopy((module.net, loss))
-            with isolate_rng():
-                value = loss(net(images), target)
-            trained = [p for p in net.parameters() if p.requires_grad]
-            found = torch.autograd.grad(value, trained)
-            found = [torch.view_as_real(g) if g.is_complex() else g for g in found]
-            gradients.append(torch.cat([g.flatten() for g in found]))
-            values.append(value.detach())
-        norms = [g.norm() for g in gradients]
-        pairs = combinations(gradients, 2)
-        cosines = [nn.functional.cosine_similarity(a, b, dim=0, eps=0) for a, b in pairs]
-        return torch.stack([*values, *norms, *cosines])
-
-
 def fit_and_compare(make_run, observed, losses, trained, net=None):
-    reference = Reference()
+    oracle = Oracle()
     run = make_run(
-        losses=losses, trained=trained, probe=probe(cosines=True), callbacks=[reference],
+        losses=losses, trained=trained, probe=probe(cosines=True), callbacks=[oracle],
         precision="64-true", validate=False,
     )  # fmt: skip
     if net is not None:
         run.module.net = net
     run.fit()
     assert len(observed) == 4
-    torch.testing.assert_close(
-        torch.stack(observed), torch.stack(reference.rows), rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(torch.stack(observed), oracle.table(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("trained", ["it", "dice"])
@@ -317,7 +86,7 @@ def test_a_hook_added_later_counts(make_run, observed):
     fit_and_compare(make_run, observed, losses, "dice")
 
 
-# --- In stacks: the same numbers, or refused ------------------------------------------------------
+# --- In stacks: the same numbers, or refused ----------------------------------------------------
 
 
 class Wide(nn.Module):
@@ -367,8 +136,7 @@ def assert_mapped_step_is_exact(net, losses):
     step = make_gradient(net, losses, (3, 1, 8, 8), observed=True, cosines=True)
     mapped = vmap(step, in_dims=(0, 0, 0, None))
     _, _, seen = mapped(flat[None].double(), rest, numbers, torch.tensor(0))
-    module = types.SimpleNamespace(net=net, losses=losses)
-    wanted = Reference().row(module, data.draw(TRAIN, 0, 3))
+    wanted = truth(*by_copies(net, losses.losses, *data.draw(TRAIN, 0, 3))).row()
     torch.testing.assert_close(seen[0], wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -396,101 +164,24 @@ def test_a_foreign_network_in_a_stack(tmp_path, name):
         assert_mapped_step_is_exact(Wide(make()), losses)
 
 
-# --- Refused before any work ---------------------------------------------------------------------
-
-
-class Detached(nn.Module):
-    def forward(self, logits, target):
-        return nn.functional.cross_entropy(logits.detach(), target)
-
-
-class Constant(nn.Module):
-    def forward(self, logits, target):
-        return torch.tensor(1.0)
-
-
-class Whole(nn.Module):
-    def forward(self, logits, target):
-        return (logits.argmax(1) != target).sum()
-
-
-class Vector(nn.Module):
-    def forward(self, logits, target):
-        return nn.functional.cross_entropy(logits, target, reduction="none")
-
-
-class InPlace(nn.Module):
-    def forward(self, logits, target):
-        return nn.functional.cross_entropy(logits.mul_(2), target)
-
-
-class InPlaceTarget(nn.Module):
-    def forward(self, logits, target):
-        return nn.functional.cross_entropy(logits, target.zero_())
-
-
-class Forgetful(nn.Module):
-    """Counts its calls in an attribute, which no checkpoint holds."""
-
-    calls = 0
-
-    def forward(self, logits, target):
-        self.calls += 1
-        return nn.functional.cross_entropy(logits, target) / self.calls
-
-
-def half_loss(logits, target):
-    return nn.functional.cross_entropy(logits, target) / 2
-
-
-class AllFrozen(Shared):
-    def __init__(self, *_, **__):
-        super().__init__()
-        self.requires_grad_(False)
-
-
-class Lazy(nn.Sequential):
-    def __init__(self, *_, **__):
-        super().__init__(nn.LazyConv2d(2, 3, padding=1))
-
-
-class NoGrad(Shared):
-    def forward(self, x):
-        with torch.no_grad():
-            return super().forward(x)
-
-
-class Pair(Shared):
-    def forward(self, x):
-        return super().forward(x), x
-
-
-class Named(Shared):
-    def forward(self, x):
-        return {"out": super().forward(x)}
-
-
-def scheduled(parameters, lr, **_):
-    """What `configure_optimizers` may return in Lightning: no optimiser here."""
-    optimizer = torch.optim.SGD(parameters, lr=lr)
-    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+# --- Refused before any work -------------------------------------------------------------------
 
 
 REFUSED = [
-    ("loss._target_=test_foreign.Detached", "loss dice: its value has no gradient by the logits"),
-    ("loss._target_=test_foreign.Constant", "loss dice: its value has no gradient by the logits"),
-    ("loss._target_=test_foreign.Whole", "loss dice must return a floating-point scalar.*int64"),
-    ("loss._target_=test_foreign.Vector", r"must return a floating-point scalar.*\(2, 16, 16\)"),
-    ("loss._target_=test_foreign.InPlace", "loss dice changes the logits in place"),
-    ("loss._target_=test_foreign.InPlaceTarget", "loss dice changes the target in place"),
-    ("loss._target_=test_foreign.Forgetful", "loss dice gives another value .* buffers"),
-    ("loss._target_=test_foreign.half_loss +loss._partial_=true", "loss dice: .* make a .*Module"),
+    ("loss._target_=foreign.Detached", "loss dice: its value has no gradient by the logits"),
+    ("loss._target_=foreign.Constant", "loss dice: its value has no gradient by the logits"),
+    ("loss._target_=foreign.Whole", "loss dice must return a floating-point scalar.*int64"),
+    ("loss._target_=foreign.Vector", r"must return a floating-point scalar.*\(2, 16, 16\)"),
+    ("loss._target_=foreign.InPlace", "loss dice changes the logits in place"),
+    ("loss._target_=foreign.InPlaceTarget", "loss dice changes the target in place"),
+    ("loss._target_=foreign.Forgetful", "loss dice gives another value .* buffers"),
+    ("loss._target_=foreign.half_loss +loss._partial_=true", "loss dice: .* make a .*Module"),
     ("loss._target_=collections.OrderedDict", "loss dice: .* make a .*Module, it makes a OrderedD"),
-    ("model._target_=test_foreign.AllFrozen", "model: no parameter requires a gradient"),
-    ("model._target_=test_foreign.Lazy", "model: 0.weight has no size before the first batch"),
-    ("model._target_=test_foreign.NoGrad", "model: its logits carry no gradient"),
-    ("model._target_=test_foreign.Pair", "model must return one tensor .*, it returns a tuple"),
-    ("model._target_=test_foreign.Named", "model must return one tensor .*, it returns a dict"),
+    ("model._target_=foreign.AllFrozen", "model: no parameter requires a gradient"),
+    ("model._target_=foreign.Lazy", "model: 0.weight has no size before the first batch"),
+    ("model._target_=foreign.NoGrad", "model: its logits carry no gradient"),
+    ("model._target_=foreign.Pair", "model must return one tensor .*, it returns a tuple"),
+    ("model._target_=foreign.Named", "model must return one tensor .*, it returns a dict"),
     ("model=unet data.image_size=4 data.batch_size=1", "model: Expected more than 1 value per cha"),
     ("++optimizer.betas=[.5,.9,.3]", "optimizer.betas must be a list of 2, each .*a number"),
     ("data.high=1e300", "data.high must be a finite number"),
@@ -499,7 +190,7 @@ REFUSED = [
     ("trainer.gradient_clip_val=nan", "trainer.gradient_clip_val must be .* at least 0, got nan"),
     ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be .* at least 0, got -1"),
     ("optimizer._target_=torch.nn.Linear", "optimizer"),
-    ("optimizer._target_=test_foreign.scheduled", "make a torch.optim.Optimizer, .* a tuple$"),
+    ("optimizer._target_=foreign.scheduled", "make a torch.optim.Optimizer, .* a tuple$"),
 ]
 
 
@@ -512,24 +203,23 @@ def test_refused_in_one_line(compose, overrides, message):
     assert "\n" not in str(raised.value)
 
 
-# --- The check does what training does, in every launcher -----------------------------------------
+# --- The check does what training does, in every launcher ---------------------------------------
 
 
 @pytest.mark.slow
 def test_every_launcher_trains_the_same(tmp_path):
     """The fused launcher trains what cannot be stacked as the basic launcher does."""
     losses = {
-        "mine": "test_foreign.MyDice",
-        "learned": "test_foreign.Learned",
-        "old": "test_foreign.OldStyle",
+        "mine": "foreign.MyDice",
+        "learned": "foreign.Learned",
+        "old": "foreign.OldStyle",
     }
     for name, target in losses.items():
         file = tmp_path / "conf" / "loss" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"_target_: {target}\n")
     (tmp_path / "conf/model").mkdir()
-    (tmp_path / "conf/model/drop.yaml").write_text("_target_: test_foreign.Dropped\n")
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    (tmp_path / "conf/model/drop.yaml").write_text("_target_: foreign.Dropped\n")
     results = []
     for launcher, workers in ("basic", []), ("fused", ["hydra.launcher.workers=1"]):
         cwd = tmp_path / launcher
@@ -537,7 +227,7 @@ def test_every_launcher_trains_the_same(tmp_path):
         done = run_train(
             "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "model=drop",
             "loss=mine,learned,old", "watch=[cce,dice,mine,old]", f"hydra/launcher={launcher}",
-            *workers, cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": path},
+            *workers, cwd=cwd, env=ENVIRONMENT | HELPERS,
         )  # fmt: skip
         if launcher == "fused":
             assert re.search(r"trained one by one: the network draws random numbers", done.stderr)
@@ -554,7 +244,7 @@ def test_every_launcher_trains_the_same(tmp_path):
     np.testing.assert_allclose(curves["grad_norm/mine"], 3 * curves["grad_norm/dice"], rtol=1e-4)
 
 
-# --- Truth values --------------------------------------------------------------------------------
+# --- Truth values ------------------------------------------------------------------------------
 
 FLAGS = [
     "model.batch_norm", "+loss.joint", "+loss.include_background", "trainer.deterministic",
@@ -602,7 +292,7 @@ def test_a_truth_value_is_no_number(compose, key):
         assert compose_or_refuse(compose, key, value) is None, (key, value)
 
 
-# --- One's own files -----------------------------------------------------------------------------
+# --- One's own files ---------------------------------------------------------------------------
 
 
 def test_a_loss_file_with_defaults_and_interpolation(tmp_path):
@@ -642,23 +332,22 @@ def test_make_losses_of_the_zoo(compose):
     assert list(losses.names) == names and not losses.is_foreign("dice")
 
 
-# --- The same seed, the same numbers --------------------------------------------------------------
+# --- The same seed, the same numbers ------------------------------------------------------------
 
-TESTS = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
 DRAWS = [
-    "experiment=smoke", "model._target_=test_foreign.Dropped", "trainer.max_steps=200",
-    "loss._target_=test_foreign.Noisy", "trainer.val_check_interval=20",
+    "experiment=smoke", "model._target_=foreign.Dropped", "trainer.max_steps=200",
+    "loss._target_=foreign.Noisy", "trainer.val_check_interval=20",
 ]  # fmt: skip
 
 
 def test_random_draws_repeat_and_resume(tmp_path):
     """A network with dropout and a loss that draws are killed after a checkpoint and resumed."""
-    environment = ENVIRONMENT | {"PYTHONPATH": TESTS}
+    environment = ENVIRONMENT | HELPERS
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_train(*DRAWS, f"hydra.run.dir={whole}", cwd=tmp_path, env=environment)
     process = SERVER.start(
         str(ROOT / "train.py"), *DRAWS, f"hydra.run.dir={cut}", cwd=tmp_path,
-        env={"PYTHONPATH": TESTS},
+        env=HELPERS,
     )  # fmt: skip
     while not list(cut.glob("checkpoints/*.ckpt")):
         with suppress(subprocess.TimeoutExpired):
@@ -676,14 +365,14 @@ def test_random_draws_repeat_and_resume(tmp_path):
 def test_watching_draws_nothing_from_training(tmp_path):
     """A run is the same with and without a random loss among the watched ones."""
     (tmp_path / "conf/loss").mkdir(parents=True)
-    (tmp_path / "conf/loss/noisy.yaml").write_text("_target_: test_foreign.Noisy\n")
+    (tmp_path / "conf/loss/noisy.yaml").write_text("_target_: foreign.Noisy\n")
     curves = []
     for watch in ("[cce,dice]", "[cce,dice,noisy]"):
         folder = tmp_path / str(len(watch))
         run_train(
             "--config-dir", str(tmp_path / "conf"), "experiment=smoke", f"watch={watch}",
-            "model._target_=test_foreign.Dropped", f"hydra.run.dir={folder}",
-            cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": TESTS},
+            "model._target_=foreign.Dropped", f"hydra.run.dir={folder}",
+            cwd=tmp_path, env=ENVIRONMENT | HELPERS,
         )  # fmt: skip
         curves.append(read_scalars(folder))
     assert curves[0].equals(curves[1][curves[0].columns])
@@ -704,14 +393,14 @@ def test_threads_are_the_configs(tmp_path):
     assert metrics[0] == metrics[1]
 
 
-# --- What a loss keeps is kept -------------------------------------------------------------------
+# --- What a loss keeps is kept -----------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_what_the_trained_loss_learnt_is_tested(tmp_path):
     """mode=test of a finished run gives the run's own test metrics."""
-    environment = ENVIRONMENT | {"PYTHONPATH": TESTS}
-    common = ["experiment=smoke", "loss._target_=test_foreign.Learned", "optimizer.lr=0.1"]
+    environment = ENVIRONMENT | HELPERS
+    common = ["experiment=smoke", "loss._target_=foreign.Learned", "optimizer.lr=0.1"]
     run_train(*common, "hydra.run.dir=run", cwd=tmp_path, env=environment)
     run_train(
         *common, "mode=test", "checkpoint=run", "hydra.run.dir=test", cwd=tmp_path, env=environment
@@ -734,34 +423,20 @@ def test_a_stack_leaves_the_checkpoint_of_an_ordinary_run(tmp_path):
         }
 
 
-# --- An error of somebody's code is that of its runs ----------------------------------------------
-
-
-class Boom(nn.Module):
-    """Raises an error late in training, at its 25th call in a process."""
-
-    def __init__(self, error):
-        super().__init__()
-        self.error, self.calls = getattr(builtins, error), 0
-
-    def forward(self, logits, target):
-        self.calls += 1
-        if self.calls >= 25:
-            raise self.error("boom")
-        return nn.functional.cross_entropy(logits, target)
+# --- An error of somebody's code is that of its runs --------------------------------------------
 
 
 def test_an_error_in_a_stack_fails_its_runs_alone(tmp_path):
     """They are not trained one by one, and the sweep goes on, whatever the error is."""
     (tmp_path / "conf/loss").mkdir(parents=True)
     for name, error in {"runtime": "RuntimeError", "value": "ValueError"}.items():
-        text = f"_target_: test_foreign.Boom\nerror: {error}\n"
+        text = f"_target_: foreign.Boom\nerror: {error}\n"
         (tmp_path / f"conf/loss/{name}.yaml").write_text(text)
     done = run_train(
         "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "hydra/launcher=fused",
         "hydra.launcher.workers=1", "loss=cce", "watch=[cce,dice],[cce,runtime],[cce,value]",
         "seed=0,1",
-        cwd=tmp_path, status=1, env=ENVIRONMENT | {"PYTHONPATH": TESTS},
+        cwd=tmp_path, status=1, env=ENVIRONMENT | HELPERS,
     )  # fmt: skip
     assert "one by one" not in done.stderr and "Traceback" not in done.stderr
     results = {name: read_result(folder) for name, folder in run_folders(tmp_path).items()}

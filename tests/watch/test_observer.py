@@ -11,56 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from oracle import expected
+from small import LOSSES, Checkpointed, Drawing, Focal, assert_seen, batch, foreground_dice, small
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from losswatch import CrossEntropy, Dice, LossSet, Observer, Sum, list_losses, load_loss
-
-LOSSES = ["cce", "dice", "dice_fg", "dice_square", "dice_monai"]
-
-
-class Focal(nn.Module):
-    """A loss of somebody else."""
-
-    def forward(self, logits, target):
-        each = F.cross_entropy(logits, target, reduction="none")
-        return ((1 - (-each).exp()) ** 2 * each).mean()
-
-
-def expected(losses, output, target, parameters):
-    """Values, norms and cosines by one gradient for each loss, without losswatch's probe."""
-    trained = [p for p in parameters if p.requires_grad]
-    values, gradients = [], []
-    for loss in losses:
-        value = loss(output, target)
-        found = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
-        pairs = zip(trained, found, strict=True)
-        flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs]
-        values.append(value.detach())
-        gradients.append(torch.cat(flat))
-    norms = torch.stack([g.norm() for g in gradients])
-    unit = torch.stack(gradients) / norms[:, None]
-    return torch.stack(values), norms, unit @ unit.T
-
-
-def assert_seen(seen, wanted, tolerance=1e-9):
-    for found, right in zip(seen[1:], wanted, strict=True):
-        assert found.dtype == right.dtype
-        torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
-
-
-def small(channels=2):
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, channels, 1)
-    ).double()
-
-
-def batch(classes=2, size=8):
-    g = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, size, size, generator=g, dtype=torch.float64)
-    return images, torch.randint(0, classes, (2, size, size), generator=g)
-
 
 # --- Networks of other libraries -----------------------------------------------------------------
 
@@ -210,10 +165,6 @@ def test_ignored_pixels():
         clear(output, target)
 
 
-def foreground_dice(p, y):
-    return 1 - (2 * (p * y).sum() + 1e-7) / (p.sum() + y.sum() + 1e-7)
-
-
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])
 @pytest.mark.parametrize(
     "given", [lambda t: t, lambda t: t.unsqueeze(1), lambda t: t.unsqueeze(1).double()]
@@ -278,32 +229,6 @@ def test_half_precision():
 
 
 # --- Nothing changes -----------------------------------------------------------------------------
-
-
-class Drawing(nn.Module):
-    """A loss that draws random numbers and counts its calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, logits, target):
-        self.calls += 1
-        noise = torch.rand_like(logits) + random.random() + np.random.rand()
-        return F.cross_entropy(logits + noise, target)
-
-
-class Checkpointed(nn.Module):
-    """Computes batch norm and dropout again in each backward pass."""
-
-    def __init__(self, reentrant=False):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
-        self.middle = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.3))
-        self.reentrant = reentrant
-
-    def forward(self, x):
-        return self.last(checkpoint(self.middle, self.first(x), use_reentrant=self.reentrant))
 
 
 def train(net, observer, steps=4):

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 from conftest import ARTICLE, load_losses, probe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import Oracle, gradients
 from torch import nn
 
 from losswatch.data.random import TRAIN, uniform
@@ -19,48 +19,6 @@ from losswatch.events.tags import watched_tags
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
 from losswatch.watch.lightning import Watch
 from losswatch.watch.record import Record
-
-
-class Reference(pl.Callback):
-    """At each step, for each loss: a copy of the network, one forward and one backward pass.
-
-    It must stand before the probe. `rows` holds the values of all tags for each optimiser step;
-    gradients are averaged over accumulated batches.
-    """
-
-    def __init__(self):
-        self.rows, self.parts = [], []
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        images, target = batch
-        values, gradients = [], []
-        for loss in module.losses.losses:
-            net = copy.deepcopy(module.net)
-            with torch.enable_grad():
-                value = loss(net(images), target)
-                trained = [p for p in net.parameters() if p.requires_grad]
-                found = torch.autograd.grad(value, trained, allow_unused=True)
-            gradients.append(
-                torch.cat([
-                    (torch.zeros_like(p) if g is None else g).flatten()
-                    for p, g in zip(trained, found, strict=True)
-                ])
-            )  # fmt: skip
-            values.append(value.detach())
-        self.parts.append((torch.stack(values), torch.stack(gradients)))
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        values, gradients = (torch.stack(part).mean(0) for part in zip(*self.parts, strict=True))
-        self.parts = []
-        norms = gradients.square().sum(1).sqrt()
-        cosines = [
-            nn.functional.cosine_similarity(a, b, dim=0, eps=0)
-            for a, b in combinations(gradients, 2)
-        ]
-        self.rows.append(torch.cat([values, norms, torch.stack(cosines)]))
-
-    def table(self):
-        return torch.stack(self.rows)
 
 
 def monai():
@@ -86,7 +44,7 @@ def test_equals_one_gradient_per_loss(make_run, observed, net, batch_norm, class
     """Dice variants, cross entropy, a loss of MONAI's, and two that share no rows with others."""
     names = [*ARTICLE, "dice_jaccard", "dice_log", "dice_monai", "dice_cce"]
     losses = load_losses(*names, monai=monai(), cubic=Dice(exponent=3))
-    reference = Reference()
+    reference = Oracle()
     run = make_run(
         net, batch_norm, classes, losses, trained,
         probe=probe(cosines=True), callbacks=[reference], precision="64-true", validate=False,
@@ -102,7 +60,7 @@ def test_a_single_watched_loss(make_run, observed, watched):
     run = make_run(
         losses=losses, trained=watched[0], probe=probe(), precision="64-true", validate=False
     )
-    reference = Reference()
+    reference = Oracle()
     reference_run = make_run(
         losses=load_losses(*watched, "cce" if watched != ["cce"] else "dice"), trained=watched[0],
         callbacks=[reference], precision="64-true", validate=False, folder="reference",
@@ -145,7 +103,7 @@ sums = st.builds(Sum, st.lists(st.one_of(dices, entropies), min_size=1, max_size
 def test_random_losses(make_run, observed, modules, classes, data):
     observed.clear()
     losses = LossSet({f"loss{i}": module for i, module in enumerate(modules)})
-    reference = Reference()
+    reference = Oracle()
     run = make_run(
         losses=losses, classes=classes, trained=data.draw(st.sampled_from(losses.names)),
         probe=probe(cosines=True), callbacks=[reference], steps=2, precision="64-true",
@@ -156,7 +114,7 @@ def test_random_losses(make_run, observed, modules, classes, data):
 
 
 def test_norms_before_clipping(make_run, observed):
-    reference = Reference()
+    reference = Oracle()
     run = make_run(
         probe=probe(cosines=True), callbacks=[reference], precision="64-true", validate=False,
         gradient_clip_val=1e-3,
@@ -169,7 +127,7 @@ def test_norms_before_clipping(make_run, observed):
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_accumulated_batches(make_run, observed, batch_norm):
     """There is one observation for each optimiser step: the norm of the mean gradient."""
-    reference = Reference()
+    reference = Oracle()
     run = make_run(
         batch_norm=batch_norm, probe=probe(cosines=True), callbacks=[reference],
         precision="64-true", validate=False, accumulate_grad_batches=3,
@@ -180,7 +138,7 @@ def test_accumulated_batches(make_run, observed, batch_norm):
 
 
 def test_frozen_parameters_do_not_count(make_run, observed):
-    reference = Reference()
+    reference = Oracle()
     run = make_run(
         "unet", True, probe=probe(cosines=True), callbacks=[reference], precision="64-true",
         validate=False,
@@ -202,7 +160,7 @@ class Unused(nn.Module):
 
 
 def test_unused_parameters_count_as_zero(make_run, observed):
-    reference = Reference()
+    reference = Oracle()
     run = make_run(
         probe=probe(cosines=True), callbacks=[reference], precision="64-true", validate=False
     )
@@ -275,8 +233,7 @@ def test_accumulated_dice_is_the_mean_of_the_batches(make_run, observed):
     [seen] = observed
     for k, loss in enumerate((dice, cce)):
         mean = (loss(*batches[0]) + loss(*batches[1])) / 2
-        gradient = torch.autograd.grad(mean, tuple(net.parameters()))
-        gradient = torch.cat([g.flatten() for g in gradient])
+        [gradient] = gradients([mean], net.parameters())
         assert seen[k].item() == pytest.approx(mean.item(), rel=1e-9)
         assert seen[2 + k].item() == pytest.approx(gradient.norm().item(), rel=1e-9)
         if loss is dice:  # the trained one

@@ -8,8 +8,9 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from test_observer import LOSSES, Focal, assert_seen, batch, expected, foreground_dice, small
-from test_watch import Plain, fit, seen
+from fits import Plain, fit, seen
+from oracle import expected
+from small import LOSSES, Focal, assert_seen, batch, foreground_dice, small
 from torch import nn
 
 from losswatch import Observer, load_loss

@@ -9,8 +9,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from test_observer import LOSSES, assert_seen, batch, expected, small
-from test_watch import Plain, Wanted, fit, seen
+from fits import Plain, Wanted, fit, seen
+from oracle import expected, gradients
+from small import LOSSES, assert_seen, batch, small
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -227,16 +228,8 @@ def test_sparse_gradients():
     z = net(torch.randint(0, 7, (2, 8, 8)))
     found = Observer(LOSSES, net)(z, target)
     losses = [load_loss(name) for name in LOSSES]
-    dense = [*net.last.parameters()]
-    words = torch.stack([g.to_dense() for g in _gradients(losses, z, target, net.words.weight)])
-    rest = [torch.autograd.grad(f(z, target), dense, retain_graph=True) for f in losses]
-    norms = [torch.cat([w.flatten(), *(g.flatten() for g in r)]).norm()
-             for w, r in zip(words, rest, strict=True)]  # fmt: skip
-    torch.testing.assert_close(found.norms, torch.stack(norms), rtol=1e-9, atol=1e-9)
-
-
-def _gradients(losses, z, target, parameter):
-    return [torch.autograd.grad(f(z, target), parameter, retain_graph=True)[0] for f in losses]
+    wanted = expected(losses, z, target, net.parameters())
+    torch.testing.assert_close(found.norms, wanted.norms, rtol=1e-9, atol=1e-9)
 
 
 class Skips(Plain):
@@ -260,10 +253,7 @@ def test_accumulated_batches_that_use_different_layers():
             x = net[0](images)
             x = net[1](x).relu() if batch_idx % 2 else x
             value = load_loss("dice")(net[3](x), target)
-            found = torch.autograd.grad(value, [*net.parameters()], allow_unused=True)
-            flat = [torch.zeros_like(p) if g is None else g
-                    for p, g in zip(net.parameters(), found, strict=True)]  # fmt: skip
-            norms.append(torch.cat([g.flatten() for g in flat]))
+            norms.append(gradients([value], net.parameters())[0])
 
     watch = seen(["cce", "dice", "dice_fg", "dice_square", "dice_monai"])
     fit(Skips(small()), Twice(), watch, accumulate_grad_batches=4, batches=8)

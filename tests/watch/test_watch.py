@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,53 +15,18 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+import watched_ranks
 from conftest import PATIENCE
+from curves import read_tensorboard
+from fits import Functional, Manual, Plain, Wanted, fit, half, seen, state
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from small import LOSSES, Checkpointed, Drawing, Focal, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_observer import LOSSES, Checkpointed, Drawing, Focal, expected, small
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from watched_ranks import THREE
 
 from losswatch import CrossEntropy, Dice, Watch, load_loss
 from losswatch.events.tags import watched_tags
-
-
-class Plain(pl.LightningModule):
-    """A module as people write it, with a criterion and a term of regularisation."""
-
-    def __init__(self, net, criterion=None, decay=0.0, lr=0.01):
-        super().__init__()
-        self.net, self.loss_fn = net, criterion or nn.CrossEntropyLoss()
-        self.decay, self.lr = decay, lr
-        self.optimizer = torch.optim.Adam
-
-    def loss(self, batch):
-        images, target = batch
-        return self.loss_fn(self.net(images), target)
-
-    def training_step(self, batch, batch_idx):
-        value = self.loss(batch)
-        if self.decay:
-            value = value + self.decay * sum(p.square().sum() for p in self.net.parameters())
-        return value
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val", self.loss(batch))
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters(), lr=self.lr)
-
-
-class Functional(Plain):
-    """Its loss is a function, so it tells the watch."""
-
-    def loss(self, batch):
-        images, target = batch
-        logits = self.net(images)
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, Watch):
-                callback.see(logits, target)
-        return F.cross_entropy(logits, target)
 
 
 class Halved(Plain):
@@ -70,78 +34,6 @@ class Halved(Plain):
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) / 2
-
-
-class Manual(Plain):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
-        optimizer.step()
-
-
-class Wanted(pl.Callback):
-    """One gradient for each loss, at each batch; it must stand before the watch."""
-
-    def __init__(self, names=LOSSES):
-        self.losses, self.batches = [load_loss(name) for name in names], []
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        net = copy.deepcopy(module.net)
-        with torch.random.fork_rng():
-            found = expected(self.losses, net(batch[0]), batch[1], net.parameters())
-        self.batches.append(found)
-
-    def frame(self):
-        rows = []
-        for values, norms, cosines in self.batches:
-            a, b = np.triu_indices(len(values), 1)
-            rows.append(torch.cat([values, norms, cosines[a, b]]).numpy())
-        return np.stack(rows)
-
-
-def data(batches=6, dtype=torch.float64, classes=2):
-    g = torch.Generator().manual_seed(1)
-    images = torch.randn(2 * batches, 3, 8, 8, generator=g, dtype=dtype)
-    target = torch.randint(0, classes, (2 * batches, 8, 8), generator=g)
-    return DataLoader(TensorDataset(images, target), batch_size=2)
-
-
-def fit(module, *callbacks, batches=6, dtype=torch.float64, logger=False, epochs=1, **options):
-    torch.manual_seed(3)
-    options = {"enable_progress_bar": False, "enable_model_summary": False} | options
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=logger, callbacks=list(callbacks),
-        enable_checkpointing=False, log_every_n_steps=1, **options,
-    )  # fmt: skip
-    trainer.fit(module, data(batches, dtype), data(1, dtype))
-    return trainer
-
-
-class Seen(Watch):
-    """Keeps what it would write."""
-
-    def on_fit_start(self, trainer, module):
-        super().on_fit_start(trainer, module)
-        self.rows, self.at = [], []
-
-    def _keep(self, trainer, *numbers):
-        super()._keep(trainer, *numbers)
-        self.rows.append(self.record.newest.numpy())
-        self.at.append(self.record.step)
-
-    def table(self, names=LOSSES):
-        """What was seen of the losses of these names."""
-        tags = watched_tags(names, self.record.cosines)
-        return np.stack(self.rows)[:, [self.record.tags.index(tag) for tag in tags]]
-
-
-def seen(losses=LOSSES, criterion="loss_fn", every_n_steps=1, strict=True, **options):
-    return Seen(losses, criterion, every_n_steps=every_n_steps, strict=strict, **options)
 
 
 # --- Exact ---------------------------------------------------------------------------------------
@@ -272,109 +164,19 @@ def test_checkpointed_network():
 # --- Two ranks -----------------------------------------------------------------------------------
 
 
-class Halves(Plain):
-    """Each of two ranks trains on an image of each batch."""
-
-    def loss(self, batch):
-        r, n = self.trainer.global_rank, self.trainer.world_size
-        images, target = (x[r::n] for x in batch)
-        return self.loss_fn(self.net(images), target)
-
-
-class Paths(Plain):
-    """The two images of a batch, which two ranks share, use different layers."""
-
-    def loss(self, batch):
-        r, n = self.trainer.global_rank, self.trainer.world_size
-        images, target = batch
-        first, middle, last = self.net[0], self.net[2], self.net[3]
-        paths = [lambda x: last(first(x)), lambda x: last(middle(first(x)).relu())]
-        logits = torch.cat([paths[i](images[i : i + 1]) for i in range(r, 2, n)])
-        return self.loss_fn(logits, target[r::n])
-
-
-class OneSided(Halves):
-    """The second rank has a bad label, or does not call its criterion, or calls it later."""
-
-    def __init__(self, net, kind):
-        super().__init__(net, nn.CrossEntropyLoss(ignore_index=255))
-        self.kind = kind
-
-    def loss(self, batch):
-        images, target = (x[self.trainer.global_rank :: 2] for x in batch)
-        if self.trainer.global_rank and self.kind == "silent":
-            return F.cross_entropy(self.net(images), target)
-        if self.trainer.global_rank and (self.kind == "label" or self.global_step == 2):
-            target = target.clone()
-            target[:, 0] = 255
-        return self.loss_fn(self.net(images), target)
-
-
-THREE = ["cce", "dice", "dice_square"]
-
-
-class Half(nn.Module):
-    """A loss that one of two ranks cannot compute."""
-
-    def forward(self, logits, target):
-        if torch.distributed.get_rank():
-            raise RuntimeError("not here")
-        return logits.square().mean()
-
-
-class States(pl.Callback):
-    """Writes the state of each rank at the end."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_end(self, trainer, module):
-        torch.save(state(trainer), f"{self.folder}/{trainer.global_rank}.pt")
-
-
-def train_ranks(folder, kind):
-    """Train on one rank or two, on the same batches; what is seen goes to metrics.csv."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
-    module = Halves(net)
-    if "paths" in kind:
-        layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
-        module = Paths(nn.Sequential(*layers).double())
-    elif kind in ("label", "late label", "silent"):
-        module = OneSided(net, kind)
-    logger = CSVLogger(folder, name="", version="")
-    losses = [*THREE, Half()] if kind == "failing" else THREE
-    is_strict = kind in ("one", "two", "one, paths", "two, paths")
-    watch = Watch(losses, "loss_fn", every_n_steps=2, strict=is_strict, cosines=True)
-    strategy = "ddp_find_unused_parameters_true" if "paths" in kind else "ddp"
-    options = {} if kind.startswith("one") else {"strategy": strategy, "devices": 2}
-    callbacks = [States(folder)] if kind == "unwatched" else [watch, States(folder)]
-    fit(module, *callbacks, logger=logger, use_distributed_sampler=False, **options)
-
-
-RANKS = """
-import sys
-from test_watch import train_ranks
-
-if __name__ == "__main__":
-    for kind in sys.argv[2:]:
-        print("kind", kind, file=sys.stderr)
-        train_ranks(f"{sys.argv[1]}/{kind}", kind)
-"""
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Trainings on one rank and on two: their folder, and what the two processes have printed."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "main.py").write_text(RANKS)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    shared = os.environ | {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-W", "ignore", folder / "main.py", folder]
+    shared = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    command = [sys.executable, "-W", "ignore", watched_ranks.__file__, folder]
     kinds = ["two", "unwatched", "failing", "two, paths", "label", "late label", "silent"]
     alone = ["one", "one, paths"]
     for kind in (*alone, *kinds):
@@ -455,13 +257,6 @@ def test_a_bad_label_on_one_rank_later(ranks):
 # --- Loggers -------------------------------------------------------------------------------------
 
 
-def read_tensorboard(folder):
-    events = EventAccumulator(str(folder)).Reload()
-    return {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
-
-
 def test_all_loggers_get_the_numbers(tmp_path):
     loggers = [
         TensorBoardLogger(tmp_path / "tb", name="", version=""),
@@ -525,14 +320,6 @@ class Dropping(Plain):
         super().__init__(net, **options)
 
 
-def half(precision):
-    """In mixed precision; float16 with the scaler of a loss."""
-    from pytorch_lightning.plugins import MixedPrecision
-
-    scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
-    return {"plugins": [MixedPrecision(precision, "cpu", scaler)], "dtype": torch.float32}
-
-
 def compiled():
     torch._dynamo.reset()
     return Plain(torch.compile(small().float()))
@@ -549,13 +336,6 @@ KINDS = {
     "float16": (lambda: Dropping().float(), lambda: half("16-mixed")),
     "compiled": (compiled, lambda: {"dtype": torch.float32}),
 }
-
-
-def state(trainer):
-    """Weights, buffers, state of the optimiser and of the random numbers."""
-    moments = trainer.optimizers[0].state_dict()["state"].values()
-    weights = trainer.lightning_module.state_dict().values()
-    return [*weights, *(v for m in moments for v in m.values()), torch.get_rng_state()]
 
 
 @pytest.mark.filterwarnings("ignore:.*TF32|.*deprecated")  # the compiler's own
