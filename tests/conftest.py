@@ -5,6 +5,7 @@ Everything writes to temporary folders.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -23,16 +24,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from forks import ForkServer
-from omegaconf import open_dict
+from omegaconf import DictConfig, OmegaConf
 
-from losswatch.config import schema as config
+from losswatch.config import schema
+from losswatch.config.settings import Job, Settings
+from losswatch.config.sources import Sources
 from losswatch.data.random import ThresholdedImages
+from losswatch.disk.checkpoint_files import settings_to_keep
 from losswatch.disk.event_log import EventLog
 from losswatch.losses import LossSet
 from losswatch.nets import ConvNet, UNet
 from losswatch.presets import load_loss
 from losswatch.run.module import SegmentationModule
-from losswatch.run.plan import check
+from losswatch.run.plan import Plan, Planner
 from losswatch.watch import record
 from losswatch.watch.lightning import Watch
 
@@ -53,26 +57,30 @@ ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
 
 @dataclass
 class Composed:
-    """A composed config as train.py gets it, and the name of the trained loss."""
+    """A composed config, and what train.py makes of it."""
 
-    cfg: object
-    trained: str
+    cfg: DictConfig  # with the section `hydra`
+    planner: Planner
+    folder: Path  # of the run, where a test names none
 
-    def check(self):
-        check(self.cfg, self.trained)
+    def settings(self, folder: Path | None = None, is_sweep: bool = False) -> Settings:
+        job = Job.read(self.cfg.hydra, (), folder or self.folder)
+        job = dataclasses.replace(job, is_sweep=is_sweep)
+        return Settings.read(self.cfg, job, self.planner.sources, settings_to_keep)
+
+    def plan(self, folder: Path | None = None, is_sweep: bool = False) -> Plan:
+        return self.planner.plan(self.settings(folder, is_sweep))
 
 
 @pytest.fixture
-def compose():
+def compose(tmp_path):
     """compose("loss=dice", ...) -> Composed, without a process of its own."""
-    config.register()
+    schema.register()
 
     def make(*overrides: str) -> Composed:
         cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
-        composed = Composed(cfg, cfg.hydra.runtime.choices.get("loss"))
-        with open_dict(cfg):
-            del cfg["hydra"]
-        return composed
+        OmegaConf.set_readonly(cfg.hydra, None)
+        return Composed(cfg, Planner(Sources()), tmp_path / "composed")
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         yield make

@@ -18,9 +18,8 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from losswatch.config.loss_files import loss_nodes
 from losswatch.losses import CrossEntropy
-from losswatch.run.build import describe_data, make_losses
+from losswatch.run.build import make_losses
 from losswatch.run.process import quiet
 from losswatch.stack.fit import Blocks
 from losswatch.stack.member import make_member
@@ -135,8 +134,8 @@ def test_no_loss_moves_anything(path):
 def test_a_stack_reads_twice_a_block(compose, tmp_path):
     """It reads the observations, and whether weights are finite, for any number of steps."""
     one = compose("experiment=smoke", "data.image_size=8", "compile=true")
-    members = [make_member(one.cfg, one.trained, tmp_path / str(i)) for i in range(3)]
-    losses = make_losses(loss_nodes(one.cfg, one.trained), describe_data(one.cfg))
+    plans = [one.plan(tmp_path / str(i)) for i in range(3)]
+    members, losses = [make_member(plan) for plan in plans], make_losses(plans[0])
     # Settings become tensors of the device once, which torch.func does not do under `Transfers`.
     losses.rows(torch.zeros(1, 2, 8, 8, device=META), torch.zeros(1, 8, 8, device=META).long())
     module = StackedModule(members, losses, compile=False, cosines=True)

@@ -7,9 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from losswatch.config import names
-from losswatch.config.loss_files import loss_names
 from losswatch.config.names import run_name
-from losswatch.config.schema import ConfigError, thresholds
+from losswatch.config.errors import ConfigError
+from losswatch.config.ranges import thresholds
 
 # --- Every bad input gets one line that names what is allowed ------------------------------------
 
@@ -76,7 +76,7 @@ BAD = [
 def test_bad_input_is_one_clear_line(compose, overrides, message):
     composed = compose(*overrides.split())
     with pytest.raises(ConfigError) as raised:
-        composed.check()
+        composed.plan()
     assert re.search(message, str(raised.value))
     assert "\n" not in str(raised.value)
 
@@ -104,14 +104,13 @@ GOOD = [
 
 @pytest.mark.parametrize("overrides", GOOD)
 def test_good_input_passes(compose, overrides):
-    compose(*overrides.split()).check()
+    compose(*overrides.split()).plan()
 
 
 def test_every_loss_of_conf_passes_with_two_classes(compose):
-    compose()
-    names = loss_names()
+    names = compose().planner.sources.losses
     assert {"cce", "dice", "dice_fg", "dice_square", "dice_fg_square"} <= set(names)
-    compose(f"watch=[{','.join(names)}]").check()
+    compose(f"watch=[{','.join(names)}]").plan()
 
 
 def apart(values):

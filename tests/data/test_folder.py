@@ -24,7 +24,7 @@ from torch import nn
 
 from losswatch import CrossEntropy, Dice, LossSet, Observer, Sum
 from losswatch.config.loss_files import loss_nodes
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.reading import read

@@ -25,7 +25,7 @@ from curves import assert_same, assert_same_training, events_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 from losswatch.config.settings import plain
 from losswatch.disk import checkpoint_files as checkpoints
 from losswatch.disk.checkpoint import adopt, load_net
@@ -987,9 +987,9 @@ def test_the_exit_status_of_a_stopped_run(tmp_path):
 def test_options_that_would_end_training_early_are_refused(compose, option):
     name, value = option.split("=")
     with pytest.raises(ConfigError, match=f"trainer.{name}=(?i:{value}) would end training before"):
-        compose("experiment=smoke", f"+trainer.{option}").check()
+        compose("experiment=smoke", f"+trainer.{option}").plan()
     harmless = ["fast_dev_run=false", "limit_train_batches=1.0", "overfit_batches=0.0"]
-    compose("experiment=smoke", *(f"+trainer.{option}" for option in harmless)).check()
+    compose("experiment=smoke", *(f"+trainer.{option}" for option in harmless)).plan()
 
 
 # --- Another process ends the run meanwhile ------------------------------------------------------

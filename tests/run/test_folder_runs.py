@@ -23,8 +23,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from losswatch import Dice, LossSet, load_loss
-from losswatch.config.names import quoted
-from losswatch.config.schema import ConfigError
+from losswatch.config.quoting import quoted
+from losswatch.config.errors import ConfigError
 from losswatch.data.form import Form
 from losswatch.events.series import read_scalars
 from losswatch.run import build
@@ -257,13 +257,13 @@ def test_a_metric_of_a_class_that_validation_lacks(tmp_path, compose, case):
         "data.classes={background:0,cell:1,nerve:2}",
     ]  # fmt: skip
     with pytest.raises(ConfigError) as raised:
-        compose(*run, *LACKING[case]).check()
+        compose(*run, *LACKING[case]).plan()
     assert "\n" not in str(raised.value)
     assert re.search(
         r"monitors val/dice/nerve, which needs|^metric=val/\w+/nerve needs", str(raised.value)
     )
     assert "class nerve, of which no image of val has a pixel; give val an" in str(raised.value)
-    compose(*run, *(part.replace("nerve", "cell") for part in LACKING[case])).check()
+    compose(*run, *(part.replace("nerve", "cell") for part in LACKING[case])).plan()
 
 
 def test_a_share_is_one_image_of_each_device(tmp_path, compose):
@@ -271,8 +271,8 @@ def test_a_share_is_one_image_of_each_device(tmp_path, compose):
     make_folder(tmp_path / "a", train=4, val=3)
     run = [*RUN, *TWO, f"data.root={tmp_path / 'a'}"]
     with pytest.raises(ConfigError, match="limit_val_batches=0.5 of 1 is less than one batch"):
-        compose(*run, "+trainer.limit_val_batches=0.5").check()
-    compose(*run, "+trainer.limit_val_batches=1").check()
+        compose(*run, "+trainer.limit_val_batches=0.5").plan()
+    compose(*run, "+trainer.limit_val_batches=1").plan()
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_a_mode_that_cannot_work_is_refused(trained, compose, monkeypatch, case)
     overrides, message = REFUSED[case]
     monkeypatch.chdir(trained)
     with pytest.raises(ConfigError, match=message) as raised:
-        compose(*RUN, "checkpoint=run", *overrides).check()
+        compose(*RUN, "checkpoint=run", *overrides).plan()
     assert "\n" not in str(raised.value)
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from pytorch_lightning.plugins import MixedPrecision
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 from losswatch.data.random import ThresholdedImages
 from losswatch.events.series import read_scalars
 from losswatch.losses import CrossEntropy, Dice, LossSet
@@ -26,7 +26,7 @@ from losswatch.watch.lightning import Watch
 def test_float16_is_refused_on_a_cpu(compose, precision):
     """Lightning would train in bfloat16 without a word."""
     with pytest.raises(ConfigError, match=f"precision={precision} needs a GPU; .* bf16-mixed$"):
-        compose("trainer.accelerator=cpu", f"trainer.precision={precision}").check()
+        compose("trainer.accelerator=cpu", f"trainer.precision={precision}").plan()
 
 
 @pytest.mark.parametrize(

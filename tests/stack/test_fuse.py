@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,21 +15,19 @@ from torch import nn
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from losswatch.compat import traced
-from losswatch.config.loss_files import loss_nodes
 from losswatch.disk.checkpoint_files import newest
 from losswatch.disk.event_log import EventLog
 from losswatch.events.series import read_scalars
 from losswatch.events.tags import watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import fast_on_cpu
-from losswatch.run import build
-from losswatch.run.build import make_losses
+from losswatch.run.build import make_losses, make_net, make_optimizer
 from losswatch.run.module import SegmentationModule
 from losswatch.run.process import quiet
 from losswatch.stack import fit as stack_fit
 from losswatch.stack import module as stack_module
 from losswatch.stack.fit import block_size, fit
-from losswatch.stack.limits import check_options
+from losswatch.stack.limits import check_plan
 from losswatch.stack.member import make_member
 from losswatch.stack.refusal import NotStackable
 from losswatch.task import train
@@ -53,27 +52,25 @@ def both(compose, tmp_path):
     `alone=False` leaves the latter out.
     """
 
-    def make(*common, grid=GRID, alone=True, name="fused", **options):
+    def make(*common, grid=GRID, alone=True, name="fused", compile=False):
         composed = [compose(*SMALL, *common, *own) for own in grid]
-        members, folders = [], []
-        for i, one in enumerate(composed):
-            one.check()
+        members, plans, folders = [], [], []
+        for i, own in enumerate(grid):
             folder = tmp_path / name / str(i)
             folder.mkdir(parents=True)
-            members.append(make_member(one.cfg, one.trained, folder))
+            one = compose(*SMALL, *common, *own, f"compile={str(compile).lower()}")
+            plans.append(one.plan(folder))
+            members.append(make_member(plans[-1]))
         initial = [{n: t.clone() for n, t in member.net.state_dict().items()} for member in members]
-        first = composed[0]
-        losses = make_losses(loss_nodes(first.cfg, first.trained), build.describe_data(first.cfg))
-        trainer = build.trainer_options(first.cfg)
         random = torch.get_rng_state()
-        fit(members, losses, trainer, **{"compile": False} | dict(first.cfg.probe) | options)
+        fit(members, make_losses(plans[0]), plans[0])
         assert torch.equal(torch.get_rng_state(), random)
         wanted = []
         for i, one in enumerate(composed if alone else []):
             folder = tmp_path / f"{name} alone" / str(i)
             folder.mkdir(parents=True)
             folders.append(folder)
-            wanted.append(train(one.cfg, one.trained, folder)[1])
+            wanted.append(train(one.plan(folder)).metrics)
         return SimpleNamespace(
             composed=composed, members=members, initial=initial, folders=folders, wanted=wanted
         )
@@ -138,7 +135,7 @@ def test_equals_runs_trained_alone(both, net, batch_norm, optimizer):
     # The initial weights are equal bit for bit, and each run has images of its own.
     for one, initial in zip(runs.composed, runs.initial, strict=True):
         for name, value in (
-            build.make_net(one.cfg, build.describe_data(one.cfg)).state_dict().items()
+            make_net(one.plan()).state_dict().items()
         ):
             assert torch.equal(initial[name], value)
     first = [read_scalars(m.folder).loc[0, "loss/cce"] for m in runs.members]
@@ -259,21 +256,21 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
             state["callbacks"] = {}
             file = tmp_path / f"{which} {i}.ckpt"
             torch.save(state, file)
-            cfg = one.cfg
-            net = build.make_net(cfg, build.describe_data(cfg))
+            plan = one.plan()
+            net = make_net(plan)
             with torch.no_grad():
                 for p in net.parameters():
                     p.zero_()  # the checkpoint must replace these
-            losses = make_losses(loss_nodes(cfg, one.trained), build.describe_data(cfg))
-            module = SegmentationModule(net, losses, one.trained, build.make_optimizer(cfg))
+            losses, settings = make_losses(plan), plan.settings
+            module = SegmentationModule(net, losses, settings.trained, make_optimizer(settings))
             rest = tmp_path / "rest" / which / str(i)
             trainer = pl.Trainer(
-                **build.trainer_options(cfg) | {"max_steps": 40}, logger=EventLog(str(rest)),
+                **plan.options | {"max_steps": 40}, logger=EventLog(str(rest)),
                 callbacks=[probe()(losses)], max_epochs=2, num_sanity_val_steps=0,
                 enable_checkpointing=False, enable_model_summary=False,
             )  # fmt: skip
             with quiet(), fast_on_cpu(net):
-                trainer.fit(module, build.make_data(cfg), ckpt_path=file, weights_only=True)
+                trainer.fit(module, plan.make_data(), ckpt_path=file, weights_only=True)
             trainer.logger.close()
             assert trainer.global_step == 40
             ended.append((read_scalars(rest), module.state_dict()))
@@ -332,11 +329,11 @@ def test_a_failing_member_leaves_the_others_alone(both, caplog, bad):
     ],
 )  # fmt: skip
 def test_obstacles(compose, option, value):
-    options = build.trainer_options(compose().cfg)
-    check_options(options)
-    check_options(options | {"precision": 32})
+    plan = compose("experiment=smoke").plan()
+    check_plan(plan)
+    check_plan(replace(plan, options=plan.options | {"precision": 32}))
     with pytest.raises(NotStackable, match=f"^trainer.{option}={value} needs the ordinary step$"):
-        check_options(options | {option: value})
+        check_plan(replace(plan, options=plan.options | {option: value}))
 
 
 def test_without_a_progress_bar(both):

@@ -18,7 +18,7 @@ from pytorch_lightning import loggers
 from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 from losswatch.data.steps import Steps
 from losswatch.run.build import make_loggers, make_scheduler
 from losswatch.run.plan import check
@@ -96,7 +96,7 @@ def test_the_check_makes_no_logger(compose, tmp_path, monkeypatch):
     monkeypatch.setattr(Remote, "made", [])
     composed = compose(*QUICK, REMOTE, "+logger.remote._arguments_={run:name}")
     for _ in range(2):
-        composed.check()
+        composed.plan()
     assert Remote.made == []
     make_loggers(composed.cfg, tmp_path)
     assert Remote.made == ["mine"]
@@ -119,7 +119,7 @@ def test_a_logger_that_cannot_be_made_is_found_before_training(compose, monkeypa
     monkeypatch.setattr(Remote, "made", [])
     run = compose(*QUICK, REMOTE, overrides)
     with pytest.raises(ConfigError, match=f"^{WRONG_LOGGERS[overrides]}") as raised:
-        run.check()
+        run.plan()
     assert "\n" not in str(raised.value) and not Remote.made
 
 
@@ -316,7 +316,7 @@ CANNOT_WORK = {
 def test_what_cannot_work_is_found_before_training(compose, overrides):
     run = compose(*QUICK, *overrides.split())
     with pytest.raises(ConfigError, match=f"^{CANNOT_WORK[overrides]}") as raised:
-        run.check()
+        run.plan()
     assert "\n" not in str(raised.value)
 
 
@@ -344,7 +344,7 @@ def test_an_error_of_any_call_in_the_check_is_one_line(compose, what):
         composed = compose(*QUICK, *options, "watch=[cce]")
         composed.cfg[what] = OmegaConf.create({"_target_": f"{__name__}.Later", "call": call})
         try:
-            composed.check()
+            composed.plan()
         except ConfigError as error:
             assert str(error) in ("loss dice: two lines", "model: two lines")
             refused.append(call)
@@ -355,7 +355,7 @@ def test_a_folder_of_checkpoints_for_all_runs_of_a_sweep_is_refused(compose, tmp
     run = compose(*QUICK, "callbacks=best", f"+callbacks.best.dirpath={tmp_path}")
     with pytest.raises(ConfigError, match=f"^callbacks: all runs of a sweep would .* {tmp_path}; "):
         check(run.cfg, run.trained, multirun=True)
-    run.check()
+    run.plan()
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_schedulers_of_the_users(compose, monkeypatch, kind):
 
     chosen = Plateau if kind == "subclass" else functools.partial(Endless, gamma=0.9)
     monkeypatch.setattr(torch.optim.lr_scheduler, "Own", chosen, raising=False)
-    compose(*QUICK, "+scheduler._target_=torch.optim.lr_scheduler.Own").check()
+    compose(*QUICK, "+scheduler._target_=torch.optim.lr_scheduler.Own").plan()
     run = compose(*QUICK, "+scheduler._target_=torch.optim.lr_scheduler.Own")
     settings = make_scheduler(run.cfg)(torch.optim.SGD([torch.zeros(1)], lr=0.1))
     assert (settings["frequency"] > 2**31) == (kind == "subclass")

@@ -27,15 +27,14 @@ from oracle import Oracle, by_copies, truth
 from torch import nn
 from torch.func import vmap
 
-from losswatch.config.loss_files import loss_names, loss_nodes
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.disk.checkpoint_files import find
 from losswatch.disk.event_log import EventLog
 from losswatch.events.series import read_scalars
 from losswatch.losses import Dice, LossSet
 from losswatch.nets import ConvNet
-from losswatch.run.build import describe_data, make_losses
+from losswatch.run.build import make_losses
 from losswatch.run.module import SegmentationModule
 from losswatch.stack.fit import fit
 from losswatch.stack.member import Member
@@ -198,7 +197,7 @@ REFUSED = [
 def test_refused_in_one_line(compose, overrides, message):
     composed = compose("experiment=smoke", *overrides.split())
     with pytest.raises(ConfigError) as raised:
-        composed.check()
+        composed.plan()
     assert re.search(message, str(raised.value)), str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -265,7 +264,7 @@ def compose_or_refuse(compose, key, value):
         composed = compose(
             "experiment=smoke", "optimizer=sgd", "optimizer.momentum=0.9", f"{key}={value}"
         )
-        composed.check()
+        composed.plan()
     except ConfigCompositionException as error:
         assert name in str(error)
         return None
@@ -326,9 +325,9 @@ def test_a_file_with_a_built_in_name_is_refused(tmp_path):
 def test_make_losses_of_the_zoo(compose):
     """Every loss of conf/loss is made as its file says."""
     composed = compose("experiment=smoke")
-    names = loss_names()
+    names = composed.planner.sources.losses
     composed.cfg.watch = names
-    losses = make_losses(loss_nodes(composed.cfg, "dice"), describe_data(composed.cfg))
+    losses = make_losses(composed.plan())
     assert list(losses.names) == names and not losses.is_foreign("dice")
 
 

@@ -12,12 +12,11 @@ from conftest import ROOT, load_losses, read_result, run_train
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.errors import ConfigError
 from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.events.series import read_scalars
 from losswatch.nets import ConvNet
-from losswatch.run import plan as checks
-from losswatch.run.build import describe_data, make_net
+from losswatch.run.build import make_net
 
 NAMES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
@@ -61,11 +60,11 @@ def test_two_ranks_observe_what_one_process_does(pair):
 
 def test_a_loss_that_knows_nothing_of_ranks(pair, compose):
     """In training its value is the mean over ranks, in validation the mean over pixels."""
-    cfg = compose("experiment=smoke", "model.batch_norm=true").cfg
+    plan = compose("experiment=smoke", "model.batch_norm=true").plan()
     u = uniform(torch.tensor(0), TRAIN, torch.tensor(0), (5, 1, 16, 16))
     images, target = image_and_label(u, torch.tensor([0.5]), 0.0, 1.0)
     with torch.no_grad():
-        logits = make_net(cfg, describe_data(cfg))(images)
+        logits = make_net(plan)(images)
         shares = [F.cross_entropy(logits[rank::2], target[rank::2]).item() for rank in (0, 1)]
     scalars = read_scalars(pair[1])
     assert scalars["loss/foreign"][0] == pytest.approx(sum(shares) / 2, rel=1e-6)
@@ -107,7 +106,7 @@ def test_two_ranks_leave_one_run(pair):
 def refused(compose, *overrides, multirun=False):
     run = compose(*TWO, *overrides)
     with pytest.raises(ConfigError) as raised:
-        checks.check(run.cfg, run.trained, multirun)
+        run.plan(is_sweep=multirun)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -124,15 +123,13 @@ def test_what_ranks_cannot_do_is_refused(compose):
 @pytest.mark.parametrize("devices, tasks", [(1, 2), (2, 1), (2, 2), (1, 1)])
 def test_slurm_starts_a_task_for_each_device(compose, monkeypatch, devices, tasks):
     """Lightning would wait for missing tasks, and would train the same run in surplus ones."""
-    monkeypatch.setattr(checks, "_check_trainer", checks._check_trainer.__wrapped__)  # not cached
     for name in ("PROCID", "LOCALID", "NODEID"):
         monkeypatch.setenv(f"SLURM_{name}", "0")
     for name in ("NTASKS", "NTASKS_PER_NODE"):  # those of the job
         monkeypatch.setenv(f"SLURM_{name}", "2")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
     if devices == tasks:
-        run = compose(*TWO, f"trainer.devices={devices}", "trainer.strategy=auto")
-        checks.check(run.cfg, run.trained)
+        compose(*TWO, f"trainer.devices={devices}", "trainer.strategy=auto").plan()
     else:
         said = refused(compose, f"trainer.devices={devices}", "trainer.strategy=auto")
         assert said.startswith(f"Slurm tasks that run this command: {tasks}, trainer.devices x ")

@@ -243,10 +243,12 @@ def _instead(node: DictConfig) -> str:
 
 def _keep(cfg: DictConfig, earlier: Mapping[str, Any], given: Mapping[str, str]) -> None:
     """Set θ, seed, data and the model's numbers as they were, except for the keys `given`."""
-    for group in ("model", "data"):
-        if cfg[group].get("_target_") != earlier.get(f"{group}._target_"):
-            earlier = {k: v for k, v in earlier.items() if not k.startswith(f"{group}.")}
+    other = [g for g in ("model", "data") if cfg[g].get("_target_") != earlier.get(f"{g}._target_")]
     for key, value in earlier.items():
+        # Numbers of data, such as the size of a batch, hold for other data, too.
+        group, is_text = key.split(".")[0], isinstance(value, str | dict)
+        if group in other and (group == "model" or is_text):
+            continue
         is_given = any(f"{name}.".startswith(f"{key}.") for name in given)
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
