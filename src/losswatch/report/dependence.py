@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from losswatch.report.compare import COMPARED, mean_interval
+from losswatch.report.compare import COMPARED, t_test
 from losswatch.report.figures import describe, figures_folder
 from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes
@@ -87,7 +87,7 @@ def draw(runs: pd.DataFrame, number: str, title: str, looks: Looks) -> Figure:
         ax.margins(x=0.1)
         for i, loss in enumerate(losses):
             cell = runs[runs["loss"] == loss].groupby(number)[metric]
-            points = pd.DataFrame({x: mean_interval(v.dropna()) for x, v in cell}).T
+            points = pd.DataFrame({x: t_test(v.dropna())[:3] for x, v in cell}).T
             points = points[np.isfinite(points[0])]
             aside = apart * (i - (len(losses) - 1) / 2)
             shift = ScaledTranslation(aside, 0, figure.dpi_scale_trans)
