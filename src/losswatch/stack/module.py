@@ -32,7 +32,7 @@ from losswatch.stack.optimizers import Rule, optimizer_rule
 from losswatch.stack.parameters import State, joined, splitter, trained_parameters
 from losswatch.stack.refusal import NotStackable
 from losswatch.stack.step import make_gradient
-from losswatch.terminal import Steps, say
+from losswatch.terminal import ProgressSink, say
 from losswatch.text import number_of, one_line
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class StackedModule(pl.LightningModule):
         }
         self.saved = time.monotonic()
         self.is_compiled = compile
-        self.shown = Steps()
+        self.shown = ProgressSink()
 
     def configure_optimizers(self) -> None:
         """None: `update` is the optimiser."""
@@ -297,7 +297,7 @@ class StackedModule(pl.LightningModule):
             write_scalars(member.logger.experiment, list(scalars), step, values)
         accuracies = [member.metrics[f"{stage}/accuracy"] for member in self.members]
         what = "accuracy" if len(accuracies) == 1 else "mean accuracy"
-        self.shown.show(f"{what} {np.mean(accuracies):.3f}")
+        self.shown.set_text(f"{what} {np.mean(accuracies):.3f}")
 
 
 def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[str]) -> Chunk:

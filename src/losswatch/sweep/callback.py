@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -19,7 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from losswatch import compat, terminal
+from losswatch import compat
 from losswatch.config.schema import ConfigError, mode_of
 from losswatch.sweep.command import current_sweep, silence_logging
 from losswatch.sweep.exit import escaping, stop
@@ -35,16 +34,14 @@ class SweepCallback(Callback):
 
     Args:
         total: the number of runs of the sweep, if it is known.
-        steps: how many steps are done one after the other in the whole sweep, if that is known.
-            Steps of runs that are trained side by side count once.
     """
 
-    def __init__(self, total: int | None = None, steps: int | None = None) -> None:
-        self.total, self.steps = total, steps
+    def __init__(self, total: int | None = None) -> None:
+        self.total = total
 
     def __reduce__(self) -> Any:
         """Launchers send the callback along with each job that they give to another process."""
-        return _in_other_process, (self.total, self.steps)
+        return _in_other_process, (self.total,)
 
     @escaping()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -67,15 +64,8 @@ class SweepCallback(Callback):
         # For ${hydra:...} in folders' names. A copy, because `set_config` makes it read-only.
         HydraConfig.instance().set_config(copy.deepcopy(config))
         launcher = config.hydra.launcher
-        at_once = 0  # unknown
-        if launcher._target_.endswith("BasicLauncher"):
-            at_once = 1
-        else:
+        if not launcher._target_.endswith("BasicLauncher"):
             compat.initialize_workers(end_in_time)
-        if launcher._target_.endswith("JoblibLauncher"):
-            import joblib  # imported late: single runs need no joblib
-
-            at_once = joblib.effective_n_jobs(launcher.n_jobs)
         # A sweeper that searches chooses its runs as it goes; train.py checks each of them.
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):
             if config.resume is not None:
@@ -89,9 +79,6 @@ class SweepCallback(Callback):
             except ConfigError as error:
                 stop(str(error))
             sweep.is_checked = True
-            if at_once:
-                lengths = [run.trainer.max_steps for run in configs]
-                self.steps = max([math.ceil(sum(lengths) / at_once), *lengths])
             if launcher._target_.endswith("FusedLauncher"):
                 sweep.configs = dict(zip(map(tuple, runs), configs, strict=True))
         _check_direction(config)
@@ -108,10 +95,6 @@ class SweepCallback(Callback):
         if config.hydra.mode.name == "MULTIRUN":
             of_total = f" of {self.total}" if self.total else ""
             number = f" {config.hydra.job.num + 1}{of_total}"
-            is_first = config.hydra.job.num == 0
-            if self.total and self.steps and (is_first or terminal.expected.runs):
-                left = self.total - config.hydra.job.num
-                terminal.expected = terminal.Runs(left, math.ceil(self.steps * left / self.total))
         say(f"run{number}: {overrides}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -137,10 +120,10 @@ def _check_direction(config: DictConfig) -> None:
         stop(f"a search by metric={metric} needs hydra.sweeper.direction={wanted}, got {found}")
 
 
-def _in_other_process(total: int | None, steps: int | None) -> SweepCallback:
+def _in_other_process(total: int | None) -> SweepCallback:
     """Construct the callback in a process that a launcher started, and set up that process."""
     silence_logging()
-    return SweepCallback(total, steps)
+    return SweepCallback(total)
 
 
 @functools.cache  # one thread a process
