@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO, TypeVar
+from typing import IO, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -73,7 +73,7 @@ def _redraws() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
-def flush(stream: TextIO) -> OSError | None:
+def flush(stream: IO[str]) -> OSError | None:
     """Flush a stream; return the error if that fails, and send the stream to the null device.
 
     Otherwise the buffered text would fail again at each later flush: when joblib starts a process,
