@@ -2,7 +2,6 @@
 
 import codecs
 import os
-import pickle
 import pty
 import re
 import select
@@ -16,14 +15,11 @@ import pandas as pd
 import pyte
 import pytest
 from conftest import ENVIRONMENT, PATIENCE, ROOT
-from hydra.types import RunMode
-from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
 from losswatch import terminal
 from losswatch.report.tables import summary_table
-from losswatch.sweep.callback import SweepCallback
 from losswatch.sweep.counting import collected
 
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
@@ -137,32 +133,6 @@ def test_a_bar_of_the_images_that_are_looked_at(tmp_path):
     assert status == 2 and "images looked at" not in "\n".join(screens[-1])
 
 
-@pytest.mark.slow
-def test_runs_that_differ_in_length_count_by_their_steps(tmp_path):
-    """The first of the two runs has a hundredth of the steps; the estimate stays on the screen."""
-    status, screens = watch(
-        "-m", "experiment=smoke", "model=convnet", "trainer.max_steps=3000,300000",
-        "hydra.sweep.dir=s", cwd=tmp_path, interrupt_at="2 runs take about",
-    )  # fmt: skip
-    assert status == 130
-    [said] = [line for line in screens[-1] if "2 runs take about" in line]
-    assert re.search("[0-9]+ (minutes|hours)$", said)
-
-
-@pytest.mark.slow
-def test_an_estimate_of_runs_side_by_side(tmp_path):
-    """By joblib: 3 runs, 2 at once, take as long as 2. The command ends at the estimate."""
-    status, screens = watch(
-        "-m", "experiment=smoke", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
-        "trainer.max_steps=20000", "trainer.val_check_interval=20000", "seed=0,1,2",
-        "hydra.sweep.dir=s", cwd=tmp_path, interrupt_at="runs take about",
-    )  # fmt: skip
-    assert status == 130
-    text = "\n".join(screens[-1])
-    assert text.startswith("3 runs; table and runs go to s\n")
-    assert len(re.findall("^3 runs take about [0-9]+ (seconds|minutes)$", text, re.MULTILINE)) == 1
-
-
 def test_interrupted(tmp_path):
     """The bar goes, the table comes, and how to go on."""
     command = ["-m", "experiment=smoke", "loss=dice,cce", "trainer.max_steps=5000"]
@@ -187,7 +157,7 @@ class Noisy(pl.Callback):
         print("at [/x] [bold] ... ", end="", flush=True)
         print("step", trainer.global_step)
         logging.getLogger("other").warning("no number: %d", "a")
-        logging.getLogger("other").warning("after step %d", trainer.global_step)
+        logging.getLogger("other").warning("after step %d%s", trainer.global_step, " more" * 9)
         time.sleep(0.25)  # the bar is drawn at each step
 """
 
@@ -195,7 +165,8 @@ class Noisy(pl.Callback):
 def test_a_callback_that_prints(tmp_path):
     """What it prints goes where it belongs, as it is; a bad log message does not end the run.
 
-    Lines stay above the bar, which has several lines and is drawn anew below each of them.
+    Lines stay above the bar, which has several lines and is drawn anew below each of them. A line
+    that is wider than the terminal is not broken into two.
     """
     (tmp_path / "noisy.py").write_text(NOISY)
     (tmp_path / "mine" / "callbacks").mkdir(parents=True)
@@ -212,62 +183,12 @@ def test_a_callback_that_prints(tmp_path):
     bars = [line for screen in screens for line in screen if line.startswith("step ")]
     assert bars and all(re.fullmatch(r"step \d of 5 [-:\d]+ left( .*)?", bar) for bar in bars)
     assert any(re.match("cce 0", line) for screen in screens for line in screen)
-    said = [line for line in screens[-1] if line.startswith("after step")]
-    assert said == [f"after step {i}" for i in range(1, 6)]
+    said = "".join(line.ljust(40) for line in screens[-1])
+    for i in range(1, 6):
+        assert f"after step {i}{' more' * 9}  " in said
 
 
 # --- One bar -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The seconds that time.monotonic() gives, in a list of one."""
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    return now
-
-
-def work(steps, count, clock):
-    """Ten steps a second."""
-    for _ in range(count):
-        clock[0] += 0.1
-        steps.advance(1)
-
-
-def test_what_the_time_is_estimated_for(monkeypatch):
-    """From the first run to the one whose steps are measured, also in another process."""
-    monkeypatch.setattr(terminal, "expected", terminal.Runs(0, 0))
-    callback = pickle.loads(pickle.dumps(SweepCallback(total=4, steps=300)))
-    job = OmegaConf.create({"hydra": {"overrides": {"task": []}, "job": {"num": 0}}})
-    job.hydra.mode = RunMode.MULTIRUN
-    for number, expected in ((0, (4, 300)), (2, (2, 150))):
-        job.hydra.job.num = number
-        callback.on_job_start(job)
-        assert terminal.expected == expected
-    terminal.expected = terminal.Runs(0, 0)
-    callback.on_job_start(job)
-    assert terminal.expected == (0, 0)
-
-
-@pytest.mark.parametrize("at_once, seconds", [(1, 80), (2, 40)])
-def test_the_estimate_is_said_once(capsys, monkeypatch, clock, at_once, seconds):
-    """After the first seconds of the first run: four runs of 20 s."""
-    monkeypatch.setattr(terminal, "expected", terminal.Runs(4, 800 // at_once))
-    for _ in range(2):
-        with terminal.steps(200) as steps:
-            work(steps, 100, clock)
-    assert capsys.readouterr().err == f"4 runs take about {seconds} seconds\n"
-    assert terminal.expected.runs == 0
-    with terminal.steps(200, runs=1) as steps:  # whose bar says it
-        work(steps, 100, clock)
-    assert capsys.readouterr().err == ""
-
-
-def test_the_estimate_leaves_out_what_was_done_before(capsys, clock):
-    """Four runs at step 900 of 1000: 400 steps are left."""
-    with terminal.steps(4000, runs=4), terminal.steps(4000, done=3600) as part:
-        work(part, 100, clock)
-    assert capsys.readouterr().err == "4 runs take about 40 seconds\n"
 
 
 def test_steps_within_a_larger_bar():
@@ -277,15 +198,19 @@ def test_steps_within_a_larger_bar():
         task = whole.progress.tasks[0]
         return task.completed + whole.waiting, task.total
 
-    whole = terminal.Bar(100, 0, 0, 0)
-    with terminal.part_of(whole), terminal.steps(50, done=20) as part:
+    whole = terminal.Bar(100)
+    with terminal.part_of(whole), terminal.progress_bar(50, done=20) as part:
         part.advance(5)
     assert state() == (5, 80)
-    with pytest.raises(MemoryError), terminal.part_of(whole), terminal.steps(50, done=3) as part:
+    with (
+        pytest.raises(MemoryError),
+        terminal.part_of(whole),
+        terminal.progress_bar(50, done=3) as part,
+    ):
         part.advance(7)
         raise MemoryError
     assert state() == (5, 80)
-    with terminal.steps(10) as alone:
+    with terminal.progress_bar(10) as alone:
         assert isinstance(alone, terminal.Bar)
 
 
@@ -295,7 +220,7 @@ def test_a_terminal_that_closes_ends_nothing(monkeypatch, method):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(terminal, "_redraws", lambda: True)
-    bar = terminal.Bar(10, 0, 0, 0)
+    bar = terminal.Bar(10)
     monkeypatch.setattr(bar.live, method, closed)
     with bar:
         bar.advance(1)
@@ -313,7 +238,7 @@ def test_a_line_takes_the_place_of_a_bar(capsys, monkeypatch, term, clear):
 
 def test_processes_count_together():
     """Also the last steps; a process that replaces a killed one begins anew."""
-    bar = terminal.Bar(1000, 0, 0, 0)
+    bar = terminal.Bar(1000)
     count = "import sys; from losswatch.sweep.counting import Counted; " + (
         "counted = Counted(sys.argv[1], int(sys.argv[2])); counted.skip(10); "
         "[counted.advance(3) for _ in range(100)]"

@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from losswatch.report.figures import plot_sweep
-from losswatch.report.style import HUES, plain_axes, save
-from losswatch.text import matplotlib_escape
+from losswatch.report.style import HUES, plain_axes, save, show_literally
+from losswatch.text import printable
 from study.measures import pick
 
 # The sweeps of which curves are drawn, and the settings of the runs in them.
@@ -44,15 +44,18 @@ def plot_ranges(panels: Mapping[str, pd.DataFrame], path: str | Path) -> None:
             value, low, high = np.array([tuple(cell) for cell in table[name]], float).T
             where = np.arange(len(table)) + 0.24 * (i - (len(table.columns) - 1) / 2)
             bars = np.nan_to_num([value - low, high - value])
-            label = matplotlib_escape(name)
+            label = printable(name)
             ax.errorbar(where, value, bars, fmt="o", color=HUES[i], capsize=3, label=label)
-        ticks = [matplotlib_escape(str(row)) for row in table.index]
-        ax.set_xticks(range(len(table)), ticks, fontsize=9)
+        ticks = [printable(row) for row in table.index]
+        ax.set_xticks(range(len(table)), ticks, fontsize=9, parse_math=False)
         ax.set_xlim(-0.6, len(table) - 0.4)
         ax.set_ylim(bottom=0)
-        ax.set_title(matplotlib_escape(title), fontsize=10)
+        ax.set_title(printable(title), fontsize=10, parse_math=False)
         plain_axes(ax)
     axes[0].set_ylabel("gradient norm, last tenth of steps", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    legend = figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False
+    )
+    show_literally(legend)
     save(figure, path)

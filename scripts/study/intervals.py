@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from losswatch.report import compare
+from losswatch.report.compare import t_test
 
 
 class Interval(NamedTuple):
@@ -36,7 +36,7 @@ def mean_interval(values: Sequence[float] | pd.Series) -> Interval:
     >>> mean_interval([1.0, 2.0, 3.0]).text(2)
     '2.00 (-0.48 to 4.48)'
     """
-    return Interval(*compare.mean_interval(pd.Series(values, dtype=float).dropna()))
+    return Interval(*t_test(pd.Series(values, dtype=float).dropna())[:3])
 
 
 def ratio_interval(above: pd.Series, below: pd.Series) -> Interval:

@@ -182,7 +182,7 @@ def trace(function: Callable[..., Any], example: Sequence[Tensor]) -> torch.fx.G
     """The ATen operations that a function of tensors does; is_compiling() is true meanwhile.
 
     Raises:
-        RuntimeError: the function looks at values; see `stack.refusal.is_refusal`.
+        RuntimeError: the function looks at values.
     """
     import torch
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -126,15 +126,6 @@ def markdown_escape(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", printable(text))
 
 
-def matplotlib_escape(text: str) -> str:
-    r"""Text that Matplotlib shows as it stands: a dollar sign would begin a formula.
-
-    >>> matplotlib_escape("$x$")
-    '\\$x\\$'
-    """
-    return printable(text).replace("$", r"\$")
-
-
 def file_name(text: str) -> str:
     """A file name like `text`; where characters are replaced, a checksum keeps names apart.
 

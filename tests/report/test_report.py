@@ -476,8 +476,11 @@ def test_strings_from_disk_are_shown_as_text(tmp_path):
     assert "\x1b[2J" not in text and "\x1b]" not in text and "\x07" not in text and "\r" not in text
     row = next(line for line in markdown_table(cell_table(runs)).splitlines() if "red" in line)
     assert row.startswith(r"| \[red\]x\[/red\]\|\<b\>")
-    figure = figures.draw({evil: [curves()]}, title="$\\frac$ " + evil)  # no broken formula
+    formula = "$\\frac$ " + evil  # a broken one
+    figure = figures.draw({formula: [curves().add_suffix(formula)]}, title=formula)
     figure.canvas.draw()
+    runs = pd.DataFrame({formula: [1, 2], "loss": formula, "accuracy": 0.9, "dice": 0.8})
+    dependence.draw(runs, formula, formula, loss_looks([formula])).canvas.draw()
     assert show(evil).count("\N{REPLACEMENT CHARACTER}") == 5
 
 

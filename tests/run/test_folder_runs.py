@@ -210,7 +210,7 @@ RUN = [
     "data=folder", "data.root=a", "data.patch_size=16", "data.batch_size=4", "model=convnet",
     "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.accelerator=cpu",
 ]  # fmt: skip
-TWO = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.sync_batchnorm=true"]
+TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 
 def make_folder(root, **counts):

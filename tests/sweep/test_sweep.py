@@ -264,10 +264,11 @@ def mine(tmp_path):
 
 
 @pytest.mark.parametrize("typo", BROKEN)
-def test_a_broken_file_is_named_with_its_line(mine, compose, typo):
+def test_a_broken_file_is_named_with_its_line(mine, compose, typo, monkeypatch):
     """As the trained loss, and as a watched loss."""
     content, said = BROKEN[typo]
     folder, file = mine(content)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", str(folder)])
     added = f"hydra.searchpath=['{folder}']"
     for read in (
         lambda: compose("loss=broken", added),
@@ -292,10 +293,10 @@ def test_a_broken_file_is_named_with_its_line(mine, compose, typo):
     ],
 )
 def test_a_broken_file_is_bad_input(tmp_path, mine, arguments):
-    folder, file = mine(b"\texponent: 2\n")
+    folder, file = mine(BROKEN["latin-1"][0])
     done = run_train("--config-dir", str(folder), *arguments, cwd=tmp_path, status=2)
     [*begun, line] = (done.stdout + done.stderr).splitlines()
-    assert line.startswith(f"losswatch: {file}, line 2: found character ")
+    assert line == f"losswatch: {file}, line 2: byte 0xe9 is not UTF-8"
     assert not begun or (arguments[0] == "watch=[cce,broken]" and begun[0].startswith("run: "))
     assert not list(tmp_path.rglob("events.out.*"))
 

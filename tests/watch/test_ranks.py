@@ -32,13 +32,10 @@ def pair(tmp_path_factory):
     own.mkdir()
     (own / "foreign.yaml").write_text("_target_: torch.nn.CrossEntropyLoss\n")
     found = []
-    for name, more in {
-        "one": [],
-        "two": [*TWO, "trainer.sync_batchnorm=true", "compile=true"],
-    }.items():
+    for name, more in {"one": [], "two": [*TWO, "compile=true"]}.items():
         cwd = tmp_path_factory.mktemp(name)
         done = run_train(
-            "--config-dir", str(own.parent), "experiment=smoke", "model.batch_norm=true", *more,
+            "--config-dir", str(own.parent), "experiment=smoke", *more,
             f"watch=[{','.join([*NAMES, 'foreign'])}]", "data.batch_size=5", "data.val_size=5",
             "trainer.max_steps=50", "trainer.val_check_interval=20", cwd=cwd,
         )  # fmt: skip
@@ -60,7 +57,7 @@ def test_two_ranks_observe_what_one_process_does(pair):
 
 def test_a_loss_that_knows_nothing_of_ranks(pair, compose):
     """In training its value is the mean over ranks, in validation the mean over pixels."""
-    plan = compose("experiment=smoke", "model.batch_norm=true").plan()
+    plan = compose("experiment=smoke").plan()
     u = uniform(torch.tensor(0), TRAIN, torch.tensor(0), (5, 1, 16, 16))
     images, target = image_and_label(u, torch.tensor([0.5]), 0.0, 1.0)
     with torch.no_grad():
@@ -118,6 +115,9 @@ def test_what_ranks_cannot_do_is_refused(compose):
     for strategy in ("ddp_spawn", "ddp_fork"):
         assert strategy in refused(compose, f"trainer.strategy={strategy}")
     assert "without -m" in refused(compose, multirun=True)
+    said = refused(compose, "trainer.sync_batchnorm=true")
+    assert said.startswith("trainer.sync_batchnorm=true needs GPUs")
+    assert "trainer.sync_batchnorm=false" in said
 
 
 @pytest.mark.parametrize("devices, tasks", [(1, 2), (2, 1), (2, 2), (1, 1)])

@@ -58,6 +58,11 @@ def check_machine(options: Mapping[str, Any], is_sweep: bool) -> pl.Trainer:
         raise ConfigError(
             f"trainer.precision={precision} needs a GPU; on a CPU there is bf16-mixed"
         )
+    if isinstance(trainer.accelerator, CPUAccelerator) and options.get("sync_batchnorm"):
+        raise ConfigError(
+            "trainer.sync_batchnorm=true needs GPUs, as in PyTorch; on CPUs give "
+            "trainer.sync_batchnorm=false: each device then has its own batch statistics"
+        )
     # The fork of a process with threads hangs. Spawned ranks start anew for the test, and their
     # logs are not the run's.
     if compat.forks_or_spawns(trainer):

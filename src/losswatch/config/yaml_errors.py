@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import traceback
+import argparse
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from yaml import MarkedYAMLError, YAMLError
-from yaml.reader import Reader, ReaderError
+from yaml.reader import ReaderError
 
 
 def describe(error: YAMLError | UnicodeDecodeError) -> str:
@@ -16,25 +16,31 @@ def describe(error: YAMLError | UnicodeDecodeError) -> str:
         start = error.context_mark
         context = f" ({error.context}, line {start.line + 1})" if start else ""
         return f"{mark.name}, line {mark.line + 1}: {error.problem}{context}"
+    if isinstance(error, ReaderError):
+        before = Path(error.name).read_text("utf-8")[: error.position]
+        number = before.count("\n") + 1
+        return f"{error.name}, line {number}: YAML has no character {error.character:#04x}"
     if file := file_of(error):
         for number, line in enumerate(Path(file).read_bytes().split(b"\n"), start=1):
             try:
-                Reader(line.decode())
+                line.decode()
             except UnicodeDecodeError as failure:
                 return f"{file}, line {number}: byte {line[failure.start]:#04x} is not UTF-8"
-            except ReaderError as failure:
-                return f"{file}, line {number}: YAML has no character {failure.character:#04x}"
     return " ".join(str(error).split())
 
 
-def file_of(error: Exception) -> str | None:
-    """The file that was being read when the error was raised.
+def file_of(error: Exception) -> Path | None:
+    """The file of `--config-dir` that raises this error when it is read again, if one does.
 
-    Errors about encodings and interpolations do not name it. It is the innermost open file among
-    the local variables of the functions in the traceback.
+    Errors about encodings and interpolations do not name their file.
     """
-    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        for value in frame.f_locals.values():
-            if isinstance(value, io.TextIOWrapper) and Path(value.name).is_file():
-                return str(value.name)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    folder = parser.parse_known_args()[0].config_dir
+    for file in sorted(folder.resolve().rglob("*.yaml")) if folder else []:
+        try:
+            OmegaConf.load(file)
+        except Exception as again:
+            if str(again) == str(error):
+                return file
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -60,42 +61,31 @@ def _pairs(runs: pd.DataFrame) -> list[dict[str, Any]]:
         for metric in COMPARED:
             difference = (cells[metric][loss] - cells[metric][other]).dropna()
             row["pairs"] = max(row["pairs"], len(difference))
-            row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = mean_interval(difference)
-            row[f"{metric}_p"] = p_value(difference)
+            columns = (metric, f"{metric}_low", f"{metric}_high", f"{metric}_p")
+            row |= zip(columns, t_test(difference), strict=True)
         if row["pairs"]:
             rows.append(row)
     return rows
 
 
-def mean_interval(sample: pd.Series) -> tuple[float, float, float]:
-    """The mean of independent values and the ends of its 95 % interval, by Student's t.
+def t_test(sample: pd.Series) -> tuple[float, float, float, float]:
+    """Student's t test that the mean of independent values is 0.
 
-    The ends are NaN below two values, and the mean is NaN without any. For differences of paired
-    values this is the interval of the paired t test.
+    For differences of paired values this is the paired t test.
 
-    >>> [round(x, 2) for x in mean_interval(pd.Series([1.0, 2.0, 3.0]))]
-    [2.0, -0.48, 4.48]
+    Returns:
+        The mean, NaN without values; the ends of its 95 % interval and the two-sided p-value, NaN
+        below two values. The p-value is 1 if all values are 0, for which the test has no answer.
+
+    >>> [round(x, 4) for x in t_test(pd.Series([1.0, 2.0, 3.0]))]
+    [2.0, -0.4841, 4.4841, 0.0742]
     """
-    n, mean = len(sample), float(sample.mean())
-    margin = float(stats.t.ppf(0.975, n - 1) * sample.sem()) if n > 1 else np.nan
-    return mean, mean - margin, mean + margin
-
-
-def p_value(sample: pd.Series) -> float:
-    """The two-sided p-value of Student's t test that the mean of independent values is 0.
-
-    It is NaN below two values, and 1 if all values are 0, for which the test has no answer.
-
-    >>> round(p_value(pd.Series([1.0, 2.0, 3.0])), 4)
-    0.0742
-    """
-    if len(sample) < 2:
-        return np.nan
-    if not sample.any():
-        return 1.0
-    with np.errstate(divide="ignore", invalid="ignore"):  # equal values have no spread
-        t = np.abs(np.float64(sample.mean()) / sample.sem())
-    return float(2 * stats.t.sf(t, len(sample) - 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # equal values, or fewer than two
+        result = stats.ttest_1samp(sample, 0)
+        low, high = map(float, result.confidence_interval())
+    is_zero = len(sample) > 1 and not sample.any()
+    return float(sample.mean()), low, high, 1.0 if is_zero else float(result.pvalue)
 
 
 def holm(p_values: Sequence[float] | pd.Series) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from losswatch.report.compare import COMPARED, mean_interval
+from losswatch.report.compare import COMPARED, t_test
 from losswatch.report.figures import describe, figures_folder
 from losswatch.report.runs import LABELS, done, loss_order, swept
-from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes
-from losswatch.text import file_name, matplotlib_escape, show
+from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, show_literally
+from losswatch.text import file_name, printable, show
 
 
 def plot_dependence(
@@ -87,20 +88,22 @@ def draw(runs: pd.DataFrame, number: str, title: str, looks: Looks) -> Figure:
         ax.margins(x=0.1)
         for i, loss in enumerate(losses):
             cell = runs[runs["loss"] == loss].groupby(number)[metric]
-            points = pd.DataFrame({x: mean_interval(v.dropna()) for x, v in cell}).T
+            points = pd.DataFrame({x: t_test(v.dropna())[:3] for x, v in cell}).T
             points = points[np.isfinite(points[0])]
             aside = apart * (i - (len(losses) - 1) / 2)
             shift = ScaledTranslation(aside, 0, figure.dpi_scale_trans)
             _draw_line(ax, points, looks[loss], loss, ax.transData + shift)
         _set_x(ax, values, is_share=number == "theta")
-        ax.set_xlabel(matplotlib_escape(LABELS.get(number, number)), fontsize=10)
+        ax.set_xlabel(printable(LABELS.get(number, number)), fontsize=10, parse_math=False)
         ax.set_ylabel(f"validation {LABELS[metric]}", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
+    legend = figure.legend(
         handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False,
         title="trained with; bars are 95 % intervals of the mean", title_fontsize=9,
     )  # fmt: skip
-    figure.suptitle(matplotlib_escape(title), fontsize=11, wrap=True)
+    show_literally(legend)
+    # Matplotlib's own wrapping would parse dollar signs as a formula, whatever `parse_math` says.
+    figure.suptitle(textwrap.fill(printable(title), width=90), fontsize=11, parse_math=False)
     return figure
 
 
@@ -114,7 +117,7 @@ def _draw_line(
     low, high = (np.where(np.isnan(end), mean, end) for end in (low, high))  # one seed: no bar
     ax.errorbar(
         points.index, mean, [mean - low, high - mean], **look, marker="o", markersize=4,
-        linewidth=1.4, capsize=3, label=matplotlib_escape(loss), transform=transform,
+        linewidth=1.4, capsize=3, label=printable(loss), transform=transform,
     )  # fmt: skip
     for end in (low, high):  # Matplotlib takes no limits from what a transform moves
         ax.update_datalim(np.column_stack([points.index, end]))

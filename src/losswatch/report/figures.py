@@ -25,8 +25,8 @@ from losswatch.events.layout import PREFIX
 from losswatch.events.series import read_scalars
 from losswatch.events.tags import GRAD_NORM, LOSS
 from losswatch.report.runs import LABELS, done, loss_order, swept
-from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save
-from losswatch.text import file_name, matplotlib_escape, show
+from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save, show_literally
+from losswatch.text import file_name, printable, show
 
 # The study's smoothing, in observed steps of its 10,001, and its axes.
 NORM_WINDOW, LOSS_WINDOW = 201, 11
@@ -207,7 +207,8 @@ def draw(
         _draw_losses(below, frames, LOSS, LOSS_WINDOW, looks, trained)
         if trained:
             color = looks.get(trained, {}).get("color", "black")
-            above.set_title(f"trained with {matplotlib_escape(trained)}", fontsize=11, color=color)
+            text = f"trained with {printable(trained)}"
+            above.set_title(text, fontsize=11, color=color, parse_math=False)
         below.set_xlabel("step", fontsize=10)
         below.tick_params(labelbottom=True)
         if column == 0:
@@ -230,7 +231,7 @@ def draw(
     _add_legend(figure, looks, [len(frames) for frames in runs.values()])
     # A run's name can be longer than its figure is wide, and has no blanks to break at.
     lines = textwrap.wrap(title.replace(",", ", "), width=60 if len(runs) == 1 else 120)
-    figure.suptitle("\n".join(map(matplotlib_escape, lines)), fontsize=12)
+    figure.suptitle("\n".join(map(printable, lines)), fontsize=12, parse_math=False)
     return figure
 
 
@@ -297,15 +298,14 @@ def _set_limits(grid: np.ndarray, twins: Sequence[Axes], study: bool) -> None:
 def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], counts: Sequence[int]) -> None:
     """A legend below the figure; `counts` are the runs of each column."""
     handles: list[Line2D | Patch] = [
-        Line2D([], [], label=matplotlib_escape(name), linewidth=2, **look)
-        for name, look in looks.items()
+        Line2D([], [], label=printable(name), linewidth=2, **look) for name, look in looks.items()
     ]
     handles.append(Line2D([], [], label="accuracy", color="black"))
     if repeats := sorted({count for count in counts if count > 1}):
         few = f"{repeats[0]} to " if len(repeats) > 1 else ""
         handles.append(Patch(color="0.8", label=f"range of {few}{repeats[-1]} runs"))
     rows = -(-len(handles) // int(figure.get_figwidth() // 1.4))
-    figure.legend(
+    legend = figure.legend(
         handles=handles,
         loc="outside lower center",
         ncols=-(-len(handles) // rows),
@@ -314,6 +314,7 @@ def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], counts: Seq
         handlelength=2.2,
         columnspacing=1.4,
     )
+    show_literally(legend)
 
 
 def moving_mean(curves: pd.DataFrame, window: int) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from zlib import crc32
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from losswatch.files import replace_file
 from losswatch.report.runs import KNOWN_LOSSES, loss_order
@@ -69,6 +70,12 @@ def plain_axes(ax: Axes) -> None:
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=9)
+
+
+def show_literally(legend: Legend) -> None:
+    """Show the dollar signs of a legend's labels; Matplotlib would take them for formulas."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def draw_files(draw: Callable[[], Figure], stem: Path, formats: Sequence[str]) -> Path | None:

@@ -22,7 +22,7 @@ from losswatch.disk.checkpoint_files import checkpoint_path
 from losswatch.disk.event_log import EventLog, side_by_side
 from losswatch.events.tags import LOSS, PICTURES
 from losswatch.run import randomness
-from losswatch.terminal import Steps, steps
+from losswatch.terminal import ProgressSink, progress_bar
 from losswatch.watch.lightning import Watch
 
 
@@ -36,7 +36,7 @@ class Progress(ProgressBar):
         super().__init__()
         self.watch = watch
         self.shown = ExitStack()
-        self.steps = Steps()
+        self.steps = ProgressSink()
 
     def disable(self) -> None:
         """Lightning calls it in all processes but the first: only that one has a bar."""
@@ -44,13 +44,13 @@ class Progress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.done = trainer.global_step
         if trainer.is_global_zero:
-            self.steps = self.shown.enter_context(steps(trainer.max_steps, self.done))
+            self.steps = self.shown.enter_context(progress_bar(trainer.max_steps, self.done))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.steps.is_due:
             accuracy = trainer.callback_metrics.get("val/accuracy")
             losses = self.watch.latest() if self.watch else {}
-            self.steps.show(
+            self.steps.set_text(
                 "" if accuracy is None else f"accuracy {float(accuracy):.3f}",
                 "  ".join(f"{name.removeprefix(LOSS)} {v:.3f}" for name, v in losses.items()),
             )

@@ -39,7 +39,6 @@ from losswatch.run.epoch_loader import repeat
 from losswatch.run.module import SegmentationModule
 from losswatch.run.plan import Plan
 from losswatch.run.process import run_process
-from losswatch.run.sync_batch_norm import LayerSync
 from losswatch.text import nearby
 from losswatch.watch.lightning import Watch
 
@@ -192,14 +191,11 @@ def _make_trainer(
     loggers = make_loggers(plan)
     for other in loggers:
         other.log_hyperparams(dict(flatten(settings.as_config())))
-    plugins: list[Any] = [AtomicCheckpoints(plan.folder)]
-    if options["sync_batchnorm"]:
-        plugins.append(LayerSync())
     return pl.Trainer(
         **options,
         logger=[logger, *loggers],
         callbacks=callbacks,
-        plugins=plugins,
+        plugins=[AtomicCheckpoints(plan.folder)],
         use_distributed_sampler=False,  # each rank draws its own share of a batch
         num_sanity_val_steps=0,
         enable_model_summary=False,

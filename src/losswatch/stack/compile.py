@@ -31,7 +31,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     The first call raises
 
         NotStackable: the compiler cannot compile it.
-        RuntimeError: it cannot be traced (`refusal.is_refusal`).
+        RuntimeError: it cannot be traced.
     """
     ready: Callable[..., Any] | None = None
     returned: Any = None

@@ -89,7 +89,7 @@ def fit(members: Sequence[Member], losses: LossSet, plan: Plan) -> None:
             **{
                 **options,
                 "val_check_interval": interval // block,
-                "enable_progress_bar": False,  # `terminal.steps` below
+                "enable_progress_bar": False,  # `terminal.progress_bar` below
             },
             logger=False,
             max_epochs=1,
@@ -100,7 +100,7 @@ def fit(members: Sequence[Member], losses: LossSet, plan: Plan) -> None:
         first = members[0].start
         compat.count_steps(trainer, first)
         count, is_shown = len(members), options["enable_progress_bar"]
-        with terminal.steps(count * steps, count * first, is_shown=is_shown) as module.shown:
+        with terminal.progress_bar(count * steps, count * first, is_shown) as module.shown:
             trainer.fit(module, Blocks(first, steps, block), range(1))  # type: ignore[arg-type]
         if trainer.global_step < steps:
             raise RuntimeError(f"training ended at step {trainer.global_step} of {steps}")

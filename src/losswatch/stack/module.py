@@ -30,9 +30,9 @@ from losswatch.stack.limits import check_traits
 from losswatch.stack.member import Member
 from losswatch.stack.optimizers import Rule, optimizer_rule
 from losswatch.stack.parameters import State, joined, splitter, trained_parameters
-from losswatch.stack.refusal import NotStackable, is_refusal
+from losswatch.stack.refusal import NotStackable
 from losswatch.stack.step import make_gradient
-from losswatch.terminal import Steps, say
+from losswatch.terminal import ProgressSink, say
 from losswatch.text import number_of, one_line
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class StackedModule(pl.LightningModule):
         }
         self.saved = time.monotonic()
         self.is_compiled = compile
-        self.shown = Steps()
+        self.shown = ProgressSink()
 
     def configure_optimizers(self) -> None:
         """None: `update` is the optimiser."""
@@ -128,11 +128,13 @@ class StackedModule(pl.LightningModule):
     def _try(self) -> None:
         """Do all that training does once, on one chunk: torch.func maps it, the compiler runs.
 
-        The ordinary step of these runs has been tried before, so an operation that PyTorch refuses
-        here is one that it cannot map over runs.
+        The ordinary step of these runs has been tried before. So a RuntimeError here is most often
+        that of an operation that torch.func cannot map over runs: torch.func has no error of its
+        own.
 
         Raises:
-            NotStackable: there is such an operation, or the compiler cannot compile the step.
+            NotStackable: the step raises a RuntimeError, or the compiler cannot compile the step.
+            Exception: the step raises another error, or lacks memory.
         """
         if self.is_compiled:
             say(f"compiling the step of {number_of(len(self.members), 'run')}")
@@ -143,7 +145,7 @@ class StackedModule(pl.LightningModule):
                 self.gradient[observed](chunk.parameters, chunk.buffers, chunk.numbers, step)
             self.evaluate(VAL, 1)
         except RuntimeError as error:
-            if compat.is_out_of_memory(error) or not is_refusal(error):
+            if compat.is_out_of_memory(error):
                 raise
             why = one_line(error).split(". ")[0][:200]
             raise NotStackable(f"torch.func cannot map them over runs: {why}") from error
@@ -295,7 +297,7 @@ class StackedModule(pl.LightningModule):
             write_scalars(member.logger.experiment, list(scalars), step, values)
         accuracies = [member.metrics[f"{stage}/accuracy"] for member in self.members]
         what = "accuracy" if len(accuracies) == 1 else "mean accuracy"
-        self.shown.show(f"{what} {np.mean(accuracies):.3f}")
+        self.shown.set_text(f"{what} {np.mean(accuracies):.3f}")
 
 
 def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[str]) -> Chunk:

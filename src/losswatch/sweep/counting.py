@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from losswatch.terminal import REDRAW_SECONDS, Steps
+from losswatch.terminal import REDRAW_SECONDS, ProgressSink
 
 
-class Counted(Steps):
+class Counted(ProgressSink):
     """Steps of one group of runs: number `index` in a file that another process collects.
 
     A group that begins again, because its process was killed, counts from 0.
@@ -31,7 +31,7 @@ class Counted(Steps):
 
 
 @contextmanager
-def collected(into: Steps, count: int) -> Iterator[Path]:
+def collected(into: ProgressSink, count: int) -> Iterator[Path]:
     """A file in which the steps of `count` groups are counted (`Counted`); `into` shows the sum."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "steps")

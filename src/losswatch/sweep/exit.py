@@ -155,7 +155,7 @@ def explain(error: Exception, given: Mapping[str, str]) -> str:
         return f"there is no {cause.full_key}; {parent or 'the config'} has {known or 'no keys'}"
     texts = [str(error)] if cause is error else [str(error), str(cause).split("\n")[0]]
     noise = ("https://", "full_key:", "object_type=", "reference_type=")
-    lines = [yaml_errors.file_of(error) or ""]
+    lines = [str(yaml_errors.file_of(cause) or "")]
     for line in "\n".join(texts).splitlines():
         if not any(word in line for word in noise):
             lines.append(line)

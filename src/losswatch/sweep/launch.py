@@ -118,8 +118,8 @@ def launch(
     if parts and launcher is None:
         total = sum(run.config.trainer.max_steps for run in todo)
         is_shown = todo[0].config.trainer.enable_progress_bar
-        with terminal.steps(total, runs=len(todo), is_shown=is_shown) as steps:
-            returns += _run_here(parts, context, at_once, steps)
+        with terminal.progress_bar(total, is_shown=is_shown) as bar:
+            returns += _run_here(parts, context, at_once, bar)
     elif parts and launcher is not None:
         returns += _run_by(launcher, len(parts))
     returns += run_group(others, context)
@@ -153,9 +153,9 @@ def split(runs: list[Run], size: int) -> list[list[Run]]:
 
 
 def _run_here(
-    parts: Sequence[Sequence[Run]], context: Context, at_once: int, steps: terminal.Steps
+    parts: Sequence[Sequence[Run]], context: Context, at_once: int, bar: terminal.ProgressSink
 ) -> list[Returned]:
-    """On this machine: several groups at once, each in a process of its own, which counts `steps`.
+    """On this machine: several groups at once, each in a process of its own; `bar` shows the steps.
 
     A process that is killed, for want of memory or by a crash in native code, takes the others with
     it, since joblib stops them. It trained one of the first `at_once` groups that did not return.
@@ -164,7 +164,7 @@ def _run_here(
     if at_once == 1 or len(parts) == 1:
         return [returned for part in parts for returned in run_group(part, context)]
     returns: list[Returned] = []
-    with collected(steps, len(parts)) as file:
+    with collected(bar, len(parts)) as file:
         waiting = [_Group(part, file, i, context) for i, part in enumerate(parts)]
         while waiting:
             with suppress(BrokenProcessPool):
