@@ -31,8 +31,7 @@ from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
 from losswatch.presets import load_loss
 from losswatch.run.randomness import seed_everything
 from losswatch.text import one_line
-from losswatch.watch.outputs import form as reads
-from losswatch.watch.outputs import of_each_channel
+from losswatch.watch.outputs import input_kind, of_each_channel
 
 
 def _check_target(what: str, node: Any) -> None:
@@ -117,7 +116,7 @@ def make_losses(nodes: Mapping[str, DictConfig], form: Form) -> LossSet:
             if form.has_ignored:
                 node = _with_ignored(f"loss {name}", node)
             loss = _instantiate(f"loss {name}", node)
-            if form.target == "multilabel" and reads(loss) == "softmax":
+            if form.target == "multilabel" and input_kind(loss) == "softmax":
                 loss = of_each_channel(loss)
             made[name] = loss
     return LossSet(made)
