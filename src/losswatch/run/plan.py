@@ -34,7 +34,7 @@ from losswatch.data.modules import (
     is_ours,
     validation_batch,
 )
-from losswatch.data.survey import show
+from losswatch.data.survey import print_survey
 from losswatch.disk.checkpoint import data_of
 from losswatch.disk.checkpoint_files import AtomicCheckpoints, find
 from losswatch.disk.event_log import EventLog
@@ -165,7 +165,7 @@ def _show_data(cfg: DictConfig, ranks: int) -> None:
                 )
         if (text := str(data.survey)) not in _passed:
             _passed.add(text)
-            show(data.survey, data.root)
+            print_survey(data.survey, data.root)
             for split, name in data.missing:
                 log.warning(
                     "no image of %s has class %s; its metrics leave the class out", split, name
