@@ -128,7 +128,7 @@ class Watch(Callback):
         try:
             if self.criterion is not None:
                 self.module = find_criterion(module, self.criterion)
-                hook = self.module.register_forward_hook(self._hear, with_kwargs=True)
+                hook = self.module.register_forward_hook(self._record_call, with_kwargs=True)
                 self.hooks.append(hook)
             for logger in self._tensorboards(trainer):
                 if not getattr(logger, "has_charts", False):  # the logger of train.py has them
@@ -178,7 +178,7 @@ class Watch(Callback):
         self.record.move_to(trainer.global_step)
         self.calls = []
 
-    def _hear(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
+    def _record_call(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         """The hook of the criterion."""
         if not self.record.is_due or not torch.is_grad_enabled():
             return
@@ -187,7 +187,7 @@ class Watch(Callback):
             is_scalar = isinstance(value, Tensor) and value.numel() == 1
             self.calls.append(Call(output, target, value if is_scalar else None))
 
-    _hear.only_looks = True  # type: ignore[attr-defined] # for `compat.has_hooks`
+    _record_call.only_observes = True  # type: ignore[attr-defined] # for `compat.has_hooks`
 
     def see(self, output: Any, target: Any, value: Tensor | None = None) -> None:
         """Observe a loss that is a function: call `watch.see(logits, target)` in `training_step`.
