@@ -448,9 +448,7 @@ def test_each_status_is_shown_however_many_settings_were_swept(tmp_path, width):
         console.print(summary_table(read_runs(tmp_path), width))
     words = printed.get().split()
     assert {"done", "failed", "unfinished", "accuracy"} <= set(words)
-    left_out = (
-        " ".join(words).partition("Left out (too wide): ")[2].split(", ")
-    )
+    left_out = " ".join(words).partition("Left out (too wide): ")[2].split(", ")
     assert names[-1] in left_out and "accuracy" not in left_out
     assert max(map(len, printed.get().splitlines())) <= width
 

@@ -12,7 +12,7 @@
     groups.py         many losses of one table evaluated together
     dice.py, cross_entropy.py    the losses as formulas on the sums
     compose.py        weighted sums, and sets that share a table
-    saturation.py     whether a Dice has stopped teaching
+    saturation.py     whether a Dice loss has no gradient left
 
 Everywhere: logits are floating point [N, C, *space] with any number of spatial axes. The target
 holds class indices [N, *space] (any integer type, or boolean) or one-hot or soft labels

@@ -1,4 +1,4 @@
-"""Whether a Dice loss has stopped teaching, and why."""
+"""Whether a Dice loss has no gradient left, and why."""
 
 from __future__ import annotations
 

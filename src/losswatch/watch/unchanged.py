@@ -6,7 +6,7 @@ with activation checkpointing also computes its layers again in each backward pa
 saved before an observation, and restored after it:
 
 - random states of PyTorch, and those of Python and numpy if there are foreign losses;
-- buffers and attributes of the network's modules, of modules that are called meanwhile, and of
+- buffers and attributes of the network's modules, of modules that the observation calls, and of
   foreign losses, which do not belong to this package;
 - attributes of the classes of `torch.autograd.Function` in the graph;
 - gradients of activations that `retain_grad` keeps.
