@@ -156,9 +156,7 @@ def _nnunet_cases(root: Path, part: str, ending: str, channels: int) -> list[Cas
     found, known = _of_ending(labels, ending), _of_ending(images, ending)
     if not found:
         raise ValueError(f"{labels} holds no files {ending}, which is the file_ending")
-    is_one = all(
-        name.endswith("_0000") for name in known
-    )  # one file with all channels, such as colours
+    is_one = all(name.endswith("_0000") for name in known)  # one file with all channels
     count, cases = 1 if is_one else channels, []
     for name, label in found.items():
         files = [known.get(f"{name}_{i:04}") for i in range(count)]

@@ -127,10 +127,7 @@ class FolderImages(pl.LightningDataModule):
         state = tuple(state_of(self.root).items())
         self.layout, self.stats = _layout(self.root, names, val_share, test_share, state)
         self.state = hash(state)
-        layout, every = (
-            self.layout,
-            [stats for all_stats in self.stats.values() for stats in all_stats],
-        )
+        layout, every = self.layout, [stats for part in self.stats.values() for stats in part]
         ignored = layout.ignored if ignore_index is None else ignore_index
         self.coding = make_coding(
             self._masks(), classes, ignored, nearest, layout.classes, layout.kinds, layout.overlap
@@ -232,9 +229,8 @@ class FolderImages(pl.LightningDataModule):
         all_stats = self.stats["train"]
         holders = [list(range(len(all_stats)))]
         if len(self.crops) > 1:  # one for each class
-            counts = [
-                count_classes(stats.masks, stats.counts, self.coding).classes for stats in all_stats
-            ]
+            found = [count_classes(stats.masks, stats.counts, self.coding) for stats in all_stats]
+            counts = [image.classes for image in found]
             holders = [[i for i, n in enumerate(c) if n] for c in zip(*counts, strict=True)]
         numbers = range(self.rank, self.batch_size, self.world_size)
         return Patches(self.items("train"), self.crops, holders, self.seed, numbers, self.form)

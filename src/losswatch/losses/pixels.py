@@ -145,9 +145,7 @@ def steepness(key: Key, pixels: Pixels, recipe: Recipe) -> Tensor:
     """
     (kind, number), (p, y, valid, _, p_of_label) = key, pixels
     if kind == "yp" and recipe.intersection == "minimum":
-        y = 0.5 * (
-            1 - torch.sign(p - y)
-        )  # the derivative of min(y, p); one half where both are equal
+        y = 0.5 * (1 - torch.sign(p - y))  # derivative of min(y, p); 1/2 where both are equal
     elif kind == "p":
         # p^e has no derivative at p = 0 for e < 1, but an activation's derivative is 0 there.
         base = p if recipe.activation == "none" else p.clamp_min(1e-30)

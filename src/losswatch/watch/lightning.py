@@ -246,9 +246,8 @@ class Watch(Callback):
         values = [call.value for call in calls if call.value is not None]
         if len(values) < len(calls):
             total = loss * trainer.accumulate_grad_batches
-            return [unused_name("trained", losses.names)], [
-                total if scale is None else total / scale
-            ]
+            total = total if scale is None else total / scale
+            return [unused_name("trained", losses.names)], [total]
         name = unused_name(self.criterion or "trained", losses.names)
         return [name] if len(calls) == 1 else [f"{name}.{i}" for i in range(len(calls))], values
 
@@ -303,7 +302,7 @@ class Watch(Callback):
                 source = source.next_functions[0][0]
             if source is not value.grad_fn or compat.has_gradient_hooks(value):
                 return False
-        parameters = self.observer.trained
+        parameters = self.observer.trainable
         return (
             trainer.lightning_module.automatic_optimization
             and trainer.accumulate_grad_batches == 1
@@ -326,7 +325,7 @@ class Watch(Callback):
 
     def _finish(self, trainer: pl.Trainer) -> None:
         """End an observation after the backward pass, or raise the error that stopped it."""
-        parameters = self.observer.trained
+        parameters = self.observer.trainable
         if trainer.world_size > 1:
             [failing] = max_over_ranks([self.error is not None], trainer.strategy.root_device)
             if failing and self.error is None:

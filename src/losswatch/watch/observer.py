@@ -112,7 +112,7 @@ class Observer:
         self.count = 1  # the number of heads at the newest observation
         self.functions: set[type] = set()
         self.modules: list[nn.Module] = []
-        self.trained: list[Tensor] = []  # the parameters at the newest observation
+        self.trainable: list[Tensor] = []  # the parameters at the newest observation
         self.forget()
 
     def forget(self) -> None:
@@ -208,10 +208,10 @@ class Observer:
         inside = [p for module in self.modules for p in module._parameters.values()]
         candidates = self.parameters if self.network is None else inside
         candidates = [p for p in candidates if p is not None and p.requires_grad]
-        own = {id(p) for p in self.criterion.parameters()} if self.criterion else set()
-        self.trained = list(
-            {id(p): p for p in candidates if id(p) not in own}.values()
-        )  # each once
+        excluded = {id(p) for p in self.criterion.parameters()} if self.criterion else set()
+        # By id, so that shared parameters count once.
+        by_id = {id(p): p for p in candidates if id(p) not in excluded}
+        self.trainable = list(by_id.values())
 
     def prepare(
         self, pairs: Sequence[tuple[Tensor, Tensor]], skip_loss: str | None = None
@@ -227,7 +227,7 @@ class Observer:
         self.find_parameters()
         self.count, heads = len(pairs), list[Head]()
         for output, target in pairs:
-            if not output.requires_grad or not self.trained:
+            if not output.requires_grad or not self.trainable:
                 swapped = "; the target carries one: give the output first"
                 raise ValueError(
                     "the output carries no gradient: the network ran under torch.no_grad(), or all "
@@ -243,7 +243,7 @@ class Observer:
             for part in heads[-1].parts if world_size() > 1 else ():
                 part.losses.check(part.logits, part.target)
         if self.is_new and torch.distributed.is_available() and torch.distributed.is_initialized():
-            check_whole(self.trained, self.network)
+            check_whole(self.trainable, self.network)
         return heads
 
     def _add_fault(self, fault: Tensor) -> None:
@@ -264,7 +264,7 @@ class Observer:
         if world_size() > 1:
             if heads is None:  # `prepare` was not called, or failed
                 self.find_parameters()
-            device = next(iter(self.trained), torch.empty(0)).device
+            device = next(iter(self.trainable), torch.empty(0)).device
             number, low, high = [0.0] * 3 if self.fault is None else self.fault.tolist()
             state = [error is not None, heads is None, heads is not None, number, -low, high]
             failing, idle, ready, number, low, high = max_over_ranks(state, device)
@@ -316,14 +316,12 @@ class Observer:
         for name, failure in failed.items():
             if self.is_new or self.strict:
                 raise failure
+            # A fault explains already why losses of this package fail.
             if self.fault is None or self.watched.losses[name] in self.watched.foreign:
-                self.failed[name] = reason(
-                    failure
-                )  # the fault explains why losses of this package fail
+                self.failed[name] = reason(failure)
         there = [name for part in parts for name in part.losses.names]
-        return reorder(
-            concat_spans(spans), there, [name for name in self.watched.names if name in there]
-        )
+        wanted = [name for name in self.watched.names if name in there]
+        return reorder(concat_spans(spans), there, wanted)
 
     def backward_values(
         self, values: Sequence[Tensor], scale: Tensor | None, skip_own_row: bool = False
@@ -337,7 +335,7 @@ class Observer:
                 (`span.with_trained`).
         """
         device = values[0].device
-        rows: list[Row] = [[None] * len(self.trained) for _ in values]
+        rows: list[Row] = [[None] * len(self.trainable) for _ in values]
         if not skip_own_row:
             with unchanged(device, self.modules, [], self.functions), without_autocast(device):
                 for i, value in enumerate(values):
@@ -345,7 +343,7 @@ class Observer:
                         seed = torch.ones_like(value) if scale is None else scale.to(value.dtype)
                         with compat.without_hooks(value):  # hooks are not a part of the loss
                             rows[i] = torch.autograd.grad(
-                                value, self.trained, seed.view_as(value),
+                                value, self.trainable, seed.view_as(value),
                                 retain_graph=True, allow_unused=True,
                             )  # fmt: skip
         stacked = torch.stack([wide(value.detach()).reshape(()) for value in values])
@@ -375,9 +373,8 @@ class Observer:
                 own_row = part.losses.steady_row(trained, part.logits.shape[1])
             if own_row is not None:
                 self.own_row = sum(len(span.rows) for span in spans) + own_row
-            gradients = send_back(
-                part.logits, self.trained, rows, own_row if skip_own_row else None
-            )
+            skip_row = own_row if skip_own_row else None
+            gradients = send_back(part.logits, self.trainable, rows, skip_row)
             spans.append(GradientSpan(values, coefficients, gradients))
         return spans
 
@@ -389,13 +386,13 @@ class Observer:
     ) -> None:
         """Set `is_linear` by a test of the first set of losses that share rows. Reads numbers."""
         shared = [
-            (part.logits, self.trained, rows, span.rows)
+            (part.logits, self.trainable, rows, span.rows)
             for part, (_, rows, _), span in zip(parts, tables, spans, strict=True)
             if len(rows) > 1 and not part.logits.is_meta
         ]
         self.is_linear = is_linear(*shared[0]) if shared else True
         if world_size() > 1:
-            [fails] = max_over_ranks([self.is_linear is False], self.trained[0].device)
+            [fails] = max_over_ranks([self.is_linear is False], self.trainable[0].device)
             self.is_linear = False if fails else self.is_linear
         if self.is_linear is False:
             self._warn(
@@ -428,9 +425,7 @@ class Observer:
             foreign = {id(loss) for loss in self.watched.foreign}
             ours = [id(loss) not in foreign for loss in self.watched.losses.values()] * self.count
             ours += [False] * (count - len(ours))  # the trained losses
-            self.ours[key] = torch.tensor(
-                ours, device=device
-            )  # once, because a copy to a GPU waits
+            self.ours[key] = torch.tensor(ours, device=device)  # kept: a copy to a GPU waits
         return self.ours[key]
 
 
