@@ -179,13 +179,13 @@ def _reading(masks: Masks) -> tuple[bool, bool]:
     return any_colour or differ and not greys, greys
 
 
-def _check_colours(masks: Masks, listed: Sequence[Any]) -> None:
+def _check_colours(masks: Masks, settings: Sequence[Any]) -> None:
     """Check that all settings and masks can be read as colours.
 
     Raises:
         ValueError: a setting is not a colour, or a mask holds a value that is not a grey.
     """
-    if numbers := [value for value in listed if not is_colour(value)]:
+    if numbers := [value for value in settings if not is_colour(value)]:
         raise ValueError(
             f"the masks in {masks[0][0].parent} are read as colours, because some are in colour "
             "or their palettes differ: data.classes and data.ignore_index must name colours, such "
@@ -248,8 +248,8 @@ def values_of(coding: Coding) -> list[int | str]:
         ValueError: a class contains no whole number, such as the values between 0.3 and 0.6.
     """
     values: list[int | str] = []
-    for label, (name, wanted) in enumerate(coding.classes):
-        options = _candidates(wanted, coding)
+    for label, (name, class_values) in enumerate(coding.classes):
+        options = _candidates(class_values, coding)
         value = next((v for v in options if _is_of(v, label, coding)), None)
         if value is None:
             raise ValueError(
@@ -260,9 +260,9 @@ def values_of(coding: Coding) -> list[int | str]:
     return values
 
 
-def _candidates(wanted: Sequence[Any], coding: Coding) -> Iterator[int]:
+def _candidates(class_values: Sequence[Any], coding: Coding) -> Iterator[int]:
     """Numbers that may belong to a class, the most natural ones first."""
-    ranges = ranges_of(wanted)
+    ranges = ranges_of(class_values)
     yield from (int(found.low) for found in ranges if not found.is_threshold)
     below = any(found.low == -math.inf for found in ranges)
     yield from (0, 255) if below else (0xFFFFFF if coding.colours else 255,)

@@ -355,8 +355,8 @@ def _layout(
 
 @functools.lru_cache(maxsize=3)  # train, val and test; kept for the next run of a sweep
 def _items(
-    cases: tuple[Case, ...], normalize: str, coding: Coding, axes: str, kept: int, state: int
+    cases: tuple[Case, ...], normalize: str, coding: Coding, axes: str, count: int, state: int
 ) -> Items:
-    """The images of a split. A new `state` of the folder makes a new object."""
+    """The images of a split; `count` stay in memory. A new `state` of the folder makes new ones."""
     load = functools.partial(load_item, normalize=normalize, coding=coding, axes=axes)
-    return Items(cases, load, kept)
+    return Items(cases, load, count)

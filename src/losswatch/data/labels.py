@@ -136,15 +136,15 @@ def owners(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
         no class; and bool [V], whether a value got the label of the nearest class.
     """
     labels = np.full(len(values), NO_CLASS, np.int16)
-    ranges = [(i, found) for i, (_, wanted) in enumerate(coding.classes)
-              for found in ranges_of(wanted)]  # fmt: skip
+    ranges = [(i, found) for i, (_, class_values) in enumerate(coding.classes)
+              for found in ranges_of(class_values)]  # fmt: skip
     ignored = [(IGNORED, found) for found in ranges_of([coding.ignored])]
     thresholds = [pair for pair in ranges if pair[1].is_threshold]
     singles = [pair for pair in ranges if not pair[1].is_threshold]
     for label, found in (*thresholds, *singles, *ignored):
         labels[found.holds(values)] = label
-    for label, (_, wanted) in enumerate(coding.classes):
-        if REST in wanted:
+    for label, (_, class_values) in enumerate(coding.classes):
+        if REST in class_values:
             labels[labels == NO_CLASS] = label
     off = (labels == NO_CLASS) & coding.nearest
     # A threshold tells all of its values, so other values get the nearest single value.
@@ -155,19 +155,19 @@ def owners(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
     return labels, off
 
 
-def _distance(values: np.ndarray, found: Range, colours: bool) -> np.ndarray:
+def _distance(values: np.ndarray, target: Range, colours: bool) -> np.ndarray:
     """The distances of values [V] from a range; for colours the squares of the distances."""
     if not colours:
-        return np.maximum(np.maximum(found.low - values, values - found.high), 0)
-    parts = [((values >> k & 255) - (int(found.low) >> k & 255)) ** 2 for k in (16, 8, 0)]
+        return np.maximum(np.maximum(target.low - values, values - target.high), 0)
+    parts = [((values >> k & 255) - (int(target.low) >> k & 255)) ** 2 for k in (16, 8, 0)]
     return np.sum(parts, axis=0)
 
 
-def members(values: np.ndarray, wanted: Sequence[Any]) -> np.ndarray:
+def members(values: np.ndarray, class_values: Sequence[Any]) -> np.ndarray:
     """Whether each value of a mask [V] belongs to a class that may overlap others, bool [V]."""
-    if REST in wanted:
+    if REST in class_values:
         return values != 0
-    return np.any([found.holds(values) for found in ranges_of(wanted)], axis=0)
+    return np.any([found.holds(values) for found in ranges_of(class_values)], axis=0)
 
 
 def _number(name: str, coding: Coding) -> int:
@@ -202,9 +202,9 @@ def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: C
     read = [as_read(mask.values, mask, coding.colours, coding.greys) for mask in masks]
     if coding.overlap:
         found = []
-        for name, wanted in coding.classes:
+        for name, class_values in coding.classes:
             i = _number(name, coding)
-            found.append(int(counts[i][members(read[i], wanted)].sum()))
+            found.append(int(counts[i][members(read[i], class_values)].sum()))
         return Counts(found)
     labels, off = owners(read[0], coding)
     for value, count in zip(
@@ -236,8 +236,9 @@ def to_label(masks: Sequence[Mask], coding: Coding) -> np.ndarray:
     if not coding.overlap:
         return _look_up(masks[0], coding, lambda values: owners(values, coding)[0])[None]
     planes = []
-    for name, wanted in coding.classes:
-        mask, is_member = masks[_number(name, coding)], functools.partial(members, wanted=wanted)
+    for name, class_values in coding.classes:
+        mask = masks[_number(name, coding)]
+        is_member = functools.partial(members, class_values=class_values)
         planes.append(_look_up(mask, coding, is_member))
     return np.stack(planes).astype(np.int16)
 

@@ -57,8 +57,8 @@ def files_below(folder: Path) -> Files:
     return found
 
 
-def _add(found: Files, key: Key, path: Path) -> None:
-    if (other := found.images.setdefault(key, path)) is not path:
+def _add(files: Files, key: Key, path: Path) -> None:
+    if (other := files.images.setdefault(key, path)) is not path:
         raise ValueError(f"{other} and {path} have the same name; remove or rename one")
 
 

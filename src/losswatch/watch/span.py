@@ -43,13 +43,13 @@ def concat_spans(spans: Sequence[GradientSpan]) -> GradientSpan:
     )
 
 
-def reorder(span: GradientSpan, names: Sequence[str], wanted: Sequence[str]) -> GradientSpan:
-    """A span with its losses, called `names`, in the order of `wanted`."""
-    if list(names) == list(wanted):
+def reorder(span: GradientSpan, names: Sequence[str], order: Sequence[str]) -> GradientSpan:
+    """A span with its losses, called `names`, in another order of the names."""
+    if list(names) == list(order):
         return span
-    order = [names.index(name) for name in wanted]
+    places = [names.index(name) for name in order]
     values, coefficients = (
-        torch.stack([x[i] for i in order]) for x in (span.values, span.coefficients)
+        torch.stack([x[i] for i in places]) for x in (span.values, span.coefficients)
     )
     return GradientSpan(values, coefficients, span.rows)
 
