@@ -50,7 +50,7 @@ def evaluate(
     target: Tensor,
     ignore_index: int | None,
 ) -> Tensor:
-    """The value of a loss. In eager mode on a CPU, where it is cheap, bad data is an error.
+    """The value of a loss. In eager mode on a CPU, where a check is cheap, bad data is an error.
 
     Raises:
         ValueError: the data is bad, see `check_inputs`.

@@ -24,7 +24,7 @@ Numbers = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
 class TableLoss(Frozen):
-    """A loss that is a function, `from_sums`, of sums over pixels, those of `recipe`.
+    """A loss that `from_sums` computes from sums over pixels. `recipe` names these sums.
 
     Losses that differ only in their `free` settings have one formula. Their `from_sums` reads these
     settings from the keys of the sums, from `numbers` and from `members`. So it can serve K losses
