@@ -1,14 +1,14 @@
 """Measure losswatch, one section per subcommand.
 
-    python scripts/benchmark.py losses    losses and their gradients beside other libraries'
-    python scripts/benchmark.py probe     what watching adds to a training step
+    python scripts/benchmark.py losses    losses and their gradients, also of other libraries
+    python scripts/benchmark.py probe     time that watching adds to a training step
     python scripts/benchmark.py watch     the same on a network of segmentation_models_pytorch
-    python scripts/benchmark.py run       steps a second of a whole run
-    python scripts/benchmark.py sweep     runs x steps a second of each launcher
+    python scripts/benchmark.py run       steps per second of a whole run
+    python scripts/benchmark.py sweep     runs x steps per second of each launcher
     python scripts/benchmark.py scaling   time and memory of a stack by its number of runs
-    python scripts/benchmark.py folder    the look at a folder of images before training
+    python scripts/benchmark.py folder    reading a folder of images before training
 
-`losses` and `watch` measure other libraries where they are installed:
+`losses` and `watch` also measure other libraries that are installed:
 pip install monai kornia segmentation-models-pytorch nnunetv2 torchjd wandb
 
 Results and what they mean: scripts/README.md.
@@ -29,21 +29,23 @@ from benchmarks import ROOT, folder, losses, probe, runs, scaling, watch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sections = parser.add_subparsers(dest="section", required=True)
-    for name, text in (("losses", "losses and their gradients beside other libraries'"),
-                       ("probe", "what watching adds to a training step")):  # fmt: skip
+    for name, text in (("losses", "losses and their gradients, also of other libraries"),
+                       ("probe", "time that watching adds to a training step")):  # fmt: skip
         section = sections.add_parser(name, help=text)
         section.add_argument("--rounds", type=int, default=25, help="interleaved rounds")
-    section = sections.add_parser("watch", help="the same on somebody else's network")
+    section = sections.add_parser("watch", help="the same on a network of another library")
     section.add_argument("--rounds", type=int, default=3, help="interleaved rounds of seconds")
-    section = sections.add_parser("folder", help="the look at a folder of images before training")
+    section = sections.add_parser("folder", help="reading a folder of images before training")
     section.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
-    section = sections.add_parser("run", help="steps a second of a whole run")
-    section.add_argument("--steps", type=int, default=3000, help="larger networks do fewer")
-    section = sections.add_parser("sweep", help="runs x steps a second of each launcher")
-    section.add_argument("--steps", type=int, default=1000, help="slower launchers do fewer")
+    section = sections.add_parser("run", help="steps per second of a whole run")
+    section.add_argument("--steps", type=int, default=3000, help="larger networks make fewer steps")
+    section = sections.add_parser("sweep", help="runs x steps per second of each launcher")
+    section.add_argument(
+        "--steps", type=int, default=1000, help="slower launchers make fewer steps"
+    )
     section.add_argument("--runs", type=int, nargs="+", default=[9, 27, 54, 108])
     section = sections.add_parser("scaling", help="time and memory of a stack by its runs")
-    section.add_argument("--steps", type=int, default=500, help="stacks of fewer runs do more")
+    section.add_argument("--steps", type=int, default=500, help="smaller stacks make more steps")
     section.add_argument("--runs", type=int, nargs="+", default=[1, 4, 14, 56, 168, 504])
     section.add_argument("--figure", type=Path, default=ROOT / "outputs/article/scaling.png")
     args = parser.parse_args()

@@ -2,10 +2,10 @@
 
     pip install -e ".[images,joblib]"
     python scripts/demo.py nuclei     one microscope image with 125 nuclei; 3 minutes on two cores
-    python scripts/demo.py brain      one brain; the dial is the size of a region; 10 minutes
+    python scripts/demo.py brain      one brain, regions of different sizes; 10 minutes
 
 Each fetches its data from a package (`pip download stardist`, `apt-get download mricron-data`),
-lays it out as a folder, sweeps losses and seeds, and writes a table and a picture to
+writes it to a folder, sweeps losses and seeds, and writes a table and a picture to
 outputs/demo/<name>/README.md. Figures and the comparison of losses are in outputs/demo-<name>/.
 """
 
@@ -41,7 +41,7 @@ PUTAMEN = 73  # its label in the atlas (AAL) on the left side; on the right side
 def fetch_nuclei(folder: Path) -> None:
     """The image of the stardist package: its left half trains, the right half validates and tests.
 
-    It is of the Data Science Bowl 2018.
+    The image is from the Data Science Bowl 2018.
     """
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", place]
@@ -110,7 +110,7 @@ VOLUMES = [
 
 
 def sweep(folder: Path, data: Path, settings: list[str]) -> pd.DataFrame:
-    """Train all runs that are not done; returns their table."""
+    """Train all runs that are not done, and return the table of all runs."""
     train = [sys.executable, str(ROOT / "train.py"), "-m", *COMMON, *settings]
     subprocess.run([*train, f"data.root={data}", f"hydra.sweep.dir={folder}"], check=True)
     return read_runs(folder)
@@ -129,8 +129,8 @@ two cores. Dice on the validation image, mean over the two classes; mean and ran
 
 {verdict}
 
-One image, or two halves of one, is no evidence of generalisation: this shows which loss learns,
-not how good the network would be on other images.
+One image, or two halves of one, does not show that a network generalises: the table shows which
+loss learns, not how good the network would be on other images.
 """
 
 
@@ -162,7 +162,7 @@ def write_report(name: str, title: str, runs: pd.DataFrame, verdict: str) -> Non
 
 
 def verdict(runs: pd.DataFrame) -> str:
-    """Which losses learn nothing: one class everywhere has a Dice of at most 0.5."""
+    """Tell which losses learn nothing: with one class everywhere, Dice is at most 0.5."""
     lines = []
     best = runs.groupby(["condition", "loss"], sort=False)["dice"].max().unstack()
     for condition, row in best.iterrows():

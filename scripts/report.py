@@ -1,4 +1,4 @@
-"""Report on a sweep from what it left on disk: tables, figures, a comparison of the losses.
+"""Report on a sweep from its files: tables, figures, a comparison of the losses.
 
     python scripts/report.py outputs/<sweep>                     mean over seeds
     python scripts/report.py outputs/<sweep> --seeds             each seed's figures as well
@@ -7,8 +7,8 @@
 
 Prints the table of runs and the comparison of losses, in each condition and pooled. Writes
 summary.csv, comparison.csv, report.md and figures/ into the sweep's folder. Means, comparisons and
-figures are of the runs that are done, and the others are named. A folder of sweeps is read as one
-sweep.
+figures use only runs that are done, and the other runs are named. A folder of sweeps is read as
+one sweep.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from losswatch.report.tables import (
 )
 from losswatch.text import markdown_escape, number_of, printable
 
-ROWS = 30  # of a comparison that are shown
+ROWS = 30  # of a comparison that a table shows, at most
 
 
 def main() -> int:
@@ -55,17 +55,17 @@ def main() -> int:
     try:
         runs = write_summary(args.sweep)
         comparisons = compare(args.sweep, runs)
-        form = {"looks": loss_looks(all_losses(runs)), "formats": args.format}
-        figures = plot_dependence(args.sweep, runs, **form)
-        figures |= plot_sweep(args.sweep, runs, study=args.study, **form)
+        style = {"looks": loss_looks(all_losses(runs)), "formats": args.format}
+        figures = plot_dependence(args.sweep, runs, **style)
+        figures |= plot_sweep(args.sweep, runs, study=args.study, **style)
         if args.seeds:
-            figures |= plot_sweep(args.sweep, runs, study=args.study, seeds=True, **form)
+            figures |= plot_sweep(args.sweep, runs, study=args.study, seeds=True, **style)
         report = args.sweep / "report.md"
         replace_file(report, markdown(args.sweep, runs, comparisons, figures))
 
         if isinstance(sys.stdout, io.TextIOWrapper):  # an output in ASCII cannot show θ
             sys.stdout.reconfigure(errors="replace")
-        # A log or a pipe has no width that the table must fit into.
+        # The table need not fit into a width in a log or a pipe.
         terminal = sys.stdout is not None and sys.stdout.isatty()
         console = Console(width=None if terminal else 200)
         console.print(summary_table(runs, console.width))
@@ -87,7 +87,7 @@ def formats(text: str) -> list[str]:
     """The formats in a list with commas.
 
     Raises:
-        argparse.ArgumentTypeError: one of them is unknown.
+        argparse.ArgumentTypeError: a format is unknown.
     """
     names = text.split(",")
     if not set(names) <= set(FORMATS):
@@ -96,7 +96,7 @@ def formats(text: str) -> list[str]:
 
 
 def compare(sweep: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The comparisons of losses as text, by title; their numbers are written to comparison.csv."""
+    """The comparisons of losses as text, by title. Writes their numbers to comparison.csv."""
     each, pooled = compare_losses(runs), compare_losses(runs, pooled=True)
     if not len(each):
         return {}
@@ -118,7 +118,7 @@ def compare(sweep: Path, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def most_certain(comparison: pd.DataFrame) -> pd.DataFrame:
     """At most `ROWS` rows, in their order: those with the smallest p-values.
 
-    Where there are none, with one seed, those with the largest differences.
+    With one seed there are no p-values: then those with the largest differences.
     """
     metrics = ["accuracy", "dice"]
     p = comparison[[f"{metric}_p" for metric in metrics]].min(axis=1)
@@ -133,7 +133,7 @@ def markdown(
     comparisons: dict[str, pd.DataFrame],
     figures: dict[str, Path],
 ) -> str:
-    """The report: what was run, results by setting, losses pair by pair, figures."""
+    """The report in Markdown: runs, results by setting, losses pair by pair, figures."""
     counts = ", ".join(f"{n} {s}" for s, n in runs["status"].value_counts().items())
     parts = [
         f"# {markdown_escape(sweep.resolve().name)}",

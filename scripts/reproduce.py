@@ -2,8 +2,8 @@
 
     python scripts/reproduce.py                        everything: hours on two cores
     python scripts/reproduce.py --quick                claims C2 and C4 only: minutes
-    python scripts/reproduce.py --no-train             the report from the runs that are there
-    python scripts/reproduce.py --quick seed=0 trainer.max_steps=500      overrides go to each sweep
+    python scripts/reproduce.py --no-train             only the report, from existing runs
+    python scripts/reproduce.py --quick seed=0 trainer.max_steps=500      overrides for each sweep
 
 Runs are written to outputs/reproduce (--runs). The report, its figures and summary.csv are written
 to outputs/article, or with --quick to outputs/article_quick (--out). Runs that are done are
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("outputs/reproduce"))
     parser.add_argument("--out", type=Path, help="the report's folder")
     parser.add_argument("--quick", action="store_true", help="experiment=article_quick only")
-    parser.add_argument("--no-train", action="store_true", help="report on what is there")
+    parser.add_argument("--no-train", action="store_true", help="only report on existing runs")
     parser.add_argument("overrides", nargs="*", help="for every sweep, as for train.py")
     args = parser.parse_args()
     out = args.out or Path("outputs", "article_quick" if args.quick else "article")
@@ -54,13 +54,13 @@ def main() -> int:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
     if others:
-        print(f"Left out, since they are not done: {others}")
+        print(f"Left out, because they are not done: {others}")
     print(out / "report.md")
     return 0
 
 
 def sweep(folder: Path, overrides: list[str]) -> int:
-    """Train a sweep into a folder; the exit status of train.py."""
+    """Train a sweep into a folder, and return the exit status of train.py."""
     where = f"hydra.sweep.dir={folder}"
     command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=fused"]
     return subprocess.run([*command, *overrides, where], check=False).returncode

@@ -131,7 +131,7 @@ def test_hooks_that_only_look_do_not_count():
     def look(*args):
         """Changes nothing."""
 
-    look.only_looks = True
+    look.only_observes = True
     module.register_forward_hook(look)
     assert not compat.has_hooks(module)
     module.register_forward_hook(lambda *args: None)

@@ -278,4 +278,4 @@ def test_a_table_fits_its_terminal(width, failed, left_out):
     assert "done" in first.split() and "0.9877" in first.split()
     assert "unfinished" in second.split() and "convnet" in second.split()
     shown = [line for line in lines if line.startswith("Left out")]
-    assert shown == ([f"Left out for want of width: {left_out}"] if left_out else [])
+    assert shown == ([f"Left out (too wide): {left_out}"] if left_out else [])

@@ -1,4 +1,4 @@
-"""The look at a folder of images before training: time beside decoding alone, and memory."""
+"""Time and memory for reading a folder of images before training, compared with decoding only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-LOOK = """
+READ = """
 import resource, sys, time
 from pathlib import Path
 import numpy as np
@@ -22,7 +22,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 begin, before = time.perf_counter(), peak()
-if sys.argv[2] == "look":
+if sys.argv[2] == "survey":
     FolderImages(sys.argv[1])
 else:
     for path in sorted(Path(sys.argv[1]).rglob("*.png")):
@@ -35,7 +35,7 @@ def measure(rounds: int) -> None:
     """Print a row for many small images and for a few large ones."""
     with tempfile.TemporaryDirectory() as place:
         print(
-            "images               decoding   first look       second look      memory of the look"
+            "images               decoding   first survey     second survey    memory of the survey"
         )
         for count, side in ((2000, 128), (20, 4000)):
             folder = Path(place, str(side))
@@ -44,10 +44,10 @@ def measure(rounds: int) -> None:
             for k in range(rounds):
                 cache = str(Path(place, f"cache {side} {k}"))
                 decode.append(_run(folder, "decode", cache)[0])
-                seconds, used = _run(folder, "look", cache)
+                seconds, used = _run(folder, "survey", cache)
                 first.append(seconds)
                 memory.append(used)
-                second.append(_run(folder, "look", cache)[0])
+                second.append(_run(folder, "survey", cache)[0])
             plain, one, two = (float(np.median(x)) for x in (decode, first, second))
             print(
                 f"{count:4} of {side:4} x {side:4}  {plain:6.2f} s"
@@ -70,9 +70,9 @@ def _draw(folder: Path, count: int, side: int) -> None:
 
 
 def _run(folder: Path, what: str, cache: str) -> tuple[float, float]:
-    """Seconds and MB of one look, or of decoding each file once, in a process of its own."""
+    """Seconds and MB of one survey, or of decoding each file once, in a new process."""
     done = subprocess.run(
-        [sys.executable, "-c", LOOK, str(folder), what], check=True, capture_output=True,
+        [sys.executable, "-c", READ, str(folder), what], check=True, capture_output=True,
         text=True, env=os.environ | {"XDG_CACHE_HOME": cache},
     )  # fmt: skip
     seconds, used = map(float, done.stdout.split())

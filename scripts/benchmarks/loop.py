@@ -1,4 +1,4 @@
-"""The training step as Lightning calls it with `Watch`, without Lightning around it."""
+"""A training step with `Watch` and its hooks, but without the rest of Lightning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def watched_step(
     batch: Callable[[], Any],
     every: int,
 ) -> Job:
-    """One step of a module on a new batch; each `every`-th one is observed."""
+    """A job that makes one step of a module on a new batch, and observes each `every`-th step."""
     watch = Watch(losses, criterion, every_n_steps=every, strict=True)
     trainer: Any = SimpleNamespace(
         global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true", loggers=[],

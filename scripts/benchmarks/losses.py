@@ -1,4 +1,4 @@
-"""Losses and their gradients, beside those of other libraries."""
+"""Time and memory of losses and their gradients, also of those of other libraries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.measured_losses import article, variants
 from benchmarks.peers import peers
-from benchmarks.presets import article, variants
 from benchmarks.timing import Job, interleaved, peak_memory
 from losswatch.losses import LossSet
 from losswatch.presets import load_loss
@@ -43,13 +43,13 @@ def measure(rounds: int) -> None:
         for name, together in watched.items():
             jobs[f"losswatch rows of {name}"] = partial(together.rows, logits, target)
         title = f"forward + gradient, {'×'.join(map(str, shape))}, one thread"
-        show(console, title, jobs, interleaved(jobs, rounds))
+        print_table(console, title, jobs, interleaved(jobs, rounds))
     small, label = torch.randn(2, 2, 32, 32), torch.randint(0, 2, (2, 32, 32))
     jobs = {
         f"rows of {name}": partial(together.rows, small, label)
         for name, together in watched.items()
     }
-    show(console, "2×2×32×32, one thread", jobs, interleaved(jobs, 20 * rounds))
+    print_table(console, "2×2×32×32, one thread", jobs, interleaved(jobs, 20 * rounds))
 
 
 def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Job:
@@ -58,7 +58,9 @@ def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targ
     return lambda: torch.autograd.grad(loss(x, target), x)
 
 
-def show(console: Console, title: str, jobs: Mapping[str, Job], times: Mapping[str, float]) -> None:
+def print_table(
+    console: Console, title: str, jobs: Mapping[str, Job], times: Mapping[str, float]
+) -> None:
     table = Table("loss", title=title)
     table.add_column("ms", justify="right")
     table.add_column("peak MiB", justify="right")

@@ -1,4 +1,4 @@
-"""The losses of other libraries, those that are installed."""
+"""The losses of other libraries that are installed."""
 
 from __future__ import annotations
 

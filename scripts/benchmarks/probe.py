@@ -1,4 +1,4 @@
-"""One training step: what the probe adds to it, and what compiling saves."""
+"""The time that the probe adds to a training step, and the time that compiling saves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.loop import watched_step
-from benchmarks.presets import article, variants
+from benchmarks.measured_losses import article, variants
 from benchmarks.timing import Job, interleaved, repeat
 from losswatch.data.random import TRAIN, image_and_label, uniform
 from losswatch.losses import LossSet
@@ -31,7 +31,7 @@ SMALL = 1000  # parameters of a network that is worth compiling
 
 
 def measure(rounds: int) -> None:
-    """Print a table for each of `CASES` with new weights, and one with those of late training."""
+    """Print two tables for each of `CASES`: with new weights, and with those of late training."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     for title, (make, shape) in CASES.items():
@@ -50,7 +50,7 @@ def measure(rounds: int) -> None:
 
 
 def saturate(net: nn.Module) -> nn.Module:
-    """Imitate late training: the softmax of most pixels is 0 or 1 in float32."""
+    """Imitate late training: make the softmax of most pixels 0 or 1 in float32."""
     with torch.no_grad():
         *_, head = (m for m in net.modules() if isinstance(m, nn.Conv2d))
         head.weight *= 50
@@ -58,7 +58,7 @@ def saturate(net: nn.Module) -> nn.Module:
 
 
 def watched(count: int) -> LossSet:
-    """The article's five losses and `count` - 5 more Dice losses."""
+    """The five losses of the article and `count` - 5 further Dice losses."""
     losses = article()
     more = {f"tversky{i}": loss for i, loss in enumerate(variants(count - len(losses)))}
     return LossSet(losses | more)
@@ -105,13 +105,13 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
         return lambda: fast_on_cpu(module.net)(step)()  # as train.py does for a whole run
 
     def compiled_step(count: int) -> Job:
-        """The step of a compiled stack that holds one run."""
+        """The step of a compiled stack with one run."""
         module, adam = parts(count)
         rule, numbers, names = optimizer_rule(adam)
         flat = torch.cat([p.detach().flatten() for p in module.net.parameters()])[None]
         buffers = {n: b.clone()[None] for n, b in module.net.named_buffers()}
         rates = {n: torch.tensor([v]) for n, v in numbers.items()}
-        given = {
+        inputs = {
             "seed": seed[None], "thresholds": thresholds[None],
             "low": torch.zeros(1), "high": torch.ones(1),
             "trained": torch.tensor([[float(n == "dice") for n in module.losses.names]]),
@@ -125,7 +125,7 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
         def step() -> None:
             p, buffers, moments = state
             number = torch.tensor(next(counter))
-            g, buffers, _ = gradient(p, buffers, given, number)
+            g, buffers, _ = gradient(p, buffers, inputs, number)
             p, moments = update(p, g, moments, number, rates)
             state[:] = p, buffers, moments
 

@@ -1,7 +1,7 @@
-"""Whole runs and sweeps of train.py, each command in a process of its own.
+"""Whole runs and sweeps of train.py, each command in a new process.
 
-The pace of training is the time of a long command less that of a short one, so that neither
-starting nor compiling counts.
+The speed is computed from the time of a long command minus that of a short one, so that neither
+the start nor compiling counts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WAYS = {
 
 
 def train(*overrides: str, flags: Sequence[str] = ()) -> None:
-    """Run train.py; each of its processes on one thread."""
+    """Run train.py. Each of its processes uses one thread."""
     subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *flags, *COMMON, *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -49,14 +49,14 @@ def train(*overrides: str, flags: Sequence[str] = ()) -> None:
 
 
 def measure_runs(steps: int) -> None:
-    """Steps a second of a run, from the seconds in result.json of a long and a short one."""
+    """Print the steps per second of runs, from result.json of a long and a short run."""
     table = Table("run", title="Lightning, data, probe of five losses and events; one thread")
     for way in WAYS:
         table.add_column(f"{way}, steps/s", justify="right")
     for title, (settings, share) in RUNS.items():
         row = []
         for way, extra in WAYS.items():
-            if way == "compile=true" and UNET[0] in settings:  # compiling is for small networks
+            if way == "compile=true" and UNET[0] in settings:  # compiling only helps small networks
                 continue
             short, seconds = 250 // share + 2, []
             # The first run fills the compiler's cache.
@@ -74,9 +74,9 @@ def measure_runs(steps: int) -> None:
 
 
 def measure_sweeps(steps: int, counts: list[int]) -> None:
-    """Runs × steps a second of each launcher, from the time of a long and a short sweep."""
-    # Overrides, steps that the long sweep has more, and sweeps before that fill the compiler's
-    # cache. A slower launcher shows its pace in fewer steps.
+    """Print runs × steps per second of each launcher, from the time of a long and a short sweep."""
+    # For each launcher: overrides, the additional steps of the long sweep, and how many sweeps fill
+    # the compiler's cache first. Slower launchers need fewer steps.
     launchers: dict[str, tuple[list[str], int, int]] = {
         "basic": ([], steps // 4, 0),
         "joblib, all cores": (["hydra/launcher=joblib"], steps // 4, 0),

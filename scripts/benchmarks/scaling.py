@@ -1,4 +1,4 @@
-"""Time and memory of one compiled stack by the number of its runs, in this process."""
+"""Time and memory of one compiled stack by its number of runs, in this process."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _measure(
     for count in counts:
         seconds(count, 250)  # fills the compiler's cache
         short = seconds(count, 250)
-        longer = steps * max(1, 100 // count)  # enough to outweigh the tracing of the step
+        longer = steps * max(1, 100 // count)  # so many that tracing the step does not matter
         pace = (seconds(count, 250 + longer) - short) / longer
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         rows.append((count, 1e3 * pace, count / pace, memory))

@@ -16,8 +16,8 @@ def interleaved(jobs: Mapping[str, Job], rounds: int) -> dict[str, float]:
     """Median CPU milliseconds of each job over `rounds` rounds.
 
     The jobs take turns, so that other work on the machine slows all of them alike. The order is
-    shuffled in each round, because a job may find the CPU's caches as the previous job left them.
-    Two more rounds come first, which are not counted.
+    shuffled in each round, because each job changes the CPU's caches for the next. Two more rounds
+    come first, which do not count.
     """
     times: dict[str, list[float]] = {name: [] for name in jobs}
     order, shuffled = list(jobs.items()), random.Random(0)
@@ -32,7 +32,7 @@ def interleaved(jobs: Mapping[str, Job], rounds: int) -> dict[str, float]:
 
 
 def peak_memory(job: Job) -> float:
-    """Highest number of MiB in CPU tensors during the job, less what existed before it."""
+    """The largest size of the CPU tensors that the job creates, in MiB."""
     job()
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU], profile_memory=True) as profiler:

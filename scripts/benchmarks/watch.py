@@ -1,4 +1,4 @@
-"""What watching adds to the training of a network of another library."""
+"""The time that watching adds to the training of a network of another library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.loop import watched_step
-from benchmarks.presets import article
+from benchmarks.measured_losses import article
 from benchmarks.timing import Job, interleaved, peak_memory
 from losswatch import Observer
 
@@ -46,7 +46,7 @@ class Training(pl.LightningModule):
         return self.loss_fn(self.net(images), masks)
 
     def step(self, before: Callable[[Tensor, Tensor], object] = lambda logits, value: None) -> None:
-        """One step of plain PyTorch, with something between forward and backward pass."""
+        """One step of plain PyTorch, with a call of `before` before the backward pass."""
         self.adam.zero_grad()
         logits = self.net(self.images)
         value = self.loss_fn(logits, self.masks)
@@ -58,8 +58,8 @@ class Training(pl.LightningModule):
 def one_by_one(module: Training, logits: Tensor, value: Tensor) -> None:
     parameters = list(module.net.parameters())
     for loss in module.losses.values():
-        found = torch.autograd.grad(loss(logits, module.masks), parameters, retain_graph=True)
-        torch.cat([g.flatten() for g in found]).norm()
+        gradients = torch.autograd.grad(loss(logits, module.masks), parameters, retain_graph=True)
+        torch.cat([g.flatten() for g in gradients]).norm()
 
 
 def torchjd(module: Training, logits: Tensor, value: Tensor) -> None:
@@ -81,7 +81,7 @@ def watched(module: Training, every: int) -> Job:
 
 @contextmanager
 def wandb(net: nn.Module) -> Iterator[None]:
-    """While this is open, wandb.watch logs the histograms of the trained loss's gradient."""
+    """Make wandb.watch log histograms of the trained loss's gradient, until the exit."""
     package: Any = importlib.import_module("wandb")
     package.init(mode="offline")
     package.watch(net, log="gradients", log_freq=1)

@@ -4,7 +4,7 @@
 
 The network has one channel. Dice reads its sigmoid, as it should. But `nn.CrossEntropyLoss` takes
 the softmax over the channels, and the softmax of one channel is 1 everywhere: the term is 0 and has
-no gradient. The sum falls all the same, since Dice falls. The gradient norms of the terms tell it
+no gradient. The sum still falls, because Dice falls. The gradient norms of the terms show the bug
 at the first step.
 """
 

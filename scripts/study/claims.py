@@ -37,17 +37,17 @@ CONVERGE = f"runs that converge (final validation accuracy of at least {CONVERGE
 
 
 class Claim(NamedTuple):
-    """A claim with its measure and rule, what was measured, and the verdict."""
+    """A claim with its measure and rule, the numbers measured, and the verdict."""
 
     name: str
     claim: str
     measure: str
     numbers: str
-    verdict: str  # "holds", "holds partly", "does not hold"; of C5 also "undecided"
+    verdict: str  # "holds", "holds partly", "does not hold"; for C5 also "undecided"
 
 
 def judge(runs: pd.DataFrame) -> list[Claim]:
-    """The claims for which there are runs, judged."""
+    """The claims that the runs can judge, with verdicts."""
     runs = runs[runs["loss"].isin(["cce", "dice_fg", "dice"])]
     judged = (_judge_sgd, _judge_adam, _judge_batch_norm, _judge_rise, _judge_norms)
     return [claim for function in judged if (claim := function(runs))]

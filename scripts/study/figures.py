@@ -12,19 +12,19 @@ from losswatch.report.style import HUES, plain_axes, save, show_literally
 from losswatch.text import printable
 from study.measures import pick
 
-# The sweeps of which curves are drawn, and the settings of the runs in them.
+# The sweeps whose curves are drawn, and the settings of the runs to draw.
 DRAWN = {"article": {}, "squared": {"batch_norm": False}, "unet": {"batch_norm": False}}
 
 
 def plot_sweeps(runs: Mapping[str, pd.DataFrame], runs_dir: Path, out: Path) -> dict[str, Path]:
-    """Draw the curves of each sweep below `runs_dir` into `out`; the files by title."""
+    """Draw the curves of each sweep below `runs_dir` into `out`. Returns the files by title."""
     figures = {}
     for sweep, settings in DRAWN.items():
         if sweep not in runs:
             continue
         into = out if sweep == "article" else out / sweep
         drawn = pick(runs[sweep], **settings)
-        drawn = drawn[[c for c in drawn if "/" not in c]]  # settings and results, no measures
+        drawn = drawn[[c for c in drawn if "/" not in c]]  # without measures
         for title, path in plot_sweep(runs_dir / sweep, drawn, into=into, study=True).items():
             figures[title if sweep == "article" else f"{sweep}: {title}"] = path
     return figures

@@ -1,4 +1,4 @@
-"""What the claims need to know of the runs: measures of one run, and of several runs."""
+"""The measures that the claims need: of one run, and of several runs."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from losswatch.report.figures import LOSS_WINDOW, NORM_WINDOW, moving_mean
 from losswatch.report.runs import done, loss_order
 from study.intervals import Interval, mean_interval, ratio_interval
 
-# A run has converged if its final validation accuracy is at least this: then it gets at most half
-# as much wrong as a constant prediction does at θ = 0.05 and 0.95.
+# A run has converged if its final validation accuracy is at least this. Its error is then at most
+# half of that of a constant prediction at θ = 0.05 and 0.95.
 CONVERGED = 0.975
 EARLY = 1000  # steps that count as "the beginning"
-SHOT_UP = 1.5  # times its first value: what counts as "shooting up"
+SHOT_UP = 1.5  # a number "shoots up" if it reaches this multiple of its first value
 
 
 # --- One run -------------------------------------------------------------------------------------
 
 
 def measure(run_dir: str | Path) -> dict[str, float]:
-    """What the claims need of a run's scalars. A measure is missing if its scalars are.
+    """The measures of a run, from its scalars. A measure is missing if its scalars are missing.
 
     late/<loss>     mean gradient norm over the last tenth of the observed steps
     final/dice_fg   mean value of DICEFG over the last tenth of its steps
@@ -33,9 +33,8 @@ def measure(run_dir: str | Path) -> dict[str, float]:
     peak/cce, peak_norm/cce
                     their highest values in the first 1,000 steps
     quiet/norm, quiet/cce
-                    DICEFG's gradient norm (moving mean over 201) where it is lowest, CCE there
-    climb/accuracy  what the validation accuracy gained over the last 1,000 steps; NaN in a shorter
-                    run
+                    the lowest gradient norm of DICEFG (moving mean over 201), and CCE at that step
+    climb/accuracy  gain of the validation accuracy over the last 1,000 steps; NaN in a shorter run
     """
     scalars = read_scalars(run_dir)
     measures: dict[str, float] = {}
@@ -92,9 +91,9 @@ def rises(runs: pd.DataFrame, times: float) -> pd.Series:
 
 
 def norm_ratio(runs: pd.DataFrame, loss: str) -> Interval:
-    """The late gradient norm of the trained loss at 95 % foreground over that at 5 %.
+    """The late gradient norm of the trained loss at 95 % foreground divided by that at 5 %.
 
-    Only runs that converged count: the norm of a run that stands still has another cause.
+    Only runs that converged count, because the norm of a stuck run has another cause.
     """
     runs = pick(runs[converged(runs)], loss=loss)
     norms = (pick(runs, theta=theta).set_index("seed")[f"late/{loss}"] for theta in (0.05, 0.95))
@@ -102,7 +101,7 @@ def norm_ratio(runs: pd.DataFrame, loss: str) -> Interval:
 
 
 def gains_by_cell(runs: pd.DataFrame) -> list[tuple[str, float, Interval]]:
-    """Loss, θ, and the accuracy with batch norm less that without, paired by seed (Adam)."""
+    """Loss, θ, and the accuracy with batch norm minus that without, paired by seed (Adam)."""
     adam = pick(runs, optimizer="adam")
     cells = []
     for loss in loss_order(adam["loss"].unique()):

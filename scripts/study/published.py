@@ -1,4 +1,4 @@
-"""The study's published plots, read by eye, beside our runs."""
+"""Compares the published plots of the study, read by eye, with our runs."""
 
 import pandas as pd
 
@@ -20,7 +20,7 @@ PUBLISHED = {
 
 
 def published_table(article: pd.DataFrame) -> pd.DataFrame:
-    """A row for each published norm for which there are runs of ours; whether they agree."""
+    """A row for each published norm that our runs repeat, and whether both agree."""
     rows = []
     for (normed, theta), cells in PUBLISHED.items():
         for loss, (low, high) in cells.items():
@@ -28,7 +28,7 @@ def published_table(article: pd.DataFrame) -> pd.DataFrame:
             if not len(cell):
                 continue
             late = cell[f"late/{loss}"]
-            # What is read by eye is right to about a tenth.
+            # Numbers read by eye have an error of about a tenth.
             agree = late.between(0.9 * low - 0.05, 1.1 * high + 0.05).any()
             rows.append({
                 "trained with": NAMES[loss],

@@ -1,4 +1,4 @@
-"""Writes the report: what was measured in the runs is put into the template report.md.j2."""
+"""Writes the report: fills the measures of the runs into the template report.md.j2."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_report(runs_dir: Path, out: Path) -> str:
     """Write report.md, summary.csv and figures/ into `out`, from the sweeps below `runs_dir`.
 
     Returns:
-        the runs that are not done, and so are left out; as text.
+        The runs that are left out because they are not done, as text.
 
     Raises:
         FileNotFoundError: `runs_dir` holds no finished runs of the article's grid.
@@ -65,12 +65,12 @@ def render(
     images: Sequence[str],
     left: str = "",
 ) -> str:
-    """The report's text: the template's, with numbers and verdicts computed from the runs.
+    """The text of the report: the template with numbers and verdicts from the runs.
 
     Args:
-        sweeps: the runs of each sweep, from `measured_runs`; the article's at least.
-        cells: of C5's comparison of input ranges, if there are runs for it.
-        images: of the curves, in Markdown.
+        sweeps: the runs of each sweep, from `measured_runs`; at least those of the article.
+        cells: C5's comparison of input ranges, if there are runs for it.
+        images: the figures of curves, in Markdown.
         left: the runs that are left out.
     """
     environment = jinja2.Environment(
@@ -101,7 +101,7 @@ def render(
     )
 
 
-# --- What the template's sections show; None if the runs for a section are missing ---------------
+# --- The values of the template's sections; None if the runs for a section are missing -----------
 
 
 def _count(runs: pd.DataFrame) -> dict[str, Any]:

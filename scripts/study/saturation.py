@@ -1,4 +1,4 @@
-"""Why DICEFG fails at 95 % foreground: the net first says foreground everywhere, and saturates.
+"""Why DICEFG fails at 95 % foreground: the net first predicts foreground everywhere and saturates.
 
 Suppose that the net gives every pixel the same probability p of foreground. With N pixels, a share
 1 − θ of them foreground (y = 1), the derivative of DICEFG by the difference of a pixel's logits is
@@ -13,15 +13,15 @@ from study.tables import foreground, on_off
 
 
 def pull_alike(theta: float, p: float) -> float:
-    """How strongly a gradient step moves all pixels up: minus the derivatives' sum."""
+    """How strongly a gradient step moves all pixels up: minus the sum of the derivatives."""
     share = 1 - theta
     return 2 * p * (1 - p) * share**2 / (share + p) ** 2
 
 
 def pull_apart(theta: float, p: float) -> float:
-    """How strongly a gradient step moves foreground up against background.
+    """How strongly a gradient step moves foreground up relative to background.
 
-    This is minus the product of the derivatives with y less its mean.
+    This is minus the scalar product of the derivatives and y minus its mean.
     """
     share = 1 - theta
     return 2 * p * (1 - p) * theta * share / (share + p)
@@ -53,7 +53,7 @@ def quiet_table(cell: pd.DataFrame) -> pd.DataFrame:
     """A row for each run of the failing cell: the step where DICEFG's gradient norm is lowest."""
     rows = []
     for run, good in zip(cell.to_dict("records"), converged(cell), strict=True):
-        # While all is called foreground, CCE is about θ times the logit of background pixels.
+        # If everything is predicted as foreground, CCE is about θ times the logit of background.
         logit = run["quiet/cce"] / 0.05
         rows.append({
             "BN": on_off(run["batch_norm"]),

@@ -6,13 +6,13 @@ from typing import Any
 import pandas as pd
 
 from losswatch.report.runs import loss_order
-from losswatch.text import show
+from losswatch.text import format_value
 from study.claims import NAMES, Claim
 from study.intervals import mean_interval, ratio_interval
 from study.measures import EARLY, SHOT_UP, converged, gains_by_cell, pick, rises
 
 # Columns of `outcome_table` and the settings of the runs in each: for the article, and for sweeps
-# with Adam alone.
+# with only Adam.
 WAYS = {
     "Adam": {"optimizer": "adam", "batch_norm": False},
     "Adam, BN": {"optimizer": "adam", "batch_norm": True},
@@ -28,7 +28,7 @@ def foreground(theta: float) -> str:
     >>> foreground(0.05)
     '95 %'
     """
-    return f"{show(round(100 * (1 - theta), 6))} %"
+    return f"{format_value(round(100 * (1 - theta), 6))} %"
 
 
 def on_off(batch_norm: bool) -> str:
@@ -57,7 +57,7 @@ def outcome_table(runs: pd.DataFrame, ways: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def slow_table(article: pd.DataFrame) -> pd.DataFrame:
-    """C1: SGD at 50 % foreground, its accuracy and whether that still climbs."""
+    """C1: the accuracy of SGD at 50 % foreground, and whether it still climbs."""
     runs = pick(article, optimizer="sgd", theta=0.5)
     rows = []
     for loss in loss_order(runs["loss"].unique()):
@@ -75,7 +75,7 @@ def slow_table(article: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain_table(article: pd.DataFrame) -> pd.DataFrame:
-    """C3: what batch norm changes in the accuracy."""
+    """C3: the change of the accuracy by batch norm."""
     if not len(pick(article, optimizer="adam", batch_norm=True)):
         return pd.DataFrame()
     return pd.DataFrame([

@@ -1,13 +1,13 @@
 """losswatch: train a segmentation network with one loss, watch them all.
 
-In anybody's training:
+For your own training:
 
     Watch           a callback for Lightning's Trainer
     WatchHandler    a handler for engines of MONAI and Ignite
-    Observer        for any other loop; nothing but PyTorch is needed
+    Observer        for any other loop; needs only PyTorch
 
-Their losses are presets by name (`list_losses`, `load_loss`), modules of this package (`Dice`,
-`CrossEntropy`, `Sum`; `LossSet` evaluates many together) and any other modules.
+These take names of presets (`list_losses`, `load_loss`), modules of this package (`Dice`,
+`CrossEntropy`, `Sum`; `LossSet` evaluates many together) and any other modules as losses.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from losswatch.watch.lightning import Watch
     from losswatch.watch.observer import Observer, Seen
 
-# Imported when they are asked for: the command needs no PyTorch to print its help.
+# Imported at their first use: the command prints its help without PyTorch.
 _PLACES = {
     "CrossEntropy": "losswatch.losses",
     "Dice": "losswatch.losses",

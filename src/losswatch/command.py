@@ -148,9 +148,9 @@ def main() -> None:
     """
     open_streams()
     if sys.argv[1:2] == ["losses"]:
-        from losswatch.report.losses import show
+        from losswatch.report.losses import print_losses
 
-        show(sys.argv[2:])
+        print_losses(sys.argv[2:])
         return
     typed = sys.argv[1:]
     sys.argv[1:] = map(quoted, typed)

@@ -1,8 +1,8 @@
-"""The private and internal names of other libraries that losswatch uses, all in this one place.
+"""All private and internal names of other libraries that losswatch uses.
 
 A new version may move any of them. tests/test_compat.py has a test for each function here, and
-pyproject.toml bounds the versions to those that passed. Imports stand inside the functions, since
-the report and the start of Hydra import this file without needing PyTorch or Lightning.
+pyproject.toml limits the versions to those that passed. Imports are inside the functions, because
+the report and the start of Hydra import this file but do not need PyTorch or Lightning.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.tensorboard import SummaryWriter
 
-# --- PyTorch: what is at work around a tensor ----------------------------------------------------
+# --- PyTorch: transforms and hooks ---------------------------------------------------------------
 
 
 def recorded() -> bool:
-    """Whether a compiler or a tracer records operations; it would keep tensors made of data."""
+    """Whether a compiler or a tracer records operations. It would keep tensors that hold data."""
     import torch
 
     if torch.compiler.is_compiling():
         return True
-    # There is no public way to ask for active dispatch modes (FakeTensor, make_fx) or transforms.
+    # No public function tells whether dispatch modes (FakeTensor, make_fx) are active.
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def traced(x: Tensor) -> bool:
-    """Whether a compiler, a tracer or a torch.func transform stands between us and the numbers.
+    """Whether a compiler, a tracer or a torch.func transform hides the numbers of a tensor.
 
-    Code then must not look at values, and in-place operations may not be allowed.
+    Code must then not read values, and in-place operations may fail.
     """
     import torch
 
     if recorded():
         return True
-    functorch = torch._C._functorch  # legacy: what `autograd.grad(is_grads_batched=True)` makes
+    functorch = torch._C._functorch  # legacy: `autograd.grad(is_grads_batched=True)` makes these
     return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def grad_levels(x: Tensor) -> int:
-    """How many of the torch.func transforms around us differentiate by x."""
+    """How many active torch.func transforms differentiate by x."""
     import torch
 
     functorch, levels = torch._C._functorch, 0
@@ -78,9 +78,9 @@ def softmax_backward(gradient: Tensor, p: Tensor) -> Tensor:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of this very module does something else than its class's `forward`.
+    """Whether a call of this module does something other than the `forward` of its class.
 
-    Hooks with an attribute `only_looks`, as that of `Watch`, do not count.
+    Hooks with an attribute `only_observes`, such as that of `Watch`, do not count.
     """
     hooks = (
         module._forward_hooks,
@@ -88,7 +88,7 @@ def has_hooks(module: nn.Module) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    acting = any(not hasattr(hook, "only_looks") for kind in hooks for hook in kind.values())
+    acting = any(not hasattr(hook, "only_observes") for kind in hooks for hook in kind.values())
     return acting or "forward" in module.__dict__
 
 
@@ -99,7 +99,7 @@ def has_gradient_hooks(x: Tensor) -> bool:
 
 @contextmanager
 def without_hooks(x: Tensor) -> Iterator[None]:
-    """Inside, backward passes do not call the hooks of a tensor."""
+    """Remove the hooks of a tensor. Restores them on exit."""
     hooks = {} if x._backward_hooks is None else x._backward_hooks
     kept = dict(hooks)
     hooks.clear()
@@ -114,10 +114,10 @@ _keeping: dict[int, weakref.ref[Tensor]] = {}
 
 
 def watch_kept_gradients() -> None:
-    """From now on remember the tensors for which `Tensor.retain_grad` is called.
+    """Remember from now on the tensors for which `Tensor.retain_grad` is called.
 
-    Each backward pass adds to the gradient that such a tensor keeps, and PyTorch tells nobody which
-    tensors of a graph do so.
+    Each backward pass adds to the gradient that such a tensor keeps, and PyTorch has no list of
+    these tensors.
     """
     import torch
 
@@ -137,7 +137,7 @@ def watch_kept_gradients() -> None:
 
 
 def note_kept_gradients() -> Callable[[], None]:
-    """What puts back the gradients that tensors keep now."""
+    """Note the gradients that tensors keep now. Returns a function that restores them."""
     kept = [x for reference in list(_keeping.values()) if (x := reference()) is not None]
     gradients = [x.grad for x in kept]
 
@@ -152,7 +152,7 @@ def note_kept_gradients() -> Callable[[], None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a lack of memory, on a GPU or on the CPU, in a compiler too."""
+    """Whether an error is a lack of memory, on a GPU or a CPU, also within a compiler."""
     import torch
 
     inner = getattr(error, "inner_exception", None)  # of Inductor's errors
@@ -165,7 +165,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def why_not_differentiated(error: RuntimeError) -> str | None:
-    """What to do about a graph that cannot be differentiated; None: the error is another one."""
+    """What to do if a graph cannot be differentiated; None for any other error."""
     reasons = {
         "second time": "the graph is gone: observe before backward()",
         "use_reentrant": "activation checkpointing must be that of use_reentrant=False",
@@ -179,7 +179,7 @@ def why_not_differentiated(error: RuntimeError) -> str | None:
 
 
 def trace(function: Callable[..., Any], example: Sequence[Tensor]) -> torch.fx.GraphModule:
-    """The ATen operations that a function of tensors does; is_compiling() is true meanwhile.
+    """The ATen operations of a function of tensors. `is_compiling()` is true during the trace.
 
     Raises:
         RuntimeError: the function looks at values.
@@ -192,12 +192,12 @@ def trace(function: Callable[..., Any], example: Sequence[Tensor]) -> torch.fx.G
 
 
 def traced_shape(node: torch.fx.Node) -> torch.Size:
-    """The shape of what a node of `trace` computes."""
+    """The shape of the result of a node of `trace`."""
     return node.meta["val"].shape
 
 
 def is_view(node: torch.fx.Node) -> bool:
-    """Whether a node of `trace` is a view, which needs strides that fit."""
+    """Whether a node of `trace` is a view, which needs suitable strides."""
     import torch
 
     aten = torch.ops.aten
@@ -207,17 +207,17 @@ def is_view(node: torch.fx.Node) -> bool:
 def compile_graph(
     graph: torch.fx.GraphModule, example: Sequence[Tensor], patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Inductor's code for a graph of `trace`, for tensors of the example's shapes.
+    """The graph of `trace`, compiled by Inductor for tensors with the shapes of the example.
 
-    torch.compile would go through Dynamo. Dynamo does not take an autograd.Function under
-    torch.func, and at each call it checks the shapes again, for a tenth of the step's time.
+    torch.compile would use Dynamo. Dynamo does not support an autograd.Function within torch.func,
+    and at each call it checks the shapes again, which takes a tenth of the step.
 
     Args:
-        graph, example: the graph, and inputs of it.
+        graph, example: the graph, and example inputs.
         patches: settings of torch._inductor.config.
 
     Raises:
-        Exception: the compiler cannot; most often an InductorError, with the cause in its text.
+        Exception: the compiler fails, mostly with an InductorError whose text has the cause.
     """
     from torch._inductor import standalone_compile
 
@@ -233,7 +233,7 @@ def compile_graph(
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` makes a module, or a part of it."""
+    """Whether `torch.compile` was applied to a module or a part of it."""
     import torch
 
     kind = torch._dynamo.OptimizedModule
@@ -241,9 +241,9 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 class KeptBuffers:
-    """From now until `remove`, networks are compiled so that several backward passes are possible.
+    """From now until `remove`, compiled networks allow several backward passes.
 
-    Otherwise the first one may overwrite what it reads.
+    By default the first backward pass may overwrite the tensors that it reads.
     """
 
     def __init__(self) -> None:
@@ -257,7 +257,7 @@ class KeptBuffers:
 
 
 def tree_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The same tree of tuples and dicts with `function` applied to its tensors."""
+    """Apply `function` to the tensors of a tree of tuples and dicts."""
     from torch.utils import _pytree
 
     return _pytree.tree_map(function, tree)
@@ -271,7 +271,7 @@ def tree_flatten(tree: Any) -> tuple[list[Tensor], Any]:
 
 
 def tree_unflatten(leaves: Sequence[Tensor], structure: Any) -> Any:
-    """The tree that `tree_flatten` took apart."""
+    """The tree whose tensors and structure `tree_flatten` returned."""
     from torch.utils import _pytree
 
     return _pytree.tree_unflatten(leaves, structure)
@@ -281,14 +281,14 @@ def tree_unflatten(leaves: Sequence[Tensor], structure: Any) -> Any:
 
 
 def process_rank() -> int:
-    """The rank of this process among those that train one run; known before any Trainer is."""
+    """The rank of this process among those that train one run. Needs no Trainer."""
     from pytorch_lightning.utilities import rank_zero_only
 
     return rank_zero_only.rank  # type: ignore[attr-defined]
 
 
 def is_started_by_slurm(trainer: pl.Trainer) -> bool:
-    """Whether Lightning takes its ranks to be the tasks of a Slurm job."""
+    """Whether Lightning treats the tasks of a Slurm job as its ranks."""
     from pytorch_lightning.plugins.environments import SLURMEnvironment
 
     environment = trainer._accelerator_connector.cluster_environment
@@ -296,14 +296,14 @@ def is_started_by_slurm(trainer: pl.Trainer) -> bool:
 
 
 def forks_or_spawns(trainer: pl.Trainer) -> bool:
-    """Whether the ranks would be children of this process, by multiprocessing."""
+    """Whether Lightning starts the ranks as children of this process, by multiprocessing."""
     from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def why_not_installed(logger: type) -> str | None:
-    """Which package one of Lightning's loggers lacks; its constructor would raise the same."""
+    """The package that a logger of Lightning lacks, as its constructor would say; or None."""
     for module in (base.__module__ for base in logger.__mro__):
         package, _, name = module.rpartition(".")
         is_there = getattr(sys.modules[module], f"_{name.upper()}_AVAILABLE", True)
@@ -321,19 +321,19 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
 
 
 def batches_between_validations(trainer: pl.Trainer) -> int:
-    """After how many batches Lightning validates."""
+    """The number of batches between two validations."""
     return int(trainer.val_check_batch or 1)
 
 
 def count_steps(trainer: pl.Trainer, steps: int) -> None:
-    """Add to trainer.global_step, which else counts the steps of Lightning's optimisers alone."""
+    """Add to trainer.global_step, which by itself counts only steps of Lightning's optimisers."""
     done = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
     done.ready += steps
     done.completed += steps
 
 
 def loop_state(steps: int) -> dict[str, Any]:
-    """What Lightning saves of its fit loop at a validation after `steps` steps of one epoch."""
+    """The state of the fit loop that Lightning saves at a validation after `steps` steps."""
     import pytorch_lightning as pl
 
     trainer = pl.Trainer(
@@ -352,13 +352,13 @@ def loop_state(steps: int) -> dict[str, Any]:
 
 # --- Hydra ---------------------------------------------------------------------------------------
 
-# How the ValueError begins that Hydra raises for `loss=null`, where a group needs the name of one
-# of its files. It has no class of its own, and its text does not help a user.
+# The ValueError that Hydra raises for `loss=null` begins so: a group needs the name of a file.
+# The error has no class of its own, and its text does not help a user.
 NOT_A_CHOICE = "Config group override"
 
 
 def several_values(error: Exception) -> str | None:
-    """The override with several values of which Hydra says that a single run cannot have them."""
+    """The override with several values that Hydra refuses for a single run; None: another error."""
     found = re.match(r"Ambiguous value for argument '(.*)'\n1\. ", str(error), re.DOTALL)
     return found[1] if found else None
 
@@ -371,9 +371,9 @@ def basic_sweeper() -> type[Sweeper]:
 
 
 def config_loader() -> ConfigLoader:
-    """What Hydra composes configs with: it also lists the files of a group, and the search path.
+    """Hydra's loader of configs, which also lists the files of a group and the search path.
 
-    `hydra.compose` alone gives neither the `hydra` section of a sweep's run nor these lists.
+    `hydra.compose` gives neither the `hydra` section of a sweep's run nor these lists.
     """
     from hydra.core.global_hydra import GlobalHydra
 
@@ -381,7 +381,7 @@ def config_loader() -> ConfigLoader:
 
 
 def no_callbacks() -> Callbacks:
-    """An empty set of callbacks, for jobs around which none of ours are to be called."""
+    """An empty set of callbacks, for jobs that must not call those of the sweep."""
     from hydra._internal.callbacks import Callbacks
 
     return Callbacks()
@@ -391,10 +391,10 @@ def no_callbacks() -> Callbacks:
 
 
 def initialize_workers(function: Callable[[], None]) -> None:
-    """Let each process that joblib's default backend starts from here on call a function first.
+    """Make each new process of joblib's default backend call a function first.
 
-    `Parallel` takes no initializer from a launcher that passes none, so the backend of that name is
-    replaced. The public `register_parallel_backend` needs the class, whose place is internal.
+    The launcher passes no initializer to `Parallel`, so the backend of that name is replaced. The
+    public `register_parallel_backend` needs the class, whose place is internal.
     """
     import joblib
     from joblib.parallel import LokyBackend
@@ -416,17 +416,17 @@ def is_handled_by_others(engine: Any, event: Any, kind: type) -> bool:
 
 
 def event_file(writer: SummaryWriter) -> Any:
-    """TensorBoard's file object behind a `SummaryWriter`: `write(bytes)`, `flush()`, `filename`.
+    """TensorBoard's file object in a `SummaryWriter`: `write(bytes)`, `flush()`, `filename`.
 
-    Used for writing a whole block of encoded events at once, and for setting `filename` (bytes)
-    after the file was renamed. TensorBoard opens the file anew by this name for each write. Its
-    public interface takes one event at a time and cannot rename the file.
+    Used to write a whole block of encoded events at once, and to set `filename` (bytes) after the
+    file was renamed: TensorBoard opens the file by this name for each write. Its public interface
+    takes one event at a time and cannot rename the file.
     """
     assert writer.file_writer is not None
     return writer.file_writer.event_writer._async_writer._writer._writer
 
 
 def event_file_path(writer: SummaryWriter) -> Path:
-    """The path at which a `SummaryWriter` began its event file; used for renaming the file."""
+    """The first path of the event file of a `SummaryWriter`; used to rename the file."""
     assert writer.file_writer is not None
     return Path(writer.file_writer.event_writer._file_name)

@@ -1,4 +1,4 @@
-"""Writes files as a whole or not at all, and reads ordinary files only."""
+"""Writes files completely or not at all, and reads only ordinary files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file at once: neither a reader, a full disk nor a power cut leaves half of it."""
+    """Write a file in one step: no reader, full disk or power cut leaves a part of a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
@@ -23,14 +23,14 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until what a file or a folder holds is on the disk."""
-    if os.name == "nt":  # folders cannot be opened there, nor files that are only read be synced
+    """Wait until the content of a file or a folder is on the disk."""
+    if os.name == "nt":  # Windows cannot open folders, nor sync files that are opened to read
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not offer it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot sync
             raise
     finally:
         os.close(descriptor)
@@ -41,7 +41,7 @@ def read_file(path: Path, limit: float = float("inf")) -> bytes:
 
     Raises:
         OSError: the file cannot be read, is larger than `limit` bytes, or is a pipe or a device,
-            from which reading might never end.
+            which may have no end.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):

@@ -1,6 +1,6 @@
 """The losses of conf/loss by name, for use outside of `train.py`.
 
-Nothing is imported until a loss is loaded; then Hydra reads its file.
+Hydra and PyTorch are imported only when a loss is loaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 HERE = Path(__file__).parent
-# The wheel holds a copy of conf/; in a checkout of the repository it stands at the top.
+# The wheel holds a copy of conf/. In a checkout of the repository, conf/ is at the top.
 CONF = next((path for path in (HERE / "conf", HERE.parents[1] / "conf") if path.is_dir()), HERE)
 
 
@@ -31,21 +31,22 @@ def load_loss(name: str, **settings: Any) -> nn.Module:
 
     Args:
         name: one of `list_losses`.
-        settings: replace those of the preset. Of a preset that adds losses, such as dice_cce, each
-            loss takes those that it has.
+        settings: replace those of the preset. In a preset that adds losses, such as dice_cce, each
+            loss gets the settings that it has.
 
     Returns:
-        a module (logits, target) -> scalar.
+        A module (logits, target) -> scalar.
 
     Raises:
-        ValueError: there is no such preset, or no loss in it has such a setting or takes its value.
+        ValueError: there is no such preset, a setting belongs to no loss in it, or a value is not
+            allowed.
 
     >>> load_loss("dice_nnunet", smooth_nr=0).smooth_nr
     0.0
     """
-    known = list_losses()
-    if name not in known:
-        raise ValueError(f"there is no loss {name!r}; the presets are {', '.join(known)}")
+    names = list_losses()
+    if name not in names:
+        raise ValueError(f"there is no loss {name!r}; the presets are {', '.join(names)}")
     from hydra.errors import InstantiationException
     from hydra.utils import get_class, instantiate
     from omegaconf import OmegaConf
@@ -54,11 +55,11 @@ def load_loss(name: str, **settings: Any) -> nn.Module:
     parts = [config, *config.get("losses", [])]
     allowed = [inspect.signature(get_class(part._target_)).parameters for part in parts]
     for key, value in settings.items():
-        takers = [part for part, names in zip(parts, allowed, strict=True) if key in names]
-        if not takers:
-            has = ", ".join(dict.fromkeys(key for names in allowed for key in names))
+        users = [part for part, own in zip(parts, allowed, strict=True) if key in own]
+        if not users:
+            has = ", ".join(dict.fromkeys(key for own in allowed for key in own))
             raise ValueError(f"loss {name} has no setting {key!r}; it has {has}")
-        for part in takers:
+        for part in users:
             part[key] = value
     try:
         return instantiate(config, _convert_="all")

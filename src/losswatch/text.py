@@ -1,6 +1,6 @@
-"""Text made safe to show: on a terminal, in tables, in Markdown, in figures and as a file name.
+"""Makes text safe to show: on a terminal, in tables, in Markdown, in figures and as a file name.
 
-Names and contents of a run's files come from the disk, so anybody may have written them.
+Names and contents of a run's files come from the disk, so anyone may have written them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def printable(value: object) -> str:
 def reason(error: Exception) -> str:
     """The error's message as one line of at most 200 characters.
 
-    An error of the operating system gives its reason without the path: callers name the path.
+    An error of the operating system is given without its path: callers name the path.
 
     >>> reason(ValueError("two\\nlines")), reason(KeyError()), reason(FileNotFoundError(2, "gone"))
     ('two lines', 'KeyError', 'gone')
@@ -44,7 +44,7 @@ def shortened(value: object) -> str:
 
 
 def nearby(path: Path, base: Path | None = None) -> str:
-    """A path as seen from a folder, if it lies in it; without one, from the working directory.
+    """A path relative to `base`, by default the working directory, if the path lies in it.
 
     >>> nearby(Path("outputs/a")), nearby(Path.cwd() / "outputs/a"), nearby(Path("/a"))
     ('outputs/a', 'outputs/a', '/a')
@@ -54,7 +54,7 @@ def nearby(path: Path, base: Path | None = None) -> str:
 
 
 def number_of(number: int, noun: str) -> str:
-    """A number of things.
+    """A number and a noun, in the plural unless the number is 1.
 
     >>> number_of(1, "run"), number_of(2, "run")
     ('1 run', '2 runs')
@@ -71,17 +71,19 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def show(value: Any, digits: int | None = None) -> str:
-    r"""A value as people read it, on one line and without control characters.
+def format_value(value: Any, digits: int | None = None) -> str:
+    r"""A value as text for people, on one line and without control characters.
 
     Args:
         value: a number, a truth value, text, or None or NaN for a missing value.
-        digits: decimals of a float; without it, as many as the float needs, up to six digits.
+        digits: decimals of a float; None: as many as the float needs, up to six digits.
 
-    >>> show(0.05), show(0.12345, 2), show(True), show(float("nan")), show("a\x1b[31m\nb")
-    ('0.05', '0.12', 'on', '–', 'a�[31m�b')
+    >>> [format_value(x) for x in (0.05, True, float("nan"), "a\x1b[31m\nb")]
+    ['0.05', 'on', '–', 'a�[31m�b']
+    >>> format_value(0.12345, 2)
+    '0.12'
     """
-    import numpy as np  # imported late: `losswatch` itself needs nothing but PyTorch
+    import numpy as np  # imported late: `losswatch` itself needs only PyTorch
 
     if value is None or value != value:
         return "–"
@@ -93,7 +95,7 @@ def show(value: Any, digits: int | None = None) -> str:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
-    """The value that each key was set to, printable. Each key of a mapping counts for itself.
+    """The printable value of each key in overrides. A mapping gives one entry for each of its keys.
 
     >>> parse_overrides(["loss=dice", "+note=a=b", "data={low:1,high:0}"])
     {'loss': 'dice', 'note': 'a=b', 'data.low': '1', 'data.high': '0'}
@@ -107,7 +109,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def csv_escape(text: str) -> str:
-    """Text that a spreadsheet shows as it stands, instead of computing it as a formula.
+    """Text that a spreadsheet shows unchanged, and does not compute as a formula.
 
     >>> [csv_escape(text) for text in ("dice", "-1e-3", "=1+1", " @SUM(A1)", "-x")]
     ['dice', '-1e-3', "'=1+1", "' @SUM(A1)", "'-x"]
@@ -118,7 +120,7 @@ def csv_escape(text: str) -> str:
 
 
 def markdown_escape(text: str) -> str:
-    r"""Text that Markdown shows as it stands.
+    r"""Text that Markdown shows unchanged.
 
     >>> markdown_escape("a|b <img> `x` [95 %]")
     'a\\|b \\<img\\> \\`x\\` \\[95 %\\]'
@@ -127,7 +129,7 @@ def markdown_escape(text: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """A file name like `text`; where characters are replaced, a checksum keeps names apart.
+    """A file name like `text`. If characters are replaced, a checksum makes the name unique.
 
     >>> file_name("theta=[0.3, 0.6],batch_norm=on"), file_name("note=../x")
     ('theta=0.3,0.6,batch_norm=on', 'note=.._x~5c3098ed')

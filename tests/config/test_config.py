@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from losswatch.config import names
-from losswatch.config.names import run_name
 from losswatch.config.errors import ConfigError
+from losswatch.config.names import run_name
 from losswatch.config.ranges import thresholds
 
 # --- Every bad input gets one line that names what is allowed ------------------------------------

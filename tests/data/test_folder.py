@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
 from disks import SHORT, disks, make_folder, save
+from losswatch.config.loss_files import loss_nodes
 from omegaconf import OmegaConf
 from oracle import gradients, truth
 from PIL import Image
@@ -23,7 +24,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from losswatch import CrossEntropy, Dice, LossSet, Observer, Sum
-from losswatch.config.loss_files import loss_nodes
 from losswatch.config.errors import ConfigError
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
@@ -261,7 +261,7 @@ BAD = {
     "channels": ({}, r"has 3 channels and 2 dimensions, .* 1 channel and 2 dimensions"),
     "colours": ({}, r"masks: the masks hold \d+ values, .*road:'#804080'.* data.nearest=true$"),
     "objects": ({}, r"the masks hold \d+ values, as if each object had its own; .*object:rest"),
-    "no folder": ({}, r"images is no folder; it is to hold images"),
+    "no folder": ({}, r"images is not a folder; it must hold images"),
     "patch": ({"patch_size": 41}, r"data.patch_size=41 is larger than .*\(40 x 48\)"),
     "sides": ({"patch_size": [8, 8, 8]}, r"must be a whole number or 2 of them"),
     "class": (
@@ -936,7 +936,7 @@ def test_modes_that_need_images(tmp_path):
     done = run_train(
         "mode=predict", given[0], "data=folder", "data.root=no", cwd=tmp_path, status=2
     )
-    assert "no is no folder; it is to hold images" in done.stderr
+    assert "no is not a folder; it must hold images" in done.stderr
 
 
 REFUSED = {

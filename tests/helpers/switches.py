@@ -5,7 +5,6 @@ import os
 import sys
 
 from hydra.plugins.sweeper import Sweeper
-
 from losswatch.sweep.command import current_sweep
 
 

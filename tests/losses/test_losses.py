@@ -338,8 +338,8 @@ def check_rows(losses, logits, target, atol):
         span = torch.tensordot(coefficients[k], rows, 1)
         assert (g - span).abs().max() <= atol, name
         assert (g - gradient(loss, logits, target)).abs().max() <= atol, name
-        pivot = joint.pivot(name, logits.shape[1])
-        assert pivot is None or abs(coefficients[k, pivot]) > 1e-6, name
+        row_index = joint.steady_row(name, logits.shape[1])
+        assert row_index is None or abs(coefficients[k, row_index]) > 1e-6, name
     return rows
 
 
@@ -375,19 +375,19 @@ def test_few_rows_serve_many_losses(classes, most):
     assert len(LossSet({"dice": Dice()}).rows(logits, target)[1]) == 1
 
 
-def test_pivots_recover_their_row():
+def test_steady_rows_recover_their_row():
     logits, target = batch()
     joint = LossSet({name: load(name) for name in ARTICLE})
     _, rows, coefficients = joint.rows(logits, target)
     for k, name in enumerate(ARTICLE):
         own = gradient(load(name), logits, target)
         others = coefficients[k].clone()
-        pivot = joint.pivot(name, 2)
-        others[pivot] = 0
-        row = (own - torch.tensordot(others, rows, 1)) / coefficients[k, pivot]
-        assert torch.allclose(row, rows[pivot], atol=1e-12)
+        row_index = joint.steady_row(name, 2)
+        others[row_index] = 0
+        row = (own - torch.tensordot(others, rows, 1)) / coefficients[k, row_index]
+        assert torch.allclose(row, rows[row_index], atol=1e-12)
     fragile = LossSet({"zero": Dice(absent="zero"), **{str(i): Dice() for i in range(5)}})
-    assert fragile.pivot("zero", 2) is None
+    assert fragile.steady_row("zero", 2) is None
 
 
 @pytest.mark.parametrize(
@@ -396,11 +396,11 @@ def test_pivots_recover_their_row():
      (dict(exponent=2, alpha=1), False), (dict(exponent=2, beta=0.5), True),
      (dict(smooth_nr=[1.0, 0.0], smooth_dr=[1.0, 0.5]), True)],
 )  # fmt: skip
-def test_no_pivot_where_the_coefficient_can_vanish(knobs, safe):
+def test_no_steady_row_where_the_coefficient_can_vanish(knobs, safe):
     joint = LossSet(
         {str(i): Dice() for i in range(9)} | {"it": Dice(include_background=False, **knobs)}
     )
-    assert (joint.pivot("it", 2) is not None) == safe
+    assert (joint.steady_row("it", 2) is not None) == safe
 
 
 def test_without_weight_on_fn_a_perfect_prediction_has_no_coefficient():
@@ -409,7 +409,7 @@ def test_without_weight_on_fn_a_perfect_prediction_has_no_coefficient():
         {str(i): Dice() for i in range(9)} | {"it": Dice(include_background=False, beta=0)}
     )
     _, _, coefficients = joint.rows(30 * one_hot(target, 2), target)
-    assert coefficients[-1, joint.pivot("0", 2)].abs() < 1e-9
+    assert coefficients[-1, joint.steady_row("0", 2)].abs() < 1e-9
 
 
 def test_a_set_takes_other_libraries_losses():

@@ -40,8 +40,8 @@ def test_fast_and_plain_forms_agree(classes, over, data):
 
     quick, plain = (form.read_pixels(logits, target, recipe) for form in (fast, pixels))
     torch.testing.assert_close(quick.p, plain.p, rtol=0, atol=1e-14)
-    found = fast.measure(quick, target, recipe)
-    wanted = pixels.measure(plain, recipe, hard=True)
+    found = fast.sums_of(quick, target, recipe)
+    wanted = pixels.sums_of(plain, recipe, hard=True)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

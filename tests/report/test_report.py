@@ -39,7 +39,7 @@ from losswatch.report.tables import (
     summary_table,
     write_summary,
 )
-from losswatch.text import show
+from losswatch.text import format_value
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["cce", "dice_fg", "dice"]
@@ -448,7 +448,7 @@ def test_each_status_is_shown_however_many_settings_were_swept(tmp_path, width):
         console.print(summary_table(read_runs(tmp_path), width))
     words = printed.get().split()
     assert {"done", "failed", "unfinished", "accuracy"} <= set(words)
-    left_out = " ".join(words).partition("Left out for want of width: ")[2].split(", ")
+    left_out = " ".join(words).partition("Left out (too wide): ")[2].split(", ")
     assert names[-1] in left_out and "accuracy" not in left_out
     assert max(map(len, printed.get().splitlines())) <= width
 
@@ -481,7 +481,7 @@ def test_strings_from_disk_are_shown_as_text(tmp_path):
     figure.canvas.draw()
     runs = pd.DataFrame({formula: [1, 2], "loss": formula, "accuracy": 0.9, "dice": 0.8})
     dependence.draw(runs, formula, formula, loss_looks([formula])).canvas.draw()
-    assert show(evil).count("\N{REPLACEMENT CHARACTER}") == 5
+    assert format_value(evil).count("\N{REPLACEMENT CHARACTER}") == 5
 
 
 @pytest.mark.parametrize(

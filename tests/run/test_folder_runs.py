@@ -23,8 +23,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from losswatch import Dice, LossSet, load_loss
-from losswatch.config.quoting import quoted
 from losswatch.config.errors import ConfigError
+from losswatch.config.quoting import quoted
 from losswatch.data.form import Form
 from losswatch.events.series import read_scalars
 from losswatch.run import build

@@ -75,7 +75,7 @@ class Observed(Watch):
 
     def flush(self, trainer):
         if self.record.steps:
-            self.seen = torch.cat([self.seen, torch.tensor(self.record.take()[1])])
+            self.seen = torch.cat([self.seen, torch.tensor(self.record.drain()[1])])
 
 
 def fit(net, plugins, *, steps, lr=1e-2, **data):

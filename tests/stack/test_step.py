@@ -16,8 +16,8 @@ from losswatch.data.random import TRAIN, ThresholdedImages, _Batches
 from losswatch.nets import ConvNet, UNet
 from losswatch.nets.layers import NarrowConvolution
 from losswatch.stack.compile import compiled
+from losswatch.stack.flat_parameters import trained_parameters
 from losswatch.stack.optimizers import optimizer_rule
-from losswatch.stack.parameters import trained_parameters
 from losswatch.stack.refusal import NotStackable
 from losswatch.stack.step import make_gradient
 

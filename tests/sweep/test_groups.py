@@ -19,7 +19,7 @@ from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from losswatch.config.errors import ConfigError
-from losswatch.data.steps import Steps
+from losswatch.data.loaders import RemainingBatches
 from losswatch.run.build import make_loggers, make_scheduler
 from losswatch.run.plan import check
 
@@ -430,8 +430,8 @@ def test_two_batches_take_turns_in_a_resumed_run_too(tmp_path):
     assert losses == pytest.approx(losses[:2] * 6, rel=1e-6)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
     trainer = SimpleNamespace(max_steps=7, accumulate_grad_batches=1, global_step=3)
-    assert list(Steps(trainer, 3)) == [0, 1, 2, 0]
-    assert list(Steps(trainer)) == [3, 4, 5, 6]
+    assert list(RemainingBatches(trainer, 3)) == [0, 1, 2, 0]
+    assert list(RemainingBatches(trainer)) == [3, 4, 5, 6]
 
 
 def test_one_step_goes_all_the_way(tmp_path):

@@ -9,11 +9,11 @@ from contextlib import suppress
 import pytest
 from conftest import ROOT, SERVER, read_result
 from disks import SHORT, make_folder
+from losswatch.sweep.command import current_sweep
 from processes import session
 
 from losswatch.disk.checkpoint_files import newest
 from losswatch.events.series import read_scalars
-from losswatch.sweep.command import current_sweep
 from losswatch.sweep.exit import clear_errors
 
 

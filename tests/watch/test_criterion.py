@@ -12,7 +12,7 @@ from small import Focal, small
 from torch import nn
 
 from losswatch import Watch, load_loss
-from losswatch.watch.criterion import roles
+from losswatch.watch.criterion import output_and_target
 
 # --- Which argument is which ---------------------------------------------------------------------
 
@@ -72,17 +72,17 @@ def test_arguments_in_any_order(caplog, kind, watched, decay):
     assert f"({type(criterion).__name__}) gets{order}; its value" in line
 
 
-def test_roles():
+def test_output_and_target():
     x, y = torch.zeros(2, requires_grad=True), torch.zeros(2)
-    assert roles([x, y], {}) == (x, y, "")
-    assert roles([[x, x], 3, y], {}) == ([x, x], y, "")
-    assert roles([y], {"pred": {"out": x}}) == (
+    assert output_and_target([x, y], {}) == (x, y, "")
+    assert output_and_target([[x, x], 3, y], {}) == ([x, x], y, "")
+    assert output_and_target([y], {"pred": {"out": x}}) == (
         {"out": x},
         y,
         " (output: pred, target: argument 1)",
     )
-    assert roles([y, y], {}) == (y, y, "")
-    assert roles([x, 3], {}) is None
+    assert output_and_target([y, y], {}) == (y, y, "")
+    assert output_and_target([x, 3], {}) is None
 
 
 # --- What trains ---------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_names_are_unique():
         def forward(self, logits, target):
             return logits.square().mean()
 
-    names = Watch([DC_and_CE_loss(), DC_and_CE_loss(), DC_and_CE_loss()]).observer.views.names
+    names = Watch([DC_and_CE_loss(), DC_and_CE_loss(), DC_and_CE_loss()]).observer.watched.names
     assert names == ("DC_and_CE_loss", "DC_and_CE_loss_2", "DC_and_CE_loss_3")
 
 

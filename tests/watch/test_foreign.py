@@ -37,8 +37,8 @@ from losswatch.nets import ConvNet
 from losswatch.run.build import make_losses
 from losswatch.run.module import SegmentationModule
 from losswatch.stack.fit import fit
+from losswatch.stack.flat_parameters import trained_parameters
 from losswatch.stack.member import Member
-from losswatch.stack.parameters import trained_parameters
 from losswatch.stack.refusal import NotStackable
 from losswatch.stack.step import make_gradient
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from losswatch import Dice, LossSet, Sum, load_loss
 
-LINEAR = "a hook or an autograd.Function of the network makes its backward pass one that is not lin"
+LINEAR = "a hook or an autograd.Function makes the backward pass of the network not linear"
 
 ROWS = {f"network: {name}": Row(net) for name, net in NETWORKS.items()}
 ROWS |= {f"network: {name}": Row(net, lines=(LINEAR,)) for name, net in NOT_LINEAR.items()}

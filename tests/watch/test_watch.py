@@ -394,8 +394,8 @@ class Sick(nn.Module):
 
 
 FAILING = {
-    "missing": (dict(criterion="lossfn"), r"criterion='lossfn' is no submodule; modules that could "
-                                          r"be meant are loss_fn \(CrossEntropyLoss\)$"),
+    "missing": (dict(criterion="lossfn"), r"criterion='lossfn' is not a submodule; modules that "
+                                          r"look like a loss are loss_fn \(CrossEntropyLoss\)$"),
     "a function": (dict(criterion="loss"), "it is a function: call watch.see"),
     "an error": (dict(losses=["dice", Sick()]), "sick at heart$"),
     "classes": (dict(losses=["dice_multilabel"], classes=3), "for 2 classes, but logits"),
@@ -452,7 +452,7 @@ def test_it_is_a_callback_that_can_be_copied():
     assert isinstance(watch, pl.Callback) and isinstance(watch, Watch)
     for other in (pickle.loads(pickle.dumps(watch)), copy.deepcopy(watch)):
         assert isinstance(other, Watch) and isinstance(other, pl.Callback)
-        assert other.observer.views.names == ("cce", "CrossEntropy")
+        assert other.observer.watched.names == ("cce", "CrossEntropy")
 
 
 OTHER_NAME = """

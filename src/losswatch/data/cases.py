@@ -1,4 +1,4 @@
-"""An image and its masks, read from their files and made to fit each other."""
+"""Reads an image and its masks from their files, and makes them fit each other."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ import numpy as np
 
 from losswatch.data.formats import NIFTI, File, Unusable, suffix_of
 from losswatch.data.reading import read
-from losswatch.data.volumes import axes_of, distance, flat, placed, turned
+from losswatch.data.volumes import (
+    axes_of,
+    distance,
+    place_like,
+    turn_to,
+    without_slice_axis,
+)
 
-NEAR_WHOLE = 1e-3  # what resampling adds to a whole number
-GREY = 32  # how far the channels of a grey that was compressed with loss may differ
+NEAR_WHOLE = 1e-3  # resampling may change a whole number by so much
+GREY = 32  # compression with loss may change the channels of a grey by so much
 
 
 class Case(NamedTuple):
-    """An image and what is known of it.
+    """The files of an image and its masks.
 
     Attributes:
-        name: of the image, in its split.
-        images: its file, or one for each channel.
-        masks: the files of each mask: one mask of all classes, or one for each class. A mask of
-            several files is joined; one without a file is empty.
+        name: of the image, unique in its split.
+        images: the file of the image, or one file for each channel.
+        masks: the files of each mask: one mask with all classes, or one mask for each class. The
+            files of a mask are joined; a mask without a file is empty.
     """
 
     name: str
@@ -42,9 +48,10 @@ class Mask(NamedTuple):
     Attributes:
         values: [*space], as in the file. A colour is 0xRRGGBB.
         colours: whether the values are colours.
-        palette: of values that are indices of colours: the colours.
-        lossy: whether the file's compression changes values.
-        rounded: how many pixels were within `NEAR_WHOLE` of a whole number, and got it.
+        palette: the colours, if the values are indices of colours.
+        lossy: whether the compression of the file changes values.
+        rounded: how many pixels were rounded, because they were within `NEAR_WHOLE` of a whole
+            number.
     """
 
     values: np.ndarray
@@ -55,12 +62,12 @@ class Mask(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What the files of a case hold.
+    """The content of a case's files.
 
     Attributes:
         image: [channels, *space].
-        masks: as many as the case has.
-        axes: the orientation of a volume, as of `volumes.axes_of`.
+        masks: one for each mask of the case.
+        axes: the orientation of a volume, see `volumes.axes_of`.
         notes: what the owner of a file should know, and the file.
     """
 
@@ -74,26 +81,26 @@ def load(case: Case, axes: str = "", channels: int = 0, dims: int = 0) -> Conten
     """Read the files of a case.
 
     Args:
-        axes: the orientation to which a volume is brought; "" is the image's own.
-        channels, dims: of the image as the network has them, where there is no mask to tell.
+        axes: the orientation to which a volume is turned; "" is that of the image.
+        channels, dims: those that the network reads, used if there is no mask to compare with.
 
     Raises:
-        ValueError: a file is damaged, or the files do not fit; in one line that names them.
+        ValueError: a file is damaged, or the files do not fit. One line names the files.
     """
     is_volume = any(suffix_of(path) in NIFTI for path in case.files)
     path, *others = case.images
     stored = read(path, False, is_volume)
     axes = axes or axes_of(stored)
-    first = turned(stored, axes)
+    first = turn_to(stored, axes)
 
     def fitting(other: Path, is_mask: bool) -> File:
         try:
-            file = turned(placed(read(other, is_mask, is_volume), stored), axes)
+            file = turn_to(place_like(read(other, is_mask, is_volume), stored), axes)
         except Unusable as error:
             raise ValueError(f"{other} and {path}: {error}") from None
-        if (apart := distance(first, file)) > 0.5 + 1e-3:
+        if (shift := distance(first, file)) > 0.5 + 1e-3:
             raise ValueError(
-                f"{other} lies up to {apart:.4g} pixels beside its image {path}, by the affine "
+                f"{other} lies up to {shift:.4g} pixels beside its image {path}, by the affine "
                 "matrix or tags of each; save it with those of its image, or resample it"
             )
         return file
@@ -103,7 +110,7 @@ def load(case: Case, axes: str = "", channels: int = 0, dims: int = 0) -> Conten
     masks = [[_as_mask(file, path, first) for file, path in zip(group, paths, strict=True)]
              for group, paths in zip(groups, case.masks, strict=True)]  # fmt: skip
     space = next((mask.values.shape for group in masks for mask in group), None)
-    arrays = [_settled(file, space, channels, dims) for file in files]
+    arrays = [_image_array(file, space, channels, dims) for file in files]
     for other, array in zip(case.images, arrays, strict=True):
         if array.shape[1:] != arrays[0].shape[1:]:
             raise ValueError(
@@ -114,10 +121,10 @@ def load(case: Case, axes: str = "", channels: int = 0, dims: int = 0) -> Conten
         for mask, other in zip(group, paths, strict=True):
             _check_size(mask, other, arrays[0], path, first)
     image = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
-    joined = tuple(_joined(group, image.shape[1:]) for group in masks)
+    merged = tuple(_merge_masks(group, image.shape[1:]) for group in masks)
     every = zip(case.files, (*files, *sum(groups, [])), strict=True)
     notes = {note: other for other, file in every for note in file.notes}
-    return Content(image, joined, axes, tuple(notes.items()))
+    return Content(image, merged, axes, tuple(notes.items()))
 
 
 def _check_size(mask: Mask, path: Path, image: np.ndarray, its: Path, file: File) -> None:
@@ -125,9 +132,9 @@ def _check_size(mask: Mask, path: Path, image: np.ndarray, its: Path, file: File
         return
     hint = ""
     if mask.values.shape == image.shape[:0:-1]:
-        hint = "; it is turned against it"
+        hint = "; the sides are swapped"
         if any("EXIF" in note for note in file.notes):
-            hint += ", perhaps since the image was turned as its EXIF orientation says"
+            hint += ", perhaps because the image was turned as its EXIF orientation says"
     elif image.ndim == 4 and mask.values.ndim == 2:
         hint = "; pages or slices are read as a volume"
     raise ValueError(
@@ -141,9 +148,14 @@ def by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _settled(file: File, space: tuple[int, ...] | None, channels: int, dims: int) -> np.ndarray:
-    """An image [channels, *space], where its file may leave open which axis is that of channels."""
-    array = flat(file)
+def _image_array(file: File, space: tuple[int, ...] | None, channels: int, dims: int) -> np.ndarray:
+    """An image [channels, *space], also if its file does not tell the axis of the channels.
+
+    Args:
+        space: the shape of a mask, if there is one.
+        channels, dims: see `load`.
+    """
+    array = without_slice_axis(file)
     if not file.loose or array.shape[1:] == space:
         return array
     for axis in (1, array.ndim - 1):
@@ -154,8 +166,8 @@ def _settled(file: File, space: tuple[int, ...] | None, channels: int, dims: int
 
 
 def _as_mask(file: File, path: Path, image: File) -> Mask:
-    """The values of a mask's file."""
-    array = flat(file)
+    """The mask in a file."""
+    array = without_slice_axis(file)
     if array.dtype.kind == "f" and (bad := int((~np.isfinite(array)).sum())):
         raise ValueError(
             f"{path} is a mask with NaN or infinity in {bad} pixels; give them a value"
@@ -165,7 +177,7 @@ def _as_mask(file: File, path: Path, image: File) -> Mask:
     is_colour = len(array) == 3 and array.ndim == 3 and array.dtype == np.uint8
     if is_colour and file.lossy and np.ptp(array, axis=0).max() <= GREY:
         array = array[1:2]
-    if not (array == array[:1]).all():  # more than grey that was saved as colour
+    if not (array == array[:1]).all():  # not a grey saved as colours
         if is_colour:
             red, green, blue = array.astype(np.int32)
             return Mask(red << 16 | green << 8 | blue, colours=True, lossy=file.lossy)
@@ -190,13 +202,13 @@ def _as_mask(file: File, path: Path, image: File) -> Mask:
 
 
 def _channels_first(array: np.ndarray, is_of_image: bool) -> np.ndarray:
-    """A mask [channels, *space] of an array that leaves open which axis is that of channels.
+    """A mask [channels, *space] from an array with an unknown axis of channels.
 
     Channels of 0 and 1, one for each class, become the number of the class.
 
     Args:
         array: [1, ...].
-        is_of_image: whether it has the shape of its image, so that it may be a volume.
+        is_of_image: whether the array has the shape of its image, so that it may be a volume.
     """
     axes = array.ndim - 1, 1
     for axis in axes:
@@ -209,15 +221,15 @@ def _channels_first(array: np.ndarray, is_of_image: bool) -> np.ndarray:
         if array.ndim != 4 or array.shape[axis] != 3 or array.dtype != np.uint8:
             continue
         colours = np.moveaxis(array[0], axis - 1, 0)
-        # Small numbers are labels of a volume of three slices, and pages of a TIFF are slices.
+        # Small numbers are labels of a volume with three slices, and pages of a TIFF are slices.
         is_volume = axis == 1 or colours.max() < 32 and not (colours == colours[:1]).all()
         if not (is_of_image and is_volume):
             return colours
     return array
 
 
-def _joined(group: Sequence[Mask], space: tuple[int, ...]) -> Mask:
-    """The masks of one image as one; where two are not 0, the first."""
+def _merge_masks(group: Sequence[Mask], space: tuple[int, ...]) -> Mask:
+    """The masks of one image as one mask: at each pixel the first value that is not 0."""
     if not group:
         return Mask(np.zeros(space, np.uint8))
     if len({(mask.colours, str(mask.palette)) for mask in group}) > 1:
@@ -231,7 +243,7 @@ def _joined(group: Sequence[Mask], space: tuple[int, ...]) -> Mask:
 
 
 def _in_colour(mask: Mask) -> Mask:
-    """A mask of greys or of a palette as one of colours."""
+    """A mask of greys or of a palette, converted to colours."""
     if mask.colours:
         return mask
     values = mask.values.astype(np.int32) * 0x010101

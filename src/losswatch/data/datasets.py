@@ -1,4 +1,4 @@
-"""Data sets that describe themselves in a dataset.json: those of nnU-Net and of the Decathlon."""
+"""Reads data sets with a dataset.json: those of nnU-Net and of the Decathlon."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEEDS = (
 
 
 def describes(about: Any) -> bool:
-    """Whether the content of a dataset.json is one of these, and not of another program."""
+    """Whether the content of a dataset.json is that of nnU-Net or the Decathlon."""
     return isinstance(about, dict) and "labels" in about
 
 
@@ -31,7 +31,7 @@ def read_dataset(root: Path, about: Any, shares: Mapping[str, float]) -> Layout:
     Class 0 is the label 0. The first fold of splits_final.json, if there is one, is the split.
 
     Raises:
-        ValueError: the file does not say what is needed, or names files that are not there.
+        ValueError: the file lacks an entry, or names files that do not exist.
     """
     file = root / "dataset.json"
     try:
@@ -44,7 +44,7 @@ def read_dataset(root: Path, about: Any, shares: Mapping[str, float]) -> Layout:
             f"{file} cannot be used ({type(error).__name__}: {error}); {NEEDS}"
         ) from error
     overlap = any(isinstance(value, list) for value in values.values())
-    if overlap:  # regions; the background is where there is none
+    if overlap:  # regions; the background is all that is in no region
         values.pop("background", None)
     if overlap and len(values) == 1:
         [(name, value)] = values.items()
@@ -67,16 +67,16 @@ def read_json(file: Path) -> Any:
     """The content of a file.
 
     Raises:
-        ValueError: it is no JSON; names the file.
+        ValueError: the file is not JSON. Names the file.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}; mend or remove it") from error
+        raise ValueError(f"{file} is not JSON: {error}; mend or remove it") from error
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    """A name that stands more than once, if there is one."""
+    """A name that occurs more than once, or None."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
@@ -84,18 +84,18 @@ def _values(labels: Mapping[str, Any]) -> dict[str, Any]:
     """From the names of classes to their values, the background first.
 
     Raises:
-        TypeError: they are something else.
+        TypeError: a value is not a whole number.
     """
     is_by_number = all(str(number).isdigit() for number in labels)  # as in the Decathlon
     if is_by_number and all(isinstance(name, str) for name in labels.values()):
         labels = {str(name): int(number) for number, name in labels.items()}
-    found = {str(name): value for name, value in labels.items()}
-    for name, value in found.items():
+    values = {str(name): value for name, value in labels.items()}
+    for name, value in values.items():
         if not all(type(v) is int for v in (value if isinstance(value, list) else [value])):
-            raise TypeError(f"label {name} is {value!r}, no whole number")
-    if any(isinstance(value, list) for value in found.values()):
-        return found
-    return dict(sorted(found.items(), key=lambda item: int(item[1])))
+            raise TypeError(f"label {name} is {value!r}, not a whole number")
+    if any(isinstance(value, list) for value in values.values()):
+        return values
+    return dict(sorted(values.items(), key=lambda item: int(item[1])))
 
 
 def _cases(root: Path, about: Mapping[str, Any], channels: int) -> tuple[list[Case], list[Case]]:
@@ -122,12 +122,12 @@ def _cases(root: Path, about: Mapping[str, Any], channels: int) -> tuple[list[Ca
 def _split(
     root: Path, cases: Sequence[Case], test: list[Case], shares: Mapping[str, float]
 ) -> tuple[Parts, list[str]]:
-    """The cases by split, and what to say of it."""
+    """The cases by split, and notes about the split."""
     file, more = root / "splits_final.json", {"test": test} if test else {}
     if not file.is_file():
         rest = {"val": shares["val"] or 0.2, "test": 0.0} if test else shares
         return split_by_share(cases, rest) | more, []
-    known = {case.name: case for case in cases}
+    by_name = {case.name: case for case in cases}
     try:
         first = read_json(file)[0]
         fold = {split: [str(name) for name in first[split]] for split in ("train", "val")}
@@ -137,13 +137,13 @@ def _split(
         ) from error
     names = [*fold["train"], *fold["val"]]
     for name in names:
-        if name not in known:
+        if name not in by_name:
             raise ValueError(f"{file} names {name}, of which there is no image with a label")
     if double := _twice(names):
         raise ValueError(f"{file} names {double} twice in its first fold; remove one")
     if empty := [split for split, part in fold.items() if not part]:
         raise ValueError(f"{file} has no case of {empty[0]} in its first fold; add one")
-    parts = {split: [known[name] for name in part] for split, part in fold.items()}
+    parts = {split: [by_name[name] for name in part] for split, part in fold.items()}
     return parts | more, [f"the split is the first fold of {file.name}"]
 
 
@@ -152,11 +152,11 @@ def _nnunet_cases(root: Path, part: str, ending: str, channels: int) -> list[Cas
     images, labels = root / f"images{part}", root / f"labels{part}"
     for folder in (images, labels):
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder; nnU-Net has images and labels there")
+            raise ValueError(f"{folder} is not a folder; nnU-Net has images and labels there")
     found, known = _of_ending(labels, ending), _of_ending(images, ending)
     if not found:
         raise ValueError(f"{labels} holds no files {ending}, which is the file_ending")
-    is_one = all(name.endswith("_0000") for name in known)  # a file of all channels, as colours
+    is_one = all(name.endswith("_0000") for name in known)  # one file with all channels
     count, cases = 1 if is_one else channels, []
     for name, label in found.items():
         files = [known.get(f"{name}_{i:04}") for i in range(count)]
@@ -180,7 +180,7 @@ def _nnunet_cases(root: Path, part: str, ending: str, channels: int) -> list[Cas
 
 
 def _of_ending(folder: Path, ending: str) -> dict[str, Path]:
-    """The files of a folder that end so, by the rest of their names."""
+    """The files of a folder with this ending, by the rest of their names."""
     found = {}
     for path in files_below(folder).images.values():
         if path.parent == folder and path.name.lower().endswith(ending.lower()):
@@ -189,7 +189,7 @@ def _of_ending(folder: Path, ending: str) -> dict[str, Path]:
 
 
 def _decathlon_case(root: Path, entry: Mapping[str, str], channels: int) -> Case:
-    """A case of the list `training`; in nnU-Net v1 the images have a file for each channel."""
+    """A case in the list `training`. In nnU-Net v1 an image has one file for each channel."""
     image = entry["image"]
     suffix = suffix_of(Path(image))
     parts = [f"{image[: len(image) - len(suffix)]}_{i:04}{suffix}" for i in range(channels)]

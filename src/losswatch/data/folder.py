@@ -19,6 +19,7 @@ from losswatch.data.coding import make_coding, values_of
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
 from losswatch.data.labels import Coding, count_classes
 from losswatch.data.layouts import read_layout, unlabelled
+from losswatch.data.loaders import RemainingBatches, batch_loader
 from losswatch.data.matching import Names
 from losswatch.data.patches import (
     Items,
@@ -31,13 +32,12 @@ from losswatch.data.patches import (
     patch_sides,
 )
 from losswatch.data.splits import SPLITS, Layout
-from losswatch.data.steps import Steps, batch_loader
 from losswatch.data.survey import (
-    Look,
+    FileStats,
     Survey,
     check_alike,
-    look_at,
     most_common_axes,
+    read_stats,
     shape_in,
     survey,
 )
@@ -51,36 +51,37 @@ SAMPLINGS = ("random", "balanced")
 class FolderImages(pl.LightningDataModule):
     """The images and masks of a folder.
 
-    A training batch is a function of the seed and the step. A mask's values become classes 0, 1,
-    ... in the order of `classes`.
+    A training batch is a function of the seed and the step. The values of masks become classes 0,
+    1, ... in the order of `classes`.
 
     Args:
-        root: the folder, in a layout of README.md; `~` is the user's home.
+        root: the folder, with a layout of README.md; `~` is the user's home.
         seed: chooses patches and augmentation.
-        images, masks, image_suffix, mask_suffix, skip_unpaired: as of `matching.Names`.
-        val_share, test_share: of the images, where the folder is not split.
-        target: as of `Form`; null: "multilabel" where classes overlap, "softmax" otherwise.
-        classes: the values in a mask of each class, see `coding.check_classes`; null: as found.
-        ignore_index: the value in a mask of pixels that count nowhere, or their colour.
-        nearest: give values that no class has to the class of the nearest value or colour.
-        axes: the orientation to which volumes are brought, as of `volumes.axes_of`; null: that
-            which most of them have.
+        images, masks, image_suffix, mask_suffix, skip_unpaired: see `matching.Names`.
+        val_share, test_share: shares of the images, for a folder that is not split.
+        target: see `Form`; null: "multilabel" if classes overlap, "softmax" otherwise.
+        classes: the values of each class in a mask, see `coding.check_classes`; null: each value is
+            a class.
+        ignore_index: the value in a mask of pixels that do not count, or their colour.
+        nearest: give values of no class to the class with the nearest value or colour.
+        axes: the orientation to which volumes are turned, see `volumes.axes_of`; null: that of most
+            volumes.
         patch_size: sides of a patch in pixels, one number or one for each axis; null: whole images.
         sampling: patches at a "random" place of a random image, or "balanced": around a random
             pixel of a random class.
-        flip: mirror each axis of a patch in half of the cases.
+        flip: mirror each axis of a patch with probability 1/2.
         intensity: scale by a factor from 1 - intensity to 1 + intensity, and shift by up to
-            intensity; in half of the cases each.
-        normalize: of each channel of an image: "zscore" (mean 0, deviation 1), "unit" (0 to 1),
-            "none".
+            intensity; each with probability 1/2.
+        normalize: how each channel of an image is normalised: "zscore" (mean 0, deviation 1),
+            "unit" (0 to 1), "none".
         batch_size: patches of a training step, over all devices together.
-        batches: training repeats the first so many batches; 0 never repeats one.
-        num_workers: processes that prepare batches in the background; null: one less than there are
-            cores, at most four.
+        batches: the training repeats the first `batches` batches; 0 repeats none.
+        num_workers: processes that prepare batches in the background; null: the number of cores
+            minus 1, at most 4.
         cache_mb: MB of decoded images that are kept in memory; others are read at each use.
 
     Raises:
-        ValueError: the folder or a setting cannot be used; in one line.
+        ValueError: the folder or a setting cannot be used. One line says why.
     """
 
     def __init__(
@@ -124,18 +125,18 @@ class FolderImages(pl.LightningDataModule):
         self.num_workers = min(4, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
         names = Names(images, masks, image_suffix, mask_suffix, skip_unpaired)
         state = tuple(state_of(self.root).items())
-        self.layout, self.looks = _layout(self.root, names, val_share, test_share, state)
+        self.layout, self.stats = _layout(self.root, names, val_share, test_share, state)
         self.state = hash(state)
-        layout, every = self.layout, [look for looks in self.looks.values() for look in looks]
+        layout, every = self.layout, [stats for part in self.stats.values() for stats in part]
         ignored = layout.ignored if ignore_index is None else ignore_index
         self.coding = make_coding(
             self._masks(), classes, ignored, nearest, layout.classes, layout.kinds, layout.overlap
         )
-        found = most_common_axes(every)
-        axes = axes if axes and found else found
-        self.survey: Survey = survey(layout, self.looks, self.coding, axes)
-        self.shapes = {part: [shape_in(look, axes) for look in looks]
-                       for part, looks in self.looks.items()}  # fmt: skip
+        common = most_common_axes(every)
+        axes = axes if axes and common else common
+        self.survey: Survey = survey(layout, self.stats, self.coding, axes)
+        self.shapes = {part: [shape_in(stats, axes) for stats in all_stats]
+                       for part, all_stats in self.stats.items()}  # fmt: skip
         self.form = Form(
             in_channels=every[0].shape[0],
             classes=self.coding.names,
@@ -152,13 +153,13 @@ class FolderImages(pl.LightningDataModule):
         self.rank, self.world_size = 0, 1
 
     def _masks(self) -> list[tuple[Path, Mask]]:
-        """All masks that have a file, by the first of their files."""
-        found = []
-        for split, looks in self.looks.items():
-            for case, look in zip(self.layout.cases[split], looks, strict=True):
-                parts = zip(case.masks, look.masks, strict=True)
-                found += [(paths[0], mask) for paths, mask in parts if paths]
-        return found
+        """The masks that have files, each with the first of its files."""
+        masks = []
+        for split, all_stats in self.stats.items():
+            for case, stats in zip(self.layout.cases[split], all_stats, strict=True):
+                parts = zip(case.masks, stats.masks, strict=True)
+                masks += [(paths[0], mask) for paths, mask in parts if paths]
+        return masks
 
     def _check_form(self) -> None:
         target, count = self.form.target, len(self.form.classes)
@@ -180,7 +181,7 @@ class FolderImages(pl.LightningDataModule):
 
     @property
     def missing(self) -> list[tuple[str, str]]:
-        """The splits and classes of which the split has no pixel."""
+        """Pairs of a split and a class that has no pixel in it."""
         rows = self.survey.classes.query("share == 0")
         return list(zip(rows["split"], rows["class"], strict=True))
 
@@ -211,7 +212,7 @@ class FolderImages(pl.LightningDataModule):
             self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
 
     def items(self, split: str) -> Items:
-        """The images of a split, with their labels. Those of the test are not kept in memory."""
+        """The images of a split, with their labels. Test images are not kept in memory."""
         planes = len(self.coding.classes) if self.layout.overlap else 1
         budget, kept = self.cache_mb * 2**20, dict.fromkeys(self.shapes, 0)
         for part in ("train", "val"):
@@ -225,23 +226,24 @@ class FolderImages(pl.LightningDataModule):
     @property
     def patches(self) -> Patches:
         """The training batches."""
-        looks = self.looks["train"]
-        holders = [list(range(len(looks)))]
+        all_stats = self.stats["train"]
+        holders = [list(range(len(all_stats)))]
         if len(self.crops) > 1:  # one for each class
-            counts = [count_classes(look.masks, look.counts, self.coding).classes for look in looks]
+            found = [count_classes(stats.masks, stats.counts, self.coding) for stats in all_stats]
+            counts = [image.classes for image in found]
             holders = [[i for i, n in enumerate(c) if n] for c in zip(*counts, strict=True)]
         numbers = range(self.rank, self.batch_size, self.world_size)
         return Patches(self.items("train"), self.crops, holders, self.seed, numbers, self.form)
 
     def first_batch(self) -> tuple[Tensor, Tensor]:
-        """The first training batch, as of `Patches`. It keeps no image in memory."""
+        """The first training batch, see `Patches`. Keeps no image in memory."""
         return self.patches[0]
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         patches = self.patches
-        patches.items.fill()  # before the processes that prepare batches, which share them
-        return batch_loader(patches, Steps(self.trainer, self.batches), self.num_workers)
+        patches.items.fill()  # before worker processes start, which share the images
+        return batch_loader(patches, RemainingBatches(self.trainer, self.batches), self.num_workers)
 
     def _whole(self, split: str) -> DataLoader:
         mine = range(self.rank, len(self.layout.cases[split]), self.world_size)
@@ -261,11 +263,12 @@ class UnlabelledImages(pl.LightningDataModule):
 
     Args:
         root: the folder of the images, or one that holds images/ or imagesTs/.
-        form: of the data that the network was trained on.
-        normalize, patch_size, count: as of `FolderImages`; windows in one call of the network.
+        form: that of the network's training data.
+        normalize, patch_size: see `FolderImages`.
+        count: the number of windows in one call of the network.
 
     Raises:
-        ValueError: there are no such images.
+        ValueError: there are no images, or an image does not fit the network.
     """
 
     def __init__(
@@ -278,14 +281,14 @@ class UnlabelledImages(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.cases = unlabelled(Path(root).expanduser(), form.in_channels)
-        wanted = (form.in_channels, form.dims)
-        for case, look in zip(self.cases, look_at(self.cases, form), strict=True):
-            if (look.shape[0], len(look.shape) - 1) != wanted:
+        expected = (form.in_channels, form.dims)
+        for case, stats in zip(self.cases, read_stats(self.cases, form), strict=True):
+            if (stats.shape[0], len(stats.shape) - 1) != expected:
                 way = "; channels are in one file, or in files that end in _0000, _0001, ..."
                 raise ValueError(
-                    f"{case.images[0]} has {look.describe()}; the network was trained on "
-                    f"{number_of(wanted[0], 'channel')} and {wanted[1]} dimensions"
-                    f"{way if wanted[0] > 1 else ''}"
+                    f"{case.images[0]} has {stats.describe()}; the network was trained on "
+                    f"{number_of(expected[0], 'channel')} and {expected[1]} dimensions"
+                    f"{way if expected[0] > 1 else ''}"
                 )
         self.images = Unlabelled(self.cases, normalize, form)
         patch = patch_sides(patch_size, form.dims)
@@ -296,10 +299,10 @@ class UnlabelledImages(pl.LightningDataModule):
 
 
 def _check_packages() -> None:
-    """Checks that the libraries are there that read images.
+    """Check that the libraries that read images are installed.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: a library is missing.
     """
     needed = ("monai", "nibabel", "PIL", "tifffile", "imagecodecs", "SimpleITK")
     if lacking := [name for name in needed if not find_spec(name)]:
@@ -309,15 +312,15 @@ def _check_packages() -> None:
 def _check_settings(
     words: Mapping[str, str], numbers: Mapping[str, float], shares: Mapping[str, float], axes: Any
 ) -> None:
-    """Checks settings of `FolderImages` by their names.
+    """Check settings of `FolderImages`.
 
     Raises:
-        ValueError: a setting cannot work.
+        ValueError: a setting is not allowed.
     """
-    known = {"target": TARGETS, "sampling": SAMPLINGS, "normalize": NORMALISATIONS}
+    allowed = {"target": TARGETS, "sampling": SAMPLINGS, "normalize": NORMALISATIONS}
     for name, word in words.items():
-        if word not in known[name]:
-            raise ValueError(f"data.{name}={word}: allowed are {', '.join(known[name])}")
+        if word not in allowed[name]:
+            raise ValueError(f"data.{name}={word}: allowed are {', '.join(allowed[name])}")
     for name, number in numbers.items():
         least = 1 if name == "batch_size" else 0
         if number < least:
@@ -334,26 +337,26 @@ def _check_settings(
 @functools.lru_cache(maxsize=1)
 def _layout(
     root: Path, names: Names, val_share: float, test_share: float, state: tuple
-) -> tuple[Layout, dict[str, list[Look]]]:
-    """The cases of a folder, and a look at each; kept for the next run of a sweep.
+) -> tuple[Layout, dict[str, list[FileStats]]]:
+    """The cases of a folder and their stats by split; kept for the next run of a sweep.
 
     Args:
-        state: of `state_of`, as pairs.
+        state: the pairs of `state_of`.
     """
     files = [path for path, _ in state]
     layout = read_layout(root, names, {"val": val_share, "test": test_share}, files)
     cases = [case for split in SPLITS for case in layout.cases.get(split, ())]
-    looks = look_at(cases)
-    check_alike(cases, looks, layout.channels)
-    given = iter(looks)
-    return layout, {split: [next(given) for _ in layout.cases[split]]
+    all_stats = read_stats(cases)
+    check_alike(cases, all_stats, layout.channels)
+    remaining = iter(all_stats)
+    return layout, {split: [next(remaining) for _ in layout.cases[split]]
                     for split in SPLITS if split in layout.cases}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=3)  # train, val and test; kept for the next run of a sweep
 def _items(
-    cases: tuple[Case, ...], normalize: str, coding: Coding, axes: str, kept: int, state: int
+    cases: tuple[Case, ...], normalize: str, coding: Coding, axes: str, count: int, state: int
 ) -> Items:
-    """The images of a split; another `state` of the folder makes new ones."""
+    """The images of a split; `count` stay in memory. A new `state` of the folder makes new ones."""
     load = functools.partial(load_item, normalize=normalize, coding=coding, axes=axes)
-    return Items(cases, load, kept)
+    return Items(cases, load, count)

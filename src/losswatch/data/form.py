@@ -1,4 +1,4 @@
-"""What a network must read and return for a data set."""
+"""The properties of a data set that decide what a network reads and returns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 TARGETS = ("softmax", "sigmoid", "multilabel")
 NORMALISATIONS = ("zscore", "unit", "none")
-IGNORED = -1  # the label of pixels that count nowhere
+IGNORED = -1  # the label of pixels that do not count
 
 
 @dataclass(frozen=True)
@@ -14,15 +14,16 @@ class Form:
     """The form of a data set's images and labels.
 
     Attributes:
-        in_channels: of an image.
-        classes: the names of the classes. For "softmax" and "sigmoid" the first one is that of the
+        in_channels: the channels of an image.
+        classes: the names of the classes. For "softmax" and "sigmoid" the first class is the
             background.
         dims: 2 for images, 3 for volumes.
-        target: "softmax": one class a pixel, a channel of logits for each class. "sigmoid": two
-            classes, one channel of logits for the second. "multilabel": classes that overlap, a
-            channel of logits for each, all zeros where there is none of them.
+        target: "softmax": each pixel has one class, and each class has a channel of logits.
+            "sigmoid": there are two classes, and one channel of logits for the second.
+            "multilabel": classes may overlap, each class has a channel of logits, and the label of
+            the background is 0 in all channels.
         has_ignored: whether pixels may have the label `IGNORED`.
-        axes: the orientation of volumes, such as "RAS", as of `volumes.axes_of`; "" if unknown.
+        axes: the orientation of volumes, such as "RAS" (see `volumes.axes_of`); "" if unknown.
     """
 
     in_channels: int
@@ -34,5 +35,5 @@ class Form:
 
     @property
     def channels(self) -> int:
-        """The channels that the network returns."""
+        """The number of channels that the network returns."""
         return 1 if self.target == "sigmoid" else len(self.classes)

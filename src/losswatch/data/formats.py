@@ -1,4 +1,4 @@
-"""The formats of images and masks, and what a file holds."""
+"""The file formats of images and masks, and what a file holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIXES = (*PICTURES, *TIFF, *NIFTI, *ITK, *ARRAYS)
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix of an image file in small letters, `.nii.gz` as a whole; "" for another file.
+    """The suffix of an image file in small letters, also `.nii.gz`; "" for another file.
 
     >>> suffix_of(Path("a.b.nii.gz")), suffix_of(Path("a.PNG")), suffix_of(Path("a.txt"))
     ('.nii.gz', '.png', '')
@@ -30,21 +30,21 @@ def stem_of(path: Path) -> str:
 
 
 class Unusable(ValueError):
-    """A file that is whole holds what cannot be an image; the message says what to do."""
+    """The file is not damaged, but its content cannot be used. The message says what to do."""
 
 
 class File(NamedTuple):
     """What a file holds.
 
     Attributes:
-        array: [channels, *space], in the type of the file.
+        array: [channels, *space], with the type of the file.
         place: the affine matrix from an index in space (and 1) to a point of the world (and 1);
-            None where the file has none.
-        loose: whether the file leaves open which of the axes is that of channels; there is one
-            channel then.
-        palette: of a mask whose values are indices of colours: the colours, as 0xRRGGBB.
-        lossy: whether its compression changes values.
-        notes: what was done with it that its owner should know.
+            None if the file has no such matrix.
+        loose: whether the file does not tell which axis is that of the channels. The array then has
+            one channel.
+        palette: the colours, as 0xRRGGBB, if the values of a mask are indices of colours.
+        lossy: whether the compression changes values.
+        notes: what its owner should know about how the file was read.
     """
 
     array: np.ndarray

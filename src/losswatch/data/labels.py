@@ -1,4 +1,4 @@
-"""From the values of masks to the labels that losses read."""
+"""Converts the values of masks to the labels that losses read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from losswatch.data.form import IGNORED
 from losswatch.text import number_of
 
 REST = "rest"  # stands for all values of a mask that no other class has
-NOBODY = IGNORED - 1  # the label of a value that no class has
+NO_CLASS = IGNORED - 1  # the label of values of no class
 
 # Names of classes, each with its values: whole numbers, colours, thresholds or REST.
 Classes = tuple[tuple[str, tuple[Any, ...]], ...]
@@ -25,14 +25,14 @@ class Coding(NamedTuple):
     """How the values of masks become labels.
 
     Attributes:
-        classes: of `coding.check_classes`.
-        ignored: the value of pixels that count nowhere, a number or a colour; None: there is none.
-        kinds: where each class has a mask of its own, the classes in the order of the masks.
-        overlap: whether classes may overlap. A mask with values that no class has is then right.
-        nearest: whether a value that no class has belongs to the class of the nearest value.
-        colours: whether a class is its colours.
-        greys: whether an index of a palette is the grey that it stands for.
-        is_found: whether no setting named the classes, so that each value found is one.
+        classes: see `coding.check_classes`.
+        ignored: the value of pixels that do not count, a number or a colour; None: all count.
+        kinds: the classes in the order of the masks, if each class has its own mask.
+        overlap: whether classes may overlap. A mask may then hold values of no class.
+        nearest: whether a value of no class gets the class with the nearest value.
+        colours: whether values are colours.
+        greys: whether an index of a palette means the grey of that index.
+        is_found: whether no setting named the classes, so that each value in the masks is a class.
     """
 
     classes: Classes
@@ -46,7 +46,7 @@ class Coding(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the classes."""
+        """The names of the classes."""
         return tuple(name for name, _ in self.classes)
 
 
@@ -57,7 +57,7 @@ class Range(NamedTuple):
     """The values that a number, a colour or a threshold stands for: from low to high.
 
     Attributes:
-        is_open: whether low and high are not among them.
+        is_open: whether low and high themselves are excluded.
     """
 
     low: float
@@ -65,7 +65,7 @@ class Range(NamedTuple):
     is_open: bool = False
 
     def holds(self, values: np.ndarray) -> np.ndarray:
-        """Whether each of the values is in it, bool [V]."""
+        """Whether each value is in the range, bool [V]."""
         if self.is_open:
             return (values > self.low) & (values < self.high)
         return (values >= self.low) & (values <= self.high)
@@ -81,7 +81,7 @@ def is_colour(value: Any) -> bool:
 
 
 def range_of(value: Any) -> Range | None:
-    """The range of a number, a colour or a threshold; None of anything else.
+    """The range of a number, a colour or a threshold; None for anything else.
 
     >>> range_of(3), range_of(">=128")
     (Range(low=3, high=3, is_open=False), Range(low=128.0, high=inf, is_open=False))
@@ -101,16 +101,16 @@ def range_of(value: Any) -> Range | None:
 
 
 def ranges_of(values: Sequence[Any]) -> list[Range]:
-    """`range_of` each value that has one."""
+    """The ranges of the values that have one."""
     return [found for value in values if (found := range_of(value))]
 
 
 def as_read(values: np.ndarray, mask: Mask, colours: bool, greys: bool = False) -> np.ndarray:
-    """Values of a mask [V] as int64 or float64, in which differences are exact.
+    """Values of a mask [V] as int64 or float64, whose differences are exact.
 
     Args:
-        mask: that holds them.
-        colours, greys: as of `Coding`; a colour is 0xRRGGBB.
+        mask: the mask that holds the values.
+        colours, greys: see `Coding`; a colour is 0xRRGGBB.
     """
     values = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
     if mask.palette and (colours or greys):
@@ -125,28 +125,29 @@ def as_read(values: np.ndarray, mask: Mask, colours: bool, greys: bool = False) 
 def owners(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
     """The label of each value of a mask whose classes do not overlap.
 
-    A single value goes before a threshold that holds it, too.
+    A value that is a single value of one class and within a threshold of another belongs to the
+    first class.
 
     Args:
-        values: [V], as of `as_read`.
+        values: [V], see `as_read`.
 
     Returns:
-        labels int16 [V], where `IGNORED` counts nowhere and `NOBODY` belongs to no class; and bool
-        [V], whether a value has its label since it is near to a class.
+        labels int16 [V], with `IGNORED` for values that do not count and `NO_CLASS` for values of
+        no class; and bool [V], whether a value got the label of the nearest class.
     """
-    labels = np.full(len(values), NOBODY, np.int16)
-    ranges = [(i, found) for i, (_, wanted) in enumerate(coding.classes)
-              for found in ranges_of(wanted)]  # fmt: skip
+    labels = np.full(len(values), NO_CLASS, np.int16)
+    ranges = [(i, found) for i, (_, class_values) in enumerate(coding.classes)
+              for found in ranges_of(class_values)]  # fmt: skip
     ignored = [(IGNORED, found) for found in ranges_of([coding.ignored])]
     thresholds = [pair for pair in ranges if pair[1].is_threshold]
     singles = [pair for pair in ranges if not pair[1].is_threshold]
     for label, found in (*thresholds, *singles, *ignored):
         labels[found.holds(values)] = label
-    for label, (_, wanted) in enumerate(coding.classes):
-        if REST in wanted:
-            labels[labels == NOBODY] = label
-    off = (labels == NOBODY) & coding.nearest
-    # A threshold has said which values are its own, so others go to a class of single values.
+    for label, (_, class_values) in enumerate(coding.classes):
+        if REST in class_values:
+            labels[labels == NO_CLASS] = label
+    off = (labels == NO_CLASS) & coding.nearest
+    # A threshold tells all of its values, so other values get the nearest single value.
     near = (singles or thresholds) if thresholds else singles + ignored
     if off.any() and near:
         distances = [_distance(values[off], found, coding.colours) for _, found in near]
@@ -154,33 +155,33 @@ def owners(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray]:
     return labels, off
 
 
-def _distance(values: np.ndarray, found: Range, colours: bool) -> np.ndarray:
-    """How far values [V] are from a range; of colours the square of it."""
+def _distance(values: np.ndarray, target: Range, colours: bool) -> np.ndarray:
+    """The distances of values [V] from a range; for colours the squares of the distances."""
     if not colours:
-        return np.maximum(np.maximum(found.low - values, values - found.high), 0)
-    parts = [((values >> k & 255) - (int(found.low) >> k & 255)) ** 2 for k in (16, 8, 0)]
+        return np.maximum(np.maximum(target.low - values, values - target.high), 0)
+    parts = [((values >> k & 255) - (int(target.low) >> k & 255)) ** 2 for k in (16, 8, 0)]
     return np.sum(parts, axis=0)
 
 
-def members(values: np.ndarray, wanted: Sequence[Any]) -> np.ndarray:
-    """Whether each value of a mask [V] is of a class that may overlap with others, bool [V]."""
-    if REST in wanted:
+def members(values: np.ndarray, class_values: Sequence[Any]) -> np.ndarray:
+    """Whether each value of a mask [V] belongs to a class that may overlap others, bool [V]."""
+    if REST in class_values:
         return values != 0
-    return np.any([found.holds(values) for found in ranges_of(wanted)], axis=0)
+    return np.any([found.holds(values) for found in ranges_of(class_values)], axis=0)
 
 
 def _number(name: str, coding: Coding) -> int:
-    """The number of the mask that a class is read from."""
+    """The index of the mask from which a class is read."""
     return coding.kinds.index(name) if coding.overlap and coding.kinds else 0
 
 
 class Counts(NamedTuple):
-    """Pixels of an image.
+    """Numbers of pixels of an image.
 
     Attributes:
-        classes: of each class.
-        ignored: that count nowhere.
-        off: that have a class since their value is near to it.
+        classes: pixels of each class.
+        ignored: pixels that do not count.
+        off: pixels of no class that got the nearest one.
     """
 
     classes: list[int]
@@ -189,11 +190,11 @@ class Counts(NamedTuple):
 
 
 def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: Coding) -> Counts:
-    """How many pixels of an image each class has.
+    """The numbers of pixels of an image by class.
 
     Args:
-        masks: of the image, with the distinct values [V] alone.
-        counts: [V] of each mask, how many pixels have each value.
+        masks: of the image, with only the distinct values [V].
+        counts: for each mask, how many pixels have each value, [V].
 
     Raises:
         ValueError: a value belongs to no class.
@@ -201,12 +202,14 @@ def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: C
     read = [as_read(mask.values, mask, coding.colours, coding.greys) for mask in masks]
     if coding.overlap:
         found = []
-        for name, wanted in coding.classes:
+        for name, class_values in coding.classes:
             i = _number(name, coding)
-            found.append(int(counts[i][members(read[i], wanted)].sum()))
+            found.append(int(counts[i][members(read[i], class_values)].sum()))
         return Counts(found)
     labels, off = owners(read[0], coding)
-    for value, count in zip(read[0][labels == NOBODY], counts[0][labels == NOBODY], strict=True):
+    for value, count in zip(
+        read[0][labels == NO_CLASS], counts[0][labels == NO_CLASS], strict=True
+    ):
         shown = f"#{value:06x}" if coding.colours else f"{value:.6g}"
         way = "add it to one" if value == int(value) else "give a threshold, such as '>0.5'"
         raise ValueError(
@@ -218,29 +221,30 @@ def count_classes(masks: Sequence[Mask], counts: Sequence[np.ndarray], coding: C
 
 
 def distinct_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct values [V] of an array, and how many pixels have each."""
+    """The distinct values [V] of an array, and how many pixels have each value."""
     if values.dtype == np.uint8:
         values = values.astype(np.uint16)  # which numpy sorts five times as fast
     return np.unique(values, return_counts=True)
 
 
 def to_label(masks: Sequence[Mask], coding: Coding) -> np.ndarray:
-    """Labels int16 [1, *space], or [K, *space] of zeros and ones where classes overlap.
+    """Labels int16 [1, *space], or zeros and ones [K, *space] if classes overlap.
 
     Args:
-        masks: one of all classes, or one for each class.
+        masks: one mask with all classes, or one mask for each class.
     """
     if not coding.overlap:
-        return _looked_up(masks[0], coding, lambda values: owners(values, coding)[0])[None]
+        return _look_up(masks[0], coding, lambda values: owners(values, coding)[0])[None]
     planes = []
-    for name, wanted in coding.classes:
-        mask, is_member = masks[_number(name, coding)], functools.partial(members, wanted=wanted)
-        planes.append(_looked_up(mask, coding, is_member))
+    for name, class_values in coding.classes:
+        mask = masks[_number(name, coding)]
+        is_member = functools.partial(members, class_values=class_values)
+        planes.append(_look_up(mask, coding, is_member))
     return np.stack(planes).astype(np.int16)
 
 
-def _looked_up(mask: Mask, coding: Coding, function: Any) -> np.ndarray:
-    """A function of the distinct values of a mask, at each pixel: [*space]."""
+def _look_up(mask: Mask, coding: Coding, function: Any) -> np.ndarray:
+    """The result of a function of a mask's distinct values, at each pixel: [*space]."""
     if mask.values.dtype in (np.uint8, np.uint16):
         values = np.arange(int(mask.values.max()) + 1)
         return function(as_read(values, mask, coding.colours, coding.greys))[mask.values]

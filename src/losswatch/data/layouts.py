@@ -1,4 +1,4 @@
-"""Where images and masks are in a folder, and which of them train, validate and test."""
+"""Finds the images and masks of a folder, and which of them train, validate and test."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from losswatch.data.pairs import MASK_FOLDERS, find_pairs
 from losswatch.data.splits import (
     Layout,
     complete,
-    listed,
     lists_of,
-    named,
+    split_by_lists,
     split_by_share,
     split_of,
+    with_names,
 )
 from losswatch.data.tree import Key, files_below, parts_of
 from losswatch.text import nearby, number_of
@@ -33,11 +33,11 @@ def read_layout(
     """Find the cases of a folder.
 
     Args:
-        shares: of "val" and "test", where the folder is not split.
-        files: all that are below the folder.
+        shares: of "val" and "test", for a folder that is not split.
+        files: all files below the folder.
 
     Raises:
-        ValueError: the folder holds no images, or an image and a mask do not pair.
+        ValueError: the folder holds no images, or an image and a mask do not form a pair.
     """
     if not root.is_dir():
         raise ValueError(f"data.root={root}: there is no such folder")
@@ -56,7 +56,7 @@ def read_layout(
 
 
 def _found(root: Path, names: Names, shares: Mapping[str, float]) -> tuple[Layout, list[Path]]:
-    """The layout of a folder that does not describe itself, and the lists that say its split."""
+    """The layout of a folder without dataset.json, and the files that list its split."""
     pairs = find_pairs(root, names)
     cases, kinds = pairs.cases, pairs.kinds
     if not cases:
@@ -71,11 +71,11 @@ def _found(root: Path, names: Names, shares: Mapping[str, float]) -> tuple[Layou
             notes.append(f"{have} no mask of class {kind}, which is taken for an empty one")
     parts, lists = split_of(root, cases), {}
     if parts is None and (lists := lists_of(root)):
-        parts, left = listed(lists, cases, names.image_suffix)
+        parts, left = split_by_lists(lists, cases, names.image_suffix)
         notes.append(f"the split is that of {nearby(lists['train'], root)} and its neighbours")
         notes += left
     if parts is None:
-        parts = split_by_share(named(cases), shares)
+        parts = split_by_share(with_names(cases), shares)
     else:
         parts, more = complete(parts, shares)
         notes += more
@@ -87,7 +87,7 @@ def _unused(root: Path, layout: Layout, files: Iterable[str], others: Iterable[P
     """One line about the files below a folder that are not read.
 
     Args:
-        others: files that are read, besides images and masks.
+        others: files that are read and are neither images nor masks.
     """
     cases = [case for part in layout.cases.values() for case in part]
     read = [part for case in cases for path in case.files for part in parts_of(path)]
@@ -108,13 +108,13 @@ def unlabelled(root: Path, channels: int) -> list[Case]:
     """The images of a folder, or of its folder images/, for prediction.
 
     Args:
-        channels: of an image as the network has them.
+        channels: the number that the network reads.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is no folder, or it holds no images.
     """
     if not root.is_dir():
-        raise ValueError(f"{root} is no folder; it is to hold images")
+        raise ValueError(f"{root} is not a folder; it must hold images")
     inner = (root / name for name in ("images", "imagesTs"))
     folder = next((path for path in inner if path.is_dir()), root)
     files = {key: path for key, path in files_below(folder).images.items()
@@ -125,11 +125,11 @@ def unlabelled(root: Path, channels: int) -> list[Case]:
     for key, path in files.items():
         if re.search(r"_\d{4}$", key[-1]):
             groups.setdefault((*key[:-1], key[-1][:-5]), []).append(path)
-    # Frames of a video have such names, too. A case of nnU-Net has each number from 0 on.
+    # Frames of a video can have such names, too. A case of nnU-Net has all numbers from 0 on.
     wanted = [f"_{i:04}" for i in range(channels)]
     is_nnunet = sum(map(len, groups.values())) == len(files) and all(
         [stem_of(path)[-5:] for path in paths] == wanted for paths in groups.values()
     )
     if is_nnunet and (channels > 1 or folder.name == "imagesTs"):
-        return named({key: Case("", tuple(paths)) for key, paths in groups.items()})
-    return named({key: Case("", (path,)) for key, path in files.items()})
+        return with_names({key: Case("", tuple(paths)) for key, paths in groups.items()})
+    return with_names({key: Case("", (path,)) for key, path in files.items()})

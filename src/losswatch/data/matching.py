@@ -1,4 +1,4 @@
-"""Which mask is that of which image, by the names of the files."""
+"""Finds the mask of each image, by the names of the files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from losswatch.data.formats import SUFFIXES, stem_of, suffix_of
 from losswatch.data.splits import lists_of
 from losswatch.data.tree import WORDS, Files, Key, files_below, normal
 
-# How the name of a mask ends, or begins, that lies beside its image.
+# How the name of a mask ends, or begins, if it lies beside its image.
 ENDING = re.compile(r"(?:^|[-_. ])(masks?|labels?|seg|segmentation|gt)$", re.IGNORECASE)
 BEGINNING = re.compile(r"^(masks?|labels?|seg|segmentation|gt)[-_. ]", re.IGNORECASE)
 
 
 class Names(NamedTuple):
-    """How a data set calls its parts: settings of `FolderImages`.
+    """The names of folders and files in a data set: settings of `FolderImages`.
 
     Attributes:
         images, masks: the folders.
-        image_suffix, mask_suffix: what follows the common name of a pair, as in 01_mask.png.
+        image_suffix, mask_suffix: the text after the common name of a pair, as in 01_mask.png.
         skip_unpaired: whether images without a mask and masks without an image are left out.
     """
 
@@ -38,9 +38,9 @@ class Pairs(NamedTuple):
     """Images and masks that belong together.
 
     Attributes:
-        cases: without a name, by their key, which may hold a split.
-        kinds: the classes, where each has a mask of its own.
-        notes: what was found.
+        cases: cases without names, by their key, which may contain a split.
+        kinds: the classes, if each has its own mask.
+        notes: what the owner of the files should know.
     """
 
     cases: dict[Key, Case]
@@ -59,18 +59,19 @@ def match(images: Path, masks: Path, names: Names, is_one: bool = False) -> Pair
     """The pairs of a folder of images and a folder of masks.
 
     Args:
-        is_one: whether the folders are of one image, whose masks are joined.
+        is_one: whether the folders belong to one image, whose masks are joined.
 
     Raises:
-        ValueError: an image and a mask do not pair.
+        ValueError: an image or a mask has no partner.
     """
     if images.resolve() == masks.resolve():
         return beside(images, names)
     there, masks_there = files_below(images), files_below(masks)
-    pictures, labels = _ending(there, names.image_suffix), _ending(masks_there, names.mask_suffix)
+    pictures = _with_ending(there, names.image_suffix)
+    labels = _with_ending(masks_there, names.mask_suffix)
     notes: tuple[str, ...] = ()
     if labels.keys() & pictures.keys():
-        if all(key in labels for key in pictures):  # then folders beside the masks are not read
+        if all(key in labels for key in pictures):  # do not read folders beside the masks
             labels = {k: path for k, path in labels.items() if k in pictures or len(k) == 1}
     elif is_one and len(pictures) == 1:
         [(key, path)] = pictures.items()
@@ -89,8 +90,8 @@ def match(images: Path, masks: Path, names: Names, is_one: bool = False) -> Pair
     return Pairs(cases, notes=notes)
 
 
-def _ending(files: Files, suffix: str) -> dict[Key, Path]:
-    """The files whose stems end like this, by their key without it."""
+def _with_ending(files: Files, suffix: str) -> dict[Key, Path]:
+    """The files whose stems have this ending, by their key without the ending."""
     end = normal(suffix)
     found = {(*key[:-1], key[-1].removesuffix(end)): path
              for key, path in files.images.items() if key[-1].endswith(end)}  # fmt: skip
@@ -111,10 +112,10 @@ def _check_pairs(
     images: Files,
     masks: Files,
 ) -> None:
-    """Checks that each image has a mask and each mask an image, where that is asked for.
+    """Check that each image has a mask and each mask an image, if the settings demand it.
 
     Raises:
-        ValueError: one does not.
+        ValueError: an image or a mask has no partner.
     """
     if names.skip_unpaired or lists_of(images.folder.parent):
         return
@@ -133,7 +134,7 @@ def _check_pairs(
 
 
 def _of_objects(pictures: Mapping[Key, Path], labels: Mapping[Key, Path]) -> Pairs:
-    """The pairs where each image has a folder of masks, which are joined."""
+    """The pairs if each image has a folder of masks, which are joined."""
     masks: dict[Key, list[Path]] = {key: [] for key in pictures}
     for key, path in labels.items():
         masks[key[:-1]].append(path)
@@ -147,7 +148,7 @@ Parted = dict[Key, dict[str, Path]]  # masks by the key of their image and by cl
 
 
 def _by_class(pictures: Mapping[Key, Path], labels: Mapping[Key, Path]) -> Parted | None:
-    """The masks where they lie in a folder for each class, at the same depth in all paths."""
+    """The masks if each class has a folder, at the same depth in all paths; otherwise None."""
     for depth in range(max(len(key) for key in labels) - 1):
         if all(key[depth] in WORDS for key in labels if len(key) > depth + 1):
             continue
@@ -178,10 +179,11 @@ def _of_classes(pictures: Mapping[Key, Path], parted: Parted, names: Names, imag
 def _by_common_parts(
     pictures: Mapping[Key, Path], labels: Mapping[Key, Path]
 ) -> dict[Key, Path] | None:
-    """Masks by the keys of their images, where the names of a pair are equal but for what all
-    images have in common, and all masks, such as 21_training and 21_manual1.
+    """Masks by the keys of their images, by the different parts of their names.
 
-    What is in common ends at a separator. None: there is no such pairing.
+    The names of all images have a common part, and so have those of all masks: 21_training and
+    21_manual1. The rest of both names must be equal. A common part ends at a separator. Returns
+    None if the names form no pairs in this way.
     """
 
     def trimmed(keys: Sequence[Key]) -> dict[Key, Key]:
@@ -203,12 +205,12 @@ def _by_common_parts(
 
 
 def beside(folder: Path, names: Names) -> Pairs:
-    """The pairs of one folder, where an image and its mask lie beside each other.
+    """The pairs of one folder, in which an image and its mask lie side by side.
 
-    A .npz holds both. A mask is called like its image, with an ending, or all masks begin alike.
+    A .npz holds both. A mask has the name of its image with an ending, or all masks begin alike.
 
     Raises:
-        ValueError: there are no masks, or they have no image.
+        ValueError: there are no masks, or a mask has no image.
     """
     files = files_below(folder)
     if files.images and all(suffix_of(path) == ".npz" for path in files.images.values()):
@@ -232,23 +234,23 @@ def beside(folder: Path, names: Names) -> Pairs:
             f"{folder} holds no masks {what}{hint}; data.images, data.masks and data.mask_suffix "
             "say where they are"
         )
-    return _called_alike(files, masks, names)
+    return _with_equal_names(files, masks, names)
 
 
-def _called_alike(files: Files, masks: Mapping[Key, str], names: Names) -> Pairs:
-    """The pairs of an image and the mask that is called like it.
+def _with_equal_names(files: Files, masks: Mapping[Key, str], names: Names) -> Pairs:
+    """The pairs of an image and the mask with its name.
 
-    What else is called so is a channel of the image.
+    Other files with that name are channels of the image.
 
     Args:
-        masks: the keys of masks, and what their images are called.
+        masks: from the keys of masks to the names of their images.
 
     Raises:
-        ValueError: an image and a mask do not pair.
+        ValueError: an image or a mask has no partner, or images have different channels.
     """
     rest = {key: path for key, path in files.images.items() if key not in masks}
     cases: dict[Key, Case] = {}
-    channels: dict[tuple[str, ...], Path] = {}  # by what their names end in, and a mask of such
+    channels: dict[tuple[str, ...], Path] = {}  # by the endings of the names: a mask
     for key, stem in masks.items():
         mask, own = files.images[key], (*key[:-1], stem + names.image_suffix)
         found = [own] if own in rest else [k for k in rest if _is_channel(k, (*key[:-1], stem))]
@@ -275,7 +277,7 @@ def _called_alike(files: Files, masks: Mapping[Key, str], names: Names) -> Pairs
             "same"
         )
     used = {path for case in cases.values() for path in case.images}
-    # Where a suffix is given, masks of other names may be there, too.
+    # With a suffix in the settings, there may also be masks with other names.
     lone = [path for key, path in rest.items() if path not in used and not ENDING.search(key[-1])]
     if lone and not names.skip_unpaired and not lists_of(files.folder):
         raise ValueError(
@@ -286,7 +288,7 @@ def _called_alike(files: Files, masks: Mapping[Key, str], names: Names) -> Pairs
 
 
 def _is_channel(key: Key, name: Key) -> bool:
-    """Whether a file's name is that of an image, followed by a separator and its channel."""
+    """Whether the name of a file is that of an image, then a separator and a channel."""
     rest = key[-1].removeprefix(name[-1])
     is_longer = key[:-1] == name[:-1] and key[-1].startswith(name[-1])
     return is_longer and (not name[-1] or rest[:1] in ("-", "_", ".", " "))

@@ -1,4 +1,4 @@
-"""What losswatch needs to know of a data module, whoever wrote it."""
+"""What losswatch needs to know about any data module, its own or the user's."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
     """Images [N, channels, *space] and labels of a batch.
 
     Args:
-        batch: the two of them, or a mapping with a key of `IMAGES` and one of `LABELS`.
+        batch: (images, labels), or a mapping with a key of `IMAGES` and one of `LABELS`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the batch is something else.
     """
     if isinstance(batch, Mapping):
-        found = [next((batch[k] for k in keys if k in batch), None) for keys in (IMAGES, LABELS)]
+        pair = [next((batch[k] for k in keys if k in batch), None) for keys in (IMAGES, LABELS)]
         what = f"keys {', '.join(map(str, batch))}"
     else:
         is_list = isinstance(batch, list | tuple) and len(batch) == 2
-        found, what = list(batch) if is_list else [None], f"a {type(batch).__name__}"
-    match found:
+        pair, what = list(batch) if is_list else [None], f"a {type(batch).__name__}"
+    match pair:
         case [Tensor() as images, Tensor() as labels]:
             return images, labels
     raise ValueError(
@@ -43,12 +43,13 @@ def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def form_of(data: pl.LightningDataModule) -> Form:
-    """The form of a module's data: its attribute `form`, or what its training batches show.
+    """The form of a module's data: its attribute `form`, or that of its training batches.
 
-    Then every training batch is looked at once, and the largest label is the last class.
+    Without the attribute every training batch is read once, and the largest label is the last
+    class.
 
     Raises:
-        ValueError: the batches are nothing that a network could be trained with.
+        ValueError: a network cannot be trained with these batches.
     """
     if isinstance(form := getattr(data, "form", None), Form):
         return form
@@ -70,7 +71,7 @@ def form_of(data: pl.LightningDataModule) -> Form:
 
 
 def first_batch(data: pl.LightningDataModule, ranks: int) -> tuple[Tensor, Tensor]:
-    """The share of the first training batch that the last of `ranks` devices gets."""
+    """The part of the first training batch that the last of `ranks` devices gets."""
     if is_ours(data):
         images, labels = data.first_batch()
         share = len(images) // ranks
@@ -79,14 +80,14 @@ def first_batch(data: pl.LightningDataModule, ranks: int) -> tuple[Tensor, Tenso
 
 
 def validation_batch(data: pl.LightningDataModule) -> tuple[Tensor, Tensor]:
-    """The first validation batch of a module of the user's."""
+    """The first validation batch of the user's module."""
     return _as_trained(data, next(iter(_batches(data, "val"))))
 
 
 def batches_per_epoch(data: pl.LightningDataModule) -> int | None:
-    """How many batches are one pass over the training images; None if no number is known.
+    """The number of batches in one pass over the training images; None if it is unknown.
 
-    A folder's patches are drawn at random: a pass is as many of them as there are images.
+    The patches of a folder are random: one pass has as many patches as there are images.
     """
     if isinstance(data, ThresholdedImages):
         return data.batches or None
@@ -94,12 +95,16 @@ def batches_per_epoch(data: pl.LightningDataModule) -> int | None:
         return data.batches or math.ceil(len(data.layout.cases["train"]) / data.batch_size)
     try:
         return len(_batches(data, "train"))
-    except (TypeError, NotImplementedError):  # of an iterable data set
+    except (TypeError, NotImplementedError):  # an iterable data set
         return None
 
 
 def count_batches(data: pl.LightningDataModule, split: str) -> int:
-    """How many batches the validation ("val") or the test has; TypeError: they have no number."""
+    """The number of batches of the validation ("val") or of the test.
+
+    Raises:
+        TypeError: the loader has no length.
+    """
     return len(_batches(data, split))
 
 
@@ -110,17 +115,17 @@ def _batches(data: pl.LightningDataModule, split: str) -> Any:
 
 
 def _as_trained(data: pl.LightningDataModule, batch: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels as they come out of the module's hooks, on the CPU."""
+    """Images and labels on the CPU, after the hooks of the module have changed them."""
     return as_pair(data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0))
 
 
 def is_ours(data: pl.LightningDataModule) -> TypeGuard[ThresholdedImages | FolderImages]:
-    """Whether its training batches are functions of seed and step, shared by the devices."""
+    """Whether losswatch made the module: its batches are functions of seed and step."""
     return isinstance(data, ThresholdedImages | FolderImages)
 
 
 def has_test(data: pl.LightningDataModule) -> bool:
-    """Whether there are images for a test."""
+    """Whether a module has test images."""
     if isinstance(data, FolderImages):
         return "test" in data.layout.cases
     return is_overridden("test_dataloader", data, pl.LightningDataModule)

@@ -1,4 +1,4 @@
-"""The folders of images and of masks, by the names that people give them."""
+"""Finds the folders of images and of masks, by common names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from losswatch.data.matching import Names, NoMasks, Pairs, beside, match
 from losswatch.data.splits import add_case
 from losswatch.data.tree import WORDS, Key, files_below, is_hidden, part_of
 
-# What images/ and masks/ are called elsewhere.
+# Common names of the folders images/ and masks/.
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages", "leftimg8bit")
 MASK_FOLDERS = (
     "masks", "mask", "labels", "label", "annotations", "annotation", "annot", "ann_dir", "gt",
@@ -22,11 +22,11 @@ MASK_FOLDERS = (
 def find_pairs(root: Path, names: Names) -> Pairs:
     """The images of a folder and their masks.
 
-    The first of these that is there: folders of images and masks; such folders in those of splits;
-    train/ beside train_masks/; such folders for each image; masks beside their images.
+    Tries these layouts in this order: a folder of images and one of masks; train/ beside
+    train_masks/; a folder for each split; a folder for each image; masks beside their images.
 
     Raises:
-        ValueError: there are no images or no masks, or they do not pair.
+        ValueError: there are no images or no masks, or an image or a mask has no partner.
     """
     images, masks = _folder(root, names.images), _folder(root, names.masks)
     if images and masks:
@@ -36,24 +36,24 @@ def find_pairs(root: Path, names: Names) -> Pairs:
         return found._replace(notes=(*found.notes, *(f"{name}/ is read" for name in other)))
     children = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if siblings := _siblings(children):
-        return _joined((split, match(*folders, names)) for split, folders in siblings.items())
+        return _merge_pairs((split, match(*folders, names)) for split, folders in siblings.items())
     splits = [path for path in children if path.name.lower() in WORDS]
     if any(WORDS[path.name.lower()] == "train" for path in splits):
         return _of_splits(splits, names)
     if each := [p for p in children if _folder(p, names.images) and _folder(p, names.masks)]:
-        return _joined((p.name, _of_one(p, names)) for p in each)
+        return _merge_pairs((p.name, _of_one(p, names)) for p in each)
     if images or (root / names.masks).is_dir() or names.images != IMAGE_FOLDERS[0]:
         _refuse(root, names, images)
     return beside(root, names)
 
 
 def _folder(root: Path, name: str) -> Path | None:
-    """The folder of this name; for a name that is the default, one that others use instead."""
+    """The folder with this name. For a default name, also the only folder with a common name."""
     if (root / name).is_dir():
         return root / name
-    known = next((n for n in (IMAGE_FOLDERS, MASK_FOLDERS) if n[0] == name), ())
-    found = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name.lower() in known]
-    return found[0] if len(found) == 1 else None
+    common = next((n for n in (IMAGE_FOLDERS, MASK_FOLDERS) if n[0] == name), ())
+    folders = [p for p in sorted(root.iterdir()) if p.is_dir() and p.name.lower() in common]
+    return folders[0] if len(folders) == 1 else None
 
 
 def _of_one(folder: Path, names: Names) -> Pairs:
@@ -65,14 +65,14 @@ def _of_one(folder: Path, names: Names) -> Pairs:
 def _refuse(root: Path, names: Names, images: Path | None) -> None:
     if not images:
         raise ValueError(
-            f"{root / names.images} is no folder; it is to hold images: name another one by "
+            f"{root / names.images} is not a folder; it must hold images: name another one by "
             "data.images=..."
         )
     hint = ""
     if any(path.suffix == ".json" for path in files_below(images).others):
         hint = "; the files .json beside the images are not read: draw their polygons into masks"
     raise NoMasks(
-        f"{root / names.masks} is no folder; it is to hold masks: name another one by "
+        f"{root / names.masks} is not a folder; it must hold masks: name another one by "
         f"data.masks=...{hint}"
     )
 
@@ -86,12 +86,12 @@ def _of_splits(folders: Sequence[Path], names: Names) -> Pairs:
             if WORDS[folder.name.lower()] != "test":
                 raise
             notes.append(f"{folder.name}/ has no masks, and is left out")
-    pairs = _joined(found)
+    pairs = _merge_pairs(found)
     return pairs._replace(notes=(*pairs.notes, *notes))
 
 
 def _siblings(folders: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
-    """Folders of images and of masks by split, as train/ and train_masks/, or images_train/."""
+    """Folders of images and of masks by split: train/ and train_masks/, or images_train/ ..."""
     found: dict[tuple[str, bool], Path] = {}
     for path in folders:
         words = [w for w in re.split(r"[-_ ]|(?<=n|l|d|t)(?=annot)", path.name.lower()) if w]
@@ -105,13 +105,13 @@ def _siblings(folders: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
     return both if any(WORDS[split] == "train" for split in both) else {}
 
 
-def _joined(parts: Iterable[tuple[str, Pairs]]) -> Pairs:
-    """The pairs of several folders; a class that one of them lacks has empty masks there."""
-    found = dict(parts)
-    kinds = tuple(sorted({kind for pairs in found.values() for kind in pairs.kinds}))
+def _merge_pairs(parts: Iterable[tuple[str, Pairs]]) -> Pairs:
+    """The pairs of several folders. If one folder lacks a class, its masks are empty there."""
+    by_folder = dict(parts)
+    kinds = tuple(sorted({kind for pairs in by_folder.values() for kind in pairs.kinds}))
     cases: dict[Key, Case] = {}
     notes: dict[str, None] = {}
-    for name, pairs in found.items():
+    for name, pairs in by_folder.items():
         if pairs.cases and bool(pairs.kinds) != bool(kinds):
             case = next(iter(pairs.cases.values()))
             raise ValueError(f"{case.images[0]} has one mask, others have a folder for each class")

@@ -1,4 +1,4 @@
-"""From cases to batches: images read and normalised, patches cut and changed, whole images."""
+"""From cases to batches: reads and normalises images, cuts and augments patches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from losswatch.data.cases import Case, load
 from losswatch.data.form import Form
 from losswatch.data.labels import Coding, to_label
 
-CENTRES = 2**16  # pixels of a class in an image that can be the centre of a patch, at most
+CENTRES = 2**16  # at most so many pixels of a class in an image can be centres of patches
 
 Item = dict[str, Any]  # "image": float32 [channels, *space], "label": int16 [1 or K, *space]
 
 
 class Items(Dataset):
-    """Cases as they are read.
+    """The images and labels of cases.
 
     Args:
         cases: of a split.
-        load: reads one, while `plain_tensors` is open.
-        count: how many of them `fill` keeps in memory.
+        load: reads a case, within `plain_tensors`.
+        count: how many cases `fill` keeps in memory.
     """
 
     def __init__(self, cases: Sequence[Case], load: Callable[[Case], Item], count: int) -> None:
@@ -52,7 +52,7 @@ class Items(Dataset):
 
 
 def load_item(case: Case, normalize: str, coding: Coding, axes: str) -> Item:
-    """A normalised image and its label, in an orientation; as of `labels.to_label`."""
+    """A normalised image and its label (see `labels.to_label`), turned to an orientation."""
     content = load(case, axes)
     label = torch.from_numpy(to_label(content.masks, coding))
     return {"image": _normalised(content.image, normalize), "label": label}
@@ -71,9 +71,9 @@ def _normalised(image: np.ndarray, normalize: str) -> Tensor:
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
-    """While this is open, MONAI's transforms return tensors that carry nothing else along.
+    """Make MONAI's transforms return tensors without metadata, until the exit.
 
-    It is a switch of the whole process, so threads begin and end while it is open.
+    This is a switch of the whole process, so threads must start and end within it.
     """
     from monai.data.meta_obj import get_track_meta, set_track_meta
 
@@ -92,7 +92,10 @@ def make_crops(
     flip: bool,
     intensity: float,
 ) -> list[Any]:
-    """MONAI's transforms from an item to a training patch: one, or one for each class."""
+    """MONAI's transforms from an item to a training patch.
+
+    One transform, or one for each class, which centres the patch on a pixel of the class.
+    """
     from monai.transforms import (
         Compose,
         RandCropByLabelClassesd,
@@ -130,7 +133,7 @@ def patch_sides(size: int | Sequence[int] | None, dims: int) -> tuple[int, ...] 
     """The sides of a patch, from data.patch_size; None for whole images.
 
     Raises:
-        ValueError: they are no whole numbers.
+        ValueError: `size` is not a whole number of at least 1, or one of these for each axis.
     """
     if size is None:
         return None
@@ -143,35 +146,35 @@ def patch_sides(size: int | Sequence[int] | None, dims: int) -> tuple[int, ...] 
 def infer(
     net: Callable[[Tensor], Tensor], images: Tensor, patch: tuple[int, ...] | None, count: int
 ) -> Tensor:
-    """The output of a network for whole images, by windows of the size of a patch.
+    """The output of a network for whole images, by a sliding window with the size of a patch.
 
     Args:
         images: [N, channels, *space].
         patch: None sends whole images through the network.
-        count: windows in one call of the network.
+        count: the number of windows in one call of the network.
     """
     if patch is None:
         return net(images)
     from monai.inferers import sliding_window_inference
 
-    found = sliding_window_inference(images, patch, count, net, overlap=0.25, mode="gaussian")
-    assert isinstance(found, Tensor)
-    return found
+    output = sliding_window_inference(images, patch, count, net, overlap=0.25, mode="gaussian")
+    assert isinstance(output, Tensor)
+    return output
 
 
 class Patches(Dataset):
-    """Item `step` is the training batch of a step, or this rank's share of it.
+    """Item `step` is the training batch of a step, or this rank's part of it.
 
-    That is images float32 [N, channels, *space], and labels int64 [N, *space], or float32
-    [N, K, *space] where classes overlap. It is a function of seed, step and the patches' numbers.
-    All of it can be pickled, for worker processes that are not forked.
+    A batch has images float32 [N, channels, *space], and labels int64 [N, *space], or float32
+    [N, K, *space] if classes overlap. It is a function of the seed, the step and the numbers of the
+    patches. The data set can be pickled, for worker processes that are not forked.
 
     Args:
         items: the images.
-        crops: of `make_crops`, from an item to a patch.
-        holders: for each of them, the numbers of the images that it can be of.
+        crops: from an item to a patch, see `make_crops`.
+        holders: for each crop, the numbers of the images that it can be applied to.
         seed: of the run.
-        numbers: of this rank's patches in the batch.
+        numbers: those of this rank's patches in the batch.
         form: of the data.
     """
 
@@ -188,7 +191,7 @@ class Patches(Dataset):
         self.seed, self.numbers, self.form = seed, numbers, form
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        return collated([self._draw(step, number) for number in self.numbers], self.form)
+        return collate([self._draw(step, number) for number in self.numbers], self.form)
 
     def _draw(self, step: int, number: int) -> Item:
         generator = np.random.default_rng([self.seed, step, number])
@@ -197,18 +200,18 @@ class Patches(Dataset):
         item = self.items[holders[int(generator.integers(len(holders)))]]
         crop = self.crops[kind].set_random_state(seed=int(generator.integers(2**32)))
         with plain_tensors():
-            found = crop(dict(item))
-        return found[0] if isinstance(found, list) else found
+            patch = crop(dict(item))
+        return patch[0] if isinstance(patch, list) else patch
 
 
 class Whole(Dataset):
-    """Item `i` is image number i, as a batch of one."""
+    """Item `i` is image number i with its label, as a batch of one."""
 
     def __init__(self, items: Items, form: Form) -> None:
         self.items, self.form = items, form
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return collated([self.items[i]], self.form)
+        return collate([self.items[i]], self.form)
 
 
 class Unlabelled(Dataset):
@@ -224,7 +227,7 @@ class Unlabelled(Dataset):
             return _normalised(image, self.normalize)[None]
 
 
-def collated(items: Sequence[Item], form: Form) -> tuple[Tensor, Tensor]:
-    """Items as a batch, in the form of `Patches`."""
+def collate(items: Sequence[Item], form: Form) -> tuple[Tensor, Tensor]:
+    """Items as a batch, see `Patches`."""
     images, labels = (torch.stack([item[key] for item in items]) for key in ("image", "label"))
     return images, labels.float() if form.target == "multilabel" else labels[:, 0].long()

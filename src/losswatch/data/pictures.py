@@ -1,4 +1,4 @@
-"""PNG, JPEG, GIF, WebP and BMP by Pillow; TIFF by tifffile."""
+"""Reads PNG, JPEG, GIF, WebP and BMP by Pillow, and TIFF by tifffile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from losswatch.data.formats import File, Unusable
 
 ORIENTATION = 0x0112  # the tag of EXIF and of TIFF
-# What makes an array [..., rows, columns] upright, by the value of that tag (EXIF 2.32, 4.6.4 A).
+# By the value of that tag: turns an array [..., rows, columns] upright (EXIF 2.32, 4.6.4 A).
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda x: x[..., ::-1],
     3: lambda x: x[..., ::-1, ::-1],
@@ -21,17 +21,17 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda x: x.swapaxes(-1, -2)[..., ::-1, ::-1],
     8: lambda x: x.swapaxes(-1, -2)[..., ::-1, :],
 }
-# Photometric interpretations of TIFF 6.0 whose numbers are no intensities of light.
+# Photometric interpretations of TIFF 6.0 whose numbers are not intensities of light.
 WHITE_IS_ZERO, PALETTE, INKS, YCBCR = 0, 3, 5, 6
 JPEGS = (6, 7, 34892)  # compressions of TIFF
-# The tags of a GeoTIFF that say where it lies (GeoTIFF 1.1, section 7).
+# The tags of a GeoTIFF with its place on the map (GeoTIFF 1.1, section 7).
 SCALE, TIEPOINT, TRANSFORMATION = 33550, 33922, 34264
 GEO = (SCALE, TIEPOINT, TRANSFORMATION, 34735, 34736, 34737)
 NODATA = 42113  # of GDAL
 
 
 def read_picture(path: Path, is_mask: bool) -> File:
-    """A picture; a mask with a palette keeps its indices, an image is turned as EXIF says."""
+    """Read a picture. A mask with a palette keeps its indices, an image is turned by its EXIF."""
     from PIL import Image
 
     notes = []
@@ -52,15 +52,15 @@ def read_picture(path: Path, is_mask: bool) -> File:
             palette = _colours(np.array(file.getpalette("RGB"), int).reshape(-1, 3))
             return File(np.asarray(file)[None], palette=palette, notes=tuple(notes))
         depth = _depth(header)
-        if depth == 16 and file.mode in ("RGB", "RGBA"):  # of which Pillow reads 8 bits
+        if depth == 16 and file.mode in ("RGB", "RGBA"):  # Pillow reads only 8 bits of them
             import imagecodecs
 
             array = imagecodecs.png_decode(path.read_bytes())
         else:
             array = np.asarray(_plain(file, notes))
-        # Pillow turns a TIFF when it reads the numbers, and takes the tag away.
+        # Pillow turns a TIFF when it reads the numbers, and removes the tag.
         turn = 1 if file.format == "TIFF" else said
-    if depth in (2, 4) and array.ndim == 2:  # Pillow spreads them over 0 to 255
+    if depth in (2, 4) and array.ndim == 2:  # Pillow scales them to 0 to 255
         array = array // (255 // (2**depth - 1))
     if array.ndim == 3 and array.shape[2] in (2, 4):
         array = _without_alpha(array, is_mask, notes)
@@ -75,7 +75,7 @@ def read_picture(path: Path, is_mask: bool) -> File:
 
 
 def _plain(file: Any, notes: list[str]) -> Any:
-    """An image of Pillow whose numbers are intensities of grey or of red, green and blue."""
+    """An image of Pillow, changed to intensities of grey or of red, green and blue."""
     if file.mode == "P" and file.format == "GIF":  # a GIF of greys has a palette, too
         colours = np.array(file.getpalette("RGB")).reshape(-1, 3)[np.unique(np.asarray(file))]
         if (colours == colours[:, :1]).all():
@@ -90,7 +90,7 @@ def _plain(file: Any, notes: list[str]) -> Any:
 
 
 def _depth(header: bytes) -> int:
-    """The bits of a PNG's value in a channel of grey or colours; 0 for other files."""
+    """The bits of each number in a PNG of greys or colours; 0 for other files."""
     is_png = header.startswith(b"\x89PNG") and len(header) > 25
     return header[24] if is_png and header[25] != 3 else 0
 
@@ -113,7 +113,7 @@ def _without_alpha(array: np.ndarray, is_mask: bool, notes: list[str]) -> np.nda
 
 
 def read_tiff(path: Path, is_mask: bool) -> File:
-    """A TIFF. A file of several pages is a volume, unless the mask shows that they are channels."""
+    """Read a TIFF. Several pages are a volume, unless the mask shows that they are channels."""
     import tifffile
 
     notes = []
@@ -121,12 +121,12 @@ def read_tiff(path: Path, is_mask: bool) -> File:
         series, page = file.series[0], file.series[0].keyframe
         is_flat = len(series.pages) == 1 and page.dtype == np.uint8
         if not is_mask and is_flat and page.photometric in (PALETTE, INKS, YCBCR):
-            return read_picture(path, is_mask)  # Pillow knows colours
+            return read_picture(path, is_mask)  # Pillow converts the colours
         array, axes = series.asarray(), series.axes
         tags = {code: page.tags[code].value for code in (*GEO, NODATA) if code in page.tags}
         palette = None
         if is_mask and page.colormap is not None:
-            palette = _colours((page.colormap.astype(int) >> 8).T)  # 16 bits each
+            palette = _colours((page.colormap.astype(int) >> 8).T)  # from 16 bits each
         turn = page.tags[ORIENTATION].value if ORIENTATION in page.tags else 1
         lossy, bits = page.compression in JPEGS, page.bitspersample
         is_inverse = page.photometric == WHITE_IS_ZERO and array.dtype.kind in "bu"
@@ -139,7 +139,9 @@ def read_tiff(path: Path, is_mask: bool) -> File:
     array, axes = array.reshape([array.shape[i] for i in kept]), "".join(axes[i] for i in kept)
     channels = [i for i, axis in enumerate(axes) if axis in "SC"]
     if len(channels) > 1 or len(axes) - len(channels) not in (2, 3):
-        raise Unusable(f"its axes {axes} are none of an image or a volume; save it as one of these")
+        raise Unusable(
+            f"its axes {axes} are not those of an image or a volume; save it as one of these"
+        )
     if "T" in axes:
         notes.append("its axis of time is read as one of space, or of channels for a flat mask")
     if has_alpha:
@@ -158,16 +160,16 @@ def read_tiff(path: Path, is_mask: bool) -> File:
 
 
 def _no_data(array: np.ndarray, value: str | None) -> list[str]:
-    """A line where pixels have the value that stands for no data."""
+    """A note if pixels have the value that means no data."""
     try:
-        found = value is not None and (array == float(value.strip("\0 "))).any()
+        has_some = value is not None and (array == float(value.strip("\0 "))).any()
     except ValueError:
         return []
-    return [f"its value for no data, {value}, is read as an intensity"] if found else []
+    return [f"its value for no data, {value}, is read as an intensity"] if has_some else []
 
 
 def _place(tags: dict[int, Any]) -> np.ndarray | None:
-    """From (row, column, 1) to the coordinates of the map; None for a TIFF without a place."""
+    """The matrix from (row, column, 1) to coordinates of the map; None if a TIFF has no place."""
     if TRANSFORMATION in tags:
         matrix = np.reshape(tags[TRANSFORMATION], (4, 4))[[0, 1, 3]][:, [1, 0, 3]]
     elif SCALE in tags and TIEPOINT in tags:

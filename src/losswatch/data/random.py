@@ -1,8 +1,8 @@
-"""Thresholded random images: every batch a pure function of (seed, split, step).
+"""Random images with thresholds: every batch is a pure function of seed, split and step.
 
-A pixel's value is a hash of its key and position, not the next number of a generator. So there is
-no state to save. Resuming, worker processes, ranks and stacked runs cannot change an image, a GPU
-makes the same bits as a CPU, and a compiled step can draw its own batch.
+The value of a pixel is a hash of a key and the position, not the next number of a generator. So
+there is no state to save. Resuming, worker processes, ranks and stacked runs cannot change an
+image, a GPU computes the same bits as a CPU, and a compiled step can draw its own batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from losswatch.data.form import Form
-from losswatch.data.steps import Steps, batch_loader
+from losswatch.data.loaders import RemainingBatches, batch_loader
 
 TRAIN, VAL, TEST = 0, 1, 2
 
@@ -30,16 +30,19 @@ _MIX2 = 0x94D049BB133111EB - 2**64
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The last step of splitmix64, on int64. There `>>` repeats the sign bit, hence the masks."""
+    """The last step of splitmix64. `>>` repeats the sign bit of int64; the masks remove it."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX1
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX2
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def uniform(seed: Tensor, split: int, step: Tensor, shape: Sequence[int]) -> Tensor:
-    """Uniform numbers on [0, 1), float32 of the given shape, multiples of 2^-24.
+    """Uniform numbers on [0, 1), multiples of 2^-24, as float32 of this shape.
 
-    `seed` and `step` are int64 scalars (0-dim) on the device where the numbers are computed.
+    Args:
+        seed, step: int64 scalars (0-dim) on the device where the numbers are computed.
+        split: TRAIN, VAL or TEST.
+        shape: of the result.
 
     >>> a = uniform(torch.tensor(0), TRAIN, torch.tensor(7), (2, 3))
     >>> torch.equal(a, uniform(torch.tensor(0), TRAIN, torch.tensor(7), (2, 3)))
@@ -47,9 +50,9 @@ def uniform(seed: Tensor, split: int, step: Tensor, shape: Sequence[int]) -> Ten
     """
     key = _mix(_mix(seed * _GOLDEN + split) + step * _GOLDEN)
     position = torch.arange(1, prod(shape) + 1, device=step.device)
-    # This is key + position·GOLDEN. Written like that, a C++ compiler knows that the product
-    # overflows. Overflow is undefined there, so it leaves out the code that follows, and a compiled
-    # step crashes. With the key in the product it cannot know.
+    # This is key + position·GOLDEN. If it is written so, a C++ compiler sees that the product
+    # overflows. Overflow is undefined in C++, so the compiler removes the code that follows, and a
+    # compiled step crashes. With the key in the product, the compiler cannot see this.
     state = (position + key) * _GOLDEN + (key - key * _GOLDEN)
     bits = (_mix(state) >> 40) & (2**24 - 1)
     return bits.to(torch.float32).mul(RESOLUTION).view(*shape)
@@ -60,8 +63,8 @@ def image_and_label(
 ) -> tuple[Tensor, Tensor]:
     """Input `low + (high - low) * u` [N, 1, *space], and its label int64 [N, *space].
 
-    The label is the number of thresholds (float32 [C - 1], sorted) that `u` exceeds. It depends on
-    `u` alone, so θ is the background's share whatever the input range is.
+    The label is the number of thresholds (float32 [C - 1], sorted) that `u` exceeds. It depends
+    only on `u`, so θ is the share of the background for any input range.
 
     >>> u = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 3)
     >>> image_and_label(u, torch.tensor([0.5]), 1.0, 0.0)
@@ -80,12 +83,12 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """The images of a split and step [N, 1, *space], and their labels int64 [N, *space].
 
-    All images are drawn here, those of an ordinary run and those of a stack.
+    This function draws all images, those of an ordinary run and those of a stack.
 
     Args:
         numbers: of the run: `seed` (int64 scalar), `thresholds` (float32 [C - 1]), `low`, `high`.
         split: TRAIN, VAL or TEST.
-        step: int64 scalar; the step of training, or the number of a batch of a fixed set.
+        step: int64 scalar: the step of the training, or the number of a batch in a fixed set.
         shape: [N, 1, *space].
         share: which of the N images to return; all of them are drawn.
     """
@@ -96,7 +99,7 @@ def draw(
 
 
 class _Batches(Dataset):
-    """Item `step` is that step's whole batch, or this rank's share of it."""
+    """Item `step` is the whole batch of a step, or this rank's part of it."""
 
     def __init__(self, data: ThresholdedImages, split: int, batch_size: int, size: int) -> None:
         self.data, self.split, self.batch_size, self.size = data, split, batch_size, size
@@ -113,9 +116,9 @@ class ThresholdedImages(pl.LightningDataModule):
         thresholds: θ, or sorted values in (0, 1): C - 1 of them make C classes.
         seed: chooses the images, together with the split and the step.
         image_size, dims: an image has `dims` (2 or 3) sides of `image_size` pixels.
-        low, high: input range.
+        low, high: the input range.
         batch_size: images of a training step, over all devices together.
-        batches: training repeats the first so many batches; 0 never repeats one.
+        batches: the training repeats the first `batches` batches; 0 repeats none.
         val_size, test_size, eval_batch_size: sizes of the fixed sets, and of their batches.
         num_workers: 0 draws on the training device; more draw on the CPU in the background.
     """
@@ -157,15 +160,15 @@ class ThresholdedImages(pl.LightningDataModule):
         self.thresholds = self.thresholds.to(self.device)
 
     def draw(self, split: int, step: int, count: int) -> tuple[Tensor, Tensor]:
-        """A batch of `count` images and their labels, or this rank's share of it."""
-        # `full` writes the number on the device. A copy from the host would wait until a GPU has
-        # finished all of its work.
+        """A batch of `count` images and their labels, or this rank's part of it."""
+        # `full` writes the number on the device. A copy from the host would wait for all work of
+        # a GPU.
         seed, number = (torch.full((), n, device=self.device) for n in (self.seed, step))
         numbers = {
             "seed": seed, "thresholds": self.thresholds, "low": self.low, "high": self.high
         }  # fmt: skip
-        # Each rank draws the whole batch and keeps its share. So the number of devices decides
-        # who computes what, and changes no image.
+        # Each rank draws the whole batch and keeps its part. So the number of devices changes no
+        # image.
         share = slice(self.rank, None, self.world_size)
         return draw(numbers, split, number, (count, 1, *self.space), share)
 
@@ -174,7 +177,7 @@ class ThresholdedImages(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        steps = Steps(self.trainer, self.batches)
+        steps = RemainingBatches(self.trainer, self.batches)
         batches = _Batches(self, TRAIN, self.batch_size, len(steps) * self.batch_size)
         return batch_loader(batches, steps, self.num_workers)
 

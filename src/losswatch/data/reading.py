@@ -1,7 +1,7 @@
-"""Reading a file of an image or a mask, by the library that knows its format.
+"""Reads a file of an image or a mask with the library for its format.
 
-MONAI's readers are not used for PNG and TIFF: they swap the axes, take the index of a palette for a
-brightness, and know no TIFF of 16-bit colours.
+MONAI's readers are not used for PNG and TIFF: they swap the axes, read the index of a palette as a
+brightness, and cannot read a TIFF of 16-bit colours.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MASKS = ("label", "labels", "mask", "masks", "seg", "y", "target", "gt")
 
 
 def read(path: Path, is_mask: bool, is_volume: bool = False) -> File:
-    """Read a file; a folder is a series of DICOM files.
+    """Read a file, or a folder that is a series of DICOM files.
 
     Args:
-        is_mask: the numbers of a palette are values of a mask, and colours of an image.
-        is_volume: whether an image of SimpleITK that has one slice keeps its three axes.
+        is_mask: whether indices of a palette stay indices; in an image they become colours.
+        is_volume: whether an image of SimpleITK with one slice keeps its three axes.
 
     Raises:
-        ValueError: the file is damaged; in one line that names it.
+        ValueError: the file is damaged or cannot be used. One line names the file and the reason.
     """
     suffix = suffix_of(path)
     try:
@@ -55,17 +55,17 @@ def read(path: Path, is_mask: bool, is_volume: bool = False) -> File:
 
 
 def _read_array(path: Path, is_mask: bool) -> File:
-    found = np.load(path, allow_pickle=False)
-    if not isinstance(found, np.ndarray):
+    array = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
         names = MASKS if is_mask else IMAGES
-        wanted = [name for name in names if name in found.files]
-        if not wanted and len(found.files) > 1:
+        wanted = [name for name in names if name in array.files]
+        if not wanted and len(array.files) > 1:
             raise Unusable(
-                f"it holds {', '.join(found.files)}; its {'mask' if is_mask else 'image'} must be "
+                f"it holds {', '.join(array.files)}; its {'mask' if is_mask else 'image'} must be "
                 f"called {', '.join(names)}"
             )
-        with found:
-            found = found[(wanted or found.files)[0]]
-    if found.ndim < 2:
-        raise Unusable(f"an image needs 2 or 3 axes, its array has {found.ndim}")
-    return File(found[None], loose=found.ndim > 2)
+        with array as archive:
+            array = archive[(wanted or archive.files)[0]]
+    if array.ndim < 2:
+        raise Unusable(f"an image needs 2 or 3 axes, its array has {array.ndim}")
+    return File(array[None], loose=array.ndim > 2)

@@ -1,4 +1,4 @@
-"""Which cases train, validate and test: by folders, by lists of names, or by a share of all."""
+"""Splits cases into training, validation and test: by folders, by lists or by shares."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Parts = dict[str, list[Case]]  # cases by split
 
 
 class Layout(NamedTuple):
-    """What a folder holds.
+    """The images and masks of a folder.
 
     Attributes:
         cases: by split.
-        classes: as in data.classes, where the layout names them.
-        ignored: the value in a mask of pixels that count nowhere.
-        kinds: the classes, where each has a mask of its own.
+        classes: as in data.classes, if the layout names them.
+        ignored: the value in a mask of pixels that do not count.
+        kinds: the classes, if each has its own mask.
         overlap: whether classes may overlap.
-        channels: of an image, where the layout names them.
-        notes: what was found or left out.
+        channels: those of an image, if the layout names them.
+        notes: what the owner of the files should know.
     """
 
     cases: Parts
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
 
 def complete(parts: Parts, shares: Mapping[str, float]) -> tuple[Parts, list[str]]:
-    """All splits, where the folder has "train" and perhaps others; and what to say of it."""
+    """All splits of a folder that has "train" and perhaps others, and notes about them."""
     if "val" in parts:
         return parts, []
     rest = {"val": shares["val"], "test": 0.0 if "test" in parts else shares["test"]}
@@ -69,13 +69,13 @@ def split_by_share(cases: Sequence[Case], shares: Mapping[str, float]) -> Parts:
 
 
 def add_case(cases: dict[Key, Case], key: Key, case: Case, called: str) -> None:
-    """Adds a case by its key.
+    """Add a case by its key.
 
     Args:
-        called: how a message calls it.
+        called: its name in a message.
 
     Raises:
-        ValueError: there is one of this key.
+        ValueError: another case has this key.
     """
     if (other := cases.setdefault(key, case)) is not case:
         raise ValueError(
@@ -85,10 +85,10 @@ def add_case(cases: dict[Key, Case], key: Key, case: Case, called: str) -> None:
 
 
 def split_of(root: Path, cases: Mapping[Key, Case]) -> Parts | None:
-    """The cases by split, where a part of each path names one; None where none does.
+    """The cases by split, if a part of each path names one; None if no path does.
 
     Raises:
-        ValueError: some cases are in no split, or there are none to train with.
+        ValueError: only some cases are in a split, or there are no training cases.
     """
     parts: dict[str, dict[Key, Case]] = {}
     for key, case in cases.items():
@@ -104,11 +104,11 @@ def split_of(root: Path, cases: Mapping[Key, Case]) -> Parts | None:
         )
     if "train" not in parts:
         raise ValueError(f"data.root={root} has {' and '.join(parts)}/, but no train/")
-    return {split: named(parts[split]) for split in SPLITS if split in parts}
+    return {split: with_names(parts[split]) for split in SPLITS if split in parts}
 
 
-def named(cases: Mapping[Key, Case]) -> list[Case]:
-    """The cases with short names: the last part of the key where these differ, else all parts."""
+def with_names(cases: Mapping[Key, Case]) -> list[Case]:
+    """The cases with names: the last parts of their keys if these differ, else the whole keys."""
     last = {key[-1] for key in cases}
     short = len(last) == len(cases)
     return [case._replace(name=key[-1] if short else "/".join(key)) for key, case in cases.items()]
@@ -118,7 +118,7 @@ def named(cases: Mapping[Key, Case]) -> list[Case]:
 
 
 def lists_of(root: Path) -> dict[str, Path]:
-    """Text files of the names of each split: ImageSets/Segmentation/train.txt, or train.txt."""
+    """The text files that list each split: ImageSets/Segmentation/train.txt, or train.txt."""
     for folder in (root / "ImageSets" / "Segmentation", root / "ImageSets", root):
         found = {split: folder / f"{split}.txt" for split in SPLITS}
         if found["train"].is_file():
@@ -126,30 +126,30 @@ def lists_of(root: Path) -> dict[str, Path]:
     return {}
 
 
-def listed(
+def split_by_lists(
     lists: Mapping[str, Path], cases: Mapping[Key, Case], suffix: str
 ) -> tuple[Parts, list[str]]:
-    """The cases by split as lists have them, and what to say of it.
+    """The cases by split according to lists, and notes about the split.
 
     Args:
-        lists: of `lists_of`.
-        suffix: what follows the name of an image in its file, and may do so in the lists.
+        lists: see `lists_of`.
+        suffix: the text after the name of an image in its file. The lists may have it, too.
 
     Raises:
-        ValueError: a list cannot be read, or names an image that is not there, could be two, has no
-            mask, or is in another list, too.
+        ValueError: a list cannot be read, or names an image that does not exist, that could be one
+            of two, that has no mask, or that is in another list, too.
     """
-    known: dict[Key, list[Key]] = {}  # by each end of a key
+    by_end: dict[Key, list[Key]] = {}  # keys by each of their ends
     for key in cases:
         for start in range(len(key)):
-            known.setdefault(key[start:], []).append(key)
-    names = {key: case.name for key, case in zip(cases, named(cases), strict=True)}
+            by_end.setdefault(key[start:], []).append(key)
+    names = {key: case.name for key, case in zip(cases, with_names(cases), strict=True)}
     parts: Parts = {}
     lost: list[str] = []
     seen: dict[Key, Path] = {}
     for split, file in lists.items():
         for line in _lines(file):
-            found = next((keys for end in _ends(line, suffix) if (keys := known.get(end))), [])
+            found = next((keys for end in _ends(line, suffix) if (keys := by_end.get(end))), [])
             if len(found) > 1:
                 both = " and ".join("/".join(key) for key in found[:2])
                 raise ValueError(f"{file} names {line}, which could be {both}; write the folder")
@@ -175,12 +175,12 @@ def _lines(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8; save it as such") from error
+        raise ValueError(f"{file} is not text in UTF-8; save it as such") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _ends(line: str, suffix: str) -> list[Key]:
-    """What a line may name: all parts of a path, then fewer; the line may name the mask, too."""
+    """The keys that a line may mean: all parts of a path, then fewer. A mask may stand behind."""
     ends: list[Key] = []
     for text in (line, line.split()[0]):
         *folders, last = Path(normal(text).replace("\\", "/")).parts

@@ -1,4 +1,4 @@
-"""A look at every file of a folder before training: what fits, and how rare each class is."""
+"""Reads every file of a folder before training: do they fit, and how rare is each class?"""
 
 from __future__ import annotations
 
@@ -28,57 +28,59 @@ from losswatch.data.tree import parts_of
 from losswatch.terminal import followed, say
 from losswatch.text import number_of
 
-VERSION = 2  # of `Look`, in the file of earlier looks
+VERSION = 2  # of `FileStats` in the cache
 
 
-class Look(NamedTuple):
-    """What one image and its masks are."""
+class FileStats(NamedTuple):
+    """What the survey needs to know of one image and its masks."""
 
     shape: tuple[int, ...]  # [channels, *space]
     lows: tuple[float, ...]  # the smallest intensity of each channel
     highs: tuple[float, ...]
-    axes: str  # of `Content`
-    masks: tuple[Mask, ...]  # with the distinct values [V] alone
-    counts: tuple[np.ndarray, ...]  # of each mask, how many pixels have each of its values
-    notes: tuple[tuple[str, str], ...]  # of `Content`
+    axes: str  # see `Content`
+    masks: tuple[Mask, ...]  # with only the distinct values [V]
+    counts: tuple[np.ndarray, ...]  # for each mask, how many pixels have each of its values
+    notes: tuple[tuple[str, str], ...]  # see `Content`
 
     def describe(self) -> str:
         channels, dims = self.shape[0], len(self.shape) - 1
         return f"{number_of(channels, 'channel')} and {dims} dimensions"
 
 
-def look_at(cases: Sequence[Case], form: Form | None = None) -> list[Look]:
-    """Open every file, unless an earlier command has and its size and time are the same.
+def read_stats(cases: Sequence[Case], form: Form | None = None) -> list[FileStats]:
+    """The stats of every case. Files that have not changed since an earlier command are not read.
 
     Args:
-        form: of the data that a network was trained on, for images without a mask.
+        form: that of the network's training data, for images without a mask.
 
     Raises:
-        ValueError: a file is damaged, or an image and its masks do not fit; names the file.
+        ValueError: a file is damaged, or an image and its masks do not fit. Names the file.
     """
-    known = (form.in_channels, form.dims) if form else (0, 0)
-    stamps = [_stamp(case, known) for case in cases]
-    with _earlier_looks() as earlier, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries about single files
-        found = earlier.known(stamps)
+    expected = (form.in_channels, form.dims) if form else (0, 0)
+    stamps = [_stamp(case, expected) for case in cases]
+    with _open_cache() as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # warnings of libraries about single files
+        found = cache.read(stamps)
         todo = [i for i, stamp in enumerate(stamps) if stamp not in found]
-        # Not more threads than cores: each holds an image.
+        # Not more threads than cores, because each holds an image.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            looks = pool.map(functools.partial(_look, known=known), (cases[i] for i in todo))
+            all_stats = pool.map(
+                functools.partial(_read_stats, expected=expected), (cases[i] for i in todo)
+            )
             try:
-                for i, look in zip(
-                    todo, followed(looks, len(todo), "images looked at"), strict=True
+                for i, stats in zip(
+                    todo, followed(all_stats, len(todo), "images looked at"), strict=True
                 ):
-                    found[stamps[i]] = look
+                    found[stamps[i]] = stats
             finally:
                 pool.shutdown(cancel_futures=True)
-                earlier.add({stamps[i]: found[stamps[i]] for i in todo if stamps[i] in found})
+                cache.add({stamps[i]: found[stamps[i]] for i in todo if stamps[i] in found})
     return [found[stamp] for stamp in stamps]
 
 
-def _stamp(case: Case, known: tuple[int, int]) -> str:
-    """What a look depends on: the files of a case as they are now."""
-    marks: list[object] = [VERSION, *known]
+def _stamp(case: Case, expected: tuple[int, int]) -> str:
+    """A hash of everything that decides the stats of a case: its files with sizes and times."""
+    marks: list[object] = [VERSION, *expected]
     for paths in (case.images, *case.masks):
         marks.append("|")
         for path in paths:
@@ -91,8 +93,13 @@ def _stamp(case: Case, known: tuple[int, int]) -> str:
     return hashlib.sha256(repr(marks).encode(errors="surrogateescape")).hexdigest()
 
 
-def _look(case: Case, known: tuple[int, int]) -> Look:
-    content = load(case, "", *known)
+def _read_stats(case: Case, expected: tuple[int, int]) -> FileStats:
+    """The stats of a case, read from its files.
+
+    Args:
+        expected: the channels and dimensions for which a network was trained; 0, 0: any.
+    """
+    content = load(case, "", *expected)
     image, notes = content.image, list(content.notes)
     if image.dtype.kind == "f" and (bad := int((~np.isfinite(image)).sum())):
         files = {path: read(path, is_mask=False).array for path in case.images}
@@ -101,7 +108,7 @@ def _look(case: Case, known: tuple[int, int]) -> Look:
             f"{path} holds NaN or infinity in {number_of(bad, 'pixel')} of {image.size}; replace "
             "them, by numpy.nan_to_num for example"
         )
-    # Channel by channel, in which numpy is ten times as fast as over two axes.
+    # Channel by channel: that is ten times as fast in numpy as over two axes.
     lows, highs = zip(*((float(plane.min()), float(plane.max())) for plane in image), strict=True)
     largest = max(map(abs, (*lows, *highs)))
     if largest > np.finfo(np.float32).max:
@@ -118,62 +125,68 @@ def _look(case: Case, known: tuple[int, int]) -> Look:
         masks.append(mask._replace(values=values, palette=palette))
         counts.append(numbers)
     said = tuple((note, str(path)) for note, path in notes)
-    return Look(image.shape, lows, highs, content.axes, tuple(masks), tuple(counts), said)
+    return FileStats(image.shape, lows, highs, content.axes, tuple(masks), tuple(counts), said)
 
 
-class _Earlier:
-    """Looks of earlier commands, in a file in the user's cache folder; None: it cannot be used."""
+class _Cache:
+    """The stats of earlier commands, in a file in the user's cache folder.
+
+    Args:
+        base: the file; None if it cannot be used.
+    """
 
     def __init__(self, base: sqlite3.Connection | None) -> None:
         self.base = base
 
-    def known(self, stamps: Sequence[str]) -> dict[str, Look]:
+    def read(self, stamps: Sequence[str]) -> dict[str, FileStats]:
         if self.base is None:
             return {}
         found = {}
         for stamp in stamps:
-            with suppress(Exception):  # of a file that is damaged, or of another version
-                row = self.base.execute("SELECT look FROM looks WHERE stamp = ?", (stamp,))
-                if found_look := row.fetchone():
-                    found[stamp] = Look(*pickle.loads(found_look[0]))
+            with suppress(Exception):  # the file is damaged, or of another version
+                rows = self.base.execute("SELECT look FROM looks WHERE stamp = ?", (stamp,))
+                if row := rows.fetchone():
+                    found[stamp] = FileStats(*pickle.loads(row[0]))
         return found
 
-    def add(self, looks: Mapping[str, Look]) -> None:
-        if self.base is not None and looks:
-            rows = [(stamp, pickle.dumps(tuple(look))) for stamp, look in looks.items()]
-            with suppress(sqlite3.Error), self.base:  # of a full disk
+    def add(self, all_stats: Mapping[str, FileStats]) -> None:
+        if self.base is not None and all_stats:
+            rows = [(stamp, pickle.dumps(tuple(stats))) for stamp, stats in all_stats.items()]
+            with suppress(sqlite3.Error), self.base:  # the disk is full
                 self.base.executemany("INSERT OR REPLACE INTO looks VALUES (?, ?)", rows)
 
 
 @contextmanager
-def _earlier_looks() -> Iterator[_Earlier]:
+def _open_cache() -> Iterator[_Cache]:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "losswatch"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         base = sqlite3.connect(folder / "looks.sqlite", timeout=60)
         base.execute("CREATE TABLE IF NOT EXISTS looks (stamp TEXT PRIMARY KEY, look BLOB)")
-    except (OSError, sqlite3.Error):  # a folder that cannot be written, a file of something else
-        yield _Earlier(None)
+    except (OSError, sqlite3.Error):  # the folder cannot be written, or the file is something else
+        yield _Cache(None)
         return
     with closing(base):
-        yield _Earlier(base)
+        yield _Cache(base)
 
 
-def check_alike(cases: Sequence[Case], looks: Sequence[Look], channels: int | None = None) -> None:
-    """See that all images have the same channels and axes.
+def check_alike(
+    cases: Sequence[Case], all_stats: Sequence[FileStats], channels: int | None = None
+) -> None:
+    """Check that all images have the same number of channels and of axes.
 
     Args:
-        channels: that the layout says an image has.
+        channels: the number that the layout names, if it does.
 
     Raises:
-        ValueError: naming the first that differs.
+        ValueError: an image differs. Names the first that does.
     """
-    first, *_ = looks
-    for case, look in zip(cases, looks, strict=True):
-        if look.shape[0] != first.shape[0] or len(look.shape) != len(first.shape):
+    first, *_ = all_stats
+    for case, stats in zip(cases, all_stats, strict=True):
+        if stats.shape[0] != first.shape[0] or len(stats.shape) != len(first.shape):
             raise ValueError(
-                f"{case.images[0]} has {look.describe()}, {cases[0].images[0]} {first.describe()}; "
-                "all images need the same, so convert or remove one"
+                f"{case.images[0]} has {stats.describe()}, {cases[0].images[0]} "
+                f"{first.describe()}; all images need the same, so convert or remove one"
             )
     if channels is not None and first.shape[0] != channels:
         raise ValueError(
@@ -182,18 +195,18 @@ def check_alike(cases: Sequence[Case], looks: Sequence[Look], channels: int | No
         )
 
 
-def shape_in(look: Look, axes: str) -> tuple[int, ...]:
-    """The shape [channels, *space] of an image that is turned to an orientation."""
-    if not look.axes or not axes or len(look.shape) < 4:
-        return look.shape
-    pairs = [next(pair for pair in ("RL", "AP", "SI") if letter in pair) for letter in look.axes]
+def shape_in(stats: FileStats, axes: str) -> tuple[int, ...]:
+    """The shape [channels, *space] of an image after it is turned to an orientation."""
+    if not stats.axes or not axes or len(stats.shape) < 4:
+        return stats.shape
+    pairs = [next(pair for pair in ("RL", "AP", "SI") if letter in pair) for letter in stats.axes]
     order = [next(i for i, pair in enumerate(pairs) if letter in pair) for letter in axes]
-    return (look.shape[0], *(look.shape[1 + i] for i in order))
+    return (stats.shape[0], *(stats.shape[1 + i] for i in order))
 
 
-def most_common_axes(looks: Sequence[Look]) -> str:
-    """The orientation that most volumes have; "" where none has one."""
-    counts = Counter(look.axes for look in looks if look.axes)
+def most_common_axes(all_stats: Sequence[FileStats]) -> str:
+    """The orientation of most volumes; "" if no volume has stats."""
+    counts = Counter(stats.axes for stats in all_stats if stats.axes)
     return counts.most_common(1)[0][0] if counts else ""
 
 
@@ -203,9 +216,9 @@ class Survey:
 
     Attributes:
         splits: a row for each split: "images", "pixels", "low" and "high" (the intensities).
-        classes: a row for each split and class: "share" of the pixels that count, and the number of
-            images "without" it.
-        notes: what was done with files that their owner should know, a line each.
+        classes: a row for each split and class: its "share" of the pixels that count, and the
+            number of images "without" it.
+        notes: what the owner of the files should know about how they were read, a line each.
     """
 
     splits: pd.DataFrame
@@ -214,32 +227,32 @@ class Survey:
 
 
 def survey(
-    layout: Layout, looks: Mapping[str, Sequence[Look]], coding: Coding, axes: str
+    layout: Layout, all_stats: Mapping[str, Sequence[FileStats]], coding: Coding, axes: str
 ) -> Survey:
     """Count the pixels of each class.
 
     Args:
-        axes: the orientation to which volumes are brought.
+        axes: the orientation to which volumes are turned.
 
     Raises:
-        ValueError: a mask holds a value that no class has; names the mask.
+        ValueError: a mask holds a value of no class. Names the mask.
     """
     splits, rows, off = [], [], 0
-    for split, seen in looks.items():
+    for split, seen in all_stats.items():
         table, ignored = [], 0
-        for case, look in zip(layout.cases[split], seen, strict=True):
+        for case, stats in zip(layout.cases[split], seen, strict=True):
             try:
-                found = count_classes(look.masks, look.counts, coding)
+                found = count_classes(stats.masks, stats.counts, coding)
             except ValueError as error:
                 raise ValueError(f"{case.masks[0][0]} holds {error}") from None
             table.append(found.classes)
             ignored, off = ignored + found.ignored, off + found.off
         counts = np.array(table)
-        pixels = sum(int(np.prod(look.shape[1:])) for look in seen) - ignored
+        pixels = sum(int(np.prod(stats.shape[1:])) for stats in seen) - ignored
         splits.append({
             "split": split, "images": len(seen), "pixels": pixels,
-            "low": min(min(look.lows) for look in seen),
-            "high": max(max(look.highs) for look in seen),
+            "low": min(min(stats.lows) for stats in seen),
+            "high": max(max(stats.highs) for stats in seen),
         })  # fmt: skip
         rows += [
             {"split": split, "class": name, "share": total / max(pixels, 1), "without": int(absent)}
@@ -247,7 +260,7 @@ def survey(
                 coding.names, counts.sum(0), (counts == 0).sum(0), strict=True
             )
         ]
-    notes = (*layout.notes, *_notes(looks, coding, axes, off))
+    notes = (*layout.notes, *_notes(all_stats, coding, axes, off))
     if coding.overlap:
         notes += tuple(
             f"all pixels of {row['split']} are of class {row['class']}; are its masks inverted?"
@@ -258,26 +271,26 @@ def survey(
 
 
 def _notes(
-    looks: Mapping[str, Sequence[Look]], coding: Coding, axes: str, off: int
+    all_stats: Mapping[str, Sequence[FileStats]], coding: Coding, axes: str, off: int
 ) -> Iterator[str]:
-    """What was done with the files, a line each.
+    """What the owner of the files should know about how they were read, a line each.
 
     Args:
-        axes: as of `survey`.
-        off: pixels whose value is none of a class.
+        axes: see `survey`.
+        off: the number of pixels whose value belongs to no class.
     """
-    seen = [look for part in looks.values() for look in part]
+    seen = [stats for part in all_stats.values() for stats in part]
     files: dict[str, list[str]] = {}
-    for look in seen:
-        for note, path in look.notes:
+    for stats in seen:
+        for note, path in stats.notes:
             files.setdefault(note, []).append(path)
     for note, paths in files.items():
         more = f" and {len(paths) - 1} more" if paths[1:] else ""
         yield f"{paths[0]}{more}: {note}"
-    if other := Counter(look.axes for look in seen if look.axes not in ("", axes)):
+    if other := Counter(stats.axes for stats in seen if stats.axes not in ("", axes)):
         counted = ", ".join(f"{count} were {name}" for name, count in other.items())
         yield f"volumes are turned to the orientation {axes}: {counted}"
-    if rounded := sum(mask.rounded for look in seen for mask in look.masks):
+    if rounded := sum(mask.rounded for stats in seen for mask in stats.masks):
         yield f"{number_of(rounded, 'pixel')} of masks were nearly whole numbers, and are rounded"
     if off:
         yield f"{number_of(off, 'pixel')} of masks have values of no class, and get the nearest one"
@@ -293,21 +306,21 @@ def _notes(
             yield f"channel {i} of all images is constantly {low:g}: it tells the network nothing"
 
 
-def show(found: Survey, root: Any) -> None:
+def print_survey(result: Survey, root: Any) -> None:
     """Print the survey to standard error."""
     from rich.console import Console
     from rich.table import Table
 
-    for note in found.notes:
+    for note in result.notes:
         say(f"note: {note}")
     table = Table(title=f"{root}: share of pixels (images without the class)", title_justify="left")
     table.add_column("class")
-    for split, row in found.splits.iterrows():
+    for split, row in result.splits.iterrows():
         table.add_column(f"{split}, {int(row['images'])} images", justify="right")
-    for name, rows in found.classes.groupby("class", sort=False):
+    for name, rows in result.classes.groupby("class", sort=False):
         cells = [f"{r.share:.3%} ({r.without})" for r in rows.itertuples()]
         table.add_row(str(name), *cells)
-    low, high = found.splits["low"].min(), found.splits["high"].max()
+    low, high = result.splits["low"].min(), result.splits["high"].max()
     console = Console(stderr=True)
     with console.capture() as printed:
         console.print(table)

@@ -1,4 +1,4 @@
-"""The files below a folder, without those that are hidden or belong to an operating system."""
+"""Lists the files below a folder, without hidden files and those of an operating system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from losswatch.data.formats import stem_of, suffix_of
 
 SYSTEM = {"thumbs.db", "desktop.ini", "__macosx"}
 SLICES = (".dcm", ".ima", "")  # suffixes of the files of a DICOM series
-NUMBERS = (".raw", ".zraw", ".raw.gz", ".img", ".bin")  # suffixes of what belongs to a header
+NUMBERS = (".raw", ".zraw", ".raw.gz", ".img", ".bin")  # suffixes of the numbers of a header
 # The names of folders that hold a split, in small letters.
 WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -27,7 +27,7 @@ class Files(NamedTuple):
 
     Attributes:
         images: files that can be read, and folders of a DICOM series.
-        others: what else there is.
+        others: all other files.
     """
 
     folder: Path
@@ -57,15 +57,15 @@ def files_below(folder: Path) -> Files:
     return found
 
 
-def _add(found: Files, key: Key, path: Path) -> None:
-    if (other := found.images.setdefault(key, path)) is not path:
+def _add(files: Files, key: Key, path: Path) -> None:
+    if (other := files.images.setdefault(key, path)) is not path:
         raise ValueError(f"{other} and {path} have the same name; remove or rename one")
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Each folder and the names of its files, sorted.
 
-    Links are followed, but not in a circle. Folders of runs and sweeps are no data.
+    Links are followed, but not in a circle. Folders of runs and sweeps are left out.
     """
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
@@ -79,14 +79,14 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of each file below a folder, by its path."""
+    """The size and the time of the last change of each file below a folder, by path."""
     found = {}
     for where, names in _walk(folder):
         for name in names:
             path = os.path.join(where, name)
             try:
                 state = os.stat(path)
-            except OSError:  # a link to nothing
+            except OSError:  # a broken link
                 found[path] = (-1, -1)
             else:
                 found[path] = (state.st_size, state.st_mtime_ns)
@@ -94,12 +94,12 @@ def state_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def part_of(name: str) -> str:
-    """A folder's name in a key."""
+    """The name of a folder as a part of a key."""
     return WORDS.get(name.lower(), normal(name))
 
 
 def _is_series(paths: list[Path]) -> bool:
-    """Whether files are the slices of a volume, of which many have no suffix."""
+    """Whether files are the slices of a DICOM volume. Such files often have no suffix."""
     if not paths or any(path.suffix.lower() not in SLICES for path in paths):
         return False
     if paths[0].suffix or not paths[0].is_file():
@@ -109,10 +109,7 @@ def _is_series(paths: list[Path]) -> bool:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files of which an image consists.
-
-    A series has its slices. A header has its numbers in another file.
-    """
+    """The files of an image: all slices of a series, a header and the file with its numbers."""
     if path.is_dir():
         return sorted(path.iterdir())
     if suffix_of(path) not in (".mhd", ".nhdr"):
@@ -121,10 +118,10 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is hidden, or one that an operating system leaves behind."""
+    """Whether a file is hidden or belongs to an operating system."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 
 def normal(name: str) -> str:
-    """One form of a name: macOS writes an umlaut as two characters, Windows as one."""
+    """A name in normal form: macOS writes an umlaut as two characters, Windows as one."""
     return unicodedata.normalize("NFC", name)

@@ -1,7 +1,7 @@
-"""NIfTI by nibabel, other medical formats by SimpleITK; where a volume lies in the world.
+"""Reads NIfTI by nibabel and other medical formats by SimpleITK, and places volumes in the world.
 
-The axes of a volume are x, y, z, as nibabel has them. World coordinates grow to the right, to the
-front and upwards (RAS).
+The axes of a volume are x, y, z, as in nibabel. World coordinates grow to the right, to the front
+and upwards (RAS).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TO_RAS = np.diag([-1.0, -1, 1, 1])  # from the coordinates of ITK (LPS)
 
 
 def read_nifti(path: Path) -> File:
-    """A volume [x, y, z], or an image [x, y, 1]; a fourth axis is that of channels."""
+    """Read a volume [x, y, z] or an image [x, y, 1]. A fourth axis is that of the channels."""
     import nibabel
 
     image: Any = nibabel.load(path)
@@ -34,18 +34,18 @@ def read_nifti(path: Path) -> File:
 
 
 def _nifti_place(image: Any) -> np.ndarray | None:
-    """The affine matrix of an image of nibabel; None where its header does not know it."""
+    """The affine matrix of an image of nibabel; None if its header has none."""
     header = image.header
     known = [int(header[key]) for key in ("sform_code", "qform_code") if key in header]
     return image.affine if any(known) and np.linalg.det(image.affine) else None
 
 
 def read_itk(path: Path, is_volume: bool = False) -> File:
-    """A volume of NRRD, MetaImage or DICOM; a folder is a series of DICOM files.
+    """Read a volume of NRRD, MetaImage or DICOM. A folder is a series of DICOM files.
 
     Args:
-        is_volume: whether an image of one slice is [x, y, 1]. Otherwise it is [rows, columns], as
-            a picture.
+        is_volume: whether an image with one slice becomes [x, y, 1]. Otherwise it becomes [rows,
+            columns], like a picture.
     """
     import SimpleITK as sitk
 
@@ -81,11 +81,11 @@ def _open(path: Path) -> Any:
     """An image of SimpleITK.
 
     Raises:
-        Unusable: a folder holds no series or several, or slices of one are missing.
+        Unusable: a folder does not hold exactly one series, or slices of the series are missing.
     """
     import SimpleITK as sitk
 
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors say what is needed
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # errors tell enough
     if not path.is_dir():
         return sitk.ReadImage(str(path))
     names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
@@ -114,10 +114,10 @@ def _open(path: Path) -> Any:
 def write_volume(labels: np.ndarray, path: Path, like: Path, axes: str) -> Path:
     """Write a mask with the place in the world of its image `like`.
 
-    As NRRD or MetaImage if the image is one, otherwise as NIfTI.
+    The format is NRRD or MetaImage if that of the image is, otherwise NIfTI.
 
     Args:
-        labels: [*space], in the orientation `axes`, or in that of the image for "".
+        labels: [*space], in the orientation `axes`; "" is that of the image.
         path: without a suffix.
     """
     suffix = suffix_of(like)
@@ -135,7 +135,7 @@ def write_volume(labels: np.ndarray, path: Path, like: Path, axes: str) -> Path:
     import SimpleITK as sitk
 
     image = _open(like)
-    array = labels  # of one slice, as a picture
+    array = labels  # correct for a picture
     if labels.ndim == 3:
         array = _stored(labels, _axes(TO_RAS @ _itk_place(image)), axes).T
     mask = sitk.GetImageFromArray(np.ascontiguousarray(array.reshape(image.GetSize()[::-1])))
@@ -147,7 +147,7 @@ def write_volume(labels: np.ndarray, path: Path, like: Path, axes: str) -> Path:
 
 
 def _stored(labels: np.ndarray, own: str, axes: str) -> np.ndarray:
-    """A mask of the orientation `axes` in that of its image's file, `own`."""
+    """A mask turned from the orientation `axes` to that of its image's file, `own`."""
     from nibabel.orientations import apply_orientation
 
     array = labels[..., None] if labels.ndim == 2 else labels
@@ -160,7 +160,7 @@ def _stored(labels: np.ndarray, own: str, axes: str) -> np.ndarray:
 
 
 def is_orientation(axes: object) -> bool:
-    """Whether text names the directions of three axes, such as "RAS".
+    """Whether a text names the directions of three axes, such as "RAS".
 
     >>> is_orientation("LPS"), is_orientation("RAL"), is_orientation("")
     (True, False, False)
@@ -170,7 +170,7 @@ def is_orientation(axes: object) -> bool:
 
 
 def axes_of(file: File) -> str:
-    """The orientation of a volume, such as "RAS" for axes to the right, front and top; or ""."""
+    """The orientation of a volume: "RAS" for axes to the right, front and top; "" if unknown."""
     return _axes(file.place) if file.array.ndim == 4 else ""
 
 
@@ -181,7 +181,7 @@ def _axes(place: np.ndarray | None) -> str:
 
 
 def _change(before: str, after: str) -> np.ndarray | None:
-    """nibabel's transform from one orientation to another; None where one is not known."""
+    """nibabel's transform from one orientation to another; None if one of them is unknown."""
     from nibabel.orientations import axcodes2ornt, ornt_transform
 
     if not before or not after:
@@ -190,14 +190,14 @@ def _change(before: str, after: str) -> np.ndarray | None:
 
 
 def _leaves_plane(array: np.ndarray, change: np.ndarray) -> bool:
-    """Whether a change makes a volume of an image of one slice [..., 1]."""
+    """Whether a change of axes moves the single slice of an image [..., 1] out of its plane."""
     return array.shape[-1] == 1 and change[2, 0] != 2
 
 
-def turned(file: File, axes: str) -> File:
-    """A volume whose axes are mirrored and swapped to an orientation, such as "RAS".
+def turn_to(file: File, axes: str) -> File:
+    """A volume with its axes mirrored and swapped to an orientation, such as "RAS".
 
-    One whose place is not known stays as it is, and so does one slice of another direction.
+    A volume without a place stays unchanged, and so does a single slice in another plane.
     """
     from nibabel.orientations import apply_orientation, inv_ornt_aff
 
@@ -208,13 +208,13 @@ def turned(file: File, axes: str) -> File:
     return file._replace(array=array, place=file.place @ inv_ornt_aff(change, file.array.shape[1:]))
 
 
-def placed(file: File, image: File) -> File:
-    """A mask or a channel at the place of its image, where only one of the files says its own.
+def place_like(file: File, image: File) -> File:
+    """A mask or a channel with the place of its image, if only one of the files has a place.
 
-    Then pixels of equal index lie together.
+    So pixels with equal indices lie together.
 
     Raises:
-        Unusable: nobody can tell which axis of a NIfTI is that of the rows of a picture.
+        Unusable: the axis of a NIfTI that is the rows of a picture cannot be known.
     """
     if {file.array.ndim, image.array.ndim} == {3, 4}:
         plane, volume = sorted((file.array, image.array), key=np.ndim)
@@ -234,7 +234,7 @@ def placed(file: File, image: File) -> File:
 
 
 def distance(first: File, second: File) -> float:
-    """How far apart pixels of equal index lie at most, in pixels; 0 where it is not known."""
+    """The largest distance between pixels with equal indices, in pixels; 0 if it is unknown."""
     if first.place is None or second.place is None or first.place.shape != second.place.shape:
         return 0.0
     shape = np.array(first.array.shape[1:])
@@ -244,7 +244,7 @@ def distance(first: File, second: File) -> float:
     return float(abs(there - points).max())
 
 
-def flat(file: File) -> np.ndarray:
-    """The array [channels, *space], without the third axis of a NIfTI that has one slice."""
+def without_slice_axis(file: File) -> np.ndarray:
+    """The array [channels, *space]; a NIfTI with one slice loses its third axis."""
     array = file.array
     return array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array

@@ -1,4 +1,4 @@
-"""Predicted masks as files."""
+"""Writes predicted masks as files."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def write_mask(
     colours: bool = False,
     axes: str = "",
 ) -> Path:
-    """Write a mask: in the format of a volume, a TIFF or an array if its image is one, else as PNG.
+    """Write a mask in the format of its image (volume, TIFF or array), or else as PNG.
 
     Args:
         labels: whole numbers [*space].
-        path: of the file, without its suffix. The folders on the way are made.
-        like: the image. The place in the world of a volume or a GeoTIFF is kept.
-        values: what masks of this data set may hold besides `labels`: all of them get one type.
+        path: of the file, without its suffix. Missing folders are created.
+        like: the image. The mask keeps the place in the world of a volume or a GeoTIFF.
+        values: other values that masks of this data set may hold; all masks get one type.
         colours: whether the numbers are colours, 0xRRGGBB.
-        axes: the orientation of the labels, as of `volumes.axes_of`; "" is the image's.
+        axes: the orientation of the labels (see `volumes.axes_of`); "" is that of the image.
 
     Returns:
         the path with its suffix.
     """
-    known = np.concatenate([np.ravel(labels), np.asarray(values, np.int64)])
-    low, high = known.min(initial=0), known.max(initial=0)
+    every = np.concatenate([np.ravel(labels), np.asarray(values, np.int64)])
+    low, high = every.min(initial=0), every.max(initial=0)
     kinds = (np.uint8, np.uint16, np.int16, np.int32, np.int64)
     kind = next(k for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max)
     suffix, array = suffix_of(like), labels.astype(kind)
@@ -49,7 +49,7 @@ def write_mask(
         path = _with(path, ".npy")
         np.save(path, array)
         return path
-    elif suffix in TIFF or kind not in (np.uint8, np.uint16):  # a PNG has no other numbers
+    elif suffix in TIFF or kind not in (np.uint8, np.uint16):  # a PNG holds only these types
         return _write_tiff(array, _with(path, ".tif"), like)
     from PIL import Image
 
@@ -59,7 +59,7 @@ def write_mask(
 
 
 def _with(path: Path, suffix: str) -> Path:
-    """Not `with_suffix`, which would take the end of a name with a dot for a suffix."""
+    """A path with a suffix. `with_suffix` would replace the end of a name with a dot."""
     return path.with_name(path.name + suffix)
 
 

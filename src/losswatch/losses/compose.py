@@ -12,14 +12,21 @@ from torch import Tensor, nn
 from losswatch.compat import has_hooks, recorded, traced
 from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
-from losswatch.losses.groups import Group, copies, form, make_group, values, values_and_jacobian
-from losswatch.losses.inputs import explained
+from losswatch.losses.frozen import Frozen, is_number
+from losswatch.losses.groups import (
+    Group,
+    copies,
+    group_key,
+    make_group,
+    values,
+    values_and_jacobian,
+)
+from losswatch.losses.inputs import evaluate
 from losswatch.losses.pixels import is_hard, one_hot, wide
 from losswatch.losses.ranks import RankSums
-from losswatch.losses.rows import basis, fold, rows
-from losswatch.losses.settings import Frozen, is_number
+from losswatch.losses.rows import by_spanning_sums, rows, spanning_sums
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table import by_logits, named, read, table, with_labels
+from losswatch.losses.table import as_sums, by_logits, read, table, with_labels
 from losswatch.losses.table_loss import TableLoss, check_shapes, is_empty, value_and_slope
 
 
@@ -28,10 +35,10 @@ class Sum(Frozen):
 
     Args:
         losses: modules (logits, target) -> scalar, at least one.
-        weights: a finite number for each; None: 1 for each.
+        weights: a finite number for each loss; None: 1 for each loss.
 
     Raises:
-        ValueError: there is no loss, or the weights do not fit.
+        ValueError: there is no loss, or the weights are not one finite number for each loss.
 
     >>> logits, target = torch.zeros(1, 2, 3), torch.tensor([[0, 1, 1]])
     >>> f"{Sum([Dice(), CrossEntropy()], weights=[1, 0.5])(logits, target):.4f}"
@@ -59,10 +66,10 @@ class Sum(Frozen):
         def value(logits: Tensor, target: Tensor) -> Tensor:
             return self._add(self.together(logits, target).unbind())
 
-        return explained(value, logits, target, self.ignore_index)
+        return evaluate(value, logits, target, self.ignore_index)
 
     def from_sums(self, sums: RankSums) -> Tensor:
-        """The value, a scalar, where all parts are functions of one table."""
+        """The value, a scalar; all parts must be functions of one table."""
         return self._add([part.from_sums(sums) for part in self.losses])  # type: ignore[operator]
 
     def _add(self, values: Sequence[Tensor]) -> Tensor:
@@ -70,7 +77,7 @@ class Sum(Frozen):
 
 
 class OneHotTarget(nn.Module):
-    """Gives one-hot targets [N, C, *space] to another library's loss that wants them.
+    """Gives one-hot targets [N, C, *space] to a loss of another library that needs them.
 
     >>> from monai.losses import DiceLoss
     >>> logits, target = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.int64)
@@ -89,12 +96,12 @@ class OneHotTarget(nn.Module):
 class LossSet(nn.Module):
     """Many losses of the same logits, evaluated together.
 
-    Losses that read one kind of table share it: Dice losses over the batch and cross entropies of
-    one activation and ignore_index, and sums of them. Only `Dice`, `CrossEntropy` and `Sum`
-    themselves share: a subclass, a module with hooks and any other module (logits, target) ->
-    scalar is foreign. A foreign loss is called as it is. So everything here works under
-    `torch.func` and `torch.compile`, as far as the foreign losses do. `forward` does not look for
-    bad labels or logits: see `check_inputs`.
+    Losses that read one kind of table share it: Dice losses over the batch and cross entropies
+    with one activation and one ignore_index, and sums of them. Only `Dice`, `CrossEntropy` and
+    `Sum` themselves share a table: a subclass, a module with hooks and any other module (logits,
+    target) -> scalar is foreign. A foreign loss is called as it is. So a set works under
+    `torch.func` and `torch.compile` if its foreign losses do. `forward` does not check labels and
+    logits: see `check_inputs`.
 
     Raises:
         ValueError: there are no losses.
@@ -109,7 +116,7 @@ class LossSet(nn.Module):
         if not losses:
             raise ValueError("losses: at least one is needed")
         self.names = tuple(losses)
-        self.losses = tuple(losses.values())  # a tuple, since the plan is made of them
+        self.losses = tuple(losses.values())  # a tuple, because `_plan` has used them
         for i, loss in enumerate(self.losses):
             self.add_module(str(i), loss)
         self._plan()
@@ -120,10 +127,10 @@ class LossSet(nn.Module):
         families = Counter(recipe.family for recipe in recipes.values() if recipe)
         common = families.most_common(1)[0][0] if families else None
         shared = {loss: r for loss, r in recipes.items() if r and r.family == common}
-        # In what follows losses that share come first, and those of one form side by side.
+        # From here on, losses that share come first, and losses of one group stand side by side.
         alike: dict[Hashable, list[nn.Module]] = {}
         for loss in shared:
-            alike.setdefault(form(loss), []).append(loss)
+            alike.setdefault(group_key(loss), []).append(loss)
         self.sharing = tuple(loss for losses in alike.values() for loss in losses)
         keys = {loss: recipe.keys() for loss, recipe in shared.items()}
         self.groups = [make_group(losses, keys) for losses in alike.values()]
@@ -136,18 +143,18 @@ class LossSet(nn.Module):
         self.places = [ordered.index(loss) for loss in self.losses]
         self.is_ordered = self.places == list(range(len(ordered)))
 
-    def _see_hooks(self) -> None:
-        """Plan again where a loss that shares has been given a hook since."""
+    def _plan_around_hooks(self) -> None:
+        """Plan again if a loss that shares has got a hook since the last plan."""
         if any(has_hooks(part) for loss in self.sharing for part in with_parts(loss)):
             self._plan()
 
     def is_foreign(self, name: str) -> bool:
-        """Whether loss `name` is called as it is, and shares nothing."""
+        """Whether loss `name` shares no table: it is called as it is."""
         return any(self.losses[self.names.index(name)] is loss for loss in self.foreign)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Values [K], float32 (float64 for float64 logits), differentiable by the logits."""
-        self._see_hooks()
+        self._plan_around_hooks()
         found = []
         if self.sharing:
             check_shapes(self.parts, logits, target)
@@ -156,13 +163,13 @@ class LossSet(nn.Module):
             value = values(groups, copies(groups, sums), sums)
             found.append(torch.zeros_like(value) * logits.sum() if is_empty(logits) else value)
         found += [wide(loss(logits, target)).view(1) for loss in self.foreign]
-        return self._as_named(torch.cat(found))
+        return self._in_order(torch.cat(found))
 
     def check(self, logits: Tensor, target: Tensor) -> None:
         """Check that logits and target have shapes and types that the shared losses can take.
 
         Raises:
-            ValueError: they have not.
+            ValueError: a shape or a type is not allowed.
         """
         check_shapes(self.parts, logits, target)
 
@@ -177,21 +184,21 @@ class LossSet(nn.Module):
 
             d values[k] / d logits = Σ_m coefficients[k, m] · rows[m]
 
-        exactly, for all k. M is at most K and depends on the settings and shapes alone. So one
-        backward pass through a network per row gives the parameter gradients of all losses. With
-        two classes four rows serve cross entropy and any number of Dice losses of exponents 1 and
-        2. The rows are a transposed view of one contiguous [N, M, C, *space] buffer.
+        exactly, for all k. M is at most K and depends only on the settings and shapes. So one
+        backward pass per row through a network gives the parameter gradients of all losses. With
+        two classes, four rows serve cross entropy and any number of Dice losses with exponents 1
+        and 2. The rows are a transposed view of one contiguous [N, M, C, *space] buffer.
 
         Args:
-            failed: if it is given, it takes the errors of foreign losses by name. The value and
-                the coefficient of such a loss are NaN, and its row is 0.
+            failed: if given, collects the errors of foreign losses by name. The value and the
+                coefficient of a loss that fails are NaN, and its row is 0.
 
         Raises:
-            ValueError: the shared losses cannot take these shapes; or a foreign loss returns no
-                scalar.
-            Exception: whatever a foreign loss raises.
+            ValueError: the shared losses cannot take these shapes, or a foreign loss returns no
+                scalar or changes its input.
+            Exception: any error of a foreign loss, unless `failed` is given.
         """
-        self._see_hooks()
+        self._plan_around_hooks()
         logits = logits.detach()
         found, slopes, blocks = [], [], []
         if self.sharing:
@@ -213,9 +220,9 @@ class LossSet(nn.Module):
             blocks.append(wide(row).unsqueeze(1))
         value, block = torch.cat(found), torch.cat(blocks, 1).transpose(0, 1)
         slope = torch.block_diag(*slopes) if self.foreign else slopes[0]
-        return self._as_named(value), block, self._as_named(slope)
+        return self._in_order(value), block, self._in_order(slope)
 
-    def _as_named(self, x: Tensor) -> Tensor:
+    def _in_order(self, x: Tensor) -> Tensor:
         """Numbers of each loss, [K, ...], in the order of `names`."""
         if self.is_ordered:
             return x
@@ -223,16 +230,16 @@ class LossSet(nn.Module):
         return torch.stack([parts[place] for place in self.places])
 
     def _shared_rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values [K], rows [N, M, C, *space], coefficients [K, M] of the losses that share."""
+        """Values [K], rows [N, M, C, *space] and coefficients [K, M] of losses that share."""
         check_shapes(self.parts, logits, target)
         hard, recipe = is_hard(logits, target), self.recipe
-        pixels, moving, labels = read(logits, target, recipe)
-        sums = named(moving, labels, logits, target, recipe)
+        pixels, logit_sums, labels = read(logits, target, recipe)
+        sums = as_sums(logit_sums, labels, logits, target, recipe)
         value, jacobian = values_and_jacobian(self._groups(), sums)
-        if hard and self._is_folded(classes := logits.shape[1]):
+        if hard and self._rows_are_sums(classes := logits.shape[1]):
             labelled = with_labels(pixels, target, recipe)
-            block = rows(list(basis(recipe, classes)), labelled, recipe)
-            slopes = fold(jacobian, recipe)
+            block = rows(list(spanning_sums(recipe, classes)), labelled, recipe)
+            slopes = by_spanning_sums(jacobian, recipe)
         else:
             block = torch.stack([by_logits(s, pixels, target, recipe) for s in jacobian], 1)
             slopes = torch.eye(len(value), dtype=value.dtype, device=value.device)
@@ -241,22 +248,24 @@ class LossSet(nn.Module):
         return value, block.view(*block.shape[:2], *logits.shape[1:]), slopes
 
     def _groups(self) -> list[Group]:
-        """The groups in which losses are evaluated. A compiler joins small operations itself."""
+        """The groups to evaluate: those of single losses for a compiler, which fuses them."""
         return self.singles if recorded() else self.groups
 
-    def _is_folded(self, classes: int) -> bool:
-        """Whether the rows are gradients of sums, since these are fewer than the losses."""
+    def _rows_are_sums(self, classes: int) -> bool:
+        """Whether the rows are gradients of sums and not of losses, because sums are fewer."""
         plain = self.recipe.activation == "softmax" and self.recipe.intersection == "product"
-        return plain and len(basis(self.recipe, classes)) <= len(self.sharing)
+        return plain and len(spanning_sums(self.recipe, classes)) <= len(self.sharing)
 
-    def pivot(self, name: str, num_classes: int) -> int | None:
+    def steady_row(self, name: str, num_classes: int) -> int | None:
         """Index of a row on which loss `name` always has a coefficient well away from 0.
 
-        None where the data can make it vanish: an absent class that counts as zero, a denominator
-        at its floor, a link whose slope can be 0, no weight on fn. Holds for class indices.
+        None if the data can make each of its coefficients vanish: an absent class counts as zero,
+        a denominator is at its floor, the slope of a link is 0, or fn has no weight. The index
+        holds for targets of class indices.
         """
-        labels, place = list(basis(self.recipe, num_classes)), self.places[self.names.index(name)]
-        if not self._is_folded(num_classes):
+        labels = list(spanning_sums(self.recipe, num_classes))
+        place = self.places[self.names.index(name)]
+        if not self._rows_are_sums(num_classes):
             return place
         if place >= len(self.sharing):
             return len(labels) + place - len(self.sharing)
@@ -266,7 +275,7 @@ class LossSet(nn.Module):
                 steady.append(labels.index((("log", part.clip or 0.0), None)))
             elif weight and isinstance(part, Dice) and part.is_steady:
                 steady.append(labels.index((("yp", 1.0), 1)))  # class 1 counts in every Dice
-        return max(steady, default=None)  # a cross entropy's row before one of a Dice
+        return max(steady, default=None)  # prefers the row of a cross entropy
 
 
 def _scalar_and_slope(
@@ -277,11 +286,11 @@ def _scalar_and_slope(
     Raises:
         ValueError: the loss returns no scalar, or changes its input.
     """
-    given = {"logits": logits.clone(), "target": target.clone()}  # others read them, too
-    versions = {key: None if traced(x) else x._version for key, x in given.items()}
-    value, row = value_and_slope(loss, *given.values())
+    inputs = {"logits": logits.clone(), "target": target.clone()}  # other losses read the originals
+    versions = {key: None if traced(x) else x._version for key, x in inputs.items()}
+    value, row = value_and_slope(loss, *inputs.values())
     for key, version in versions.items():
-        if version is not None and given[key]._version != version:
+        if version is not None and inputs[key]._version != version:
             raise ValueError(f"loss {name} changes the {key} in place; let it work on a clone")
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -298,18 +307,18 @@ def weighted_parts(loss: nn.Module, weight: float = 1.0) -> list[tuple[float, nn
 
 
 def table_parts(loss: nn.Module) -> list[TableLoss]:
-    """The losses on a table that a loss is, or is a sum of."""
+    """The losses on a table in a loss: the loss itself, or those that it sums."""
     return [part for _, part in weighted_parts(loss) if isinstance(part, TableLoss)]
 
 
 def with_parts(loss: nn.Module) -> list[nn.Module]:
-    """A loss and, of a sum, all that it is made of."""
+    """A loss and, if it is a sum, all losses in it."""
     inner = loss.losses if type(loss) is Sum else ()
     return [loss, *(module for part in inner for module in with_parts(part))]
 
 
 def shared_recipe(loss: nn.Module) -> Recipe | None:
-    """The recipe of a loss that may share a table with others; None for one that may not.
+    """The recipe of a loss that may share a table with others; None for another loss.
 
     A subclass may compute anything, so only the classes themselves share.
     """

@@ -6,27 +6,32 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from losswatch.losses.frozen import (
+    is_number,
+    parse_flag,
+    parse_index,
+    parse_number,
+    parse_per_class,
+)
 from losswatch.losses.ranks import RankSums
-from losswatch.losses.settings import flag, index, is_number, number
-from losswatch.losses.settings import per_class as listed
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table_loss import TINY, TableLoss, per_class
+from losswatch.losses.table_loss import TINY, TableLoss, class_tensor
 
 
 class CrossEntropy(TableLoss):
-    """Mean over pixels of -Σ_c y_c·log p_c, p the softmax. The defaults are the study's CCE.
+    """Mean over pixels of -Σ_c y_c·log p_c, p the softmax. The defaults give the CCE of the study.
 
     Args:
-        clip: p is clipped to [clip, 1 - clip], with gradient 0 outside; None: log-softmax, which
-            never needs it.
+        clip: p is clipped to [clip, 1 - clip], with gradient 0 outside; None: log-softmax without
+            clipping.
         weight: one factor per class; the mean is then over the pixels' total weight.
-        label_smoothing: this share of y is spread evenly over the classes.
-        ignore_index: pixels of this label count nowhere; of labels [N, C, *space], those with such
-            a label in any channel. With all ignored the loss is 0.
+        label_smoothing: the share of y that is spread evenly over the classes.
+        ignore_index: pixels with this label do not count; for labels [N, C, *space], pixels with
+            this label in any channel. If all pixels are ignored, the loss is 0.
         count_ignored: divide by the number of all pixels, with the ignored ones.
 
     Raises:
-        ValueError: as `Dice` does.
+        ValueError: see `Dice`.
 
     Source: torch.nn.CrossEntropyLoss (clip=None), Keras's categorical_crossentropy (clip=1e-7).
 
@@ -51,10 +56,10 @@ class CrossEntropy(TableLoss):
         if clip is not None and not (is_number(clip) and 0 < clip < 0.5):
             raise ValueError(f"clip={clip!r}: allowed is a number between 0 and 0.5, or None")
         self.clip = None if clip is None else float(clip)
-        self.weight = None if weight is None else listed("weight", weight)
-        self.label_smoothing = number("label_smoothing", label_smoothing, high=1)
-        self.ignore_index = index("ignore_index", ignore_index)
-        self.count_ignored = flag("count_ignored", count_ignored)
+        self.weight = None if weight is None else parse_per_class("weight", weight)
+        self.label_smoothing = parse_number("label_smoothing", label_smoothing, high=1)
+        self.ignore_index = parse_index("ignore_index", ignore_index)
+        self.count_ignored = parse_flag("count_ignored", count_ignored)
         self.lists = {"weight": self.weight} if self.weight else {}
         self.recipe = Recipe(
             ignore_index=self.ignore_index,
@@ -71,7 +76,7 @@ class CrossEntropy(TableLoss):
             likelihood = (1 - smoothing) * likelihood + smoothing * even
         count = table.pixels
         if self.weight:
-            weight = per_class(self.weight, likelihood)
+            weight = class_tensor(self.weight, likelihood)
             likelihood = weight * likelihood
         if self.weight and not self.count_ignored:
             count = (weight * table.y()).sum()

@@ -1,4 +1,4 @@
-"""The Dice family: one class, a knob for each way in which Dice losses differ."""
+"""The Dice family as one class, with a knob for each way in which Dice losses differ."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losswatch.losses.frozen import (
+    parse_choice,
+    parse_flag,
+    parse_index,
+    parse_number,
+    parse_numbers,
+    parse_per_class,
+)
 from losswatch.losses.ranks import RankSums, sum_over_ranks, world_size
-from losswatch.losses.settings import choice, flag, index, number, numbers
-from losswatch.losses.settings import per_class as listed
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table_loss import TINY, TableLoss, merged, per_class
+from losswatch.losses.table_loss import TINY, TableLoss, class_tensor, merged
 
-# -log(d) and (1 - d)**power, or their slopes, are infinite at 0: the argument stops at NEAR.
+# -log(d) and (1 - d)**power, or their slopes, are infinite at 0: their argument is at least NEAR.
 NEAR = 1e-12
 
 
 class Dice(TableLoss):
-    """1 - Dice, with a knob for each way in which Dice losses differ. The defaults are the study's.
+    """1 - Dice, with a knob for each way in which Dice losses differ.
 
-    Per class, and per group of pixels that are summed together,
+    The defaults are those of the study. Per class, and per group of pixels in one sum,
 
         tp = Σ y·p,  fp = Σ p^exponent - tp,  fn = Σ y^exponent - tp,
         d = (2·tp + smooth_nr) / (2·tp + 2·alpha·fp + 2·beta·fn + smooth_dr)
@@ -30,32 +36,33 @@ class Dice(TableLoss):
     mean over the groups.
 
     Args:
-        activation: makes p of the logits: "softmax", "sigmoid", or "none" for probabilities.
+        activation: makes p from the logits: "softmax", "sigmoid", or "none" for probabilities.
         include_background: keep class 0.
-        exponent: of the denominator's terms, above 0; 1 is Dice, 2 is Milletari's.
+        exponent: of p and y in the denominator, above 0; 1 is Dice, 2 is Milletari's.
         alpha, beta: Tversky's weights of fp and fn; 0.5, 0.5 is Dice, 1, 1 is Jaccard.
         smooth_nr, smooth_dr: added to numerator and denominator; a number or one per class.
         floor: the denominator is at least this.
-        over: what one sum runs over: "row" (the last spatial axis), "sample", "batch" (of this
+        over: the pixels of one sum: "row" (the last spatial axis), "sample", "batch" (of this
             rank), "global" (the batches of all ranks).
         joint: one d for all kept classes together (micro average).
         link: "1-d", "-d", "-log" or "power", which is (1 - d)**power.
-        power: of link "power" (focal Tversky).
+        power: the exponent of link "power" (focal Tversky).
         weight: one factor per class on link(d).
         weight_normalised: divide by the total weight of the kept classes, not by their number.
         reduction: "mean", or "sum" over classes and groups.
-        absent: how classes without a target pixel in a group count: as the formula gives
-            ("smooth"), as 0 ("zero"), or not at all in the mean ("skip").
+        absent: how classes without a target pixel in a group count: by the formula ("smooth"), as
+            0 ("zero"), or not at all in the mean ("skip").
         intersection: tp is the sum of the "product" y·p or of the "minimum" min(y, p). The minimum
             gives loss 0 at p = y for soft labels too. Both are equal for hard labels.
-        ignore_index: pixels of this label count nowhere. Of labels [N, C, *space], a softmax
-            ignores the pixels with such a label in any channel, a sigmoid the single labels.
+        ignore_index: pixels with this label do not count. For labels [N, C, *space], a softmax
+            ignores the pixels with this label in any channel, a sigmoid the single labels.
 
-    At the edges: a group whose pixels are all ignored, or that has no class to average, has loss 0.
-    Where all sums and smoothings are 0, d is 0.
+    A group has loss 0 if all of its pixels are ignored, or if it has no class to average. Where all
+    sums and smoothings are 0, d is 0.
 
     Raises:
-        ValueError: settings, shapes or labels do not fit; in eager mode on a CPU also NaN logits.
+        ValueError: a setting is not allowed, shapes or labels do not fit, or, in eager mode on a
+            CPU, a logit is NaN.
 
     Sources: Milletari et al. 2016 (exponent 2), Salehi et al. 2017 (alpha, beta), Abraham and Khan
     2018 (link "power"); conf/loss has the settings that equal other libraries' losses.
@@ -89,23 +96,23 @@ class Dice(TableLoss):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__()
-        self.activation = choice("activation", activation, "softmax", "sigmoid", "none")
-        self.include_background = flag("include_background", include_background)
-        self.exponent = number("exponent", exponent)
-        self.alpha, self.beta = number("alpha", alpha), number("beta", beta)
-        self.smooth_nr = numbers("smooth_nr", smooth_nr)
-        self.smooth_dr = numbers("smooth_dr", smooth_dr)
-        self.floor = number("floor", floor)
-        self.over = choice("over", over, "row", "sample", "batch", "global")
-        self.joint = flag("joint", joint)
-        self.link = choice("link", link, *LINKS)
-        self.power = number("power", power)
-        self.weight = None if weight is None else listed("weight", weight)
-        self.weight_normalised = flag("weight_normalised", weight_normalised)
-        self.reduction = choice("reduction", reduction, "mean", "sum")
-        self.absent = choice("absent", absent, "smooth", "zero", "skip")
-        self.intersection = choice("intersection", intersection, "product", "minimum")
-        self.ignore_index = index("ignore_index", ignore_index)
+        self.activation = parse_choice("activation", activation, "softmax", "sigmoid", "none")
+        self.include_background = parse_flag("include_background", include_background)
+        self.exponent = parse_number("exponent", exponent)
+        self.alpha, self.beta = parse_number("alpha", alpha), parse_number("beta", beta)
+        self.smooth_nr = parse_numbers("smooth_nr", smooth_nr)
+        self.smooth_dr = parse_numbers("smooth_dr", smooth_dr)
+        self.floor = parse_number("floor", floor)
+        self.over = parse_choice("over", over, "row", "sample", "batch", "global")
+        self.joint = parse_flag("joint", joint)
+        self.link = parse_choice("link", link, *LINKS)
+        self.power = parse_number("power", power)
+        self.weight = None if weight is None else parse_per_class("weight", weight)
+        self.weight_normalised = parse_flag("weight_normalised", weight_normalised)
+        self.reduction = parse_choice("reduction", reduction, "mean", "sum")
+        self.absent = parse_choice("absent", absent, "smooth", "zero", "skip")
+        self.intersection = parse_choice("intersection", intersection, "product", "minimum")
+        self.ignore_index = parse_index("ignore_index", ignore_index)
         if self.exponent == 0:
             raise ValueError("exponent=0: allowed is a number above 0")
         if self.weight and not sum(self._kept(self.weight)):
@@ -120,7 +127,7 @@ class Dice(TableLoss):
         if len({len(values) for values in self.lists.values()}) > 1:
             lengths = ", ".join(f"{name} for {len(v)} classes" for name, v in self.lists.items())
             raise ValueError(f"per-class lists of different lengths: {lengths}")
-        # With numerator and denominator halved, of
+        # The numbers of the quotient with numerator and denominator halved:
         #     d = (tp + half_nr) / (alpha·Σ p^e + beta·Σ y^e + rest·tp + half_dr).
         rest = 1 - self.alpha - self.beta
         half_nr = scaled(self.smooth_nr, 0.5)
@@ -157,14 +164,16 @@ class Dice(TableLoss):
         if self.joint:
             start = 0 if self.include_background else 1
             tp, p, y = (s[..., start:].sum(-1, keepdim=True) for s in (tp, p, y))
-        alpha, beta, rest, half_nr, half_dr = (per_class(x, y) for x in self.numbers)
+        alpha, beta, rest, half_nr, half_dr = (class_tensor(x, y) for x in self.numbers)
         den = alpha * p + (beta * y + half_dr)
         if self.numbers[2]:
             den = den + rest * tp
         d = (tp + half_nr) / (den.clamp_min(self.floor / 2) if self.floor else den)
         loss = LINKS[self.link](d, self.power)  # [*groups, C]
         classes = loss.shape[-1]
-        share: Any = per_class(merged([m.shares(classes) for m in self.members or (self,)]), loss)
+        share: Any = class_tensor(
+            merged([m.shares(classes) for m in self.members or (self,)]), loss
+        )
         if self.absent != "smooth":
             share = share * (y > 0)
         value = (share * loss).sum(-1)
@@ -194,8 +203,9 @@ class Dice(TableLoss):
     def is_steady(self) -> bool:
         """Whether the derivative by each tp stays away from 0.
 
-        It is w·(2 - (2 - 2·beta)·d) / den or further from 0. So d must stay at most 1: fp and fn
-        must not be negative or, up to exponent 2, of equal weight. And beta must be well above 0.
+        Its absolute value is at least w·(2 - (2 - 2·beta)·d) / den. So d must stay at most 1: fp
+        and fn must not be negative, or (up to exponent 2) have equal weights. And beta must be well
+        above 0.
         """
         fixed = self.absent == "smooth" and self.link in ("1-d", "-d")
         fixed &= self.ignore_index is None
@@ -211,7 +221,7 @@ class Dice(TableLoss):
 def scaled(
     value: float | tuple[float, ...], factor: float, least: float = 0
 ) -> float | tuple[float, ...]:
-    """factor·value, at least `least`; of a number, or of one per class."""
+    """factor·value, but at least `least`, for one number or for one per class."""
     if isinstance(value, tuple):
         return tuple(max(least, factor * v) for v in value)
     return max(least, factor * value)

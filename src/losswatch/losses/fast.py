@@ -1,9 +1,9 @@
-"""The table of sums and its derivative once more, as fast as a CPU allows.
+"""The table of sums and its derivative a second time, as fast as a CPU allows.
 
-For class indices, a softmax and eager mode on a CPU. The functions of the same names in pixels.py
-are the plain form, and tests/losses/test_losses_fast.py holds these to them. In large images
-allocating a tensor costs more than filling it, so tensors are few and are written in place. Labels
-of two classes are spelt out as one-hot. Those of more classes index and scatter instead.
+The functions here work for class indices, a softmax and eager mode on a CPU. The functions with the
+same names in pixels.py are the plain form, and tests/losses/test_losses_fast.py compares both. In
+large images allocating a tensor costs more than filling it, so tensors are few and are written in
+place. With two classes the labels become one-hot. With more classes they index and scatter instead.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_fast(logits: Tensor, target: Tensor, recipe: Recipe) -> bool:
 
 
 def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> Pixels:
-    """As `pixels.read_pixels`, with p of each label, and for more than two classes without y."""
+    """See `pixels.read_pixels`; with p of each label, and without y for more than two classes."""
     x, log_p = wide(logits), None
     if 0 in recipe.clips:
         log_p = x.log_softmax(1)
@@ -58,8 +58,8 @@ def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> Pixels:
     return Pixels(p, y, valid, log_p, p_of_label)
 
 
-def measure(pixels: Pixels, target: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """As `pixels.measure`."""
+def sums_of(pixels: Pixels, target: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """See `pixels.sums_of`."""
     p, y, valid, log_p, p_of_label = pixels
     assert p_of_label is not None
     space = tuple(range(2, p.ndim))
@@ -73,7 +73,8 @@ def measure(pixels: Pixels, target: Tensor, recipe: Recipe) -> tuple[Tensor, Ten
     def by_label(values: Tensor) -> Tensor:
         """[N, 1, *space] to [*groups, C], each value added to the class of its label.
 
-        Row by row: scattering adds one by one, and float32 cannot add a million numbers that way.
+        Rows are added one by one: scattering adds number after number, and a float32 sum of a
+        million numbers would lose digits that way.
         """
         label = counted(target, p, recipe)[0].squeeze(1)
         sums = p.new_zeros(*label.shape[:-1], p.shape[1])
@@ -85,7 +86,7 @@ def measure(pixels: Pixels, target: Tensor, recipe: Recipe) -> tuple[Tensor, Ten
     def entry(kind: str, number: float) -> Tensor:
         if kind == "yp":
             return total(p * y) if y.numel() else by_label(p_of_label)
-        if kind == "p" and number == 2:  # row by row, too; it reads p once and writes no p²
+        if kind == "p" and number == 2:  # row by row; reads p once and writes no p²
             squares = torch.linalg.vector_norm(weighed, dim=-1).square()
             return total(squares, axes[:-1])
         if kind == "p":
@@ -99,15 +100,15 @@ def measure(pixels: Pixels, target: Tensor, recipe: Recipe) -> tuple[Tensor, Ten
     one = torch.ones_like(p_of_label) if valid is None else valid
     labels = [total(y) if y.numel() else by_label(one)] * len(recipe.label_exponents(hard=True))
     groups = {"row": (len(p), *p.shape[2:-1]), "sample": (len(p),)}.get(recipe.over, ())
-    moving = [entry(*key) for key in recipe.keys()]
-    return stack_sums(moving, groups, p), stack_sums(labels, groups, p)
+    logit_sums = [entry(*key) for key in recipe.keys()]
+    return stack_sums(logit_sums, groups, p), stack_sums(labels, groups, p)
 
 
 def by_logits(slopes: Tensor, pixels: Pixels, target: Tensor, recipe: Recipe) -> Tensor:
-    """As `pixels.by_logits`; sums whose slope is 0 cost nothing."""
-    if recipe.over == "batch":  # numbers, which a CPU reads for nothing
-        given: list[Any] = slopes.tolist()
-        used = {key: slope for key, slope in zip(recipe.keys(), given, strict=True) if any(slope)}
+    """See `pixels.by_logits`; sums whose slope is 0 cost no time."""
+    if recipe.over == "batch":  # numbers, which are free to read on a CPU
+        read: list[Any] = slopes.tolist()
+        used = {key: slope for key, slope in zip(recipe.keys(), read, strict=True) if any(slope)}
     else:
         pairs = zip(recipe.keys(), slopes.unbind(-2), strict=True)
         used = {key: spread(slope, pixels.p, recipe).unbind(1) for key, slope in pairs}
@@ -119,7 +120,7 @@ def by_logits(slopes: Tensor, pixels: Pixels, target: Tensor, recipe: Recipe) ->
 
 
 def _of_two(slopes: Mapping[Key, Any], pixels: Pixels) -> Tensor:
-    """For two classes: what moves the second logit up moves the first one down as much."""
+    """For two classes: the derivative by the first logit is minus that by the second."""
     p, y, valid, _, p_of_label = pixels
     assert p_of_label is not None
     (p0, p1), (y0, y1) = p.unbind(1), y.unbind(1)
@@ -147,7 +148,7 @@ def _of_two(slopes: Mapping[Key, Any], pixels: Pixels) -> Tensor:
 
 
 def _of_many(slopes: Mapping[Key, Any], pixels: Pixels, label: Tensor) -> Tensor:
-    """For any number of classes: what belongs to the label alone is added where the label is."""
+    """For any number of classes: terms of the label alone are scattered to its channel."""
     p, _, valid, _, p_of_label = pixels
     assert p_of_label is not None
     field: Tensor | None = None  # the derivative by p

@@ -1,6 +1,6 @@
-"""Losses of one table, evaluated together: their values, and their derivatives by the sums.
+"""Losses of one table evaluated together: their values, and their derivatives by the sums.
 
-Dice losses often differ in a few numbers alone, such as the exponent or the smoothing. One call of
+Dice losses often differ only in a few numbers, such as the exponent or the smoothing. One call of
 their formula then serves K of them, on tensors [K, C] instead of [C]. An operation on such a small
 tensor costs the same few microseconds on a CPU, so K losses cost little more than one.
 """
@@ -20,28 +20,28 @@ from losswatch.losses.table_loss import TableLoss, gradient, merged
 
 
 class Group(NamedTuple):
-    """K losses that differ in numbers alone. A loss that is like no other is a group of one."""
+    """K losses that differ only in numbers. A loss that is like no other is a group of its own."""
 
     formula: Any  # a module whose `from_sums` maps sums [K, C] to the values [K]
-    keys: tuple[tuple[Key, ...], ...]  # of the moving sums that each of the K losses reads
+    keys: tuple[tuple[Key, ...], ...]  # the `Sums.logit_sums` that each of the K losses reads
 
-    def moving(self, sums: Sums) -> list[Tensor]:
-        """A copy of the moving sums for each loss, [K, C] each."""
+    def copies(self, sums: Sums) -> list[Tensor]:
+        """Copies of the `Sums.logit_sums` that the losses read, [K, C] each."""
         columns = zip(*self.keys, strict=True)
-        return [torch.stack([sums.moving[key] for key in column]) for column in columns]
+        return [torch.stack([sums.logit_sums[key] for key in column]) for column in columns]
 
-    def table(self, moving: Iterator[Tensor], sums: Sums) -> Sums:
-        """The table that `formula` reads: the sums of all losses under the first one's names."""
+    def table(self, copies: Iterator[Tensor], sums: Sums) -> Sums:
+        """The table that `formula` reads: the sums of all losses under the keys of the first."""
         columns, labels = list(zip(*self.keys, strict=True)), dict(sums.labels)
         for (kind, exponent), *others in columns:
             exponents = [exponent, *(e for _, e in others)]
             if kind == "p" and len(set(exponents)) > 1:
                 labels[exponent] = torch.stack([sums.y(e) for e in exponents])
-        return Sums({column[0]: next(moving) for column in columns}, labels, sums.pixels)
+        return Sums({column[0]: next(copies) for column in columns}, labels, sums.pixels)
 
 
-def form(loss: nn.Module) -> Hashable:
-    """Losses of equal form can be one group."""
+def group_key(loss: nn.Module) -> Hashable:
+    """Losses with equal keys can be one group."""
     if not isinstance(loss, TableLoss):
         return loss
     fixed = {name: value for name, value in loss.settings.items() if name not in loss.free}
@@ -49,7 +49,7 @@ def form(loss: nn.Module) -> Hashable:
 
 
 def make_group(losses: Sequence[nn.Module], keys: Mapping[nn.Module, tuple[Key, ...]]) -> Group:
-    """The group of losses of one form, which read the moving sums of these keys."""
+    """The group of losses with one `group_key`; `keys` are the `Sums.logit_sums` they read."""
     formula: Any = losses[0]
     if len(losses) > 1:
         columns = zip(*(loss.numbers for loss in losses), strict=True)
@@ -60,30 +60,30 @@ def make_group(losses: Sequence[nn.Module], keys: Mapping[nn.Module, tuple[Key, 
 
 
 def copies(groups: Sequence[Group], sums: Sums) -> list[Tensor]:
-    """The moving sums of all groups, one after another."""
-    return [x for group in groups for x in group.moving(sums)]
+    """The copies of the sums for all groups, one after another."""
+    return [x for group in groups for x in group.copies(sums)]
 
 
-def values(groups: Sequence[Group], moving: Sequence[Tensor], sums: Sums) -> Tensor:
-    """The values [K] of the losses of all groups; `moving` are their `copies` of the sums."""
-    given = iter(moving)
-    tables = [group.table(given, sums) for group in groups]
+def values(groups: Sequence[Group], own: Sequence[Tensor], sums: Sums) -> Tensor:
+    """The values [K] of the losses of all groups; `own` are their `copies` of the sums."""
+    remaining = iter(own)
+    tables = [group.table(remaining, sums) for group in groups]
     pairs = map(RankSums, tables, over_ranks(tables))
     return torch.cat([g.formula.from_sums(s) for g, s in zip(groups, pairs, strict=True)])
 
 
 def values_and_jacobian(groups: Sequence[Group], sums: Sums) -> tuple[Tensor, Tensor]:
-    """The values [K] of losses, and their derivatives [K, S, C] by the moving sums of a table.
+    """The values [K] of losses, and their derivatives [K, S, C] by the S `Sums.logit_sums`.
 
     Each loss has its own copies of the sums. So one backward pass gives all derivatives.
     """
-    moving = copies(groups, sums)
-    found, slopes = gradient(lambda leaves: values(groups, leaves, sums), moving)
-    given, none = iter(slopes), torch.zeros_like(moving[0][0])
+    inputs = copies(groups, sums)
+    losses, slopes = gradient(lambda leaves: values(groups, leaves, sums), inputs)
+    remaining, none = iter(slopes), torch.zeros_like(inputs[0][0])
     rows = []
     for group in groups:
-        columns = [next(given).unbind() for _ in group.keys[0]]
+        columns = [next(remaining).unbind() for _ in group.keys[0]]
         for keys, *own in zip(group.keys, *columns, strict=True):
             slope = dict(zip(keys, own, strict=True))
-            rows += [slope.get(key, none) for key in sums.moving]
-    return found, torch.stack(rows).view(len(found), -1, *none.shape)
+            rows += [slope.get(key, none) for key in sums.logit_sums]
+    return losses, torch.stack(rows).view(len(losses), -1, *none.shape)

@@ -1,4 +1,4 @@
-"""Checks of the values of logits and targets: what no loss can take is said in one line."""
+"""Checks the values of logits and targets, and explains in one line what no loss can take."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _ORDERED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_inputs(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> None:
-    """Look for values that no loss can take.
+    """Check that logits and target have values that losses can take.
 
-    It reads the data, so on a GPU it waits for them. Losses call it on a CPU only.
+    The check reads the data, so it waits for a GPU. Losses call it on a CPU only.
 
     Raises:
-        ValueError: a logit is NaN or infinite, or a label of the target lies outside [0, C).
+        ValueError: a logit is NaN or infinite, or the target holds a class outside [0, C) or NaN.
     """
     check_logits(logits)
     if target.ndim == logits.ndim:
@@ -33,7 +33,7 @@ def check_inputs(logits: Tensor, target: Tensor, ignore_index: int | None = None
 
 
 def check_logits(logits: Tensor) -> None:
-    """Look for logits that no loss can take.
+    """Check that logits have values that losses can take.
 
     Raises:
         ValueError: a logit is NaN or infinite.
@@ -44,16 +44,16 @@ def check_logits(logits: Tensor) -> None:
             raise ValueError(f"logits: {count} are {what}, none is allowed")
 
 
-def explained(
+def evaluate(
     loss: Callable[[Tensor, Tensor], Tensor],
     logits: Tensor,
     target: Tensor,
     ignore_index: int | None,
 ) -> Tensor:
-    """The value of a loss. Bad data is explained where a look is cheap: on a CPU, in eager mode.
+    """The value of a loss. In eager mode on a CPU, where a check is cheap, bad data is an error.
 
     Raises:
-        ValueError: see `check_inputs`.
+        ValueError: the data is bad, see `check_inputs`.
     """
     if not logits.is_cpu or traced(logits) or traced(target):
         return loss(logits, target)
@@ -69,25 +69,25 @@ def explained(
 
 # -- faults, found on the device and explained later ----------------------------------------------
 #
-# A fault is a float32 vector [3]: a number of `_REASONS`, 0 for none, and the smallest and the
-# largest label that counts. Nothing here reads a number, so a GPU is not made to wait.
+# A fault is a float32 vector [3]: one of the numbers below (0: no fault), and the smallest and the
+# largest label that counts. The functions read no number from a GPU, which would wait for it.
 
 CLASS, FRACTION, LABEL, SHARES, PROBABILITIES = 1, 2, 3, 4, 5
-NEAR = 0.01  # how far shares may be from adding to 1, as in half precision
+NEAR = 0.01  # how far sums of shares may be from 1; half precision needs it
 
 
 def index_fault(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Class indices that a loss can read, int64, and the fault of those given, [3].
+    """Class indices that a loss can read, int64, and the fault of the target, [3].
 
     Args:
         target: class indices of any type, floating point included.
-        classes: their number; indices outside of [0, classes) become 0 in what is returned.
+        classes: the number of classes. Indices outside of [0, classes) are clamped.
     """
     index = target.long()
     counts = index if ignore_index is None else torch.where(index == ignore_index, 0, index)
     low, high = _range(counts)
     is_whole = not target.is_floating_point()
-    if low.is_cpu and is_whole and low.item() >= 0 and high.item() < classes:  # a free look
+    if low.is_cpu and is_whole and low.item() >= 0 and high.item() < classes:  # costs nothing
         return index, torch.zeros(3)
     bad = [(CLASS, (low < 0) | (high >= classes))]
     if target.is_floating_point():
@@ -104,7 +104,7 @@ def label_fault(labels: Tensor, ignore_index: int | None, *, are_shares: bool) -
     """The fault of labels [N, C, *space], [3].
 
     Args:
-        are_shares: whether they must add to 1 over the channels, as for a softmax.
+        are_shares: whether the labels must add to 1 over the channels, as for a softmax.
     """
     x = labels if labels.is_floating_point() else labels.float()
     ignored = None if ignore_index is None else labels == ignore_index
@@ -120,7 +120,7 @@ def label_fault(labels: Tensor, ignore_index: int | None, *, are_shares: bool) -
 
 
 def probability_fault(p: Tensor) -> Tensor:
-    """The fault of probabilities [N, C, *space] of classes, or of one, [3]."""
+    """The fault [3] of the probabilities [N, C, *space] of C classes, or of the foreground."""
     low, high = _range(p)
     outside = ~((low >= 0) & (high <= 1))
     bad = [(PROBABILITIES, outside | _are_off(p.sum(1)) if p.shape[1] > 1 else outside)]
@@ -128,15 +128,15 @@ def probability_fault(p: Tensor) -> Tensor:
 
 
 def first_fault(faults: Sequence[Tensor]) -> Tensor:
-    """The first of several faults that is one."""
-    found = faults[0]
+    """The first of several faults whose number is not 0."""
+    first = faults[0]
     for other in faults[1:]:
-        found = torch.where(found[0] > 0, found, other)
-    return found
+        first = torch.where(first[0] > 0, first, other)
+    return first
 
 
 def explain(fault: Sequence[float], classes: int, ignore_index: int | None) -> str:
-    """The line about a fault, its three numbers read."""
+    """The line about a fault, whose three numbers have been read from the device."""
     number, low, high = fault
     if math.isnan(low):
         return "target: holds NaN, none is allowed"
@@ -155,7 +155,7 @@ def explain(fault: Sequence[float], classes: int, ignore_index: int | None) -> s
 
 
 def _range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest number; 0 of none."""
+    """The smallest and the largest number; 0 and 0 if there are none."""
     if not x.numel():
         return x.new_zeros(()), x.new_zeros(())
     low, high = x.aminmax()
@@ -169,7 +169,8 @@ def _are_off(sums: Tensor) -> Tensor:
 
 
 def _fault(bad: Sequence[tuple[int, Tensor]], low: Tensor, high: Tensor) -> Tensor:
+    """The fault [3] with the first reason of `bad` that is true."""
     number: Tensor = torch.zeros_like(low, dtype=torch.float32)
-    for reason, is_so in reversed(bad):  # the first one counts
+    for reason, is_so in reversed(bad):
         number = torch.where(is_so, float(reason), number)
     return torch.stack([number, low.float(), high.float()])

@@ -13,13 +13,13 @@ from losswatch.losses.sums import Key, Recipe
 
 
 class Pixels(NamedTuple):
-    """What the sums and their derivative read, pixel by pixel."""
+    """The inputs of the sums and of their derivative, pixel by pixel."""
 
     p: Tensor  # [N, C, *space] probabilities
     y: Tensor  # [N, C, *space] labels, 0 where ignored
     valid: Tensor | None  # [N, 1 or C, *space] 0 where ignored, else 1; None: no pixel is ignored
-    log_p: Tensor | None = None  # [N, C, *space] by log-softmax; None: not asked for
-    p_of_label: Tensor | None = None  # [N, 1, *space], 0 where ignored; of the fast form alone
+    log_p: Tensor | None = None  # [N, C, *space] by log-softmax; None: not needed
+    p_of_label: Tensor | None = None  # [N, 1, *space], 0 where ignored; only fast.py has it
 
 
 def is_hard(logits: Tensor, target: Tensor) -> bool:
@@ -33,7 +33,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> Pixels:
-    """Probabilities and labels; pixels without a space count as a line of one pixel."""
+    """Probabilities and labels. Logits [N, C] get a spatial axis with one pixel."""
     x = wide(logits)
     x = x.unsqueeze(-1) if x.ndim == 2 else x.view_as(x)
     log_p = x.log_softmax(1) if 0 in recipe.clips else None
@@ -54,8 +54,8 @@ def read_pixels(logits: Tensor, target: Tensor, recipe: Recipe) -> Pixels:
 def counted_labels(target: Tensor, p: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
     """Labels [N, C, *space], 0 where ignored, and which count (None: all of them).
 
-    A softmax ignores a pixel whole, where any of its labels is `ignore_index`. Otherwise each
-    channel ignores its own.
+    A softmax ignores a whole pixel if any of its labels is `ignore_index`. Otherwise each channel
+    ignores its own pixels.
     """
     y = target.to(p.dtype).view(p.shape)
     if recipe.ignore_index is None:
@@ -77,7 +77,7 @@ def counted(target: Tensor, p: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor |
 
 
 def one_hot(label: Tensor, p: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Labels [N, 1, *space] as 0 and 1 [N, C, *space] of the type of p; 0 where not `valid`."""
+    """Labels [N, 1, *space] as 0 and 1 [N, C, *space] with the type of p; 0 where not `valid`."""
     classes = torch.arange(p.shape[1], device=label.device).view(-1, *(1,) * (p.ndim - 2))
     if traced(label):  # without a comparison: a compiler would keep its bits, slow to read on a CPU
         y = (1 - (label.to(p.dtype) - classes.to(p.dtype)).abs()).clamp_min(0)
@@ -96,7 +96,7 @@ def unclipped(p: Tensor, clip: float) -> Tensor:
 # -- sums ------------------------------------------------------------------------------------------
 
 
-def measure(pixels: Pixels, recipe: Recipe, hard: bool) -> tuple[Tensor, Tensor]:
+def sums_of(pixels: Pixels, recipe: Recipe, hard: bool) -> tuple[Tensor, Tensor]:
     """The sums that depend on the logits, and those of the labels, each [*groups, S, C]."""
     p, y, valid, log_p, _ = pixels
 
@@ -117,20 +117,19 @@ def measure(pixels: Pixels, recipe: Recipe, hard: bool) -> tuple[Tensor, Tensor]
         if kind == "all":
             return total(log if valid is None else log * valid)
         log = torch.where(y > 0, y * log, 0.0)
-        # Rows first: a compiler's own order loses two digits more.
+        # Sum rows first: the order that a compiler takes loses two digits more.
         return total(log) if recipe.by_class else shared_out(log.sum(1).sum(-1).sum(), p)
 
     groups = {"row": (len(p), *p.shape[2:-1]), "sample": (len(p),)}.get(recipe.over, ())
     counts = p.new_ones(()) if valid is None else valid
     powers = {0.0: counts.expand_as(p), 1.0: y}
     labels = [total(powers[e] if e in powers else y**e) for e in recipe.label_exponents(hard)]
-    return stack_sums([entry(*key) for key in recipe.keys()], groups, p), stack_sums(
-        labels, groups, p
-    )
+    logit_sums = [entry(*key) for key in recipe.keys()]
+    return stack_sums(logit_sums, groups, p), stack_sums(labels, groups, p)
 
 
 def shared_out(total: Tensor, p: Tensor) -> Tensor:
-    """A total as [C], a C-th for each class."""
+    """A scalar as [C]: each class gets a C-th of it."""
     return (total / p.shape[1]).expand(p.shape[1])
 
 
@@ -142,11 +141,11 @@ def stack_sums(sums: Sequence[Tensor], groups: tuple[int, ...], p: Tensor) -> Te
 def steepness(key: Key, pixels: Pixels, recipe: Recipe) -> Tensor:
     """The derivative by p of the summands of a sum, times p, [N, C, *space].
 
-    Where no activation makes p of the logits, the derivative itself.
+    Without an activation (the logits are p), the derivative itself.
     """
     (kind, number), (p, y, valid, _, p_of_label) = key, pixels
     if kind == "yp" and recipe.intersection == "minimum":
-        y = 0.5 * (1 - torch.sign(p - y))  # of min(y, p): a half where they are equal
+        y = 0.5 * (1 - torch.sign(p - y))  # derivative of min(y, p); 1/2 where both are equal
     elif kind == "p":
         # p^e has no derivative at p = 0 for e < 1, but an activation's derivative is 0 there.
         base = p if recipe.activation == "none" else p.clamp_min(1e-30)
@@ -158,13 +157,13 @@ def steepness(key: Key, pixels: Pixels, recipe: Recipe) -> Tensor:
     elif kind == "all":
         y = torch.ones_like(p) if valid is None else valid.expand_as(p)
     if kind in ("log", "all"):
-        known = p if p_of_label is None or kind == "all" else p_of_label
-        return y * unclipped(known, number) if number else y
+        clipped = p if p_of_label is None or kind == "all" else p_of_label
+        return y * unclipped(clipped, number) if number else y
     return y if recipe.activation == "none" else y * p
 
 
 def by_logits(slopes: Tensor, pixels: Pixels, recipe: Recipe) -> Tensor:
-    """The derivative by the logits [N, C, *space] of what has the derivatives `slopes` by the sums.
+    """The derivative by the logits [N, C, *space], from the derivatives `slopes` by the sums.
 
     Args:
         slopes: [*groups, S, C], by the sums of `recipe.keys`.
@@ -177,7 +176,7 @@ def by_logits(slopes: Tensor, pixels: Pixels, recipe: Recipe) -> Tensor:
 
 
 def spread(slope: Tensor, p: Tensor, recipe: Recipe) -> Tensor:
-    """[*groups, C] to what broadcasts with p [N, C, *space]."""
+    """[*groups, C] in a shape that broadcasts with p [N, C, *space]."""
     if recipe.over == "row":
         return slope.movedim(-1, 1).unsqueeze(-1)
     return slope.view(*slope.shape, *(1,) * (p.ndim - 2))
@@ -189,7 +188,7 @@ def through_activation(q: Tensor, p: Tensor, recipe: Recipe) -> Tensor:
         return q
     if recipe.activation == "sigmoid":
         return q * (1 - p)
-    if p.shape[1] == 2:  # the same without the difference of two close numbers
+    if p.shape[1] == 2:  # equal to the last line, but without a difference of two close numbers
         up = q[:, 1] * p[:, 0] - q[:, 0] * p[:, 1]
         return torch.stack([-up, up], 1)
     return q - p * q.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Sums over the batches of all ranks, where `torch.distributed` trains with several."""
+"""Sums over the batches of all ranks, if `torch.distributed` trains with several."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ class RankSums(NamedTuple):
     joint: Sums
 
 
-_is_apart = False  # whether the losses of this rank are those of its own batch, see `apart`
+_is_only_this_rank = False  # see `only_this_rank`
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """While this is open, losses are those of this rank's batch, and wait for no other rank."""
-    global _is_apart
-    before, _is_apart = _is_apart, True
+def only_this_rank() -> Iterator[None]:
+    """Make losses count this rank's batch only and wait for no other rank, until the exit."""
+    global _is_only_this_rank
+    before, _is_only_this_rank = _is_only_this_rank, True
     try:
         yield
     finally:
-        _is_apart = before
+        _is_only_this_rank = before
 
 
 def world_size() -> int:
-    """The ranks whose batches are summed; 1 without `torch.distributed`, and while `apart`."""
-    is_one = _is_apart or not (dist.is_available() and dist.is_initialized())
+    """The number of ranks whose batches are summed.
+
+    1 without `torch.distributed`, and within `only_this_rank`.
+    """
+    is_one = _is_only_this_rank or not (dist.is_available() and dist.is_initialized())
     return 1 if is_one else dist.get_world_size()
 
 
-def highest(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """The largest of each number over all ranks; it waits for them."""
-    found = torch.tensor(numbers, dtype=torch.float32, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.tolist()
+def max_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each number over all ranks. Waits for all ranks."""
+    highest = torch.tensor(numbers, dtype=torch.float32, device=device)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest.tolist()
 
 
 class _OverRanks(torch.autograd.Function):
@@ -62,8 +65,8 @@ class _OverRanks(torch.autograd.Function):
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum over all ranks.
 
-    Its gradient is scaled by the number of ranks: `DistributedDataParallel` averages gradients over
-    ranks, and so gets the gradient of the joined batch.
+    Its gradient is scaled by the number of ranks, because `DistributedDataParallel` averages
+    gradients over ranks: the average is then the gradient of all batches together.
     """
     return _OverRanks.apply(x)
 
@@ -72,13 +75,13 @@ def over_ranks(tables: Sequence[Sums]) -> Sequence[Sums]:
     """The sums over the batches of all ranks, in one all-reduce."""
     if world_size() == 1:
         return tables
-    parts = [x for sums in tables for x in (*sums.moving.values(), *sums.labels.values())]
+    parts = [x for sums in tables for x in (*sums.logit_sums.values(), *sums.labels.values())]
     parts += [parts[0].new_full((), float(sums.pixels)) for sums in tables]
     flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
     joint = iter([f.view(part.shape) for f, part in zip(pieces, parts, strict=True)])
-    named = [
-        ({key: next(joint) for key in sums.moving}, {e: next(joint) for e in sums.labels})
+    by_name = [
+        ({key: next(joint) for key in sums.logit_sums}, {e: next(joint) for e in sums.labels})
         for sums in tables
     ]
-    return [Sums(*names, next(joint)) for names in named]
+    return [Sums(*names, next(joint)) for names in by_name]

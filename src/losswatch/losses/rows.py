@@ -16,15 +16,16 @@ Label = tuple[Key, int | None]  # a sum and its class; None: the sum over the cl
 
 
 @cache
-def basis(recipe: Recipe, classes: int) -> dict[Label, dict[tuple[Key, int], float]]:
-    """Few sums whose gradients span those of all sums of the table.
+def spanning_sums(recipe: Recipe, classes: int) -> dict[Label, dict[tuple[Key, int], float]]:
+    """The few sums whose gradients span those of all sums of the table.
 
     For hard labels and a softmax over whole batches the gradients of the sums are not independent.
     The sum over the classes of Σ p is the number of pixels, so the first Σ p can be left out. With
-    two classes, moreover, Σ p_0 = Σ y_0·p_0 + Σ y_1 - Σ y_1·p_1 and Σ p_0² = Σ p_1² - 2·Σ p_1 + n.
+    two classes, also Σ p_0 = Σ y_0·p_0 + Σ y_1 - Σ y_1·p_1 and Σ p_0² = Σ p_1² - 2·Σ p_1 + n.
 
     Returns:
-        For each sum that is kept: the sums of the table whose gradients hold it, and how often.
+        For each sum that is kept: the sums of the table whose gradients contain its gradient, and
+        the factor.
     """
     kept: dict[Label, dict[tuple[Key, int], float]] = {}
 
@@ -53,13 +54,13 @@ def basis(recipe: Recipe, classes: int) -> dict[Label, dict[tuple[Key, int], flo
     return kept
 
 
-def fold(jacobian: Tensor, recipe: Recipe) -> Tensor:
-    """Derivatives by the table's sums [K, S, C] as those by the M sums of `basis`, [K, M]."""
+def by_spanning_sums(jacobian: Tensor, recipe: Recipe) -> Tensor:
+    """From derivatives by all sums of a table, [K, S, C], to those by M `spanning_sums`, [K, M]."""
     classes = jacobian.shape[-1]
     names = [(key, c) for key in recipe.keys() for c in range(classes)]
     slopes = dict(zip(names, jacobian.flatten(1).unbind(1), strict=True))
     columns = []
-    for shares in basis(recipe, classes).values():
+    for shares in spanning_sums(recipe, classes).values():
         terms = [slopes[n] if share == 1 else share * slopes[n] for n, share in shares.items()]
         columns.append(reduce(torch.add, terms))
     return torch.stack(columns, 1)
@@ -96,7 +97,7 @@ def rows(labels: Sequence[Label], pixels: Pixels, recipe: Recipe) -> Tensor:
 
 
 def antisymmetric(ups: Sequence[Tensor]) -> Tensor:
-    """Rows [N, M, 2, *space] of those by the second logit: the first one moves the other way."""
+    """Rows [N, M, 2, *space] from those for the second logit; the first logit gets minus these."""
     if traced(ups[0]):
         up = torch.stack(list(ups), 1)
         return torch.stack([-up, up], 2)

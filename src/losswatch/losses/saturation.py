@@ -1,4 +1,4 @@
-"""Whether a Dice loss has stopped teaching, and why."""
+"""Whether a Dice loss has no gradient left, and why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from losswatch.losses.dice import Dice
 from losswatch.losses.table import table
-from losswatch.losses.table_loss import TINY, per_class, value_and_slope
+from losswatch.losses.table_loss import TINY, class_tensor, value_and_slope
 
 
 class Saturation(NamedTuple):
@@ -22,7 +22,7 @@ class Saturation(NamedTuple):
 
 
 def saturation(loss: Dice, logits: Tensor, target: Tensor) -> Saturation:
-    """Say whether a Dice loss is near 1 without a gradient, or hidden by its smoothing.
+    """Tell whether a Dice loss is near 1 without a gradient, or hidden by its smoothing.
 
     Args:
         loss: any Dice; its link does not matter.
@@ -38,7 +38,7 @@ def saturation(loss: Dice, logits: Tensor, target: Tensor) -> Saturation:
     with torch.no_grad():
         sums = table(logits.detach(), target, plain.recipe)
         total = sums.p(plain.exponent) + sums.y(plain.exponent)
-        smooth = per_class(plain.smooth_dr, total)
+        smooth = class_tensor(plain.smooth_dr, total)
         total = total.sum(-1, keepdim=True) if plain.joint else total
         share = (smooth / (total + smooth).clamp_min(TINY)).expand_as(total)
         start = 0 if plain.include_background or plain.joint else 1

@@ -33,23 +33,23 @@ Key = tuple[str, float]
 
 
 class Recipe(NamedTuple):
-    """Which sums a table holds, and how it reads the pixels."""
+    """Which sums a table holds, and how they are computed from the pixels."""
 
-    activation: str = "softmax"  # "softmax", "sigmoid" or "none": makes p of the logits
-    over: str = "batch"  # what one sum runs over: "row", "sample" or "batch"
+    activation: str = "softmax"  # "softmax", "sigmoid" or "none": how p is computed from the logits
+    over: str = "batch"  # the pixels of one sum: "row", "sample" or "batch"
     intersection: str = "product"  # "product" or "minimum"
-    ignore_index: int | None = None  # pixels of this label count nowhere
+    ignore_index: int | None = None  # pixels with this label do not count
     exponents: tuple[float, ...] = ()  # e of Σ p^e and Σ y^e
     clips: tuple[float, ...] = ()  # c of Σ y·log p; 0: no clipping, log p by log-softmax
     by_class: bool = False  # Σ y·log p class by class, and Σ log p; else only the total
 
     @property
     def family(self) -> tuple:
-        """Recipes of one family have a common table."""
+        """Recipes with equal families can share a table."""
         return self.activation, self.over, self.intersection, self.ignore_index
 
     def union(self, others: Iterable[Recipe]) -> Recipe:
-        """The recipe of the table that serves this one and others of its family."""
+        """The recipe of a table with the sums of this recipe and of others of its family."""
         recipes = [self, *others]
         return self._replace(
             exponents=tuple(sorted({e for r in recipes for e in r.exponents})),
@@ -67,9 +67,9 @@ class Recipe(NamedTuple):
 
     @cache  # noqa: B019
     def label_exponents(self, hard: bool) -> tuple[float, ...]:
-        """e of the sums Σ y^e, in the table's order; of hard labels all of them are Σ y.
+        """e of the sums Σ y^e, in the table's order. For hard labels each of these sums is Σ y.
 
-        Of labels [N, C, *space], e = 0 stands for the number of pixels that are not ignored.
+        For labels [N, C, *space], e = 0 stands for the number of pixels that are not ignored.
         """
         exponents = set() if hard else set(self.exponents)
         if self.by_class or self.ignore_index is not None or (hard and self.exponents):
@@ -82,18 +82,18 @@ class Recipe(NamedTuple):
 class Sums(NamedTuple):
     """The sums of a batch by name, each [*groups, C]; groups is (), [N] or [N, *space[:-1]]."""
 
-    moving: dict[Key, Tensor]  # those of `Recipe.keys`
+    logit_sums: dict[Key, Tensor]  # those that depend on the logits, by `Recipe.keys`
     labels: dict[float, Tensor]  # Σ y^e by e (`Recipe.label_exponents`)
-    pixels: float | Tensor  # their number, with ignored ones
+    pixels: float | Tensor  # the number of pixels, with ignored ones
 
     @property
     def tp(self) -> Tensor:
         """Σ y·p, or Σ min(y, p)."""
-        return self.moving["yp", 1.0]
+        return self.logit_sums["yp", 1.0]
 
     def p(self, exponent: float) -> Tensor:
         """Σ p^exponent."""
-        return self.moving["p", exponent]
+        return self.logit_sums["p", exponent]
 
     def y(self, exponent: float = 1.0) -> Tensor:
         """Σ y^exponent."""
@@ -101,16 +101,16 @@ class Sums(NamedTuple):
 
     @property
     def counted(self) -> Tensor:
-        """How many pixels are not ignored, [*groups]; of any channel, where each ignores its own.
+        """How many pixels are not ignored, [*groups]. Exists only with an `ignore_index`.
 
-        Only with an `ignore_index`.
+        Where each channel ignores its own pixels, this is the largest number of any channel.
         """
         return self.labels[0.0].amax(-1) if 0.0 in self.labels else self.y().sum(-1)
 
     def log(self, clip: float) -> Tensor:
-        """Σ y·log p; where `Recipe.by_class` is off, a C-th of the total for each class."""
-        return self.moving["log", clip]
+        """Σ y·log p; without `Recipe.by_class`, each class has a C-th of the total."""
+        return self.logit_sums["log", clip]
 
     def log_of_all(self, clip: float) -> Tensor:
         """Σ log p."""
-        return self.moving["all", clip]
+        return self.logit_sums["all", clip]

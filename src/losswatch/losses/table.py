@@ -21,27 +21,29 @@ def table(logits: Tensor, target: Tensor, recipe: Recipe) -> Sums:
     """The sums, differentiable once by the logits; float32, or float64 for float64 logits."""
     if not torch.compiler.is_compiling() and grad_levels(logits) > 1:
         raise NotImplementedError(ONCE)
-    moving, labels, *_ = _Table.apply(logits, target, recipe)
-    return named(moving, labels, logits, target, recipe)
+    logit_sums, labels, *_ = _Table.apply(logits, target, recipe)
+    return as_sums(logit_sums, labels, logits, target, recipe)
 
 
-def named(moving: Tensor, labels: Tensor, logits: Tensor, target: Tensor, recipe: Recipe) -> Sums:
-    """Rows of a table, each [*groups, S, C], by name."""
+def as_sums(
+    logit_sums: Tensor, labels: Tensor, logits: Tensor, target: Tensor, recipe: Recipe
+) -> Sums:
+    """The sums by the logits and those of the labels, each [*groups, S, C], by name."""
     exponents = recipe.label_exponents(is_hard(logits, target))
     return Sums(
-        dict(zip(recipe.keys(), moving.unbind(-2), strict=True)),
+        dict(zip(recipe.keys(), logit_sums.unbind(-2), strict=True)),
         dict(zip(exponents, labels.unbind(-2), strict=True)),
         logits.numel() / logits.shape[1],
     )
 
 
 def read(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor, Tensor]:
-    """The pixels, the moving sums, and those of the labels, in the fastest form."""
+    """The pixels, the sums by the logits, and those of the labels, in the fastest form."""
     if fast.is_fast(logits, target, recipe):
         pixels = fast.read_pixels(logits, target, recipe)
-        return pixels, *fast.measure(pixels, target, recipe)
+        return pixels, *fast.sums_of(pixels, target, recipe)
     pixels = plain.read_pixels(logits, target, recipe)
-    return pixels, *plain.measure(pixels, recipe, is_hard(logits, target))
+    return pixels, *plain.sums_of(pixels, recipe, is_hard(logits, target))
 
 
 def by_logits(slopes: Tensor, pixels: Pixels, target: Tensor, recipe: Recipe) -> Tensor:
@@ -52,7 +54,7 @@ def by_logits(slopes: Tensor, pixels: Pixels, target: Tensor, recipe: Recipe) ->
 
 
 def with_labels(pixels: Pixels, target: Tensor, recipe: Recipe) -> Pixels:
-    """The pixels with y, which the fast form of more than two classes does without."""
+    """The pixels with y, which the fast form leaves out for more than two classes."""
     if pixels.y.shape == pixels.p.shape:
         return pixels
     label, valid = counted(target, pixels.p, recipe)
@@ -60,17 +62,17 @@ def with_labels(pixels: Pixels, target: Tensor, recipe: Recipe) -> Pixels:
 
 
 class _Table(torch.autograd.Function):
-    """`table`. What its backward reads is among its outputs, as torch.func wants it."""
+    """See `table`. Returns also the tensors for its backward, because torch.func needs them."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
-        pixels, moving, labels = read(logits, target, recipe)
+        pixels, logit_sums, labels = read(logits, target, recipe)
         p, none = pixels.p, pixels.p.new_empty(0)
-        # An output must not be an input, as soft labels are.
+        # An output must not be an input, and soft labels are one.
         y = pixels.y if is_hard(logits, target) else none
-        return moving, labels, p, y, none if pixels.p_of_label is None else pixels.p_of_label
+        return logit_sums, labels, p, y, none if pixels.p_of_label is None else pixels.p_of_label
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -99,5 +101,5 @@ class _Table(torch.autograd.Function):
         return gradient.view(ctx.shape).to(ctx.dtype), None, None
 
 
-# `apply` would look the signature up at every call.
+# Without this, `apply` would compute the signature at every call.
 _Table.forward.__signature__ = inspect.signature(_Table.forward)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What losses of one table of sums have in common, and the derivative of any loss."""
+"""What all losses on a table of sums have in common, and the derivative of any loss."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from losswatch.compat import recorded, traced
-from losswatch.losses.inputs import explained
+from losswatch.losses.frozen import Frozen
+from losswatch.losses.inputs import evaluate
 from losswatch.losses.ranks import RankSums, over_ranks, world_size
-from losswatch.losses.settings import Frozen
 from losswatch.losses.sums import Recipe
 from losswatch.losses.table import table
 
-# A divisor is at least TINY: 0 / 0 is 0 then, with finite gradients, and not NaN.
+# Divisors are at least TINY, so that 0 / 0 is 0 with finite gradients, and not NaN.
 TINY = 1e-20
 
-# A number, or one for each class; or K of these, for K losses.
+# One number, or one for each class, or K of these for K losses.
 Numbers = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
 class TableLoss(Frozen):
-    """A loss of sums over pixels. `recipe` says of which, `from_sums` how.
+    """A loss that `from_sums` computes from sums over pixels. `recipe` names these sums.
 
-    Losses that differ in their `free` settings alone have one formula. Their `from_sums` reads
-    these settings from the names of the sums, from `numbers` and of `members`, so that it serves K
-    of them at once (groups.py): each sum is then [K, C] and the values are [K].
+    Losses that differ only in their `free` settings have one formula. Their `from_sums` reads these
+    settings from the keys of the sums, from `numbers` and from `members`. So it can serve K losses
+    at once (groups.py): each sum is then [K, C] and the values are [K].
     """
 
     recipe: Recipe
-    one_channel: ClassVar[str]  # the loss to take for logits of one channel, which softmax is not
+    one_channel: ClassVar[str]  # the loss that a message recommends for logits with one channel
     lists: dict[str, tuple[float, ...]]  # the settings with a number for each class
     free: frozenset[str] = frozenset()
     numbers: tuple[Numbers, ...] = ()
@@ -51,13 +51,13 @@ class TableLoss(Frozen):
             [joint] = over_ranks([sums]) if self.recipe.over == "batch" else [sums]
             return self.from_sums(RankSums(sums, joint))
 
-        return explained(value, logits, target, self.recipe.ignore_index)
+        return evaluate(value, logits, target, self.recipe.ignore_index)
 
     def check_channels(self, shape: tuple[int, ...]) -> None:
-        """See that logits of this shape [N, C, *space] have the channels that the loss needs.
+        """Check that logits of this shape [N, C, *space] have the channels that the loss needs.
 
         Raises:
-            ValueError: they have not.
+            ValueError: the number of channels is not allowed.
         """
         for name, values in self.lists.items():
             if len(values) != shape[1]:
@@ -72,12 +72,12 @@ class TableLoss(Frozen):
 
 
 def check_shapes(losses: Sequence[TableLoss], logits: Tensor, target: Tensor) -> None:
-    """See that logits and target have shapes and types that these losses can take.
+    """Check that logits and target have shapes and types that these losses can take.
 
     Raises:
-        ValueError: they have not.
+        ValueError: a shape or a type is not allowed.
     """
-    given, shape = tuple(target.shape), tuple(logits.shape)
+    target_shape, shape = tuple(target.shape), tuple(logits.shape)
     if logits.ndim < 2 or not logits.is_floating_point():
         raise ValueError(
             f"logits: {logits.dtype} {shape}, allowed is floating point [N, C, *space]"
@@ -85,8 +85,10 @@ def check_shapes(losses: Sequence[TableLoss], logits: Tensor, target: Tensor) ->
     for loss in losses:
         loss.check_channels(shape)
     if target.is_complex():
-        raise ValueError(f"target: {target.dtype} {given}, allowed are integers or real labels")
-    if given == shape:
+        raise ValueError(
+            f"target: {target.dtype} {target_shape}, allowed are integers or real labels"
+        )
+    if target_shape == shape:
         for index in {loss.recipe.ignore_index for loss in losses} & {0, 1}:
             raise ValueError(
                 f"target: among one-hot or soft labels ignore_index={index} cannot be told from a "
@@ -94,11 +96,11 @@ def check_shapes(losses: Sequence[TableLoss], logits: Tensor, target: Tensor) ->
             )
         if target.requires_grad:
             raise ValueError("target: it requires a gradient, which no loss here gives; detach it")
-    elif given != (shape[0], *shape[2:]) or shape[1] == 1:
+    elif target_shape != (shape[0], *shape[2:]) or shape[1] == 1:
         indices = "" if shape[1] == 1 else f"class indices {(shape[0], *shape[2:])} or "
-        raise ValueError(f"target: shape {given}, allowed are {indices}labels {shape}")
+        raise ValueError(f"target: shape {target_shape}, allowed are {indices}labels {shape}")
     elif target.is_floating_point():
-        raise ValueError(f"target: {target.dtype} {given}, class indices must be integers")
+        raise ValueError(f"target: {target.dtype} {target_shape}, class indices must be integers")
 
 
 def gradient(
@@ -113,7 +115,7 @@ def gradient(
 
         slopes, values = torch.func.grad(total, has_aux=True)(inputs)
         return values, slopes
-    with torch.enable_grad():  # torch.func would not take every autograd.Function
+    with torch.enable_grad():  # not torch.func, which refuses some autograd.Functions
         leaves = [x.detach().requires_grad_() for x in inputs]
         values = function(leaves)
         if not isinstance(values, Tensor) or not values.requires_grad:  # as after an argmax
@@ -129,7 +131,7 @@ def value_and_slope(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[Te
 
 
 def is_empty(logits: Tensor) -> bool:
-    """Whether no rank has a pixel; then every loss is 0."""
+    """Whether there are no pixels, so that every loss is 0. False with several ranks."""
     return logits.numel() == 0 and world_size() == 1
 
 
@@ -137,7 +139,7 @@ def is_empty(logits: Tensor) -> bool:
 
 
 def merged(numbers: Sequence[Numbers]) -> Numbers:
-    """The numbers of K losses as one setting.
+    """One setting of K losses as one value.
 
     >>> merged([0.5, 0.5]), merged([0.5, 1.0])
     (0.5, ((0.5,), (1.0,)))
@@ -147,10 +149,10 @@ def merged(numbers: Sequence[Numbers]) -> Numbers:
     return tuple(x if isinstance(x, tuple) else (x,) for x in numbers)  # type: ignore
 
 
-def per_class(numbers: Numbers, like: Tensor) -> float | Tensor:
-    """A setting as a number, or as a tensor of the type and on the device of `like`.
+def class_tensor(numbers: Numbers, like: Tensor) -> float | Tensor:
+    """A setting as a number, or as a tensor with the type and device of `like`.
 
-    The tensor is [C], or [K, C] or [K, 1] for K losses. The latter are never recorded.
+    The tensor is [C] for one loss, and [K, C] or [K, 1] for K losses. A compiler only sees [C].
     """
     if not isinstance(numbers, tuple):
         return numbers

@@ -1,4 +1,4 @@
-"""What makes training fast on a CPU: switches of the process, set while a network trains."""
+"""Makes training fast on a CPU, by switches of the process while a network trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from losswatch.nets.layers import NARROW
 
 @contextmanager
 def onednn(enabled: bool) -> Iterator[None]:
-    """Switch oneDNN on or off inside, where PyTorch has it, and back again at the end."""
+    """Switch oneDNN on or off. Restores the switch on exit."""
     # torch.backends.mkldnn.flags would set more than this, and warn about it.
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
@@ -28,12 +28,12 @@ def onednn(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def denormals_as_zero() -> Iterator[None]:
-    """Count denormal numbers as 0 inside.
+    """Count denormal numbers as 0. Restores the switch on exit.
 
-    Once the softmax saturates, gradients are denormal, and each operation on them is 1.4 to 35
-    times as slow as on other numbers.
+    When a softmax saturates, gradients are denormal, and each operation on them is 1.4 to 35 times
+    as slow as on other numbers.
     """
-    # PyTorch does not tell whether the switch is on, but a product does.
+    # PyTorch cannot tell whether the switch is on, but a product can.
     before = (torch.full((), 1e-40) * 1).item() == 0
     torch.set_flush_denormal(True)
     try:
@@ -44,11 +44,11 @@ def denormals_as_zero() -> Iterator[None]:
 
 @functools.cache  # once in a process
 def keep_memory() -> None:
-    """Keep freed memory in the process from now on: the next step needs as much again.
+    """Keep freed memory in the process from now on, because the next step needs as much again.
 
-    By default glibc hands large pieces back to the system at once, and the system must clear each
-    page of the next piece: a sixth of the time of a U-Net. Pieces above a gigabyte still go back.
-    glibc cannot tell its former settings, so they are not restored.
+    By default glibc returns large pieces to the system at once, and the system must clear each page
+    of the next piece. This takes a sixth of the time of a U-Net. Pieces above a gigabyte are still
+    returned. glibc cannot tell its former settings, so they are not restored.
     """
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
@@ -59,11 +59,11 @@ def keep_memory() -> None:
 
 @contextmanager
 def fast_on_cpu(net: nn.Module) -> Iterator[None]:
-    """Set what is fastest for training `net` on a CPU; all but `keep_memory` is restored.
+    """Set the fastest switches for training `net` on a CPU. Restores all but `keep_memory` on exit.
 
-    oneDNN's convolutions take 2.5 times as long as PyTorch's own on a network as narrow as the
-    article's, but not where the channels come last in memory, nor on volumes. The backward pass
-    reads that switch again, so it must hold for whole steps.
+    On a network as narrow as the article's, convolutions of oneDNN take 2.5 times as long as those
+    of PyTorch, but not if the channels come last in memory, and not on volumes. The backward pass
+    reads the switch again, so it must be set for whole steps.
     """
     keep_memory()
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]

@@ -1,6 +1,6 @@
 """The building blocks of the networks: convolution, block and enlargement, for images and volumes.
 
-Weights are drawn as in the article: Glorot's uniform distribution, with biases of 0.
+The initial weights are those of the article: Glorot's uniform distribution, with biases of 0.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 # A compiled convolution of at most this many channels is fastest as a plain sum over the kernel's
 # positions: the compiler fuses the sum, and stacking runs only makes its loops longer. A wider
-# convolution is left to the kernels of the backend.
+# convolution uses the kernels of the backend.
 NARROW = 8
 
 LANES = 16  # float32 numbers in one register of a CPU with AVX-512
 
 
 def shifted(x: Tensor, kernel: Sequence[int]) -> list[Tensor]:
-    """For each position of the kernel the pixels that it meets: [N, C, H, W] each, 0 outside.
+    """For each position of the kernel the image shifted there, [N, C, H, W], with 0 outside.
 
-    The border is concatenated instead of padded. The compiler would inline padding into each of
-    the shifted images and test for each pixel whether it lies outside.
+    The border is concatenated, not padded. The compiler would inline padding into each of the
+    shifted images and test for each pixel whether it lies outside.
     """
     *_, h, w = x.shape
     kh, kw = kernel
@@ -46,7 +46,7 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class NarrowConvolution(torch.autograd.Function):
-    """`_convolve` with a written-out derivative: autograd would scatter where this one gathers."""
+    """`_convolve` with its own derivative, which gathers. That of autograd would scatter."""
 
     generate_vmap_rule = True
 
@@ -69,13 +69,12 @@ class NarrowConvolution(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d (odd kernel, "same" padding, stride 1) in the form that is fastest where it runs.
+    """nn.Conv2d (odd kernel, "same" padding, stride 1), computed in the fastest way.
 
-    - Compiled, a narrow convolution is a plain sum (`NarrowConvolution`).
-    - On a CPU with the channels last in memory, a 1x1 kernel is a linear layer.
-    - There, a convolution from many channels to few would leave half of each register empty in the
-      gradient of its weights. It is computed as a transposed convolution by the flipped kernel,
-      whose gradient fills the registers with the input's channels.
+    - If compiled, a narrow convolution is a plain sum (`NarrowConvolution`).
+    - On a CPU with the channels last in memory, a 1x1 kernel is a linear layer. And a convolution
+      from many channels to few is a transposed convolution by the flipped kernel: its gradient by
+      the weights fills the registers with the channels of the input, and not only half of them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,8 +97,8 @@ class Conv2d(nn.Conv2d):
 class Enlarge(torch.autograd.Function):
     """Nearest-neighbour interpolation to twice the size.
 
-    Behind a concatenation the gradient is a part of a larger tensor. PyTorch's own derivative would
-    copy that part to a new layout, and then copy its result; this one reads it where it is.
+    After a concatenation the gradient is a part of a larger tensor. PyTorch's own derivative would
+    copy that part to a new layout, and then copy the result. This one makes no copies.
     """
 
     generate_vmap_rule = True
@@ -136,7 +135,7 @@ def convolution(dims: int, inputs: int, outputs: int, kernel: int, bias: bool) -
 def block(
     dims: int, inputs: int, outputs: int, convs: int, batch_norm: bool, bn_momentum: float
 ) -> nn.Sequential:
-    """`convs` times a 3x3 convolution, batch norm where it is asked for, and ReLU."""
+    """`convs` times a 3x3 convolution, batch norm if `batch_norm`, and ReLU."""
     layers: list[nn.Module] = []
     for i in range(convs):
         layers.append(convolution(dims, outputs if i else inputs, outputs, 3, bias=not batch_norm))
@@ -147,6 +146,10 @@ def block(
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raise ValueError, with the setting's name, unless `value` is a whole number of at least 1."""
+    """Check a setting.
+
+    Raises:
+        ValueError: `value` is not a whole number of at least 1. Names the setting.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -1,4 +1,4 @@
-"""How the training losses differ, pair by pair: in each condition, and over all conditions."""
+"""Compares the training losses, pair by pair: in each condition, and over all conditions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COMPARED = ["accuracy", "dice"]
 def compare_losses(runs: pd.DataFrame, *, pooled: bool = False) -> pd.DataFrame:
     """The mean difference between each two training losses, over pairs of runs that are done.
 
-    The two runs of a pair share all settings but the loss. A condition is one value of everything
-    that was swept except the loss and the seed, so the pairs of a condition differ in their seed.
+    The two runs of a pair share all settings except the loss. A condition has one value for each
+    swept setting except the loss and the seed, so the pairs of a condition differ in their seed.
 
     Args:
         runs: rows of `read_runs`.
-        pooled: take the pairs of all conditions as one sample. The interval then tells how far the
-            sign holds over the sweep. Differences of opposite signs cancel.
+        pooled: treat the pairs of all conditions as one sample. The interval then shows whether the
+            sign is the same over the sweep. Differences of opposite signs cancel.
 
     Returns:
         A row for each condition and each two losses that have pairs there: the condition's
@@ -47,7 +47,7 @@ def compare_losses(runs: pd.DataFrame, *, pooled: bool = False) -> pd.DataFrame:
 
 
 def conditions(comparison: pd.DataFrame) -> list[str]:
-    """The columns of a comparison that tell its conditions."""
+    """The columns of a comparison with its conditions."""
     return list(comparison.loc[:, :"loss"])[:-1]
 
 

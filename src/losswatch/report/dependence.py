@@ -1,4 +1,4 @@
-"""Accuracy and Dice over a number that was swept, with a line for each training loss."""
+"""Draws accuracy and Dice over a swept number, with a line for each training loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from losswatch.report.compare import COMPARED, t_test
 from losswatch.report.figures import describe, figures_folder
 from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, show_literally
-from losswatch.text import file_name, printable, show
+from losswatch.text import file_name, format_value, printable
 
 
 def plot_dependence(
@@ -32,18 +32,18 @@ def plot_dependence(
 ) -> dict[str, Path]:
     """Draw the final accuracy and Dice over `swept_number`, if there is one.
 
-    There is a figure for each combination of the other settings that were swept. A point is the
-    mean over the seeds, its bar the 95 % interval; a single seed has no bar.
+    There is a figure for each combination of the other swept settings. A point is the mean over the
+    seeds, its bar is the 95 % interval; a single seed has no bar.
 
     Args:
-        runs: rows of `read_runs(sweep_dir)`; those that are not done are left out.
-        looks, formats, into: as for `figures.plot_sweep`.
+        runs: rows of `read_runs(sweep_dir)`; runs that are not done are left out.
+        looks, formats, into: see `figures.plot_sweep`.
 
     Returns:
-        A file of each figure by title, as of `figures.plot_sweep`.
+        A file of each figure by title, see `figures.plot_sweep`.
 
     Raises:
-        OSError: nothing can be written there, or the sweep's `figures` is a link.
+        OSError: the folder cannot be written, or the sweep's `figures` is a link.
     """
     runs = done(runs[runs["loss"].notna()])
     number = swept_number(runs)
@@ -52,7 +52,9 @@ def plot_dependence(
     folder = figures_folder(Path(sweep_dir), into)
     looks = looks or loss_looks(runs["loss"])
     others = [c for c in swept(runs) if c not in ("seed", number)]
-    names = [",".join(f"{c}={show(run[c])}" for c in others) for run in runs.to_dict("records")]
+    names = [
+        ",".join(f"{c}={format_value(run[c])}" for c in others) for run in runs.to_dict("records")
+    ]
     paths = {}
     for name, group in runs.groupby(pd.Series(names, index=runs.index), sort=False):
         if group[number].nunique() > 1:
@@ -65,19 +67,19 @@ def plot_dependence(
 
 
 def swept_number(runs: pd.DataFrame) -> str | None:
-    """θ, or else the only setting but the seed that was swept over numbers; None without one."""
+    """θ, or the only other swept number, without the seed; None if there is no such number."""
     numbers = [c for c in swept(runs) if c != "seed" and _is_number(runs[c])]
     return "theta" if "theta" in numbers else numbers[0] if len(numbers) == 1 else None
 
 
 def _is_number(values: pd.Series) -> bool:
-    """Whether a column holds numbers only, all of them finite."""
+    """Whether a column holds only finite numbers."""
     plain = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     return plain and bool(np.isfinite(values.astype(float)).all())
 
 
 def draw(runs: pd.DataFrame, number: str, title: str, looks: Looks) -> Figure:
-    """The figure of runs that are done over the column `number`."""
+    """The figure of runs that are done, over the column `number`."""
     losses = loss_order(runs["loss"].unique())
     values = np.unique(runs[number].astype(float))
     figure = Figure((8.0, 3.8), dpi=160, layout="constrained")
@@ -112,20 +114,20 @@ def _draw_line(
 ) -> None:
     """Draw the rows (mean, low, high) of `points` over their index."""
     mean, low, high = points.to_numpy().T
-    # A metric lies between 0 and 1, which the interval of a few seeds exceeds.
+    # A metric lies between 0 and 1, but the interval of a few seeds can exceed this.
     low, high = np.minimum(np.maximum(low, 0), mean), np.maximum(np.minimum(high, 1), mean)
     low, high = (np.where(np.isnan(end), mean, end) for end in (low, high))  # one seed: no bar
     ax.errorbar(
         points.index, mean, [mean - low, high - mean], **look, marker="o", markersize=4,
         linewidth=1.4, capsize=3, label=printable(loss), transform=transform,
     )  # fmt: skip
-    for end in (low, high):  # Matplotlib takes no limits from what a transform moves
+    for end in (low, high):  # Matplotlib ignores transformed lines for limits
         ax.update_datalim(np.column_stack([points.index, end]))
     ax.autoscale_view()
 
 
 def _set_x(ax: Axes, values: np.ndarray, is_share: bool) -> None:
-    """A logarithmic axis for a number over a decade or more, with the values as its ticks."""
+    """Make the axis logarithmic for a number over a decade or more; put ticks at the values."""
     if not is_share and values[0] > 0 and values[-1] >= 10 * values[0]:
         ax.set_xscale("log")
     if len(values) <= 8:

@@ -1,7 +1,7 @@
-"""Figures of curves, in the study's form: gradient norms above, losses and accuracy below.
+"""Draws curves like the study: gradient norms above, losses and accuracy below.
 
 Matplotlib's objects are used without pyplot: there is no global state, no window, and no figure
-stays in memory, so this is safe within a training process.
+stays in memory. So a training process can draw figures safely.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from losswatch.events.series import read_scalars
 from losswatch.events.tags import GRAD_NORM, LOSS
 from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save, show_literally
-from losswatch.text import file_name, printable, show
+from losswatch.text import file_name, format_value, printable
 
 # The study's smoothing, in observed steps of its 10,001, and its axes.
 NORM_WINDOW, LOSS_WINDOW = 201, 11
@@ -38,11 +38,11 @@ PER_ROW = 3  # columns, as in the study; more would not be readable on the width
 def plot_curves(
     scalars: pd.DataFrame, path: str | Path, *, title: str = "", trained: str | None = None
 ) -> None:
-    """Draw one run into the file `path`, with axes fitted to it.
+    """Draw one run into the file `path`, with axes that fit it.
 
     Args:
-        scalars: the run's, from `read_scalars`.
-        trained: the loss that was trained.
+        scalars: those of the run, from `read_scalars`.
+        trained: the name of the trained loss.
     """
     save(draw({trained or "": [scalars]}, title=title), path)
 
@@ -58,7 +58,7 @@ class Job(NamedTuple):
     stem: Path  # the file without its format
     formats: Sequence[str]
     looks: Looks | None
-    study: bool  # the study's axes
+    study: bool  # whether the axes have the limits of the study
 
 
 def plot_sweep(
@@ -73,31 +73,33 @@ def plot_sweep(
 ) -> dict[str, Path]:
     """Draw the runs of a sweep: a figure for each setting, with a column for each training loss.
 
-    A setting is a combination of everything that was swept, except the loss and the seed. A figure
-    shows the mean over the seeds, with their range shaded.
+    A setting has one value for each swept setting except the loss and the seed. A figure shows the
+    mean over the seeds, with their range shaded.
 
     Args:
-        runs: rows of `read_runs(sweep_dir)`; those that are not done are left out.
+        runs: rows of `read_runs(sweep_dir)`; runs that are not done are left out.
         seeds: draw a figure for each seed instead.
         study: give the axes the study's limits, so that figures compare with the study's.
             Otherwise they fit the curves.
-        looks: of all losses, so that they are the same in each figure; see `loss_looks`.
-        formats: of the files, each of `FORMATS`.
+        looks: those of all losses, so that they are the same in each figure; see `loss_looks`.
+        formats: of the files, each one of `FORMATS`.
         into: the folder for the figures, by default the sweep's `figures/`.
 
     Returns:
-        A file of each figure by title, one that Markdown can show if there is one. Figures for
-        which there are no scalars are left out.
+        A file of each figure by title, one that Markdown can show if there is one. Figures without
+        scalars are left out.
 
     Raises:
-        OSError: nothing can be written there, or the sweep's `figures` is a link.
+        OSError: the folder cannot be written, or the sweep's `figures` is a link.
     """
     sweep, runs = Path(sweep_dir), done(runs)
     apart = [c for c in swept(runs) if c != "seed" or seeds]
     titled = list(dict.fromkeys(["theta", "optimizer", "batch_norm", *apart]))
     folder = figures_folder(sweep, into)
     jobs = []
-    names = [",".join(f"{c}={show(run[c])}" for c in apart) for run in runs.to_dict("records")]
+    names = [
+        ",".join(f"{c}={format_value(run[c])}" for c in apart) for run in runs.to_dict("records")
+    ]
     for name, group in runs.groupby(pd.Series(names, index=runs.index), sort=False):
         folders = {
             loss: [str(sweep / run) for run in group["run"][group["loss"] == loss]]
@@ -107,23 +109,23 @@ def plot_sweep(
         stem = folder / file_name(str(name) or "losses")
         jobs.append(Job(folders, title, stem, formats, looks, study))
 
-    # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
+    # A process takes two seconds to start. In this time one process reads and draws 15 long runs.
     events = (f for run in runs["run"] for f in (sweep / run).glob(f"{PREFIX}*"))
     size = sum(f.stat().st_size for f in events if os.path.isfile(f))
     workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**26)
     if workers <= 1:
         drawn = list(map(_run_job, jobs))
-    else:  # spawned, since forking a process with threads, such as a training process, may hang
+    else:  # spawned, because a fork of a process with threads (it may train) can hang
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             drawn = list(pool.map(_run_job, jobs))
     return {job.title: path for job, path in zip(jobs, drawn, strict=True) if path}
 
 
 def figures_folder(sweep: Path, into: str | Path | None) -> Path:
-    """The folder for a sweep's figures, made if it is missing.
+    """The folder for a sweep's figures. Creates it if it is missing.
 
     Raises:
-        OSError: it cannot be made, or the sweep's `figures` is a link.
+        OSError: the folder cannot be created, or the sweep's `figures` is a link.
     """
     folder = Path(into or sweep / "figures")
     if not into and folder.is_symlink():
@@ -133,15 +135,15 @@ def figures_folder(sweep: Path, into: str | Path | None) -> Path:
 
 
 def describe(setting: str, value: Any) -> str:
-    """A setting and its value, as titles show them."""
-    text = f"{LABELS.get(setting, setting)} = {show(value)}"
+    """A setting and its value, for a title."""
+    text = f"{LABELS.get(setting, setting)} = {format_value(value)}"
     if setting == "theta" and isinstance(value, float):
         text += f" ({100 * (1 - value):.3g} % foreground)"
     return text
 
 
 def _run_job(job: Job) -> Path | None:
-    """Read a figure's runs and draw it; None if there are no scalars, or none that can be drawn.
+    """Read the runs of a figure and draw it; None if there are no scalars, or drawing fails.
 
     Raises:
         OSError: the figure cannot be written.
@@ -168,17 +170,17 @@ def draw(
     study: bool = False,
     looks: Looks | None = None,
 ) -> Figure:
-    """A figure in the study's form, with a column for each training loss.
+    """A figure like those of the study, with a column for each training loss.
 
     Above are the gradient norms (moving mean over 201 observed steps). Below are the losses (over
     11) and, in black on the right-hand axis, the validation accuracy. Several runs of a loss are
-    shown as their mean, with the range from lowest to highest shaded, up to the step at which the
-    first of them ends: the mean of the others would jump there.
+    shown as their mean, with the range from lowest to highest shaded. The curves end where the
+    first of these runs ends, because the mean of the others would jump there.
 
     Args:
         runs: for each training loss, the scalars of its runs from `read_scalars`.
         study: give the axes the study's limits. Otherwise they fit the curves.
-        looks: of at least the figure's losses, from `loss_looks`.
+        looks: those of at least the losses in the figure, from `loss_looks`.
     """
     tags = {tag for frames in runs.values() for frame in frames for tag in frame}
     names = {
@@ -189,12 +191,12 @@ def draw(
     if looks is None or not names <= looks.keys():
         looks = loss_looks(names)
     looks = {name: look for name, look in looks.items() if name in names}
-    bands = -(-len(runs) // PER_ROW)  # of two rows each
+    bands = -(-len(runs) // PER_ROW)  # each band has two rows
     across = -(-len(runs) // bands)
     width = max(3.3 * across, 7.0)
     figure = Figure((width, 0.7 + 5.0 * bands), dpi=160, layout="constrained")
     grid = figure.subplots(2 * bands, across, squeeze=False, sharex=True, sharey="row")
-    twins: list[Axes] = []  # the accuracies' axes
+    twins: list[Axes] = []  # the axes of the accuracy
 
     for ax in grid.flat:
         plain_axes(ax)
@@ -229,7 +231,7 @@ def draw(
 
     _set_limits(grid, twins, study)
     _add_legend(figure, looks, [len(frames) for frames in runs.values()])
-    # A run's name can be longer than its figure is wide, and has no blanks to break at.
+    # The name of a run can be wider than its figure, and has no blanks at which a line can break.
     lines = textwrap.wrap(title.replace(",", ", "), width=60 if len(runs) == 1 else 120)
     figure.suptitle("\n".join(map(printable, lines)), fontsize=12, parse_math=False)
     return figure
@@ -248,7 +250,7 @@ def _draw_losses(
     mean, low, high = _over_runs(smooth)
     for tag in mean:
         name = tag.removeprefix(prefix)
-        # The trained loss is the thicker line, on top of the others.
+        # The line of the trained loss is thicker, and above the other lines.
         width, order = (2.0, 3.0) if name == trained else (1.2, 2.0)
         ax.plot(mean.index, mean[tag], linewidth=width, zorder=order, **looks[name])
         if len(frames) > 1:
@@ -257,7 +259,7 @@ def _draw_losses(
 
 
 def _draw_accuracy(ax: Axes, frames: Sequence[pd.DataFrame]) -> None:
-    """Draw the accuracy, and write its last value, which may lie outside the study's axis."""
+    """Draw the accuracy, and write its last value, which the axis of the study may not show."""
     curves = [f["val/accuracy"].dropna() for f in frames if "val/accuracy" in f]
     curves = [curve for curve in curves if len(curve)]
     if not curves:
@@ -274,14 +276,14 @@ def _draw_accuracy(ax: Axes, frames: Sequence[pd.DataFrame]) -> None:
 
 
 def _over_runs(curves: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Mean, lowest and highest at each step that all curves reach, of frames or series."""
+    """Mean, minimum and maximum of frames or series, at each step that all of them reach."""
     end = min((curve.index[-1] for curve in curves if len(curve)), default=0)
     steps = pd.concat([curve.loc[:end] for curve in curves]).groupby(level=0)
     return steps.mean(), steps.min(), steps.max()
 
 
 def _set_limits(grid: np.ndarray, twins: Sequence[Axes], study: bool) -> None:
-    """Set the limits of the y axes, which the axes of a row share, and all of `twins`."""
+    """Set the limits of the y axes. The axes of a row share theirs, and all `twins` share one."""
     if study:
         for above, below in zip(grid[::2, 0], grid[1::2, 0], strict=True):
             above.set_ylim(NORM_LIMITS)
@@ -296,7 +298,7 @@ def _set_limits(grid: np.ndarray, twins: Sequence[Axes], study: bool) -> None:
 
 
 def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], counts: Sequence[int]) -> None:
-    """A legend below the figure; `counts` are the runs of each column."""
+    """Add a legend below the figure; `counts` are the numbers of runs in the columns."""
     handles: list[Line2D | Patch] = [
         Line2D([], [], label=printable(name), linewidth=2, **look) for name, look in looks.items()
     ]
@@ -320,8 +322,8 @@ def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], counts: Seq
 def moving_mean(curves: pd.DataFrame, window: int) -> pd.DataFrame:
     """The centred moving mean over `window` observed steps, shorter at the ends.
 
-    The window covers at most 2 % of the observed steps, as 201 of the study's 10,001 do, so that a
-    short run keeps its shape. Steps without any value do not count.
+    The window covers at most 2 % of the observed steps, like 201 of the 10,001 steps of the study,
+    so that a short run keeps its shape. Steps without any value do not count.
 
     >>> moving_mean(pd.DataFrame({"loss": [0.0, 4.0, 2.0]}), 201)["loss"].tolist()
     [0.0, 4.0, 2.0]

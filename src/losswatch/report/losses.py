@@ -1,9 +1,10 @@
 """Every loss in conf/loss: its formula, when to use it, its settings, its value on one example.
 
-The first comment line of a file is the formula and its source, the further ones the advice.
+The first comment line of a file is the formula with its source, the other comment lines are the
+advice.
 
-The example: two 4×4 images with 6 foreground pixels of 32. The network is sure of 4 of these and
-leans to background at the other 2; it also calls 2 background pixels foreground.
+The example has two 4×4 images with 6 foreground pixels of 32. The network is sure of 4 of these,
+rates the other 2 as background, and rates 2 background pixels as foreground.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def example() -> tuple[Tensor, Tensor]:
     """Logits [2, 2, 4, 4] and class indices [2, 4, 4]."""
     target = torch.zeros(2, 4, 4, dtype=torch.int64)
     target[0, 1:3, 1:3] = target[1, 0, :2] = 1
-    # The logit of foreground less that of background.
+    # The logit of the foreground minus that of the background.
     difference = torch.where(target == 1, 0.5, -1.5)
     difference[0, 1:3, 1:3] = 2
     difference[1, 3, 2:] = 1
@@ -45,7 +46,7 @@ def example() -> tuple[Tensor, Tensor]:
 
 
 def settings(config: DictConfig) -> str:
-    """`name=value` of all but the target; the losses of a sum as `Class(...) + Class(...)`."""
+    """`name=value` of all settings; the losses of a sum as `Class(...) + Class(...)`."""
     parts = []
     for name, value in config.items():
         if name == "losses":
@@ -80,8 +81,8 @@ def markdown(table: list[Row]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def show(arguments: list[str]) -> None:
-    """What `losswatch losses` prints; with --markdown, the table of conf/loss/README.md."""
+def print_losses(arguments: list[str]) -> None:
+    """The command `losswatch losses`; with --markdown, prints the table of conf/loss/README.md."""
     parser = argparse.ArgumentParser("losswatch losses", description="all losses of conf/loss")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     if parser.parse_args(arguments).markdown:

@@ -1,4 +1,4 @@
-"""What all figures share: the colours of the losses, the style of axes, how a file is written."""
+"""The common style of all figures: colours of the losses, axes, and how a file is written."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("png", "pdf", "svg")
 
-# Ten hues, the first eight of which people with a common colour blindness can tell apart: Okabe and
-# Ito's, except yellow (too faint for a line) and black (the accuracy). Beyond ten losses the hues
-# come again in dashes, up to 30 looks.
+# Ten hues. People with common colour blindness can distinguish the first eight: those of Okabe and
+# Ito, without yellow (too faint for a line) and black (the accuracy). After ten losses the hues
+# repeat with dashes, up to 30 looks.
 HUES = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00",
     "#56B4E9", "#5D3A9B", "#8A8A8A", "#7A5230", "#8CBF26",
@@ -37,9 +37,9 @@ Looks = dict[str, dict[str, Any]]  # colour and dashes of each loss
 def loss_looks(names: Iterable[str]) -> Looks:
     """Colour and dashes for each loss: ten losses have ten colours.
 
-    The known losses have fixed looks. Another loss has one that follows from its name, so that it
-    looks the same in most reports. If two losses would look alike, the later one takes the next
-    look that is not taken. So all figures of a report need one call, with all of its losses.
+    The known losses have fixed looks. The look of another loss follows from its name, so that it is
+    the same in most reports. If two losses would look alike, the later one gets the next free look.
+    So all figures of a report need one call, with all of its losses.
 
     >>> loss_looks(["dice", "cce"])["cce"]
     {'color': '#0072B2', 'linestyle': 'solid'}
@@ -52,14 +52,14 @@ def loss_looks(names: Iterable[str]) -> Looks:
     for name in ordered:
         if name not in looks:
             place = crc32(name.encode(errors="replace"))
-            # The hues of known losses come last: in another report they may have another meaning.
-            turns = [*_turned(solid, place), *LOOKS[:fixed], *_turned(dashed, place)]
+            # The hues of known losses come last, because in another report they mean those losses.
+            turns = [*_rotated(solid, place), *LOOKS[:fixed], *_rotated(dashed, place)]
             looks[name] = next((look for look in turns if look not in looks.values()), turns[0])
     return {name: looks[name] for name in ordered}
 
 
-def _turned(looks: list[dict[str, Any]], place: int) -> list[dict[str, Any]]:
-    """The looks in a circle, from a place on."""
+def _rotated(looks: list[dict[str, Any]], place: int) -> list[dict[str, Any]]:
+    """The looks, rotated to start at a place."""
     start = place % len(looks)
     return looks[start:] + looks[:start]
 
@@ -82,8 +82,8 @@ def draw_files(draw: Callable[[], Figure], stem: Path, formats: Sequence[str]) -
     """Draw a figure into `<stem>.<format>` for each of `formats`.
 
     Returns:
-        The first file that Markdown can show, if there is one; None, with a warning, if the figure
-        cannot be drawn.
+        A file that Markdown can show, if there is one; None, after a warning, if the figure cannot
+        be drawn.
 
     Raises:
         OSError: a file cannot be written.
@@ -93,9 +93,9 @@ def draw_files(draw: Callable[[], Figure], stem: Path, formats: Sequence[str]) -
         figure = draw()
         for path in paths:
             save(figure, path)
-    except OSError:  # the other figures could not be written, either
+    except OSError:  # the other figures cannot be written, either
         raise
-    except Exception as error:  # Matplotlib's, for steps or values beyond what an axis can show
+    except Exception as error:  # of Matplotlib: an axis cannot show the steps or values
         why = printable(f"{type(error).__name__}: {error}")
         log.warning("%s: not drawn (%s)", printable(paths[0]), why)
         return None
@@ -103,7 +103,7 @@ def draw_files(draw: Callable[[], Figure], stem: Path, formats: Sequence[str]) -
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as a whole or not at all; a link in its place is replaced, not followed."""
+    """Write a figure completely or not at all. A link in its place is replaced, not followed."""
     image = io.BytesIO()
     figure.savefig(image, format=Path(path).suffix[1:] or None)
     replace_file(Path(path), image.getvalue())

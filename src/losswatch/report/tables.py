@@ -17,7 +17,7 @@ from losswatch.files import replace_file
 from losswatch.report.compare import COMPARED, conditions
 from losswatch.report.records import METRICS
 from losswatch.report.runs import LABELS, done, read_runs, swept
-from losswatch.text import csv_escape, markdown_escape, printable, show
+from losswatch.text import csv_escape, format_value, markdown_escape, printable
 
 STATUS_STYLES = {
     "done": "green",
@@ -30,7 +30,7 @@ STATUS_STYLES = {
 
 
 def run_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row of text for each run: what was swept, and how the run went."""
+    """A row of text for each run: its swept settings, and its results."""
     columns = ["loss", "theta", "optimizer", "batch_norm"]
     columns = [c for c in columns if c == "loss" or runs[c].notna().any()]
     columns += [c for c in swept(runs) if c not in columns]
@@ -38,18 +38,18 @@ def run_table(runs: pd.DataFrame) -> pd.DataFrame:
     columns += ["error"] if runs["error"].notna().any() else []
     digits = {**dict.fromkeys(METRICS, 4), "seconds": 1}
     return pd.DataFrame(
-        {LABELS.get(c, c): [show(v, digits.get(c)) for v in runs[c]] for c in columns}
+        {LABELS.get(c, c): [format_value(v, digits.get(c)) for v in runs[c]] for c in columns}
     )
 
 
 def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row of text for each setting: its runs, each metric's mean and range over those done.
+    """A row of text for each setting: its runs, and the mean and range of each metric.
 
-    Runs that differ in nothing but the seed are of one setting.
+    Runs that differ only in the seed have one setting. Only runs that are done count for metrics.
     """
     columns = ["loss", *(c for c in swept(runs) if c != "seed")]
     rows = []
-    for values, cell in runs.groupby([runs[c].map(show) for c in columns], sort=False):
+    for values, cell in runs.groupby([runs[c].map(format_value) for c in columns], sort=False):
         row = {LABELS.get(c, c): value for c, value in zip(columns, values, strict=True)}
         counted = done(cell)
         of_all = "" if len(counted) == len(cell) else f" of {len(cell)}"
@@ -67,8 +67,8 @@ def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
     """The frame of `compare_losses` as text: difference ± half of its interval (p-value)."""
     rows = []
     for pair in comparison.to_dict("records"):
-        row = {LABELS.get(c, c): show(pair[c]) for c in conditions(comparison)}
-        row["losses"] = f"{show(pair['loss'])} − {show(pair['other'])}"
+        row = {LABELS.get(c, c): format_value(pair[c]) for c in conditions(comparison)}
+        row["losses"] = f"{format_value(pair['loss'])} − {format_value(pair['other'])}"
         row["n"] = str(pair["pairs"])
         for metric in COMPARED:
             mean, _, high, p = (pair[metric + end] for end in ("", "_low", "_high", "_p"))
@@ -82,24 +82,24 @@ def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# --- Forms ---------------------------------------------------------------------------------------
+# --- Tables ---------------------------------------------------------------------------------------
 
 
 def write_summary(sweep_dir: str | Path) -> pd.DataFrame:
-    """Write `summary.csv` into a sweep's folder: `read_runs` with details, which it returns."""
+    """Write `summary.csv` into a sweep's folder. Returns its rows, `read_runs` with details."""
     runs = read_runs(sweep_dir, details=True)
     replace_file(Path(sweep_dir) / "summary.csv", csv_text(runs))
     return runs
 
 
 def write_comparison(sweep_dir: str | Path, comparison: pd.DataFrame, pooled: pd.DataFrame) -> None:
-    """Write `comparison.csv` into a sweep's folder: all rows of both frames of `compare_losses`."""
+    """Write all rows of both frames of `compare_losses` to `comparison.csv` of a sweep's folder."""
     both = pd.concat([comparison.assign(pooled=False), pooled.assign(pooled=True)])
     replace_file(Path(sweep_dir) / "comparison.csv", csv_text(both))
 
 
 def csv_text(cells: pd.DataFrame, **options: Any) -> str:
-    """A frame as CSV, with options of `pandas.DataFrame.to_csv`; text cannot act as a formula."""
+    """A frame as CSV, with options of `pandas.DataFrame.to_csv`. No text acts as a formula."""
     cells = cells.copy()
     for name in cells.select_dtypes(exclude=["number", "bool"]):
         values = [csv_escape(v) if isinstance(v, str) else v for v in cells[name]]
@@ -109,12 +109,12 @@ def csv_text(cells: pd.DataFrame, **options: Any) -> str:
 
 
 def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
-    """The table that is printed at the end of a sweep, a row for each run.
+    """The table that is printed at the end of a sweep, with a row for each run.
 
     Args:
-        width: characters of a line. Where the columns need more, settings that all runs share and
-            then metrics are left out. Where they are too wide even with broken words, the last
-            swept settings are, too. The caption says so; `summary.csv` has them all.
+        width: characters of a line. If the columns need more, settings that all runs share and then
+            metrics are left out. If the table is too wide even with broken words, the last swept
+            settings are left out, too. The caption names these columns; `summary.csv` has them all.
     """
     cells, left_out, differ = run_table(runs), [], swept(runs)
     shared = [c for c in ("optimizer", "batch_norm") if c not in differ]
@@ -127,23 +127,23 @@ def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
             left_out.append(name)
     table = rich_table(cells)
     if left_out:
-        table.caption = f"Left out for want of width: {', '.join(left_out)}"
+        table.caption = f"Left out (too wide): {', '.join(left_out)}"
         table.caption_justify = "left"
     return table
 
 
-UNBROKEN = 14  # words of a table are not broken that have so many characters, or fewer
+UNBROKEN = 14  # words with at most so many characters are not broken
 
 
 def _width(cells: pd.DataFrame, longest: float) -> float:
-    """Characters that a row of `rich_table` needs if longer texts are broken; errors may be."""
+    """The width of a row of `rich_table` if texts longer than `longest`, and errors, are broken."""
     limits = {name: UNBROKEN if name == "error" else longest for name in cells}
     widths = [min(limits[name], max(map(cell_len, [name, *cells[name]]))) for name in cells]
     return sum(widths) + 2 * (len(widths) - 1)
 
 
 def rich_table(cells: pd.DataFrame) -> Table:
-    """Cells of text as a table for a terminal. Columns of numbers are set right."""
+    """Cells of text as a table for a terminal. Columns of numbers are aligned to the right."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in cells:
         numbers = cells[name].str.fullmatch(r"[-–+.\d]+( ± [–.\d]+)?( \(.*\))?").all()
@@ -154,7 +154,7 @@ def rich_table(cells: pd.DataFrame) -> Table:
             min_width=min(UNBROKEN, max(map(cell_len, [printable(name), *cells[name]]))),
         )
     for row in cells.itertuples(index=False):
-        # Text, since rich takes a str for markup.
+        # Text, because rich reads markup in a str.
         table.add_row(*(Text(c, STATUS_STYLES.get(c, "")) for c in row))
     return table
 
@@ -166,9 +166,9 @@ def markdown_table(cells: pd.DataFrame) -> str:
 
 
 def markdown_image(title: str, path: Path, folder: Path) -> str:
-    """The image at `path` under its title, in Markdown, for a document in `folder`.
+    """The image at `path` with its title, in Markdown, for a document in `folder`.
 
-    A PDF becomes a link, since a page does not show it.
+    A PDF becomes a link, because a page does not show it.
     """
     link = quote(path.relative_to(folder).as_posix(), safe="/=,")
     mark = "" if path.suffix == ".pdf" else "!"

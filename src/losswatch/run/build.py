@@ -27,8 +27,7 @@ from losswatch.data.form import IGNORED, Form
 from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
 from losswatch.presets import load_loss
 from losswatch.run.randomness import seed_everything
-from losswatch.watch.outputs import form as reads
-from losswatch.watch.outputs import of_each_channel
+from losswatch.watch.outputs import input_kind, of_each_channel
 
 if TYPE_CHECKING:
     from losswatch.run.plan import Plan
@@ -170,7 +169,7 @@ def make_losses(plan: Plan) -> LossSet:
             if plan.form.has_ignored:
                 node = _with_ignored(f"loss {name}", node)
             loss = _instantiate(f"loss {name}", node)
-            if plan.form.target == "multilabel" and reads(loss) == "softmax":
+            if plan.form.target == "multilabel" and input_kind(loss) == "softmax":
                 loss = of_each_channel(loss)
             made[name] = loss
     return LossSet(made)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 
-from losswatch.data.steps import Resumable, Steps
+from losswatch.data.loaders import RemainingBatches, Resumable
 from losswatch.run.randomness import Stream
 
 _END = object()
@@ -29,7 +29,7 @@ class Passes(Resumable):
     """
 
     def __init__(self, load: Callable[[], Iterable], trainer: pl.Trainer, seed: int) -> None:
-        self.load, self.steps, self.seed = load, Steps(trainer), seed
+        self.load, self.steps, self.seed = load, RemainingBatches(trainer), seed
         self.loader = load()
 
     def __len__(self) -> int:

@@ -32,7 +32,7 @@ from losswatch.config.sources import Sources
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.modules import batches_per_epoch, first_batch, form_of, has_test, is_ours
-from losswatch.data.survey import show
+from losswatch.data.survey import print_survey
 from losswatch.disk.checkpoint import Content, data_of
 from losswatch.disk.checkpoint_files import find
 from losswatch.run.build import (
@@ -253,7 +253,7 @@ class Planner:
         if (text := str(data.survey)) in self._said:
             return
         self._said.add(text)
-        show(data.survey, data.root)
+        print_survey(data.survey, data.root)
         for split, name in data.missing:
             log.warning("no image of %s has class %s; its metrics leave the class out", split, name)
 

@@ -21,7 +21,7 @@ from torchmetrics.segmentation import DiceScore, MeanIoU
 from losswatch.data.form import IGNORED, Form
 from losswatch.losses import LossSet
 from losswatch.losses.pixels import one_hot
-from losswatch.losses.ranks import apart
+from losswatch.losses.ranks import only_this_rank
 
 
 class Tally(NamedTuple):
@@ -164,7 +164,7 @@ class ImageScores(nn.Module):
         else:
             right = same.all(1).sum()
         pixels = counted.sum()
-        with apart():  # the next image of another rank is another one, or there is none
+        with only_this_rank():  # another rank scores another image, or none
             values = _values(losses, logits, target)
         values = torch.where(pixels > 0, values, 0)  # a mean over no pixel may be NaN
         for total, value in zip(self.sums, [right, pixels, *(values * pixels)], strict=True):

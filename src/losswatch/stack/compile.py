@@ -26,24 +26,24 @@ REGISTER = 16  # float32 numbers in a register of a CPU with AVX-512
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled at its first call for tensors of the shapes that it gets there.
+    """`function`, compiled at its first call for the shapes of that call.
 
     The first call raises
 
-        NotStackable: the compiler cannot compile it.
-        RuntimeError: it cannot be traced.
+        NotStackable: the compiler cannot compile the function.
+        RuntimeError: the function cannot be traced.
     """
     ready: Callable[..., Any] | None = None
     returned: Any = None
 
     def call(*inputs: Any) -> Any:
         nonlocal ready, returned
-        leaves, given = tree_flatten(inputs)
+        leaves, structure = tree_flatten(inputs)
         if ready is None:
 
             def flat(*leaves: Tensor) -> Sequence[Tensor]:
                 nonlocal returned
-                outputs, returned = tree_flatten(function(*tree_unflatten(leaves, given)))
+                outputs, returned = tree_flatten(function(*tree_unflatten(leaves, structure)))
                 return outputs
 
             ready = _compile(flat, leaves)
@@ -56,8 +56,8 @@ def _compile(function: Callable[..., Any], example: Sequence[Tensor]) -> Callabl
     graph = trace(function, example)
     is_on_cpu = example[0].is_cpu
     _rewrite(graph, is_on_cpu)
-    # A sum over a kernel's positions and channels reads many numbers. By default Inductor would cut
-    # it into parts, and write and read their results: on a CPU this takes a fifth more time.
+    # A sum over a kernel's positions and channels reads many numbers. By default Inductor cuts the
+    # sum into parts, and writes and reads their results: on a CPU this takes a fifth more time.
     patches = {"realize_acc_reads_threshold": 100} if is_on_cpu else {}
     try:
         return compile_graph(graph, example, patches)
@@ -72,14 +72,14 @@ def _rewrite(graph: torch.fx.GraphModule, is_on_cpu: bool) -> None:
     """Replace operations that Inductor cannot compile, or that are slow."""
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
-        # Inductor may lay a tensor out anew, and then a view of it needs a copy.
+        # Inductor may change the layout of a tensor, and then a view of it needs a copy.
         if is_view(node):
             node.target = aten.reshape.default
-        # Inductor would compute the end of the hash again wherever an image or a label is read.
+        # Inductor would repeat the end of the hash at each place that reads an image or a label.
         if is_on_cpu and node.target is aten.mul.Tensor and node.args[1] == RESOLUTION:
             _store(graph, node)
-        # MKL multiplies matrices in half the time if the side whose length is a multiple of a
-        # register comes last: A B = (B' A')'.
+        # MKL multiplies matrices in half the time if the last side is a multiple of a register:
+        # A B = (B' A')'.
         if is_on_cpu and node.target is aten.bmm.default:
             a, b = node.args
             if traced_shape(a)[1] % REGISTER == 0 < traced_shape(b)[2] % REGISTER:
@@ -91,7 +91,7 @@ def _rewrite(graph: torch.fx.GraphModule, is_on_cpu: bool) -> None:
 
 
 def _store(graph: torch.fx.GraphModule, node: torch.fx.Node) -> None:
-    """Make Inductor write a tensor to memory once: `as_strided` can read nothing else."""
+    """Make Inductor write a tensor to memory once, because `as_strided` only reads memory."""
     shape = traced_shape(node)
     strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
     with graph.graph.inserting_after(node):

@@ -16,7 +16,7 @@ from losswatch.disk.event_log import EventLog, open_log
 from losswatch.disk.resume import take_up
 from losswatch.run.build import make_net, make_optimizer
 from losswatch.run.plan import Plan
-from losswatch.stack.parameters import trained_parameters
+from losswatch.stack.flat_parameters import trained_parameters
 from losswatch.stack.refusal import NotStackable
 
 

@@ -26,10 +26,10 @@ from losswatch.nets.cpu import onednn
 from losswatch.run.callbacks import Images
 from losswatch.run.scores import Tally, metrics, tally
 from losswatch.stack.compile import compiled
+from losswatch.stack.flat_parameters import State, flatten, splitter, trained_parameters
 from losswatch.stack.limits import check_traits
 from losswatch.stack.member import Member
 from losswatch.stack.optimizers import Rule, optimizer_rule
-from losswatch.stack.parameters import State, joined, splitter, trained_parameters
 from losswatch.stack.refusal import NotStackable
 from losswatch.stack.step import make_gradient
 from losswatch.terminal import ProgressSink, say
@@ -310,7 +310,7 @@ def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[st
         return torch.tensor(values, dtype=torch.float32)
 
     return Chunk(
-        parameters=torch.stack([joined(state, names) for state in states]),
+        parameters=torch.stack([flatten(state, names) for state in states]),
         buffers={
             name: torch.stack([state[name] for state in states])
             for name in states[0]

@@ -1,7 +1,7 @@
-"""The rules of torch's optimisers written out as pure functions, to be mapped over stacked runs.
+"""The rules of torch's optimisers as pure functions, to be mapped over stacked runs.
 
-A rule is compiled apart from the gradient. The gradient, which takes long to compile, is then the
-same for all optimisers and is found in the compiler's cache.
+A rule and the gradient are compiled separately. The gradient, which takes long to compile, is then
+the same for all optimisers, and later runs find it in the compiler's cache.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from losswatch.stack.parameters import State
+from losswatch.stack.flat_parameters import State
 from losswatch.stack.refusal import NotStackable
 
-# (parameters [P], their gradient [P], moments, steps done before, numbers)
+# (parameters [P], their gradient [P], moments, number of finished steps, numbers)
 # -> (parameters, moments)
 Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor, State], tuple[Tensor, tuple]]
 
@@ -25,7 +25,7 @@ class Rule(NamedTuple):
 
     update: Update
     numbers: dict[str, float]  # its settings, which may differ between the runs of a stack
-    moments: list[str]  # the names of what it keeps of each parameter, as in its state_dict
+    moments: list[str]  # names in its state_dict of the tensors that it keeps for each parameter
 
 
 def _adam(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], t: Tensor, n: State) -> Any:
@@ -34,7 +34,7 @@ def _adam(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], t: Tensor, n: State
     p = p * (1 - n["lr"] * n["weight_decay"] * n["decoupled"])
     m = moments[0] + (1 - n["beta1"]) * (g - moments[0])
     v = n["beta2"] * moments[1] + (1 - n["beta2"]) * g * g
-    # In float64, since at small t the difference 1 - 0.999^t would lose most digits of float32.
+    # In float64, because at small t the difference 1 - 0.999^t loses most digits of float32.
     correction1 = 1 - n["beta1"].double() ** (t + 1)
     correction2 = 1 - n["beta2"].double() ** (t + 1)
     size = (n["lr"] / correction1).float()
@@ -68,7 +68,7 @@ def optimizer_rule(optimizer: torch.optim.Optimizer) -> Rule:
     """The rule of a torch optimiser.
 
     Raises:
-        NotStackable: for an optimiser, or a setting, that is not written out here.
+        NotStackable: this file has no rule for the optimiser or for one of its settings.
     """
     group = optimizer.param_groups[0]
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):

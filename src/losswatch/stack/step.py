@@ -1,9 +1,9 @@
 """The gradient of one training step as a pure function, to be stacked over runs and compiled.
 
-It uses the network, the losses and the observation of an ordinary run (run.module,
-watch.lightning). Three things differ. The images are drawn inside the step. The backward passes of
-all rows are one batched vector-Jacobian product. And the optimiser's rule is another pure function
-(optimizers.py). So torch.vmap can map all of it over stacked runs, and it can be compiled.
+The step uses the network, the losses and the observation of an ordinary run (run/module.py,
+watch/lightning.py). Three things differ. The images are drawn inside the step. The backward passes
+of all rows are one batched vector-Jacobian product. The optimiser's rule is another pure function
+(optimizers.py). So torch.vmap can map the step over stacked runs, and it can be compiled.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.func import functional_call, vjp, vmap
 
 from losswatch.data.random import TRAIN, draw
 from losswatch.losses import LossSet
-from losswatch.stack.parameters import State, splitter
+from losswatch.stack.flat_parameters import State, splitter
 from losswatch.watch.record import as_row
-from losswatch.watch.span import contained
+from losswatch.watch.span import combine
 
 
 def make_gradient(
@@ -33,19 +33,21 @@ def make_gradient(
     """The step up to the optimiser, as a pure function of one run's tensors.
 
     Args:
-        net, losses: of the run.
-        shape: [N, 1, *space] of its images.
-        observed: whether the function returns an observation, as a row with or without cosines.
+        net, losses: those of the run.
+        shape: that of its images, [N, 1, *space].
+        observed: whether the function returns an observation.
+        cosines: whether the observation has cosines.
 
     The function takes
 
         parameters: [P], those that require a gradient, one after another.
         buffers: name -> tensor; batch norm's statistics and frozen parameters.
-        numbers: the run's; those of `data.random.draw` and `trained` [K], 1 at the trained loss
+        numbers: those of `data.random.draw` for the run, and `trained` [K], 1 at the trained loss
             and 0 elsewhere.
-        step: int64 scalar, the number of steps done before.
+        step: int64 scalar, the number of finished steps.
 
-    and returns the gradient [P], the new buffers, and the observation, empty if there is none.
+    and returns the gradient [P], the new buffers, and the observation as a row, empty if there is
+    none.
     """
     split = splitter(net)
 
@@ -60,7 +62,7 @@ def make_gradient(
         values, rows, coefficients = losses.rows(logits, label)
 
         if observed:
-            gradients, _ = contained(coefficients, vmap(pull)(rows)[0])
+            gradients, _ = combine(coefficients, vmap(pull)(rows)[0])
             norms = torch.linalg.vector_norm(gradients, dim=1)
             unit = gradients / norms[:, None]
             seen = as_row(values, norms, unit @ unit.T if cosines else None)

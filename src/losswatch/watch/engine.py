@@ -1,4 +1,4 @@
-"""Watching the training of an engine of MONAI or Ignite."""
+"""Watches the training of an engine of MONAI or Ignite."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from losswatch import compat
 from losswatch.events.charts import add_charts
 from losswatch.watch.observer import Observer, Seen
-from losswatch.watch.outputs import Losses, unused
+from losswatch.watch.outputs import Losses, unused_name
 from losswatch.watch.record import Record
-from losswatch.watch.span import joined
+from losswatch.watch.span import concat_spans
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -23,14 +23,14 @@ class WatchHandler:
 
     It acts between the loss and its backward pass, at the event LOSS_COMPLETED of MONAI's
     `SupervisedTrainer`, and reads `engine.network` and "pred" and "label" of `engine.state.output`.
-    Another engine of Ignite can do the same: it registers the event "loss_completed", and before
-    each backward pass it sets that output and fires the event. The gradients are those of a batch,
-    of one rank.
+    Another engine of Ignite can be watched, too, if it registers the event "loss_completed", and
+    before each backward pass sets that output and fires the event. The gradients are those of a
+    batch on one rank.
 
     Args:
-        losses, activation, ignore_index, heads: as of `Observer`.
-        every_n_steps, cosines, strict: as of `Watch`.
-        writer: where the numbers go, as loss/<name>, grad_norm/<name> and grad_cosine/<a>~<b>.
+        losses, activation, ignore_index, heads: see `Observer`.
+        every_n_steps, cosines, strict: see `Watch`.
+        writer: gets the numbers, as loss/<name>, grad_norm/<name> and grad_cosine/<a>~<b>.
         network: the network, if the engine has no attribute `network`.
 
     Attributes:
@@ -55,7 +55,7 @@ class WatchHandler:
     ) -> None:
         self.observer = Observer(
             losses, [torch.empty(0)], activation=activation, ignore_index=ignore_index, heads=heads
-        )  # the network comes with the engine, in `attach`
+        )  # `attach` gives it the network of the engine
         self.record, self.strict = Record(every_n_steps, cosines), strict
         self.writer, self.network = writer, network
         self.kept: compat.KeptBuffers | None = None
@@ -64,12 +64,12 @@ class WatchHandler:
             add_charts(writer, cosines=cosines)
 
     def attach(self, engine: Any) -> None:
-        """Let the engine call this handler.
+        """Make the engine call this handler.
 
         Raises:
-            ValueError: the engine has no network, or does not say when the loss is computed.
+            ValueError: the engine has no network, or no event for a computed loss.
         """
-        from ignite.engine import Events  # imported late: only its users have it
+        from ignite.engine import Events  # imported late, because it may not be installed
 
         network = self.network or getattr(engine, "network", None)
         if not isinstance(network, nn.Module):
@@ -89,7 +89,7 @@ class WatchHandler:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def _start(self, engine: Any, network: nn.Module) -> None:
-        """At the beginning of each `run` of the engine."""
+        """Called at the start of each `run` of the engine."""
         self.record.begin(engine.state.iteration)
         self.observer.begin()
         if compat.is_compiled(network):
@@ -108,26 +108,26 @@ class WatchHandler:
     def _observe(self, engine: Any) -> None:
         output, observer = engine.state.output, self.observer
         observer.forget()
-        found = observer.observe(output["pred"], output["label"])
-        names = observer.names(len(found.values) // len(observer.views.names))
+        span = observer.observe(output["pred"], output["label"])
+        names = observer.names(len(span.values) // len(observer.watched.names))
         loss, criterion = output.get("loss"), getattr(engine, "loss_function", None)
-        # What trains is recorded, too, unless it is one of the watched losses.
-        if isinstance(loss, Tensor) and not observer.views.name_of(criterion):
+        # Record the trained loss, too, unless it is one of the watched losses.
+        if isinstance(loss, Tensor) and not observer.watched.name_of(criterion):
             name = "trained" if criterion is None else type(criterion).__name__
             scaler = getattr(engine, "scaler", None)
             scale = None if scaler is None else scaler.scale(loss.new_ones(()))
-            found = joined([found, observer.span_of([loss], scale)])
-            names = *names, unused(name, names)
-        self.seen = Seen(names, *observer.measure(found))
+            span = concat_spans([span, observer.backward_values([loss], scale)])
+            names = *names, unused_name(name, names)
+        self.seen = Seen(names, *observer.values_norms_cosines(span))
         if not self.record.tags:
-            self.record.open(names, found.values.device, observer.explain)
+            self.record.open(names, span.values.device, observer.explain)
         if self.record.add(*self.seen[1:], fault=observer.fault, failed=observer.failed):
             self.flush()
 
     def flush(self) -> None:
-        """Write what was observed since the last time."""
+        """Write the observations since the last flush."""
         try:
-            steps, values = self.record.take()
+            steps, values = self.record.drain()
             if len(steps) and self.writer is not None:
                 self.record.write(self.writer, steps, values)
         except Exception as error:
@@ -142,12 +142,12 @@ class WatchHandler:
             self.kept = None
 
     def _fail(self, engine: Any, error: BaseException) -> None:
-        """After an error of the training.
+        """Called after an error of the training.
 
-        Ignite raises an error only where nobody handles this event. So it is raised here, unless
-        somebody else handles it and decides what becomes of it.
+        Ignite raises an error only if this event has no handler. So this handler raises the error,
+        unless another handler exists, which then decides.
         """
-        strict, self.strict = self.strict, False  # an error here would replace the first one
+        strict, self.strict = self.strict, False  # a new error would replace the first one
         self._end(engine)
         self.strict = strict
         from ignite.engine import Events

@@ -1,4 +1,4 @@
-"""Lightning under both of its names: pytorch_lightning, and lightning.pytorch."""
+"""Finds Lightning under either of its names: pytorch_lightning or lightning.pytorch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def library() -> Any:
-    """The package that the user's Trainer comes from: pytorch_lightning, or lightning.pytorch."""
+    """The package of the user's Trainer: pytorch_lightning or lightning.pytorch."""
     other = "lightning.pytorch" in sys.modules and "pytorch_lightning" not in sys.modules
     return importlib.import_module("lightning.pytorch" if other else "pytorch_lightning")
 
 
 @functools.cache
 def as_callback(cls: type) -> type:
-    """The class as one of Lightning's callbacks, too."""
+    """The class, also derived from Lightning's `Callback`."""
     package = library()
     if issubclass(cls, package.Callback):
         return cls
@@ -25,10 +25,10 @@ def as_callback(cls: type) -> type:
 
 
 def have_hooks_around_backward(trainer: Any, ours: type) -> bool:
-    """Whether code of the user may compute or change gradients around the backward pass.
+    """Whether the user's code may compute or change gradients around the backward pass.
 
     Args:
-        ours: the class of callbacks that do not.
+        ours: a class of callbacks that do not do this.
     """
     package = library()
 

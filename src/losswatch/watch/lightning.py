@@ -1,4 +1,4 @@
-"""Watching the training of anyone's LightningModule, which stays as it is."""
+"""Watches the training of any LightningModule, without changes to it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
-from losswatch.losses.ranks import highest
-from losswatch.watch.criterion import find_criterion, roles
+from losswatch.losses.ranks import max_over_ranks
+from losswatch.watch.criterion import find_criterion, output_and_target
 from losswatch.watch.library import as_callback, have_hooks_around_backward, library
 from losswatch.watch.observer import Head, Observer
-from losswatch.watch.outputs import Losses, unused
+from losswatch.watch.outputs import Losses, unused_name
 from losswatch.watch.record import Record
 from losswatch.watch.span import (
-    Span,
-    added,
+    GradientSpan,
+    add_spans,
     blocks,
-    contained,
-    in_order,
+    combine,
+    concat_spans,
     is_gradient,
-    joined,
+    reorder,
     with_trained,
 )
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from pytorch_lightning import Callback
 else:
-    # `from losswatch import Watch` takes no Lightning along; `Watch.__new__` adds this class.
+    # `from losswatch import Watch` must not import Lightning; `Watch.__new__` adds this class.
     Callback = object
 
 log = logging.getLogger(__name__)
@@ -45,38 +45,38 @@ class Call(NamedTuple):
 
     output: Any
     target: Any
-    value: Tensor | None  # a scalar; None: not known
+    value: Tensor | None  # a scalar, or None if it is unknown
 
 
 class Pending(NamedTuple):
     """An observation that needs the gradient which the training computes."""
 
-    found: Span
-    place: int  # of the loss that trains
-    spare: int  # the row that the gradient can replace
+    span: GradientSpan
+    place: int  # the index of the trained loss
+    own_row: int  # the row that the gradient can replace
 
 
 class Watch(Callback):
     """A callback that observes losses in the training of a LightningModule, and changes nothing.
 
-    At each `every_n_steps`-th step it records the value of every loss and the norm of its gradient:
-    the gradient that the optimiser would get, before clipping, if that loss were the trained one.
-    So it is averaged over ranks and, in automatic optimisation, over accumulated batches. In manual
-    optimisation it is that of the first backward pass of a step. The numbers stay on the device and
-    go to all loggers of the Trainer in blocks, as loss/<name>, grad_norm/<name> and
-    grad_cosine/<a>~<b>.
+    At each `every_n_steps`-th step the callback records the value of every loss and the norm of its
+    gradient: the gradient that the optimiser would get, before clipping, if that loss were the
+    trained one. So the gradient is averaged over ranks and, in automatic optimisation, over
+    accumulated batches. In manual optimisation only the first backward pass of a step counts. The
+    numbers stay on the device and go to all loggers of the Trainer in blocks, as loss/<name>,
+    grad_norm/<name> and grad_cosine/<a>~<b>.
 
     Args:
-        losses: as of `Observer`.
+        losses: see `Observer`.
         criterion: name of the submodule that is called with (output, target), such as "loss_fn".
-            What it is called with last before a backward pass is observed. For a loss that is a
-            function, call `see` in `training_step` instead.
+            Its last call before a backward pass is observed. If the loss is a function, call `see`
+            in `training_step` instead.
         every_n_steps: at least 1.
         cosines: also record the cosine between the gradients of each pair of losses.
-        activation, ignore_index, heads: as of `Observer`. With heads="all" each call of the
+        activation, ignore_index, heads: see `Observer`. With heads="all" each call of the
             criterion before a backward pass counts as a head.
-        strict: an error in watching ends the training. Otherwise it gives one warning, and nothing
-            is watched from then on.
+        strict: an error in watching ends the training. Otherwise one warning reports the error, and
+            nothing is watched from then on.
 
     Raises:
         ValueError, TypeError: an argument is not allowed.
@@ -99,19 +99,19 @@ class Watch(Callback):
     ) -> None:
         self.observer = Observer(
             losses, [torch.empty(0)], activation=activation, ignore_index=ignore_index, heads=heads
-        )  # the network comes in `on_fit_start`
+        )  # `on_fit_start` gives it the network
         self.criterion, self.strict = criterion, strict
         self.record = Record(every_n_steps, cosines)
         self.module: nn.Module | None = None  # the criterion
-        self.order = ""  # which arguments of the criterion are output and target
+        self.order = ""  # tells which arguments are output and target, if the target is first
         self.calls: list[Call] = []
         self._forget()
 
     def _forget(self) -> None:
         """End an observation."""
-        self.sums: Span | None = None  # of a step so far
-        self.batches = 0  # that it is made of
-        self.pending: Pending | None = None  # what the backward pass completes
+        self.sums: GradientSpan | None = None  # over the batches of this step so far
+        self.batches = 0  # the number of these batches
+        self.pending: Pending | None = None  # waits for the backward pass
         self.error: Exception | None = None
 
     def __reduce__(self) -> Any:
@@ -121,32 +121,33 @@ class Watch(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.hooks: list[Any] = []
-        self.reuses: bool | None = None  # whether the training's own gradient is right for a row
-        self.first = math.inf  # the step at which training begins
+        # Whether the gradient of the training can replace a row; None: not tested yet.
+        self.reuses_gradient: bool | None = None
+        self.first = math.inf  # the step at which training starts
         self.record.begin(trainer.global_step)
         try:
             if self.criterion is not None:
                 self.module = find_criterion(module, self.criterion)
-                hook = self.module.register_forward_hook(self._hear, with_kwargs=True)
+                hook = self.module.register_forward_hook(self._record_call, with_kwargs=True)
                 self.hooks.append(hook)
             for logger in self._tensorboards(trainer):
-                if not getattr(logger, "has_charts", False):  # that of train.py has them
+                if not getattr(logger, "has_charts", False):  # the logger of train.py has them
                     add_charts(logger.experiment, cosines=self.record.cosines)
         except Exception as error:
             self.record.give_up(error, self.strict)
-        self.observer.network, self.observer.apart = module, self.module
+        self.observer.network, self.observer.criterion = module, self.module
         self.observer.strict = self.strict
         self.observer.begin()
         if compat.is_compiled(module):
             self.hooks.append(compat.KeptBuffers())
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Only now is the step of a checkpoint known.
+        # Before this call, the step of a checkpoint is unknown.
         self.first = trainer.global_step
         self.record.step = trainer.global_step - 1
 
     def _tensorboards(self, trainer: pl.Trainer) -> list[Any]:
-        """The loggers that write to TensorBoard, on the rank that does."""
+        """The loggers that write to TensorBoard; none on ranks that do not write."""
         kind = library().loggers.TensorBoardLogger
         return [x for x in trainer.loggers if isinstance(x, kind) and trainer.is_global_zero]
 
@@ -167,7 +168,7 @@ class Watch(Callback):
 
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         if hasattr(self, "hooks"):
-            strict, self.strict = self.strict, False  # an error here would replace the first one
+            strict, self.strict = self.strict, False  # a new error would replace the first one
             self._end(trainer)
             self.strict = strict
 
@@ -177,22 +178,24 @@ class Watch(Callback):
         self.record.move_to(trainer.global_step)
         self.calls = []
 
-    def _hear(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
+    def _record_call(self, module: nn.Module, args: Any, kwargs: Any, value: Any) -> None:
         """The hook of the criterion."""
-        if self.record.is_due and torch.is_grad_enabled() and (found := roles(args, kwargs)):
-            output, target, self.order = found
+        if not self.record.is_due or not torch.is_grad_enabled():
+            return
+        if (pair := output_and_target(args, kwargs)) is not None:
+            output, target, self.order = pair
             is_scalar = isinstance(value, Tensor) and value.numel() == 1
             self.calls.append(Call(output, target, value if is_scalar else None))
 
-    _hear.only_looks = True  # type: ignore[attr-defined] # for `compat.has_hooks`
+    _record_call.only_observes = True  # type: ignore[attr-defined] # for `compat.has_hooks`
 
     def see(self, output: Any, target: Any, value: Tensor | None = None) -> None:
-        """Take what a loss that is a function gets in `training_step`: `watch.see(logits, target)`.
+        """Observe a loss that is a function: call `watch.see(logits, target)` in `training_step`.
 
         Args:
             output, target: see `Observer`.
-            value: of the loss that trains, a scalar. Unless it is given, that is what
-                `training_step` returns.
+            value: the value of the trained loss, a scalar; by default, what `training_step`
+                returns.
         """
         if self.record.is_due and torch.is_grad_enabled():
             self.calls.append(Call(output, target, value))
@@ -200,7 +203,7 @@ class Watch(Callback):
     def on_before_backward(
         self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor
     ) -> None:
-        calls, self.calls = self.calls, []  # no graph outlives its step
+        calls, self.calls = self.calls, []  # release the graphs of this step
         if not self.record.is_due or (trainer.world_size == 1 and (not calls or self.error)):
             return
         heads, error = None, self.error
@@ -218,33 +221,34 @@ class Watch(Callback):
             self.error = raised
 
     def _prepare(self, calls: Sequence[Call]) -> list[Head]:
-        """Check what is observed, and decide which loss is apart: the criterion's own call is used.
+        """Check output and target, and find the watched loss that the criterion has computed.
 
-        So a criterion that draws random numbers or keeps a state is not called again.
+        Its own call is used. So a criterion with random numbers or a state is not called again.
         """
         pairs = [pair for call in calls for pair in self.observer.pairs(call.output, call.target)]
         if self.sums is None:
             self.observer.forget()
-        self.apart = None
+        self.called = None
         if len(pairs) == 1 and calls[0].value is not None:
-            self.apart = self.observer.views.name_apart(self.module)
-        return self.observer.prepare(pairs, self.apart)
+            self.called = self.observer.watched.name_of_called(self.module)
+        return self.observer.prepare(pairs, self.called)
 
     def _trained(
         self, trainer: pl.Trainer, calls: Sequence[Call], loss: Tensor, scale: Tensor | None
     ) -> tuple[list[str], list[Tensor]]:
-        """The names and values of what trains; no values where it shares rows with other losses."""
-        views = self.observer.views
-        if watched := views.name_of(self.module):
-            name = self.observer.names(1)[views.names.index(watched)]
-            if self.apart is None:
+        """The names and values of the trained losses; no values if they share rows with others."""
+        losses = self.observer.watched
+        if watched := losses.name_of(self.module):
+            name = self.observer.names(1)[losses.names.index(watched)]
+            if self.called is None:
                 return ([name] if len(calls) == 1 else []), []
             return [name], [calls[0].value]  # type: ignore[list-item]
         values = [call.value for call in calls if call.value is not None]
         if len(values) < len(calls):
             total = loss * trainer.accumulate_grad_batches
-            return [unused("trained", views.names)], [total if scale is None else total / scale]
-        name = unused(self.criterion or "trained", views.names)
+            total = total if scale is None else total / scale
+            return [unused_name("trained", losses.names)], [total]
+        name = unused_name(self.criterion or "trained", losses.names)
         return [name] if len(calls) == 1 else [f"{name}.{i}" for i in range(len(calls))], values
 
     def _observe(
@@ -254,42 +258,43 @@ class Watch(Callback):
         scale = None if scaler is None else scaler.scale(loss.new_ones(()))
         names, values = self._trained(trainer, calls, loss, scale)
         is_alone = len(heads) == len(names) == 1 and self._is_alone(trainer, calls[-1].value, loss)
-        comes = bool(is_alone and self.reuses)  # with the training's own backward pass
-        with trainer.precision_plugin.forward_context():  # as the trained loss is called
-            shares = self.observer.views.name_of(self.module) if is_alone and not values else None
-            spans = [self.observer.span(head, shares, comes) for head in heads]
-            spare = self.observer.spare
+        skip_own_row = bool(is_alone and self.reuses_gradient)  # the training computes it
+        with trainer.precision_plugin.forward_context():  # autocast, as for the trained loss
+            own = self.observer.watched.name_of(self.module) if is_alone and not values else None
+            spans = [self.observer.backward_rows(head, own, skip_own_row) for head in heads]
+            own_row = self.observer.own_row
             if values:
-                spare = sum(len(span.rows) for span in spans)
-                spans.append(self.observer.span_of(values, scale, comes))
+                own_row = sum(len(span.rows) for span in spans)
+                spans.append(self.observer.backward_values(values, scale, skip_own_row))
         watched = self.observer.names(len(heads))
         there = [name for name in watched if not values or name not in names]
-        known = [*watched, *(name for name in names if name not in watched)]
-        found = in_order(joined(spans), there + (names if values else []), known)
+        every = [*watched, *(name for name in names if name not in watched)]
+        span = reorder(concat_spans(spans), there + (names if values else []), every)
         if not self.record.tags:
-            self.record.open(known, found.values.device, self.observer.explain)
-            self._announce(watched, found.values, names[-1] if values else None, calls[-1].value)
-        if is_alone and spare is not None and self.reuses is not False:
-            self.pending = Pending(found, known.index(names[0]), spare)
+            self.record.open(every, span.values.device, self.observer.explain)
+            self._log_start(watched, span.values, names[-1] if values else None, calls[-1].value)
+        if is_alone and own_row is not None and self.reuses_gradient is not False:
+            self.pending = Pending(span, every.index(names[0]), own_row)
         elif trainer.accumulate_grad_batches == 1 and trainer.world_size == 1:
-            self._keep(trainer, *self.observer.measure(found))
+            self._keep(trainer, *self.observer.values_norms_cosines(span))
         else:
-            # Summed over accumulated batches, as the optimiser's gradient is. An epoch may end
-            # before there are as many as Lightning divides by: the value is the mean of those.
+            # The gradients are summed over accumulated batches like the optimiser's. An epoch may
+            # end before the number of batches by which Lightning divides: the value is then the
+            # mean over the batches that there are.
             share = 1 / trainer.accumulate_grad_batches
-            found = Span(found.values, share * found.coefficients, found.rows)
+            span = GradientSpan(span.values, share * span.coefficients, span.rows)
             self.batches += 1
-            self.sums = found if self.sums is None else added(self.sums, found)
+            self.sums = span if self.sums is None else add_spans(self.sums, span)
 
     def _is_alone(self, trainer: pl.Trainer, value: Tensor | None, loss: Tensor) -> bool:
-        """Whether the training's gradient can be that of a loss of this batch alone.
+        """Whether the training's gradient can be exactly that of one loss of this batch.
 
-        So no other term, batch, rank, scale or hook is in it, as far as that can be seen. The first
-        observation compares the numbers.
+        It can if no other term, batch, rank, scale or hook is visible. The first observation also
+        compares the numbers.
 
         Args:
-            value: of the loss; None for `loss` itself.
-            loss: what Lightning sends back, divided by the number of accumulated batches.
+            value: of that loss; None for `loss` itself.
+            loss: what Lightning sends back: a loss divided by the number of accumulated batches.
         """
         source = loss.grad_fn
         if value is not None:
@@ -297,7 +302,7 @@ class Watch(Callback):
                 source = source.next_functions[0][0]
             if source is not value.grad_fn or compat.has_gradient_hooks(value):
                 return False
-        parameters = self.observer.trained
+        parameters = self.observer.trainable
         return (
             trainer.lightning_module.automatic_optimization
             and trainer.accumulate_grad_batches == 1
@@ -319,47 +324,49 @@ class Watch(Callback):
             self._forget()
 
     def _finish(self, trainer: pl.Trainer) -> None:
-        """End an observation that needed the backward pass, or raise the error that it met."""
-        parameters = self.observer.trained
+        """End an observation after the backward pass, or raise the error that stopped it."""
+        parameters = self.observer.trainable
         if trainer.world_size > 1:
-            [failing] = highest([self.error is not None], trainer.strategy.root_device)
+            [failing] = max_over_ranks([self.error is not None], trainer.strategy.root_device)
             if failing and self.error is None:
                 raise RuntimeError("another rank could not observe its batch")
         if self.error is not None:
             raise self.error
         if self.pending is not None:
-            found, place, spare = self.pending
+            span, place, own_row = self.pending
             gradient = [p.grad for p in parameters]
-            if self.reuses is None:
+            if self.reuses_gradient is None:
                 are_alone = not have_hooks_around_backward(trainer, ours=Watch)
-                self.reuses = are_alone and is_gradient(gradient, found, place)
-            if self.reuses:  # at the first time, too: a resumed training repeats it to the bit
-                found = with_trained(found, gradient, place, spare)
-            self._keep(trainer, *self.observer.measure(found))
+                self.reuses_gradient = are_alone and is_gradient(gradient, span, place)
+            # Also at the first observation, so that a resumed training has the same bits.
+            if self.reuses_gradient:
+                span = with_trained(span, gradient, place, own_row)
+            self._keep(trainer, *self.observer.values_norms_cosines(span))
         elif self.sums is not None:
             values, c, rows = self.sums
             values = values / self.batches
             if trainer.world_size == 1:
-                self._keep(trainer, *self.observer.measure(Span(values, c, rows)))
+                span = GradientSpan(values, c, rows)
+                self._keep(trainer, *self.observer.values_norms_cosines(span))
                 return
-            # A loss of a rank's own batch has a value on each rank; the optimiser follows their
-            # mean.
+            # A loss of a rank's own batch has another value on each rank. The optimiser follows
+            # the mean.
             mean = functools.partial(trainer.strategy.reduce, reduce_op="mean")
-            parts = (mean(contained(c, part)[0]) for part in blocks(rows, parameters, c.dtype))
-            found = Span(mean(values), torch.eye(len(c), dtype=c.dtype, device=c.device), [])
-            self._keep(trainer, *self.observer.measure(found, parts))
+            parts = (mean(combine(c, part)[0]) for part in blocks(rows, parameters, c.dtype))
+            span = GradientSpan(mean(values), torch.eye(len(c), dtype=c.dtype, device=c.device), [])
+            self._keep(trainer, *self.observer.values_norms_cosines(span, parts))
 
     # -- what is written ---------------------------------------------------------------------------
 
-    def _announce(
+    def _log_start(
         self, names: Sequence[str], values: Tensor, trained: str | None, value: Tensor | None
     ) -> None:
-        """Say once what is watched, and which watched loss the criterion is.
+        """Log once what is watched, and which watched loss equals the criterion.
 
         Args:
             names, values: of the watched losses; further values may follow.
-            trained: the name of the loss that trains, if its own call is recorded.
-            value: of the loss that trains, if it is known.
+            trained: the name of the trained loss, if its own call is recorded.
+            value: the value of the trained loss, if it is known.
         """
         what = f"losswatch: watching {len(names)} losses"
         if self.module is not None:
@@ -388,14 +395,14 @@ class Watch(Callback):
         return self.record.latest()
 
     def flush(self, trainer: pl.Trainer) -> None:
-        """Write what was observed since the last time to all loggers."""
+        """Write the observations since the last flush to all loggers."""
         try:
             self._write(trainer)
         except Exception as error:
             self.record.give_up(error, self.strict)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        steps, values = self.record.take()
+        steps, values = self.record.drain()
         if not len(steps) or not trainer.is_global_zero:
             return
         tensorboards = self._tensorboards(trainer)
@@ -417,7 +424,7 @@ class Watch(Callback):
 
 
 def _remake(cls: type, state: dict[str, Any]) -> Watch:
-    """For pickle, which does not find the class that `as_callback` makes."""
+    """Make a `Watch` for pickle, which cannot find the class that `as_callback` makes."""
     watch = Watch.__new__(cls)
     watch.__dict__.update(state)
     return watch

@@ -1,9 +1,9 @@
-"""What networks return and what targets look like, brought into the forms that losses read.
+"""Converts outputs of networks and targets into the inputs that losses read.
 
 The losses of this package read logits [N, C, *space] of a softmax, and class indices [N, *space] or
 labels [N, C, *space]. A network with one channel, whose sigmoid is the probability of foreground,
-is a softmax over the logits (0, z). A network that returns probabilities p is one over the logits
-log p. So these losses can watch such networks, too, and the chain rule does the rest.
+is a softmax over the logits (0, z). A network that returns probabilities p is a softmax over the
+logits log p. So these losses can watch such networks, too: autograd differentiates the conversion.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ from losswatch.losses.inputs import (
 )
 from losswatch.losses.pixels import is_hard, one_hot, wide
 from losswatch.presets import load_loss
-from losswatch.watch.span import scaled
+from losswatch.watch.span import scale_rows
 
 Losses = Mapping[str, str | nn.Module] | Sequence[str | nn.Module] | LossSet
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 
 
 def tensors(what: str, value: Any) -> list[Tensor]:
-    """One tensor as a list, or the tensors of a list or of a dict (torchvision's networks)."""
+    """The tensors of a list or of a dict (torchvision's networks), or a list of one tensor.
+
+    Raises:
+        TypeError: `value` is none of these; the message calls it `what`.
+    """
     parts = list(value.values()) if isinstance(value, Mapping) else value
     parts = [value] if isinstance(value, Tensor) else parts
     if isinstance(parts, Sequence) and parts and all(isinstance(x, Tensor) for x in parts):
@@ -51,7 +55,7 @@ def as_softmax(output: Tensor, activation: str) -> Tensor:
 
     Args:
         output: [N, C, *space]; one channel is the foreground of two classes.
-        activation: what makes probabilities of the output.
+        activation: turns the output into probabilities.
     """
     if activation == "none":
         p = wide(output)
@@ -69,7 +73,7 @@ def as_target(target: Tensor, output: Tensor, ignore_index: int | None = None) -
         target: class indices [N, *space] or [N, 1, *space], also as floating point; or labels
             [N, C, *space], where C = 1 is the foreground of two classes.
         output: of the network, [N, C, *space].
-        ignore_index: of labels of one channel; it marks both classes in what is returned.
+        ignore_index: in labels of one channel; it marks both classes of the labels returned.
     """
     if is_labels(target, output):
         return target
@@ -90,13 +94,13 @@ def as_indices(target: Tensor, output: Tensor) -> Tensor:
 
 
 def two_classes(labels: Tensor, ignore_index: int | None) -> Tensor:
-    """Labels of foreground [N, 1, *space] as those of background and foreground."""
+    """From labels of the foreground [N, 1, *space] to labels of background and foreground."""
     both = torch.cat([1 - labels, labels], 1)
     return both if ignore_index is None else torch.where(labels == ignore_index, labels, both)
 
 
 def as_labels(target: Tensor, output: Tensor, ignore_index: int | None = None) -> Tensor:
-    """The target for losses that read each channel by itself; arguments as of `as_target`."""
+    """The target for losses that read each channel by itself; arguments: see `as_target`."""
     if output.shape[1] == 1 and target.numel() == output.numel():
         return target.view_as(output)
     return as_target(target, output, ignore_index)
@@ -105,12 +109,12 @@ def as_labels(target: Tensor, output: Tensor, ignore_index: int | None = None) -
 def clean_target(
     target: Tensor, output: Tensor, activation: str, ignore_index: int | None
 ) -> tuple[Tensor, Tensor]:
-    """A target that losses of this package can read, and the fault of the one given, [3].
+    """A target that losses of this package can read, and the fault of the original, [3].
 
-    No number is read (`losses.inputs`). Class indices that are not allowed become 0.
+    No number of a GPU is read (`losses.inputs`). Class indices that are not allowed are clamped.
 
     Args:
-        target, output: as given by the user.
+        target, output: those of the user.
 
     Raises:
         ValueError: the target is complex.
@@ -120,7 +124,7 @@ def clean_target(
             f"target: {target.dtype} {tuple(target.shape)}, allowed are integers or real labels"
         )
     several = output.shape[1] > 1
-    # One channel may have soft labels, whatever the shape of the target.
+    # With one channel, a target of any shape may hold soft labels.
     if is_labels(target, output) or (not several and target.is_floating_point()):
         are_shares = several and activation != "sigmoid"
         fault = label_fault(target, ignore_index, are_shares=are_shares)
@@ -131,10 +135,10 @@ def clean_target(
 
 
 def check_outputs(output: Tensor, activation: str) -> None:
-    """Look at the numbers of an output; on a GPU this waits for them.
+    """Check that losses can take an output. Reads its numbers, so it waits for a GPU.
 
     Raises:
-        ValueError: they are none that losses can take.
+        ValueError: a number is NaN or infinite, or a softmax would have one channel.
     """
     if activation == "softmax" and output.shape[1] == 1:
         raise ValueError(
@@ -147,12 +151,12 @@ def check_outputs(output: Tensor, activation: str) -> None:
 # -- losses ---------------------------------------------------------------------------------------
 
 
-def named(losses: Losses, ignore_index: int | None) -> dict[str, nn.Module]:
-    """Losses by name: presets under theirs, and modules under that of their class.
+def with_names(losses: Losses, ignore_index: int | None) -> dict[str, nn.Module]:
+    """Losses by name: a preset has its own name, a module has that of its class.
 
     Raises:
-        ValueError: there are none, or there is no such preset.
-        TypeError: one is neither a name nor a module.
+        ValueError: there are no losses, or a preset does not exist.
+        TypeError: a loss is neither a name nor a module.
     """
     if isinstance(losses, LossSet):
         return dict(zip(losses.names, losses.losses, strict=True))
@@ -166,23 +170,23 @@ def named(losses: Losses, ignore_index: int | None) -> dict[str, nn.Module]:
             raise TypeError(
                 f"losses: names of presets and modules are needed, got a {type(loss).__name__}"
             )
-        found[unused(name or type(loss).__name__, found)] = loss
+        found[unused_name(name or type(loss).__name__, found)] = loss
     if not found:
         raise ValueError("losses: at least one is needed")
     return found
 
 
-def unused(name: str, taken: Container[str]) -> str:
-    """A name that is not taken: the name itself, or with the first free number."""
+def unused_name(name: str, taken: Container[str]) -> str:
+    """A name that is not taken: the name itself, or the name with the first free number."""
     numbered = (f"{name}_{number}" for number in itertools.count(2))
     return next(n for n in itertools.chain([name], numbered) if n not in taken)
 
 
-MARK = -1  # of ignored pixels among the labels of single channels
+MARK = -1  # the label of ignored pixels in a single channel
 
 
 class EachChannel(nn.Module):
-    """A loss of two classes for each channel of a sigmoid; of cross entropy, the binary one.
+    """Binary cross entropy: applies a loss of two classes to each channel of a sigmoid.
 
     >>> logits, target = torch.tensor([[[1.0], [-2.0]]]), torch.tensor([[[1.0], [1.0]]])
     >>> value = EachChannel(CrossEntropy())(logits, target)
@@ -199,34 +203,37 @@ class EachChannel(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The value for logits [N, C, *space] and labels of that shape, or class indices."""
-        index = self.ignore_index
-        given = target.unsqueeze(1) if is_hard(logits, target) else target
-        labels = one_hot(given, logits) if is_hard(logits, target) else given.to(logits.dtype)
+        index, hard = self.ignore_index, is_hard(logits, target)
+        target = target.unsqueeze(1) if hard else target
+        labels = one_hot(target, logits) if hard else target.to(logits.dtype)
         if index is not None:
-            labels = torch.where(given == index, MARK, labels)
+            labels = torch.where(target == index, MARK, labels)
         z, y = (x.flatten(0, 1).unsqueeze(1) for x in (logits, labels))
         mark = None if index is None else MARK
         return self.loss(as_softmax(z, "sigmoid"), two_classes(y, mark))
 
 
 def of_each_channel(loss: nn.Module) -> nn.Module:
-    """A loss that reads a softmax as one that reads each channel of a sigmoid by itself."""
+    """From a loss that reads a softmax to one that reads each channel of a sigmoid by itself."""
     if type(loss) is Dice:
         return Dice(**loss.settings | {"activation": "sigmoid"})
     if type(loss) is Sum:
         return Sum([of_each_channel(part) for part in loss.losses], loss.weights)
-    assert type(loss) is CrossEntropy  # `form`
+    assert type(loss) is CrossEntropy  # the others have no "softmax" as `input_kind`
     return EachChannel(loss)
 
 
-def form(loss: nn.Module) -> str:
-    """What a loss reads: the "softmax", "labels" of each channel, or things as they are "given"."""
+def input_kind(loss: nn.Module) -> str:
+    """Which input a loss needs.
+
+    Logits of a "softmax", "labels" for each channel, or output and target unchanged ("given").
+    """
     if type(loss) is CrossEntropy:
         return "softmax"
     if type(loss) is Dice:
         return "softmax" if loss.activation == "softmax" else "labels"
-    if type(loss) is Sum and len(forms := set(map(form, loss.losses))) == 1:
-        return forms.pop()
+    if type(loss) is Sum and len(kinds := set(map(input_kind, loss.losses))) == 1:
+        return kinds.pop()
     return "given"
 
 
@@ -245,68 +252,68 @@ def ignored_by(loss: nn.Module) -> int | None:
 
 
 class Part(NamedTuple):
-    """Losses that read a network's output in one form, and what they read."""
+    """Losses with one kind of input, and that input."""
 
     losses: LossSet
     logits: Tensor
     target: Tensor
 
     def rows(self, failed: dict[str, Exception]) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, rows and coefficients, see `LossSet.rows`; the logits' type holds the rows."""
+        """Values, rows and coefficients, see `LossSet.rows`; scaled if the logits are float16."""
         values, rows, coefficients = self.losses.rows(self.logits, self.target, failed)
         if self.logits.dtype == torch.float16:
-            rows, coefficients = scaled(rows, coefficients)
+            rows, coefficients = scale_rows(rows, coefficients)
         return values, rows, coefficients
 
 
-class Views:
-    """The observed losses, sorted by the form in which they read a network's output.
+class WatchedLosses:
+    """The observed losses, sorted by the kind of input that they need.
 
     Args:
         losses, activation, ignore_index: see `Observer`.
 
     Attributes:
         names: of the losses, in the order of the observation.
-        foreign: the losses that are not of this package.
+        foreign: the losses that do not belong to this package.
     """
 
     def __init__(self, losses: Losses, activation: str, ignore_index: int | None) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: allowed are {', '.join(ACTIVATIONS)}")
         self.activation = activation
-        self.losses = named(losses, ignore_index)
+        self.losses = with_names(losses, ignore_index)
         self.names = tuple(self.losses)
-        self.foreign = [loss for loss in self.losses.values() if form(loss) == "given"]
-        self.plans: dict[tuple[bool, str | None], dict[tuple[str, int | None], LossSet]] = {}
+        self.foreign = [loss for loss in self.losses.values() if input_kind(loss) == "given"]
+        self.sets: dict[tuple[bool, str | None], dict[tuple[str, int | None], LossSet]] = {}
 
     def name_of(self, loss: nn.Module | None) -> str | None:
-        """The name under which a loss is observed: this very module, or one of equal settings."""
+        """The name of an observed loss that is this module or has equal settings, or None."""
         return next((name for name, other in self.losses.items() if is_same(loss, other)), None)
 
-    def name_apart(self, loss: nn.Module | None) -> str | None:
-        """The name of a loss whose own call gives what is observed, and that shares no rows."""
-        reads_as_it_is = loss in self.foreign or self.activation == "softmax"
-        is_apart = loss is not None and shared_recipe(loss) is None and reads_as_it_is
-        return self.name_of(loss) if is_apart else None
+    def name_of_called(self, loss: nn.Module | None) -> str | None:
+        """The name of an observed loss that shares no rows, and whose own call can be used."""
+        reads_unchanged = loss in self.foreign or self.activation == "softmax"
+        shares_no_rows = loss is not None and shared_recipe(loss) is None
+        return self.name_of(loss) if shares_no_rows and reads_unchanged else None
 
-    def parts(
-        self, output: Tensor, target: Tensor, skipped: str | None = None
+    def split(
+        self, output: Tensor, target: Tensor, skip_loss: str | None = None
     ) -> tuple[list[Part], Tensor]:
-        """Sets of losses with what each reads, and the fault of output and target, [3].
+        """Sets of losses with their inputs, and the fault of output and target, [3].
 
-        The fault is for the losses of this package (`losses.inputs`).
+        Only losses of this package have faults (`losses.inputs`).
 
         Args:
-            skipped: a loss that is not among them.
+            skip_loss: the name of a loss to leave out.
         """
         found, faults = [], list[Tensor]()
-        for (reads, index), losses in self._plan(output, skipped).items():
-            if reads == "given":
+        for (kind, index), losses in self._sets(output, skip_loss).items():
+            if kind == "given":
                 found.append(Part(losses, output, target))
                 continue
             clean, fault = clean_target(target, output, self.activation, index)
             faults.append(fault)
-            if reads == "softmax":
+            if kind == "softmax":
                 pair = as_softmax(output, self.activation), as_target(clean, output, index)
             else:
                 pair = output, as_labels(clean, output, index)
@@ -317,22 +324,22 @@ class Views:
         return found, first_fault(faults) if faults else none
 
     def explain(self, fault: Sequence[float], channels: int) -> str:
-        """The line about a fault, its three numbers read; the output has so many channels."""
-        own = (ignored_by(loss) for loss in self.losses.values() if form(loss) != "given")
+        """The line about a fault, whose three numbers have been read, of so many channels."""
+        own = (ignored_by(loss) for loss in self.losses.values() if input_kind(loss) != "given")
         return explain(fault, max(2, channels), next(own))
 
-    def _plan(self, output: Tensor, skipped: str | None) -> dict[tuple[str, int | None], LossSet]:
-        """The sets of losses by what they read, and by the label that they ignore."""
+    def _sets(self, output: Tensor, skip_loss: str | None) -> dict[tuple[str, int | None], LossSet]:
+        """The sets of losses, by the kind of their input and by the label that they ignore."""
         several = output.shape[1] > 1
-        if (several, skipped) not in self.plans:
+        if (several, skip_loss) not in self.sets:
             sets: dict[tuple[str, int | None], dict[str, nn.Module]] = {}
             for name, loss in self.losses.items():
-                if name == skipped:
+                if name == skip_loss:
                     continue
-                reads = form(loss)
-                index = None if reads == "given" else ignored_by(loss)
-                if reads == "softmax" and several and self.activation == "sigmoid":
-                    reads, loss = "labels", of_each_channel(loss)
-                sets.setdefault((reads, index), {})[name] = loss
-            self.plans[several, skipped] = {key: LossSet(x) for key, x in sets.items()}
-        return self.plans[several, skipped]
+                kind = input_kind(loss)
+                index = None if kind == "given" else ignored_by(loss)
+                if kind == "softmax" and several and self.activation == "sigmoid":
+                    kind, loss = "labels", of_each_channel(loss)
+                sets.setdefault((kind, index), {})[name] = loss
+            self.sets[several, skip_loss] = {key: LossSet(x) for key, x in sets.items()}
+        return self.sets[several, skip_loss]

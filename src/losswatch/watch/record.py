@@ -1,4 +1,4 @@
-"""The numbers of many observations, kept on the device until they are written in a block."""
+"""Keeps the numbers of many observations on the device, to write them in blocks."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def as_row(values: Tensor, norms: Tensor, cosines: Tensor | None) -> Tensor:
 
 
 class Record:
-    """Observations of a training.
+    """The observations of a training.
 
     Args:
-        every_n_steps: which steps are due, at least 1.
+        every_n_steps: multiples of it are observed; at least 1.
         cosines: whether cosines are kept.
 
     Raises:
-        ValueError: every_n_steps is not allowed.
+        ValueError: every_n_steps is not a whole number of at least 1.
     """
 
     BLOCK = 500  # observations between two writes, at most
@@ -53,7 +53,7 @@ class Record:
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Begin a training, at the number of steps that are done."""
+        """Start a training after this number of steps."""
         self.step, self.is_due, self.is_off = step - 1, False, False
         self.tags: list[str] = []
         self.steps: list[int] = []
@@ -63,14 +63,14 @@ class Record:
         self.warned: set[str] = set()
 
     def move_to(self, step: int) -> None:
-        """Begin a step, or go on with it. Due are the multiples of `every_n_steps`."""
+        """Go to a step, if it is new. Multiples of `every_n_steps` are due."""
         if step != self.step and not self.is_off:
-            # Some loops count in steps of more than one.
+            # Some loops count in steps greater than 1.
             self.is_due = step // self.every_n_steps > self.step // self.every_n_steps
             self.step = step
 
     def give_up(self, error: Exception, strict: bool) -> None:
-        """End the training with an error in watching; or give one warning, and no step is due."""
+        """Raise an error in watching if `strict`; else log one warning and stop watching."""
         if strict:
             raise error
         if not self.is_off:
@@ -83,11 +83,12 @@ class Record:
         device: torch.device,
         explain: Callable[[Sequence[float]], str],
     ) -> None:
-        """Take the names of what is observed, at the first observation.
+        """Prepare the blocks, at the first observation.
 
         Args:
+            names: of the observed losses.
             device: of the numbers.
-            explain: from the three numbers of a fault (`losses.inputs`) to a line.
+            explain: turns the three numbers of a fault (`losses.inputs`) into a line.
         """
         self.tags, self.explain = watched_tags(names, self.cosines), explain
         self.block = torch.empty(self.BLOCK, len(self.tags), device=device)
@@ -101,7 +102,7 @@ class Record:
         fault: Tensor | None = None,
         failed: Mapping[str, str] = MappingProxyType({}),
     ) -> bool:
-        """Keep the numbers of this step; whether it is time to write.
+        """Keep the numbers of this step, and return whether it is time to write.
 
         Args:
             values, norms, cosines: see `Seen`.
@@ -109,7 +110,7 @@ class Record:
             failed: why losses failed, by name.
 
         Raises:
-            ValueError: there are other losses than at the first observation.
+            ValueError: the number of losses is not that of the first observation.
         """
         self.newest = as_row(values, norms, cosines if self.cosines else None)
         if len(self.newest) != len(self.tags):
@@ -126,13 +127,13 @@ class Record:
         return len(self.steps) == self.BLOCK or time.monotonic() - self.written > self.SECONDS
 
     def latest(self) -> dict[str, float]:
-        """The values of the last observation."""
+        """The values of the newest observation, by tag."""
         names = [tag for tag in self.tags if tag.startswith(LOSS)]
         return dict(zip(names, self.newest.tolist(), strict=False))
 
-    def take(self) -> tuple[np.ndarray, np.ndarray]:
-        """The steps [B] and numbers [B, tags] kept so far, which are kept no longer."""
-        import numpy as np  # imported late: `from losswatch import Watch` needs nothing but PyTorch
+    def drain(self) -> tuple[np.ndarray, np.ndarray]:
+        """The steps [B] and numbers [B, tags] kept so far; then forget them."""
+        import numpy as np  # imported late: `from losswatch import Watch` needs only PyTorch
 
         steps, self.steps, self.written = np.array(self.steps, int), [], time.monotonic()
         if not len(steps):

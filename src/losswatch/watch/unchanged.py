@@ -1,17 +1,17 @@
-"""Restores what an observation changes in somebody's training.
+"""Restores what an observation changes in a training.
 
 An observation calls losses and sends gradients back through the network, once for each row. Both
-run code of other people, which may draw random numbers, count its calls or update statistics. A
-network with activation checkpointing also computes its layers again in each backward pass. So the
-state is noted before an observation, and put back after it:
+run foreign code, which may draw random numbers, count its calls or update statistics. A network
+with activation checkpointing also computes its layers again in each backward pass. So the state is
+saved before an observation, and restored after it:
 
-- random numbers of PyTorch; of Python and numpy where a loss is not of this package;
-- buffers and attributes of the network's modules, of modules that are called meanwhile, and of
-  losses that are not of this package;
+- random states of PyTorch, and those of Python and numpy if there are foreign losses;
+- buffers and attributes of the network's modules, of modules that the observation calls, and of
+  foreign losses, which do not belong to this package;
 - attributes of the classes of `torch.autograd.Function` in the graph;
 - gradients of activations that `retain_grad` keeps.
 
-State in other places, such as a global variable or a file, is out of reach.
+State in other places, such as a global variable or a file, is not restored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from losswatch import compat
 
 # Attributes of every module that hold no state of its forward pass.
 _PARTS = vars(nn.Module()).keys() - {"_buffers", "training"}
-# A copy of more, at each observation, would cost too much: datasets, the outputs of an epoch.
+# Larger values are not copied, because this costs too much: datasets, the outputs of an epoch.
 MOST_ITEMS, MOST_NUMBERS = 1000, 2**20
 
 _FIXED = {type(None), bool, int, float, str}
@@ -50,16 +50,16 @@ def unchanged(
 
     Args:
         device: of the output.
-        modules: of the network, as far as they are known.
-        losses: those that are not of this package.
-        functions: of the graph (`functions_in`).
+        modules: the known modules of the network.
+        losses: the foreign losses.
+        functions: the functions in the graph (`functions_in`).
     """
     notes = _Notes()
     for module in modules:
-        notes.take(module)
+        notes.note(module)
     foreign = [module for loss in losses for module in loss.modules()]
     for module in foreign:
-        notes.take(module)
+        notes.note(module)
     notes.restores += [_note_attributes(function) for function in functions]
     with ExitStack() as stack:
         devices = [device] if device.type == "cuda" else []
@@ -70,20 +70,20 @@ def unchanged(
                 stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.callback(compat.note_kept_gradients())
         stack.callback(notes.restore)
-        hook = register_module_forward_pre_hook(lambda module, _: notes.take(module))
+        hook = register_module_forward_pre_hook(lambda module, _: notes.note(module))
         stack.callback(hook.remove)
         yield
 
 
 class _Notes:
-    """The state of modules, each as it was when it was noted first."""
+    """The state of modules, each as of its first `note`."""
 
     def __init__(self) -> None:
         self.modules: set[nn.Module] = set()
         self.restores: list[Restore] = []
 
-    def take(self, module: nn.Module) -> None:
-        # These keep all of their state in buffers.
+    def note(self, module: nn.Module) -> None:
+        # Modules of these packages keep all of their state in buffers.
         only_buffers = type(module).__module__.startswith(("torch.", "losswatch.", "torchmetrics."))
         if module not in self.modules and (module._buffers or not only_buffers):
             self.modules.add(module)
@@ -96,7 +96,7 @@ class _Notes:
 
 
 def functions_in(output: Tensor) -> set[type]:
-    """The classes of `torch.autograd.Function` in the graph of a tensor that are not PyTorch's."""
+    """The foreign classes of `torch.autograd.Function` in the graph of a tensor."""
     found: set[type] = set()
     seen, left = {output.grad_fn}, [output.grad_fn]
     while left:
@@ -117,7 +117,7 @@ def functions_in(output: Tensor) -> set[type]:
 
 
 def _note(value: Any) -> Restore | None:
-    """What puts back the content of a value; None if the value has none that could change."""
+    """A function that restores the content of a value; None if the content cannot change."""
     if type(value) in _FIXED:
         return None
     if isinstance(value, Tensor):
@@ -152,21 +152,21 @@ def _note_call(function: Callable[..., Any], *args: Any) -> Restore:
 
 
 def _together(restores: Iterable[Restore | None]) -> Restore | None:
-    found = [restore for restore in restores if restore is not None]
+    some = [restore for restore in restores if restore is not None]
 
     def restore() -> None:
-        for each in found:
+        for each in some:
             each()
 
-    return restore if found else None
+    return restore if some else None
 
 
 def _note_tensor(value: Tensor) -> Restore:
     content = value.clone()
 
     def restore() -> None:
-        # `data`, since the graph may hold the tensor: its content there is this one, but autograd
-        # would only see that the tensor was written to.
+        # By `data`, because the graph may hold the tensor. Its content is the right one then, but
+        # autograd would only see that the tensor has been written.
         value.data.copy_(content)
 
     return restore
@@ -203,7 +203,7 @@ def _note_items(value: Any, put: Callable[[list[Any]], None]) -> Restore:
 
 
 def _note_attributes(kind: type) -> Restore:
-    """Of a class: what is no function of it."""
+    """A function that restores the attributes of a class that are not functions."""
     before = {
         name: item
         for name, item in vars(kind).items()

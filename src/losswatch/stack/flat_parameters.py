@@ -1,4 +1,4 @@
-"""A network's trained parameters as one vector, in which they are stacked."""
+"""The trained parameters of a network as one vector, to be stacked over runs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def trained_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
-def joined(tensors: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> Tensor:
-    """The tensors called `names`, flattened, one after another: [P]."""
+def flatten(tensors: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> Tensor:
+    """The tensors with these names as one vector [P]."""
     return torch.cat([tensors[name].flatten() for name in names])
 
 
 def splitter(net: nn.Module) -> Callable[[Tensor], State]:
-    """The function that cuts such a vector [P] into the trained parameters of `net` by name."""
+    """A function that splits the vector [P] of `flatten` into the parameters of `net` by name."""
     shapes = {name: p.shape for name, p in trained_parameters(net).items()}
     sizes = [shape.numel() for shape in shapes.values()]
 
-    def split(flat: Tensor) -> State:
-        parts = zip(shapes.items(), flat.split(sizes), strict=True)
+    def split(vector: Tensor) -> State:
+        parts = zip(shapes.items(), vector.split(sizes), strict=True)
         return {name: part.view(shape) for (name, shape), part in parts}
 
     return split

@@ -1,4 +1,4 @@
-"""Loaders whose batches are a function of the step, so that a resumed run goes on with the next."""
+"""Loaders whose batches are a function of the step, so that a resumed run continues correctly."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
-class Steps(Sampler[int]):
-    """The batches still to be trained with; a resumed run begins where it stopped.
+class RemainingBatches(Sampler[int]):
+    """The numbers of the batches that a training still needs, also after it is resumed.
 
     Args:
-        trainer: knows the length of the training, and what is done.
-        batches: the first so many batches are repeated; 0 never repeats one.
+        trainer: knows the length of the training, and how many steps are finished.
+        batches: the training repeats the first `batches` batches; 0 repeats none.
     """
 
     def __init__(self, trainer: pl.Trainer, batches: int = 0) -> None:
@@ -25,7 +25,7 @@ class Steps(Sampler[int]):
 
     @property
     def done(self) -> int:
-        """How many batches have been trained with."""
+        """How many batches the training has used."""
         return self.trainer.global_step * self.trainer.accumulate_grad_batches
 
     def __iter__(self) -> Iterator[int]:
@@ -33,7 +33,7 @@ class Steps(Sampler[int]):
 
 
 class Resumable:
-    """Tells Lightning that a loader can be resumed; its whole state is the trainer's step."""
+    """Tells Lightning that a loader can be resumed. Its only state is the step of the trainer."""
 
     def state_dict(self) -> dict:
         return {}
@@ -59,7 +59,7 @@ def batch_loader(dataset: Dataset, numbers: Sampler[int] | range, num_workers: i
         sampler=numbers,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        # Forked processes share the images in memory. And the default of a process that joblib has
-        # started, which is neither fork nor spawn, cannot start any.
+        # Forked processes share the images in memory. In a process of joblib, the default method
+        # is neither fork nor spawn, and cannot start any process.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )

@@ -1,4 +1,4 @@
-"""The losses that are measured."""
+"""The losses of the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parameters by which gradients are taken."""
+"""Finds the parameters by which an observer takes gradients."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def network_or_parameters(given: Any) -> tuple[nn.Module | None, list[Tensor]]:
-    """A network, also where only its `parameters()` are given; or some parameters.
+def network_or_parameters(source: Any) -> tuple[nn.Module | None, list[Tensor]]:
+    """The network, if `source` is one or is its `parameters()`; otherwise the tensors of `source`.
 
     Raises:
-        TypeError: something else is given.
+        TypeError: `source` holds something that is not a tensor.
         ValueError: there are no parameters.
     """
-    if inspect.isgenerator(given) and given.gi_code is nn.Module.parameters.__code__:
-        given = inspect.getgeneratorlocals(given).get("self", given)  # finished ones have none
-    network = given if isinstance(given, nn.Module) else None
-    parameters: list[Tensor] = list(given if network is None else network.parameters())
+    if inspect.isgenerator(source) and source.gi_code is nn.Module.parameters.__code__:
+        source = inspect.getgeneratorlocals(source).get("self", source)  # none if it is finished
+    network = source if isinstance(source, nn.Module) else None
+    parameters: list[Tensor] = list(source if network is None else network.parameters())
     for p in parameters:
         if not isinstance(p, Tensor):
             raise TypeError(f"parameters: tensors are needed, got a {type(p).__name__}")
@@ -32,7 +32,7 @@ def check_whole(parameters: Sequence[Tensor], network: nn.Module | None) -> None
     """Check that this rank has whole parameters.
 
     Raises:
-        ValueError: they are spread over ranks.
+        ValueError: the parameters are spread over ranks.
     """
     from torch.distributed.fsdp import FlatParameter, FSDPModule
     from torch.distributed.tensor import DTensor
