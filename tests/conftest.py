@@ -18,6 +18,8 @@ from types import SimpleNamespace
 
 # One thread a process, before torch is imported: pytest-xdist starts as many as there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Compile in the process itself: processes that only compile would import torch once more each.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import hydra
 import pytest
@@ -176,13 +178,17 @@ SERVER = ForkServer(ENVIRONMENT)
 READ_AT_START = re.compile("PYTHON(?!PATH$)|OMP_|MKL_|TORCH").match
 
 
-def run_train(*args: str, cwd: Path, status: int | None = 0, fresh: bool = False, **options):
-    """`python train.py ...` as a user would, its outputs in `cwd`; checks the exit status.
+def run_train(*args: str, cwd: Path, **options):
+    """`python train.py ...` as a user would, its outputs in `cwd`; see `run_python`."""
+    return run_python(str(ROOT / "train.py"), *args, cwd=cwd, **options)
+
+
+def run_python(*command: str, cwd: Path, status: int | None = 0, fresh: bool = False, **options):
+    """`python FILE ...` as a user would; checks the exit status.
 
     In a forked process (forks.py); in a fresh one where that is asked for, where options are
     given, or variables that are read when Python starts or imports packages.
     """
-    command = [str(ROOT / "train.py"), *args]
     env = options.pop("env", ENVIRONMENT)
     changed = {k: env.get(k) for k in {**env, **ENVIRONMENT} if env.get(k) != ENVIRONMENT.get(k)}
     if not (fresh or options or any(map(READ_AT_START, changed))):

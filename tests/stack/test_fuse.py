@@ -134,9 +134,7 @@ def test_equals_runs_trained_alone(both, net, batch_norm, optimizer):
     assert_same_runs(runs)
     # The initial weights are equal bit for bit, and each run has images of its own.
     for one, initial in zip(runs.composed, runs.initial, strict=True):
-        for name, value in (
-            make_net(one.plan()).state_dict().items()
-        ):
+        for name, value in make_net(one.plan()).state_dict().items():
             assert torch.equal(initial[name], value)
     first = [read_scalars(m.folder).loc[0, "loss/cce"] for m in runs.members]
     assert len(set(first)) == len(GRID)

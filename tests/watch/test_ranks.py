@@ -179,4 +179,6 @@ def test_two_ranks_train_as_one_with_every_loss():
     start = trained_weights("dice", steps=0)
     assert all((weights - start).abs().max() > 0.01 for weights in expected.values())
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(rank_trains, (f"{folder}/store", expected), nprocs=2)
+        mp.start_processes(
+            rank_trains, (f"{folder}/store", expected), nprocs=2, start_method="fork"
+        )
