@@ -28,6 +28,7 @@ import torch
 from forks import ForkServer
 from omegaconf import DictConfig, OmegaConf
 
+from losswatch.command import Command, Facts
 from losswatch.config import schema
 from losswatch.config.settings import Job, Settings
 from losswatch.config.sources import Sources
@@ -39,6 +40,7 @@ from losswatch.nets import ConvNet, UNet
 from losswatch.presets import load_loss
 from losswatch.run.module import SegmentationModule
 from losswatch.run.plan import Plan, Planner
+from losswatch.sweep.exit import verdict
 from losswatch.watch import record
 from losswatch.watch.lightning import Watch
 
@@ -86,6 +88,22 @@ def compose(tmp_path):
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         yield make
+
+
+@pytest.fixture
+def refusal(compose):
+    """refusal("loss=dise") -> the line with which the command refuses these settings."""
+
+    def refuse(*overrides: str) -> str:
+        with pytest.raises(Exception) as raised:  # noqa: B017 - `verdict` knows which are meant
+            compose(*overrides).plan()
+        known = verdict(raised.value, Command(Facts(overrides)), {})
+        assert known, f"a bug: {raised.value!r}"
+        line, status = known
+        assert status == 2 and "\n" not in line and "http" not in line
+        return line
+
+    return refuse
 
 
 # --- Runs in this process ------------------------------------------------------------------------

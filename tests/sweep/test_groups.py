@@ -252,72 +252,7 @@ def test_the_score_is_the_metric(tmp_path, monkeypatch):
     assert math.isnan(score({}, Config))
 
 
-# --- Keys ----------------------------------------------------------------------------------------
-
-REFUSED = {
-    "+note=1": "note is read by nothing; the config has theta, seed, ",
-    "+data.x=1": "data.x is read by nothing; data has image_size, ",
-    "+probe.x=1": "probe.x is read by nothing; probe has every_n_steps, cosines",
-    "+trainer.x=1": "trainer: .* unexpected keyword argument 'x'",
-    "+trainer.logger=true": "trainer.logger is set by losswatch; loggers are chosen by logger=",
-    "trainer.max_epochs=0": "trainer.max_epochs must be a whole number of at least 1, got 0",
-    "+callbacks=early": "there is no callbacks=early; callbacks is one of best, early_stopping, ",
-    "logger=tensorbord": "there is no logger=tensorbord; logger is one of csv, mlflow, ",
-    "loss.alhpa=0.3": "loss dice: .*alhpa",
-    "metric=val/dise": "metric=val/dise is computed by no validation; it has val/accuracy, ",
-    "callbacks=[best] callbacks.best.save_top_k=many": "callbacks.best.save_top_k must be ",
-    "callbacks=[best,nosuch]": "there is no callbacks=nosuch; --help lists those of callbacks",
-    "scheduler=cosine scheduler.T_max=x": "scheduler.T_max must be a whole number, got 'x'",
-}
-
-
-@pytest.mark.parametrize("overrides", REFUSED)
-def test_refused_in_one_line(tmp_path, overrides):
-    done = run_train(*QUICK, *overrides.split(), cwd=tmp_path, status=2)
-    last = done.stderr.strip().splitlines()[-1]
-    assert re.match(f"losswatch: {REFUSED[overrides]}", last), last
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-
-
-CANNOT_WORK = {
-    "trainer.max_epochs=3": "trainer.max_epochs=3 needs training batches that can be counted, ",
-    "trainer.max_epochs=1.5": "trainer.max_epochs must be a whole number of at least 1, got 1.5",
-    "scheduler=cosine scheduler.T_max=0": "scheduler: ",
-    "scheduler=cosine +scheduler.x=1": "scheduler: .*'x'",
-    "scheduler=one_cycle scheduler.total_steps=10": "scheduler.total_steps=10 ends before ",
-    "+scheduler.x=1": "scheduler.x is read by nothing; choose a scheduler, such as ",
-    "+logger.x=1": "logger.x needs a _target_, the class that makes it",
-    "+callbacks.x=1": "callbacks.x needs a _target_, the class that makes it",
-    "callbacks=best callbacks.best.monitor=val/x": "callbacks: the ModelCheckpoint monitors val/x",
-    "callbacks=best callbacks.best.save_top_k=3": "callbacks: with save_top_k=3 each checkpoint ",
-    "callbacks=best callbacks.best.save_top_k=3 callbacks.best.filename='{epoch}'": (
-        "callbacks: with save_top_k=3 each checkpoint needs a name of its own"
-    ),
-    "callbacks=best callbacks.best.filename='{step:03}'": (
-        "callbacks: filename={step:03} gives checkpoints the names of the run's own, step=001.ckpt;"
-    ),
-    "callbacks=best callbacks.best.filename='{step'": "callbacks: filename={step makes no name: ",
-    "callbacks=best +callbacks.x=${callbacks.best}": "callbacks: two of them write best.ckpt to ",
-    "callbacks=best +callbacks.best.every_n_epochs=2": "callbacks.best.every_n_epochs has no use: ",
-    "callbacks=early_stopping callbacks.early_stopping.monitor=val_loss": "callbacks: the EarlySt",
-    "scheduler=cosine optimizer.weight_decay=-1": "optimizer: Invalid weight_decay value: -1",
-    "+trainer.reload_dataloaders_every_n_epochs=1": "trainer.reload_dataloaders_every_n_epochs is ",
-    "data.batches=4 trainer.max_epochs=2000000000": "trainer.max_steps must be less than 2.31, got",
-    "+trainer.barebones=true": "trainer.barebones is set by losswatch; a run has loggers, ",
-    "+trainer.limit_val_batches=0": "trainer.limit_val_batches must be more than 0, got 0: ",
-    "+trainer.limit_val_batches=0.3": "trainer.limit_val_batches=0.3 of 2 is less than one batch; ",
-    "+trainer.limit_test_batches=0.3": "trainer.limit_test_batches=0.3 of 2 is less than one ",
-    "+trainer.min_epochs=2": "trainer.min_epochs is set by losswatch; a training is one epoch; ",
-    "data.batches=3 trainer.max_epochs=100000000000": "trainer.max_epochs must be less than 2.31,",
-}
-
-
-@pytest.mark.parametrize("overrides", CANNOT_WORK)
-def test_what_cannot_work_is_found_before_training(compose, overrides):
-    run = compose(*QUICK, *overrides.split())
-    with pytest.raises(ConfigError, match=f"^{CANNOT_WORK[overrides]}") as raised:
-        run.plan()
-    assert "\n" not in str(raised.value)
+# --- Errors and settings in a run --------------------------------------------------------------
 
 
 class Later(torch.nn.Module):
