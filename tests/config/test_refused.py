@@ -147,7 +147,7 @@ QUICK = [
     ),
     (
         "callbacks=best callbacks.best.filename='{step:03}'",
-        "^callbacks: filename={step:03} gives checkpoints the names of the run's own, step=001.ckpt;",
+        "^callbacks: filename={step:03} gives checkpoints the names of the run's own, step=",
     ),
     (
         "callbacks=best callbacks.best.filename='{step'",

@@ -124,12 +124,12 @@ def assert_same_runs(runs, late=1e-3):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("batch_norm", ["false", "true"])
 @pytest.mark.parametrize("net", ["convnet", "unet"])
-def test_equals_runs_trained_alone(both, net, batch_norm, optimizer):
+def test_equals_runs_trained_alone(both, device, net, batch_norm, optimizer):
     own = ["model.widths=[2,3]"] if net == "unet" else []
     own += ["optimizer.momentum=0.9"] if optimizer == "sgd" else []
     runs = both(
         f"model={net}", f"model.batch_norm={batch_norm}", f"optimizer={optimizer}", *own,
-        "probe.cosines=true",
+        "probe.cosines=true", f"trainer.accelerator={device}",
     )  # fmt: skip
     assert_same_runs(runs)
     # The initial weights are equal bit for bit, and each run has images of its own.

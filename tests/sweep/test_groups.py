@@ -194,9 +194,10 @@ def test_a_plateau_lowers_the_rate(tmp_path, metric):
     assert rates == pytest.approx([1e-12] * 8 + [3e-13] * 4, rel=1e-4, abs=0)
 
 
-def test_resuming_keeps_scheduler_and_patience(tmp_path):
+def test_resuming_keeps_scheduler_and_patience(tmp_path, device):
     """Bit for bit: the optimiser's rate and the count of validations go on where they were."""
     options = [
+        f"trainer.accelerator={device}",
         "scheduler=cosine", "callbacks=[early_stopping,best]", "trainer.max_steps=24",
         "callbacks.early_stopping.patience=50",
     ]  # fmt: skip
