@@ -6,8 +6,10 @@ Everything writes to temporary folders.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -252,19 +254,38 @@ def read_result(folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """One real run that tests may only read: its folder, output and result."""
-    cwd = tmp_path_factory.mktemp("smoke")
+def made_once(tmp_path_factory, make):
+    """What make(folder) returns, made by the first process of a test run that asks for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, kept = root / make.__name__, root / f"{make.__name__}.pickle"
+    with (root / f"{make.__name__}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            folder.mkdir()
+            kept.write_bytes(pickle.dumps(make(folder)))
+    return pickle.loads(kept.read_bytes())
+
+
+def smoke_run(cwd):
     done = run_train("experiment=smoke", "seed=3", "probe.cosines=true", cwd=cwd, fresh=True)
     [folder] = run_folders(cwd).values()
     return SimpleNamespace(cwd=cwd, folder=folder, done=done, result=read_result(folder))
 
 
 @pytest.fixture(scope="session")
-def six(tmp_path_factory):
-    """One real sweep of six runs by the basic launcher, which tests may only read."""
-    cwd = tmp_path_factory.mktemp("six")
+def smoke(tmp_path_factory):
+    """One real run that tests may only read: its folder, output and result."""
+    return made_once(tmp_path_factory, smoke_run)
+
+
+def six_runs(cwd):
     done = run_train("-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95", cwd=cwd)
     [folder] = (cwd / "outputs").iterdir()
     return SimpleNamespace(folder=folder, done=done, runs=run_folders(cwd))
+
+
+@pytest.fixture(scope="session")
+def six(tmp_path_factory):
+    """One real sweep of six runs by the basic launcher, which tests may only read."""
+    return made_once(tmp_path_factory, six_runs)

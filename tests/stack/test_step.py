@@ -316,6 +316,7 @@ def fast():
     return make_stack("convnet", **FEW).function(ready=compiled)
 
 
+@pytest.mark.slow
 @compiling
 def test_the_next_optimizer_finds_the_compiled_gradient(fast):
     advance(fast, make_stack("convnet", **FEW).state, steps=1)

@@ -51,7 +51,8 @@ def test_a_second_logger_gets_the_same_numbers(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # their own
-@pytest.mark.parametrize("name", ["wandb", pytest.param("mlflow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_loggers_of_services(tmp_path, name, monkeypatch):
     pytest.importorskip(name)
     more = ["logger.wandb.offline=true"] if name == "wandb" else []
@@ -172,7 +173,7 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", ["cosine", pytest.param("warmup", marks=pytest.mark.slow)])
 def test_the_rate_over_the_training(tmp_path, name):
     more = ["scheduler.total_iters=6"] if name == "warmup" else []
     folder, _ = train(
@@ -182,7 +183,9 @@ def test_the_rate_over_the_training(tmp_path, name):
     assert list(values) == pytest.approx([RATES[name](i) for i in range(len(steps))], rel=1e-4)
 
 
-@pytest.mark.parametrize("metric", ["val/accuracy", "val/loss/dice"])
+@pytest.mark.parametrize(
+    "metric", [pytest.param("val/accuracy", marks=pytest.mark.slow), "val/loss/dice"]
+)
 def test_a_plateau_lowers_the_rate(tmp_path, metric):
     """At each validation after the first, all of them alike; a loss is better the smaller it is."""
     folder, _ = train(
@@ -225,8 +228,10 @@ def test_resuming_keeps_scheduler_and_patience(tmp_path, device):
     "option, why",
     [
         ("scheduler=cosine", "a scheduler needs the ordinary step"),
-        ("logger=csv", "logger=csv needs the ordinary step"),
-        ("callbacks=best", "callbacks=best needs the ordinary step"),
+        pytest.param("logger=csv", "logger=csv needs the ordinary step", marks=pytest.mark.slow),
+        pytest.param(
+            "callbacks=best", "callbacks=best needs the ordinary step", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_compiled_runs_say_that_they_are_not(tmp_path, option, why):
@@ -378,7 +383,7 @@ def test_one_step_goes_all_the_way(tmp_path):
     assert (tmp_path / "run/curves.png").exists()
 
 
-@pytest.mark.parametrize("profiler", ["simple", "advanced"])
+@pytest.mark.parametrize("profiler", ["simple", pytest.param("advanced", marks=pytest.mark.slow)])
 def test_a_profile_is_a_file_of_the_run(tmp_path, profiler):
     done = run_train(
         "experiment=profile", "model=convnet", "trainer.max_steps=3", "hydra.run.dir=run",

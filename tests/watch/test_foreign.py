@@ -211,6 +211,8 @@ FLAGS = [
     "trainer.benchmark", "trainer.sync_batchnorm", "trainer.enable_progress_bar",
     "++optimizer.nesterov", "++optimizer.maximize", "probe.cosines", "compile",
 ]  # fmt: skip
+# By how it is read: by the schema, by losswatch's classes, PyTorch's and Lightning's.
+ONE_OF_EACH = ["compile", "+loss.joint", "++optimizer.nesterov", "trainer.benchmark"]
 NUMBERS = ["optimizer.lr", "++optimizer.weight_decay", "model.bn_momentum", "+loss.smooth_nr",
            "trainer.gradient_clip_val", "trainer.max_steps"]  # fmt: skip
 
@@ -239,7 +241,8 @@ def compose_or_refuse(compose, key, value):
 def test_a_truth_value_is_one_or_refused(compose, key):
     meant = {"true": True, "on": True, "yes": True, "1": True,
              "false": False, "off": False, "no": False}  # fmt: skip
-    for value in ("true", "false", "on", "off", "yes", "no", "maybe", "1", "None", "''"):
+    few, more = ("true", "1", "maybe", "''"), ("false", "on", "off", "yes", "no", "None")
+    for value in (*few, *(more if key in ONE_OF_EACH else ())):
         used = compose_or_refuse(compose, key, value)
         assert used is None or used is meant[value], (key, value, used)
     assert compose_or_refuse(compose, key, "false") is False

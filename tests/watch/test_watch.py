@@ -466,6 +466,7 @@ print(sorted(watch.latest()), "pytorch_lightning" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_lightning_under_its_other_name():
     """`pip install lightning` has the same classes in a package of its own."""
     pytest.importorskip("lightning")
