@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,9 @@ from oracle import Oracle, by_copies, truth
 from torch import nn
 from torch.func import vmap
 
+from losswatch.checks.first_step import try_step
 from losswatch.config.errors import ConfigError
+from losswatch.config.settings import Probe
 from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.disk.checkpoint_files import find
 from losswatch.disk.event_log import EventLog
@@ -101,6 +104,9 @@ class Wide(nn.Module):
 
 def stack_or_reason(tmp_path, net, losses, trained):
     """The reason why a stack of two such runs is refused; None if it is trained."""
+    batch = ThresholdedImages(0.5, image_size=8, batch_size=3).first_batch()
+    form = ThresholdedImages(0.5).form
+    traits, _ = try_step(copy.deepcopy(net), losses, trained, torch.optim.SGD, batch, form)
     members = []
     for i in range(2):
         folder = tmp_path / str(i)
@@ -109,11 +115,12 @@ def stack_or_reason(tmp_path, net, losses, trained):
         data = ThresholdedImages([0.5], seed=i, image_size=8, batch_size=3, val_size=3, test_size=3)
         optimizer = torch.optim.SGD(list(trained_parameters(own).values()), lr=0.1)
         log = EventLog(str(folder))
-        members.append(Member(folder, own, data, trained, optimizer, log, {}))
+        members.append(Member(folder, own, data, trained, optimizer, log, {}, traits))
     options = {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu",
                "enable_progress_bar": False}  # fmt: skip
+    settings = SimpleNamespace(threads=None, compile=False, probe=Probe(1, False))
     try:
-        fit(members, losses, options, compile=False)
+        fit(members, losses, SimpleNamespace(settings=settings, options=options, steps=2))
     except NotStackable as error:
         return str(error)
     assert all(member.result() for member in members)
