@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -23,11 +22,11 @@ from losswatch.config.settings import plain
 from losswatch.disk import checkpoint_files as checkpoints
 from losswatch.disk import locks
 from losswatch.disk.checkpoint import adopt, data_of, load_net
-from losswatch.disk.event_files import event_files
-from losswatch.disk.result import Reached, finished, write_result
+from losswatch.disk.curves import last_watched, read_curves
+from losswatch.disk.growing_files import event_files
+from losswatch.disk.result import Reached, Result, finished
 from losswatch.disk.resume import announce, check_folder
 from losswatch.events.encode import append_picture
-from losswatch.events.series import read_scalars
 from losswatch.events.tags import CURVES
 from losswatch.run import train as run
 from losswatch.run.build import describe_data, make_net
@@ -108,13 +107,13 @@ def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
     check_folder(folder, cfg)
 
 
-def _skip(result: dict[str, Any], cfg: DictConfig, trained: str, folder: Path) -> float:
+def _skip(result: Result, cfg: DictConfig, trained: str, folder: Path) -> float:
     """Say that the run is done; return its score. Draw its picture if a kill came before that."""
     log.info("done before, skipped: %s", _called(folder))
     is_first = compat.process_rank() == 0
     if is_first and cfg.mode == "train" and not (folder / PICTURE).exists():
-        _draw_curves(folder, trained, result.get("steps") or 0)
-    return score(result["metrics"], cfg)
+        _draw_curves(folder, trained, result.steps or 0)
+    return score(result.metrics, cfg)
 
 
 def score(metrics: Mapping[str, float | None], cfg: DictConfig) -> float:
@@ -198,17 +197,18 @@ def _write(
     """Write result.json; `seconds` are those of the attempt."""
     job = HydraConfig.get()
     groups = ("loss", "model", "optimizer")
-    result = {
-        "run": folder.name,
-        "status": status,
-        "error": error,
-        "overrides": list(job.overrides.task),
-        "choices": {group: job.runtime.choices.get(group) for group in groups},
-        "config": plain(cfg),
-        "steps": reached.steps if reached else None,
-        "seconds": seconds,
-    }
-    write_result(folder, result | {"metrics": reached.metrics} if reached else result)
+    Result(
+        run=folder.name,
+        status=status,
+        error=error,
+        overrides=list(job.overrides.task),
+        choices={group: job.runtime.choices.get(group) for group in groups},
+        config=plain(cfg),
+        steps=reached.steps if reached else None,
+        seconds=seconds,
+        metrics=reached.metrics if reached else {},
+        watched=last_watched(folder),
+    ).write(folder)
 
 
 def _fail(
@@ -275,7 +275,7 @@ def _draw_curves(folder: Path, trained: str, step: int) -> None:
         # Imported late: Matplotlib takes a second, and a run that is done before draws nothing.
         from losswatch.report.figures import plot_curves
 
-        plot_curves(read_scalars(folder), file, title=folder.name, trained=trained)
+        plot_curves(read_curves(folder), file, title=folder.name, trained=trained)
         if events := event_files(folder):
             append_picture(max(events), CURVES, file.read_bytes(), step)
     except Exception as error:

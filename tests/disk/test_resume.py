@@ -29,12 +29,12 @@ from losswatch.config.settings import plain
 from losswatch.disk import checkpoint_files as checkpoints
 from losswatch.disk.checkpoint import adopt, load_net
 from losswatch.disk.checkpoint_files import checkpoint_path, find, finish, load, newest, save
+from losswatch.disk.curves import read_curves
 from losswatch.disk.event_log import open_log
 from losswatch.disk.locks import hold
 from losswatch.disk.result import finished, write_result
 from losswatch.disk.resume import check_folder, check_run, take_up
 from losswatch.events.encode import write_scalars
-from losswatch.events.series import read_scalars
 from losswatch.report.runs import read_runs
 from losswatch.run.build import describe_data, make_net, trainer_options
 from losswatch.run.callbacks import Images
@@ -65,7 +65,7 @@ def events_of(folder):
 
 def assert_same_training(folder, wanted):
     """Equal bit for bit: curves as the report and TensorBoard read them, weights, moments."""
-    curves, reference = read_scalars(folder), read_scalars(wanted)
+    curves, reference = read_curves(folder), read_curves(wanted)
     pd.testing.assert_frame_equal(curves[reference.columns], reference, check_exact=True)
     seen = []
     for each in (folder, wanted):
@@ -269,7 +269,7 @@ def test_the_same_command_beside_itself(tmp_path):
         assert "Traceback" not in done.stderr
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) == 130
-    steps = read_scalars(folder)["loss/dice"].dropna().index
+    steps = read_curves(folder)["loss/dice"].dropna().index
     assert list(steps) == list(range(len(steps))) and len(steps) >= 100
 
 
@@ -330,7 +330,7 @@ def test_killed_at_random(tmp_path, compiled):
                 assert process.wait(PATIENCE) or finished(folder)
             kills += 1
             resumed += before is not None
-            after, curves = newest(folder), read_scalars(folder)
+            after, curves = newest(folder), read_curves(folder)
             kept = after[1]["global_step"] if after else 0
             assert kept >= (before[1]["global_step"] if before else 0)
             trained = curves["loss/dice"].dropna().index if "loss/dice" in curves else [-1]
@@ -481,7 +481,7 @@ def test_a_stack_that_fails_after_its_last_step_is_tested_alone(train_here, tmp_
     alone = train_here(folder, "compile=true")
     assert alone.steps == whole.steps == 40 and alone.is_done
     assert alone.metrics == pytest.approx(whole.metrics, abs=1e-5)  # rounded otherwise
-    curves, wanted = read_scalars(folder), read_scalars(tmp_path / "whole")
+    curves, wanted = read_curves(folder), read_curves(tmp_path / "whole")
     pd.testing.assert_frame_equal(curves[wanted.columns], wanted)
     weights, wanted = (find(str(run))["state_dict"] for run in (folder, tmp_path / "whole"))
     assert all(torch.equal(weights[name], weight) for name, weight in wanted.items())
@@ -634,7 +634,7 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
     near = {"rtol": 0.02} if launcher == "fused" else {"check_exact": True}
     pd.testing.assert_frame_equal(summary[columns], reference[columns], **near)
     for run in (failed, half, missing):
-        assert list(read_scalars(run)["loss/dice"].dropna().index) == list(range(60))
+        assert list(read_curves(run)["loss/dice"].dropna().index) == list(range(60))
 
 
 @pytest.mark.slow
@@ -939,7 +939,7 @@ def test_a_kill_between_writes_of_a_logger(train_here, tmp_path):
     assert list(rows["val/accuracy"].dropna().index) == [10, 20]
     assert list(rows["loss/dice"].dropna().index) == [0, 15]
     train_here(folder, *options)
-    assert list(read_scalars(folder)["loss/dice"].dropna().index) == [0, 15, 30]
+    assert list(read_curves(folder)["loss/dice"].dropna().index) == [0, 15, 30]
 
 
 def test_checkpoints_in_folders_of_the_users(train_here, tmp_path):
@@ -1199,8 +1199,8 @@ def test_a_full_disk(tmp_path, limit):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert "File too large" in done.stderr and "Traceback" not in done.stderr
-    curves = read_scalars(tmp_path / "run")
+    curves = read_curves(tmp_path / "run")
     assert curves.empty or len(curves["loss/cce"].dropna()) in (10, 20, 30)
     run_train("experiment=smoke", "resume=run", cwd=tmp_path)
     whole = SimpleNamespace(**read_result(tmp_path / "run"))
-    assert whole.status == "done" and len(read_scalars(tmp_path / "run")["loss/cce"].dropna()) == 30
+    assert whole.status == "done" and len(read_curves(tmp_path / "run")["loss/cce"].dropna()) == 30

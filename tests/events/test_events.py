@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losswatch.events.series import read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.events.encode import encode, masked_crc, write_scalars
-from losswatch.events.series import read_scalars
 
 TAGS = ["loss/dice", "grad_norm/dice", "grad_cosine/a~b", "θ/損失 1", "x" * 300]
 

@@ -16,7 +16,7 @@ from losswatch.config.settings import differences
 from losswatch.disk.checkpoint import Content, config_of, events_of, step_of
 from losswatch.disk.checkpoint_files import readable
 from losswatch.disk.event_files import event_files, lost_events
-from losswatch.disk.result import read_result
+from losswatch.disk.result import Result
 from losswatch.run.build import set_length
 from losswatch.text import printable, shortened
 
@@ -43,7 +43,7 @@ def take_up(folder: Path) -> Start:
     """Where a run goes on: at its newest checkpoint with whole event files."""
     passed: list[str] = []
     try:
-        read_result(folder)
+        Result.read(folder)
     except ValueError as error:
         passed.append(str(error))
     for path, content in readable(folder, passed):
@@ -78,7 +78,7 @@ def check_run(folder: Path) -> None:
         if re.search(r"^theta:", config, re.MULTILINE):
             return
     with suppress(ValueError):
-        if read_result(folder):
+        if Result.read(folder):
             return
     if event_files(folder) or any(config_of(content) for _, content in readable(folder)):
         return
@@ -102,9 +102,9 @@ def check_folder(folder: Path, cfg: DictConfig) -> None:
     """
     result = None
     with suppress(ValueError):
-        result = read_result(folder)
-    configs = [result["config"]] if result else []
-    if not result or result["status"] != "done":
+        result = Result.read(folder)
+    configs = [result.config] if result else []
+    if not result or not result.is_done:
         for path, content in readable(folder):
             if not config_of(content):
                 raise ConfigError(

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from losswatch.disk.curves import read_curves
 from losswatch.events.layout import PREFIX
-from losswatch.events.series import read_scalars
 from losswatch.events.tags import GRAD_NORM, LOSS
 from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save
@@ -41,7 +41,7 @@ def plot_curves(
     """Draw one run into the file `path`, with axes fitted to it.
 
     Args:
-        scalars: the run's, from `read_scalars`.
+        scalars: the run's, from `read_curves`.
         trained: the loss that was trained.
     """
     save(draw({trained or "": [scalars]}, title=title), path)
@@ -146,7 +146,7 @@ def _run_job(job: Job) -> Path | None:
     Raises:
         OSError: the figure cannot be written.
     """
-    runs = {loss: [read_scalars(f) for f in folders] for loss, folders in job.folders.items()}
+    runs = {loss: [read_curves(f) for f in folders] for loss, folders in job.folders.items()}
     runs = {loss: [f for f in frames if len(f)] for loss, frames in runs.items()}
     runs = {loss: frames for loss, frames in runs.items() if frames}
     if not runs:
@@ -176,7 +176,7 @@ def draw(
     first of them ends: the mean of the others would jump there.
 
     Args:
-        runs: for each training loss, the scalars of its runs from `read_scalars`.
+        runs: for each training loss, the scalars of its runs from `read_curves`.
         study: give the axes the study's limits. Otherwise they fit the curves.
         looks: of at least the figure's losses, from `loss_looks`.
     """
