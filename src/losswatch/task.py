@@ -25,11 +25,11 @@ from losswatch.disk.checkpoint import adopt, data_of, load_net
 from losswatch.disk.curves import last_watched, read_curves
 from losswatch.disk.growing_files import event_files
 from losswatch.disk.result import Reached, Result, finished
-from losswatch.disk.resume import announce, check_folder
+from losswatch.disk.resume import check_folder, log_resume
 from losswatch.events.encode import append_picture
 from losswatch.events.tags import CURVES
 from losswatch.run import train as run
-from losswatch.run.build import describe_data, make_net
+from losswatch.run.build import describe_data, make_net, settled_config
 from losswatch.run.plan import check
 from losswatch.run.process import only_errors, quiet
 from losswatch.stack.fit import train_compiled
@@ -74,7 +74,7 @@ def run_task(cfg: DictConfig) -> float | None:
         try:
             with locks.hold(folder) if is_first else nullcontext():
                 # Before it let go, another process may have finished the run, or begun one here.
-                check_folder(folder, cfg)
+                check_folder(folder, settled_config(cfg))
                 if earlier := finished(folder):
                     return _skip(earlier, cfg, trained, folder)
                 return _attempt(cfg, trained, folder, is_first)
@@ -104,7 +104,7 @@ def _check(cfg: DictConfig, trained: str, folder: Path) -> None:
     if content is not None:
         form = data_of(content)[0] if cfg.mode == "predict" else describe_data(cfg)
         load_net(make_net(cfg, form), content)
-    check_folder(folder, cfg)
+    check_folder(folder, settled_config(cfg))
 
 
 def _skip(result: Result, cfg: DictConfig, trained: str, folder: Path) -> float:
@@ -161,7 +161,7 @@ def _work(cfg: DictConfig, trained: str, folder: Path) -> tuple[Reached, float]:
     A run that the fused launcher has trained only hands over its result.
     """
     if stacked := FINISHED.pop(folder, None):
-        announce(stacked.notice, step=0)
+        log_resume(stacked.notice, step=0)
         return Reached(cfg.trainer.max_steps, stacked.result()), stacked.seconds
     begin = time.perf_counter()
     if HydraConfig.get().mode == RunMode.MULTIRUN:

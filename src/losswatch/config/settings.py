@@ -39,15 +39,15 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def differences(earlier: Mapping[str, Any], cfg: DictConfig) -> list[str]:
+def differences(earlier: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """What keeps a run from being resumed with this config: "<key> was <value>, now <value>".
 
     Args:
         earlier: the run's config as a file holds it, so anybody may have written it.
-        cfg: the config of this command.
+        config: of this command, as plain data.
     """
-    old, new = dict(flat(earlier)), dict(flat(plain(cfg)))
-    # A run of a time when there was one kind of data names none.
+    old, new = dict(flat(earlier)), dict(flat(config))
+    # Old runs have no data._target_: then there was only data=random.
     old = {"data._target_": RANDOM} | old
     return [
         f"{shortened(key)} was {shortened(old.get(key, 'not set'))}, now {new.get(key, 'not set')}"

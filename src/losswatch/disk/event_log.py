@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -71,11 +71,18 @@ class EventLog(TensorBoardLogger):
         return file_sizes(Path(self.log_dir))
 
 
-def open_log(cfg: DictConfig, loss: str, folder: Path, sizes: Mapping[str, int]) -> EventLog:
-    """The run's event file, with its charts and its row of the HParams tab.
+def open_log(
+    config: Mapping[str, Any],
+    loss: str,
+    folder: Path,
+    sizes: Mapping[str, int],
+    swept: Mapping[str, str],
+) -> EventLog:
+    """A run's log, with TensorBoard's charts and the run's row of the HParams tab.
 
     Args:
-        cfg, loss, folder: of the run; `loss` is the name of the trained loss.
+        config, loss, swept: see `add_hparams`.
+        folder: of the run.
         sizes: of the files that grow, at the checkpoint; what an earlier attempt wrote beyond them
             is removed.
     """
@@ -84,8 +91,8 @@ def open_log(cfg: DictConfig, loss: str, folder: Path, sizes: Mapping[str, int])
         rewind(folder, sizes)
         with ExitStack() as on_failure:
             on_failure.enter_context(logger)
-            add_charts(logger.experiment, cosines=cfg.probe.cosines, validation=True)
-            add_hparams(logger.experiment, cfg, loss, folder)
+            add_charts(logger.experiment, cosines=config["probe"]["cosines"], validation=True)
+            add_hparams(logger.experiment, config, loss, swept)
             on_failure.pop_all()  # it stays open
     return logger
 

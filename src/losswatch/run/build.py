@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import sys
@@ -363,6 +364,18 @@ def set_length(cfg: DictConfig) -> None:
         )
     cfg.trainer.max_steps = math.ceil(epochs * batches / cfg.trainer.accumulate_grad_batches)
     check_values(cfg)
+
+
+def settled_config(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain data, with the steps of `max_epochs` (`set_length`); cfg stays as it is.
+
+    Raises:
+        ConfigError: as of `set_length`.
+    """
+    if cfg.trainer.max_epochs is not None:
+        cfg = copy.deepcopy(cfg)  # Hydra writes this config to the folder as it was given
+        set_length(cfg)
+    return plain(cfg)
 
 
 def make_optimizer(cfg: DictConfig) -> Callable[..., torch.optim.Optimizer]:

@@ -22,7 +22,7 @@ from losswatch.disk.checkpoint import data_of, load_loss, load_net, step_of
 from losswatch.disk.checkpoint_files import AtomicCheckpoints, find
 from losswatch.disk.event_log import EventLog, log_survey, open_log
 from losswatch.disk.result import Reached
-from losswatch.disk.resume import announce, take_up
+from losswatch.disk.resume import find_start, log_resume
 from losswatch.run.build import (
     describe_data,
     make_callbacks,
@@ -45,6 +45,7 @@ from losswatch.run.callbacks import (
 from losswatch.run.epoch_loader import repeat
 from losswatch.run.module import SegmentationModule
 from losswatch.run.process import run_process
+from losswatch.run.swept import swept
 from losswatch.run.sync_batch_norm import LayerSync
 from losswatch.text import nearby
 from losswatch.watch.lightning import Watch
@@ -60,8 +61,8 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         trained: the name of the trained loss.
         folder: where it writes everything.
     """
-    start = take_up(folder)
-    announce(start.notice, start.step)
+    start = find_start(folder)
+    log_resume(start.notice, start.step)
     data, form = make_data(cfg), describe_data(cfg)
     net = make_net(cfg, form)
     with run_process(net, cfg.threads, cfg.seed):
@@ -69,7 +70,7 @@ def train(cfg: DictConfig, trained: str, folder: Path) -> Reached:
         if not is_ours(data):
             repeat(data, cfg.seed)
         checkpoints = Checkpoints(folder, plain(cfg), _about(data, form))
-        with open_log(cfg, trained, folder, start.events) as logger:
+        with open_log(plain(cfg), trained, folder, start.sizes, swept(folder)) as logger:
             if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
                 log_survey(logger, data.survey)
             trainer = _make_trainer(cfg, module, logger, checkpoints)

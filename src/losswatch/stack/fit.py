@@ -15,7 +15,7 @@ from losswatch import compat, terminal
 from losswatch.config.loss_files import loss_nodes
 from losswatch.data.random import TEST, VAL
 from losswatch.disk.result import Reached
-from losswatch.disk.resume import announce
+from losswatch.disk.resume import log_resume
 from losswatch.losses import LossSet
 from losswatch.run.build import make_losses, trainer_options
 from losswatch.run.process import run_process
@@ -59,7 +59,7 @@ def train_compiled(cfg: DictConfig, trained: str, folder: Path) -> Reached:
     options = trainer_options(cfg)
     check_config(cfg)
     member = make_member(cfg, trained, folder)
-    announce(member.notice, member.start)
+    log_resume(member.notice, member.start)
     losses = make_losses(loss_nodes(cfg, trained), member.data.form)
     fit([member], losses, options, threads=cfg.threads, **cfg.probe)
     return Reached(options["max_steps"], member.result())

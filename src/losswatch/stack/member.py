@@ -13,9 +13,11 @@ from torch import nn
 from losswatch.config.settings import plain
 from losswatch.data.random import ThresholdedImages
 from losswatch.disk.checkpoint import load_net, load_optimizer
+from losswatch.disk.checkpoint_files import load
 from losswatch.disk.event_log import EventLog, open_log
-from losswatch.disk.resume import take_up
+from losswatch.disk.resume import find_start
 from losswatch.run.build import make_data, make_net, make_optimizer
+from losswatch.run.swept import swept
 from losswatch.stack.parameters import trained_parameters
 from losswatch.stack.refusal import NotStackable
 
@@ -76,13 +78,15 @@ def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
     assert isinstance(data, ThresholdedImages)  # `limits.check_config`
     net = make_net(cfg, data.form)
     optimizer = make_optimizer(cfg)(list(trained_parameters(net).values()))
-    start = take_up(folder)
+    start = find_start(folder)
     if start.step >= cfg.trainer.max_steps:
         raise NotStackable("no step is left, only the test")
     if start.path:
-        load_net(net, start.content)
-        load_optimizer(optimizer, start.content)
-    logger = open_log(cfg, trained, folder, start.events)
+        checkpoint = load(start.path)
+        load_net(net, checkpoint)
+        load_optimizer(optimizer, checkpoint)
+    config = plain(cfg)
+    logger = open_log(config, trained, folder, start.sizes, swept(folder))
     return Member(
         folder=folder,
         net=net,
@@ -90,7 +94,7 @@ def make_member(cfg: DictConfig, trained: str, folder: Path) -> Member:
         trained=trained,
         optimizer=optimizer,
         logger=logger,
-        config=plain(cfg),
+        config=config,
         start=start.step,
         notice=start.notice,
     )

@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 
 from losswatch import compat
 from losswatch.data.random import VAL, draw
-from losswatch.disk.checkpoint import add_record, as_of_lightning
+from losswatch.disk.checkpoint import add_record, make_checkpoint
 from losswatch.disk.checkpoint_files import save
 from losswatch.disk.event_log import side_by_side
 from losswatch.events.tags import GRAD_NORM, LOSS, PICTURES, watched_tags
@@ -208,13 +208,13 @@ class StackedModule(pl.LightningModule):
                 if member.error:
                     continue
                 self._unstack(chunk, k, member, step)
-                content = as_of_lightning(
+                checkpoint = make_checkpoint(
                     member.net, self.losses, member.trained, member.optimizer, step, loops
                 )
                 add_record(
-                    content, member.config, member.logger.sizes(), metrics=dict(member.metrics)
+                    checkpoint, member.config, member.logger.sizes(), metrics=dict(member.metrics)
                 )
-                save(content, member.folder)
+                save(checkpoint, member.folder)
         self.saved = time.monotonic()
 
     def _unstack(self, chunk: Chunk, k: int, member: Member, step: int) -> None:

@@ -53,10 +53,11 @@ class SweepCallback(Callback):
             return
         # Imported late: torch takes seconds, and train.py imports this file at its start.
         from losswatch.disk.resume import check_folder, check_run
+        from losswatch.run.build import settled_config
 
         try:
             check_run(Path(config.resume))
-            check_folder(Path(config.resume), config)
+            check_folder(Path(config.resume), settled_config(config))
         except ConfigError as error:
             stop(str(error))
 

@@ -57,12 +57,13 @@ def check_grid(config: DictConfig, runs: Sequence[Sequence[str]]) -> list[DictCo
 
 def _check_run(config: DictConfig, folder: Path) -> None:
     # Imported late: torch takes seconds, and train.py imports this file at its start.
+    from losswatch.config.settings import plain
     from losswatch.disk.locks import hold
     from losswatch.disk.result import finished
     from losswatch.disk.resume import check_folder
     from losswatch.run.plan import check
 
     check(config, config.hydra.runtime.choices.get("loss"), multirun=True)
-    check_folder(folder, config)
+    check_folder(folder, plain(config))
     if folder.is_dir() and not finished(folder):
         hold(folder).close()

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from losswatch.config.loss_files import read_losses
 from losswatch.config.schema import thresholds
-from losswatch.disk.resume import take_up
+from losswatch.disk.resume import find_start
 from losswatch.sweep.jobs import Job
 
 
@@ -56,7 +56,7 @@ def _common_settings(job: Job) -> dict[str, Any]:
     config["watched"] = sorted({*config.pop("watch"), job.loss})
     unchanged = OmegaConf.to_container(read_losses([job.loss], job.task)[job.loss])
     config["changed loss"] = None if loss == unchanged else loss
-    config["steps done"] = take_up(job.folder).step
+    config["steps done"] = find_start(job.folder).step
     return config
 
 
