@@ -66,9 +66,11 @@ class Curves:
     def _begin_part(self, columns: list[str]) -> None:
         path = self.folder / ROWS
         size = path.stat().st_size if path.exists() else 0
-        parts = [part for part in _read_parts(self.folder) if part["start"] < size]
+        earlier = _read_parts(self.folder)
+        parts = [part for part in earlier if part["start"] < size]  # the others were cut off
         if not parts or parts[-1]["columns"] != columns:
             parts.append({"start": size, "columns": columns})
+        if parts != earlier:
             replace_file(self.folder / COLUMNS, json.dumps(parts))
         self.columns = columns
 

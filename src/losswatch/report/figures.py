@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from losswatch.disk.curves import read_curves
-from losswatch.events.layout import PREFIX
+from losswatch.disk.curves import ROWS, read_curves
 from losswatch.events.tags import GRAD_NORM, LOSS
 from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save
@@ -108,9 +107,9 @@ def plot_sweep(
         jobs.append(Job(folders, title, stem, formats, looks, study))
 
     # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
-    events = (f for run in runs["run"] for f in (sweep / run).glob(f"{PREFIX}*"))
-    size = sum(f.stat().st_size for f in events if os.path.isfile(f))
-    workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**26)
+    records = (sweep / run / ROWS for run in runs["run"])
+    size = sum(file.stat().st_size for file in records if file.is_file())
+    workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**24)
     if workers <= 1:
         drawn = list(map(_run_job, jobs))
     else:  # spawned, since forking a process with threads, such as a training process, may hang
