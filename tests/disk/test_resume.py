@@ -899,9 +899,7 @@ def test_a_run_of_an_older_losswatch(compose, tmp_path):
     """It has event files, but no record: one line says what can read it. A finished one stays."""
     config = plain(compose("experiment=smoke").cfg)
     (tmp_path / "events.out.tfevents.1.host.1.0.losswatch").touch()
-    with pytest.raises(
-        ConfigError, match=r"written by an older losswatch \(0\.1\); that version"
-    ):
+    with pytest.raises(ConfigError, match=r"written by an older losswatch \(0\.1\); that version"):
         check_folder(tmp_path, config)
     Result(status="done", config=config).write(tmp_path)
     check_folder(tmp_path, config)

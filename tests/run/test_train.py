@@ -33,7 +33,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import task
 from losswatch.disk.curves import read_curves
-from losswatch.disk.hparams import add_hparams, swept
+from losswatch.disk.hparams import add_hparams
+from losswatch.run.swept import swept
 
 METRICS = ["accuracy", "dice", "iou", "dice/class_0", "dice/class_1", "iou/class_0", "iou/class_1"]
 
@@ -148,13 +149,13 @@ def test_hparams_of_other_settings(tmp_path):
     (tmp_path / "deep").mkdir()
     shutil.copytree(tmp_path / "run", tmp_path / "deep" / "run")
     assert swept(tmp_path / "deep" / "run") == wanted
-    cfg = OmegaConf.create({
+    config = {
         "model": {"_target_": "a.Net"}, "theta": [0.3, 0.6], "optimizer": {"_target_": "b.SGD",
         "lr": 0.1}, "seed": 3, "data": {"low": -0.5}, "scheduler": {"_target_": "c"},
         "compile": True,
-    })  # fmt: skip
+    }  # fmt: skip
     with SummaryWriter(tmp_path / "run") as writer:
-        add_hparams(writer, cfg, "dice", tmp_path / "run")
+        add_hparams(writer, config, "dice", swept(tmp_path / "run"))
     plugin = EventAccumulator(str(tmp_path / "run")).Reload().PluginTagToContent("hparams")
     data = HParamsPluginData.FromString(plugin["_hparams_/session_start_info"])
     shown = data.session_start_info.hparams
