@@ -10,7 +10,7 @@ import pytest
 from conftest import ENVIRONMENT, read_result, run_train
 
 from losswatch.config.names import run_name
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
 
 # A loss that fails at its stage and a network that fails for seed 2, in the processes that train
 # the groups and only where FAULTS names the stage. The stage is known by the number of images, and
@@ -165,6 +165,6 @@ def test_an_error_at_a_stage_is_that_of_its_runs(sweep, stages):
     assert f", {len(before)} done before" in done.stderr
     for run, folder in runs.items():
         assert read_result(folder)["status"] == "done"
-        assert list(read_scalars(folder)["loss/cce"].dropna().index) == list(range(60))
+        assert list(read_curves(folder)["loss/cce"].dropna().index) == list(range(60))
         if run in before:
             assert (folder / "result.json").stat() == before[run]

@@ -33,8 +33,8 @@ from losswatch.config.errors import ConfigError
 from losswatch.config.settings import Probe
 from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.disk.checkpoint_files import find
+from losswatch.disk.curves import read_curves
 from losswatch.disk.event_log import EventLog
-from losswatch.events.series import read_scalars
 from losswatch.losses import Dice, LossSet
 from losswatch.nets import ConvNet
 from losswatch.run.build import make_losses
@@ -242,10 +242,10 @@ def test_every_launcher_trains_the_same(tmp_path):
     for loss, folder in results[0].items():
         other = results[1][loss]
         assert read_result(folder)["metrics"] == read_result(other)["metrics"]
-        a, b = read_scalars(folder), read_scalars(other)
+        a, b = read_curves(folder), read_curves(other)
         assert a.equals(b[a.columns]), loss
     # A watched subclass shows the value of its own `forward`, three times Dice's plus one.
-    curves = read_scalars(results[0]["learned"]).dropna(subset=["loss/mine"])
+    curves = read_curves(results[0]["learned"]).dropna(subset=["loss/mine"])
     np.testing.assert_allclose(curves["loss/mine"], 3 * curves["loss/dice"] + 1, rtol=1e-5)
     np.testing.assert_allclose(curves["grad_norm/mine"], 3 * curves["grad_norm/dice"], rtol=1e-4)
 
@@ -312,11 +312,11 @@ def test_a_loss_file_with_defaults_and_interpolation(tmp_path):
         "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "loss=mine,dice",
         "seed=3", "watch=[dice,mine]", "trainer.max_steps=1", cwd=tmp_path,
     )  # fmt: skip
-    trained, watched = (read_scalars(f)["loss/mine"][0] for f in run_folders(tmp_path).values())
+    trained, watched = (read_curves(f)["loss/mine"][0] for f in run_folders(tmp_path).values())
     loss = Dice(exponent=2, smooth_nr=3, smooth_dr=3)
     assert trained == watched and abs(trained - 1) > 1e-3
     [*folders] = run_folders(tmp_path).values()
-    square = read_scalars(folders[0])["loss/dice"][0]
+    square = read_curves(folders[0])["loss/dice"][0]
     assert loss.smooth_nr == 3 and trained != square
 
 
@@ -362,7 +362,7 @@ def test_random_draws_repeat_and_resume(tmp_path):
     process.kill()
     assert process.result().returncode != 0, "the run must have been killed before its end"
     run_train(*DRAWS, f"resume={cut}", cwd=tmp_path, env=environment)
-    a, b = read_scalars(whole), read_scalars(cut)
+    a, b = read_curves(whole), read_curves(cut)
     assert a.equals(b[a.columns])
     assert read_result(whole)["metrics"] == read_result(cut)["metrics"]
 
@@ -380,7 +380,7 @@ def test_watching_draws_nothing_from_training(tmp_path):
             "model._target_=foreign.Dropped", f"hydra.run.dir={folder}",
             cwd=tmp_path, env=ENVIRONMENT | HELPERS,
         )  # fmt: skip
-        curves.append(read_scalars(folder))
+        curves.append(read_curves(folder))
     assert curves[0].equals(curves[1][curves[0].columns])
     assert curves[1]["loss/noisy"].notna().any()
 

@@ -33,7 +33,7 @@ from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.modules import batches_per_epoch, first_batch, form_of, has_test, is_ours
 from losswatch.data.survey import print_survey
-from losswatch.disk.checkpoint import Content, data_of
+from losswatch.disk.checkpoint import Checkpoint, data_of
 from losswatch.disk.checkpoint_files import find
 from losswatch.run.build import (
     check_loggers,
@@ -69,7 +69,7 @@ class Plan:
     options: dict[str, Any]
     traits: Traits | None = None
     data: pl.LightningDataModule | None = field(default=None, compare=False)
-    checkpoint: Content | None = field(default=None, compare=False)
+    checkpoint: Checkpoint | None = field(default=None, compare=False)
 
     @property
     def folder(self) -> Path:
