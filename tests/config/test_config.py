@@ -61,7 +61,7 @@ BAD = [
     ("loss=[dice,cce]", "loss must be one of .*cce.*dice"),
     ("model.widths=[]", r"model.widths must name .* at least one level, got \[\]"),
     ("model.widths=[8,-1]", "each of model.widths must be a whole number of at least 1, got -1"),
-    ("model.widths=8", "model.widths must be a list, each a whole number, got 8"),
+    ("model.widths=8", "model.widths must be a list, got 8"),
     ("data.image_size=33", r"divisible by 4, got \(33, 33\); change data.image_size"),
     ("model=convnet model.width=0", "model.width must be a whole number of at least 1, got 0"),
     ("model._target_=no.such.Net", "model._target_=no.such.Net cannot be imported: .*no"),

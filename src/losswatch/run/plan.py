@@ -179,7 +179,7 @@ class Planner:
             )
             if settings.mode == "test" and not images.has_test:
                 raise ConfigError("mode=test: the data have no images for a test")
-            check_loggers(settings)
+            check_loggers(plan)
             self._check_metrics(plan, images)
             traits = self._find_traits(plan) if self.is_here else None
             # A module of the user is made anew for the training: it may draw from a generator of
