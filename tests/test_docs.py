@@ -210,7 +210,7 @@ def test_every_setting_has_its_comment():
 
 
 def test_the_table_of_losses_is_what_the_script_prints():
-    rows = losses.rows()
+    rows = losses.loss_rows()
     assert {row.name for row in rows} == {path.stem for path in (ROOT / "conf/loss").glob("*.yaml")}
     assert all(row.formula and row.advice for row in rows)
     assert losses.markdown(rows) in read("conf/loss/README.md")

@@ -7,7 +7,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
 from losswatch.events.tags import GRAD_NORM
 from losswatch.report.figures import LOSS_WINDOW, NORM_WINDOW, moving_mean
 from losswatch.report.runs import done, loss_order
@@ -36,7 +36,7 @@ def measure(run_dir: str | Path) -> dict[str, float]:
                     the lowest gradient norm of DICEFG (moving mean over 201), and CCE at that step
     climb/accuracy  gain of the validation accuracy over the last 1,000 steps; NaN in a shorter run
     """
-    scalars = read_scalars(run_dir)
+    scalars = read_curves(run_dir)
     measures: dict[str, float] = {}
     norms = scalars.filter(regex=f"^{GRAD_NORM}").dropna(how="all")
     for tag, value in norms.tail(max(1, len(norms) // 10)).mean().items():

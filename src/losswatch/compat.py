@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -416,17 +415,10 @@ def is_handled_by_others(engine: Any, event: Any, kind: type) -> bool:
 
 
 def event_file(writer: SummaryWriter) -> Any:
-    """TensorBoard's file object in a `SummaryWriter`: `write(bytes)`, `flush()`, `filename`.
+    """TensorBoard's file object behind a `SummaryWriter`, with `write(bytes)` and `flush()`.
 
-    Used to write a whole block of encoded events at once, and to set `filename` (bytes) after the
-    file was renamed: TensorBoard opens the file by this name for each write. Its public interface
-    takes one event at a time and cannot rename the file.
+    Used for writing a whole block of encoded events at once. TensorBoard's public interface takes
+    one event at a time.
     """
     assert writer.file_writer is not None
     return writer.file_writer.event_writer._async_writer._writer._writer
-
-
-def event_file_path(writer: SummaryWriter) -> Path:
-    """The first path of the event file of a `SummaryWriter`; used to rename the file."""
-    assert writer.file_writer is not None
-    return Path(writer.file_writer.event_writer._file_name)

@@ -1,4 +1,4 @@
-"""Writes files completely or not at all, and reads only ordinary files."""
+"""Writes files, and appends to them, completely or not at all; reads only ordinary files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,19 @@ def replace_file(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def append(path: Path, content: str | bytes) -> None:
+    """Append to a file, or leave it as it was: a full disk does not leave a part of the content."""
+    left = memoryview(content.encode() if isinstance(content, str) else content)
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 def sync(path: Path) -> None:
     """Wait until the content of a file or a folder is on the disk."""
     if os.name == "nt":  # Windows cannot open folders, nor sync files that are opened to read
@@ -36,16 +49,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_file(path: Path, limit: float = float("inf")) -> bytes:
+def read_file(path: Path) -> bytes:
     """The content of an ordinary file.
 
     Raises:
-        OSError: the file cannot be read, is larger than `limit` bytes, or is a pipe or a device,
-            which may have no end.
+        OSError: the file cannot be read, or is a pipe or a device, which may have no end.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not an ordinary file")
-    if status.st_size > limit:
-        raise OSError(f"larger than {limit} bytes")
     return path.read_bytes()

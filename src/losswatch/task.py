@@ -23,7 +23,7 @@ from losswatch.disk import checkpoint_files, locks
 from losswatch.disk.curves import last_watched, read_curves
 from losswatch.disk.growing_files import event_files
 from losswatch.disk.result import Result, finished
-from losswatch.disk.resume import announce, check_folder, check_run
+from losswatch.disk.resume import check_folder, check_run, log_resume
 from losswatch.events.encode import append_picture
 from losswatch.events.tags import CURVES
 from losswatch.run import train as run
@@ -103,7 +103,7 @@ def finish_stacked(
     _say_which(command, plan.settings.job)
 
     def hand_over(plan: Plan) -> tuple[Reached, float]:
-        announce(outcome.notice, step=0)
+        log_resume(outcome.notice, step=0)
         return Reached(plan.steps, outcome.result()), outcome.seconds
 
     with quiet():

@@ -13,10 +13,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, PATIENCE, ROOT
-from torch.utils.tensorboard import SummaryWriter
 
 import reproduce
-from losswatch.events.encode import write_scalars
+from losswatch.disk.curves import Curves
 from losswatch.losses import Dice
 from study import claims, intervals, measures, report, saturation, symmetry
 
@@ -27,10 +26,11 @@ def write_run(folder, steps=3000):
     cce = 0.7 + 0.7 * ((index >= 100) & (index <= 200))
     values = np.stack([cce, 1 + index, 5.0 + index, 9.0 + index], 1)
     tags = ["loss/cce", "grad_norm/cce", "grad_norm/dice_fg", "grad_norm/dice"]
-    with SummaryWriter(folder) as writer:
-        write_scalars(writer, tags, index, values)
-        for step in range(0, steps, 250):
-            writer.add_scalar("val/accuracy", step / 10_000, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = Curves(folder)
+    record.append(tags, index, values)
+    for step in range(0, steps, 250):
+        record.add_metrics(step, {"val/accuracy": step / 10_000})
     return index
 
 

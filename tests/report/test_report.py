@@ -4,14 +4,12 @@ import ctypes
 import importlib.util
 import io
 import json
-import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,14 +18,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.types_pb2 import DT_FLOAT
-from tensorboard.util.tensor_util import make_ndarray
-from torch.utils.tensorboard import SummaryWriter
 
-from losswatch.events.encode import write_scalars
-from losswatch.events.series import read_last_step, read_scalars
+from losswatch.disk.curves import Curves, last_watched
 from losswatch.report import dependence, figures
 from losswatch.report.compare import compare_losses, holm
 from losswatch.report.runs import KNOWN_LOSSES, all_losses, read_runs, settings, swept
@@ -45,15 +37,17 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["cce", "dice_fg", "dice"]
 
 
-def write_events(run_dir: Path, steps: range, scale: float = 1.0, **writer_options) -> None:
+def write_curves(run_dir: Path, steps: range, scale: float = 1.0) -> None:
     """Losses and norms at every step, the accuracy at every tenth."""
-    with SummaryWriter(run_dir, **writer_options) as writer:
-        for step in steps:
-            for i, name in enumerate(NAMES, start=1):
-                writer.add_scalar(f"loss/{name}", scale * i / (10 + step), step)
-                writer.add_scalar(f"grad_norm/{name}", scale * i, step)
-            if step % 10 == 0:
-                writer.add_scalar("val/accuracy", 1 - 0.3 / (1 + step), step)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record = Curves(run_dir)
+    tags = [f"{kind}/{name}" for name in NAMES for kind in ("loss", "grad_norm")]
+    values = [[[i / (10 + step), i] for i in range(1, 1 + len(NAMES))] for step in steps]
+    record.append(tags, np.array(steps), scale * np.reshape(values, (len(steps), -1)))
+    for step in steps:
+        if step % 10 == 0:
+            record.add_metrics(step, {"val/accuracy": 1 - 0.3 / (1 + step)})
+    (run_dir / "events.out.tfevents.1.host.losswatch").touch()
 
 
 def write_result(run_dir: Path, loss="dice", theta=0.5, seed=0, accuracy=0.9, **changes) -> None:
@@ -111,59 +105,7 @@ def text_of(table) -> str:
     return capture.get()
 
 
-# --- read_scalars --------------------------------------------------------------------------------
-
-
-def test_scalars_equal_tensorboards_own_reading(tmp_path):
-    write_events(tmp_path, range(50))
-    with SummaryWriter(tmp_path / "more") as writer:  # everything else that a run writes
-        writer.add_scalar("loss/as_tensor", 0.25, 3, new_style=True)
-        writer.add_scalar("loss/as_double", 0.1, 2**40, new_style=True, double_precision=True)
-        writer.add_scalar("loss/dice", float("nan"), 4)
-        writer.add_scalar("loss/dice", float("inf"), 5)
-        writer.add_image("images/input", np.zeros((1, 4, 4)), 3)
-        writer.add_text("note", "text", 3)
-        writer.add_histogram("weights", np.arange(9.0), 3)
-    for folder in (tmp_path, tmp_path / "more"):
-        ours = read_scalars(folder)
-        theirs = EventAccumulator(str(folder), {"scalars": 0, "tensors": 0}).Reload()
-        expected = {
-            tag: {event.step: event.value for event in theirs.Scalars(tag)}
-            for tag in theirs.Tags()["scalars"]
-        }
-        for tag in set(theirs.Tags()["tensors"]) & {"loss/as_tensor", "loss/as_double"}:
-            expected[tag] = {
-                event.step: make_ndarray(event.tensor_proto).item() for event in theirs.Tensors(tag)
-            }
-        found = {tag: dict(ours[tag].dropna()) for tag in ours}
-        assert found == {
-            tag: {step: v for step, v in values.items() if not np.isnan(v)}
-            for tag, values in expected.items()
-        }
-        assert ours.index.dtype == np.int64 and ours.index.name == "step"
-        assert ours.index.is_monotonic_increasing and ours.index.is_unique
-    assert list(ours.index) == [3, 4, 5, 2**40]  # a NaN keeps its step
-    assert len(found) == 3 and found["loss/dice"] == {5: float("inf")}
-
-
-def test_blocks_of_events_equal_tensorboards_own_reading(tmp_path):
-    """Blocks are read as arrays: steps of one to three bytes, other events between the blocks."""
-    rng = np.random.default_rng(0)
-    with SummaryWriter(tmp_path) as writer:
-        for begin, end in ((0, 300), (300, 310), (16_000, 17_000)):
-            steps = np.arange(begin, end)
-            write_scalars(
-                writer, ["loss/dice", "grad_norm/é"], steps, rng.normal(size=(end - begin, 2))
-            )
-            for step in range(begin, end):
-                writer.add_scalar("val/accuracy", rng.normal(), step)
-            writer.add_scalar("val/dice", float("nan"), end)
-            writer.add_text("note", "text", end)
-    theirs = EventAccumulator(str(tmp_path), {"scalars": 0}).Reload()
-    ours = read_scalars(tmp_path)
-    for tag in ("loss/dice", "grad_norm/é", "val/accuracy"):
-        expected = {event.step: event.value for event in theirs.Scalars(tag)}
-        assert ours[tag].dropna().to_dict() == expected and len(expected) == 1310
+# --- read_runs, summary.csv, tables --------------------------------------------------------------
 
 
 def test_a_folder_of_sweeps_is_one_and_mappings_are_told_apart(tmp_path):
@@ -176,186 +118,12 @@ def test_a_folder_of_sweeps_is_one_and_mappings_are_told_apart(tmp_path):
     assert list(runs["data.low"]) == [0, 1] and list(runs["data.high"]) == [1, 0]
 
 
-def test_a_resumed_run_is_one_curve(tmp_path):
-    write_events(tmp_path, range(30), filename_suffix=".a")
-    write_events(tmp_path, range(12, 20), scale=2.0, filename_suffix=".b")
-    scalars = read_scalars(tmp_path)
-    assert list(scalars.index) == list(range(20))
-    assert (scalars["grad_norm/cce"] == [1.0] * 12 + [2.0] * 8).all()
-    assert list(scalars["val/accuracy"].dropna().index) == [0, 10]  # not at 20
-
-
-def test_a_marked_restart_purges_within_a_file(tmp_path):
-    write_events(tmp_path, range(10))
-    write_events(tmp_path, range(7, 8), scale=3.0, purge_step=5, filename_suffix=".b")
-    assert list(read_scalars(tmp_path).index) == [0, 1, 2, 3, 4, 7]
-
-
-def test_final_metrics_repeated_at_step_0_for_hparams_change_nothing(tmp_path):
-    write_events(tmp_path, range(21), filename_suffix=".a")
-    before = read_scalars(tmp_path)
-    with SummaryWriter(tmp_path, filename_suffix=".b") as writer:  # tested again
-        writer.add_scalar("val/dice", 0.9, 0)
-    with SummaryWriter(tmp_path, filename_suffix=".c") as writer:
-        writer.add_scalar("val/iou", 0.5, 20)
-        writer.add_scalar("val/iou", 0.5, 0)
-    after = read_scalars(tmp_path)
-    pd.testing.assert_frame_equal(after[list(before)], before)
-    assert after["val/iou"].dropna().to_dict() == {20: 0.5}
-
-
-def test_files_follow_in_the_order_of_their_first_event_not_of_their_names(tmp_path):
-    write_events(tmp_path, range(5), scale=1.0, filename_suffix=".z")
-    first = next(tmp_path.glob("*.z"))
-    first.rename(tmp_path / "events.out.tfevents.9999999999.host")
-    write_events(tmp_path, range(3, 5), scale=2.0)
-    assert read_scalars(tmp_path)["grad_norm/cce"].tolist() == [1, 1, 1, 2, 2]
-
-
-@pytest.mark.parametrize(
-    ("files", "seen"),
-    [
-        # A resumed run whose earlier file was cut at the checkpoint.
-        ([(range(7), 0), (range(7, 20), -400)], [0] * 7 + [1] * 13),
-        ([(range(5), 0), (range(5, 10), -400), (range(10, 15), 3)], [0] * 5 + [1] * 5 + [2] * 5),
-        ([(range(5), 0), (range(5, 10), 3), (range(10, 15), -400)], [0] * 5 + [1] * 5 + [2] * 5),
-        # Not cut: the later file replaces what overlaps.
-        ([(range(20), 0), (range(12, 18), -400)], [0] * 12 + [1] * 6),
-        # Started again from before where another file began, or from the same step.
-        ([(range(5), 0), (range(5, 9), 0), (range(2, 7), 0)], [0, 0, 2, 2, 2, 2, 2]),
-        ([(range(9), 0), (range(6), 0)], [1] * 6),
-        ([(range(4, 9), 0), (range(4, 6), 0)], [1] * 2),
-        # Observed at every tenth step.
-        ([(range(0, 40, 10), 0), (range(40, 80, 10), -400)], [0] * 4 + [1] * 4),
-        ([(range(0, 40, 10), 0), (range(40, 80, 10), 0), (range(20, 50, 10), 0)], [0, 0, 2, 2, 2]),
-        # Steps in the middle are lost; in the second case those at the beginning, too.
-        ([(range(5), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
-        ([(range(50, 55), 0), (range(90, 95), -400)], [0] * 5 + [1] * 5),
-    ],
-)  # fmt: skip
-def test_event_files_follow_by_their_steps_where_the_clock_went_back(
-    tmp_path, monkeypatch, files, seen
-):
-    """`files`: steps of each, and days by which the clock is off. `seen`: the file of each step."""
-    clock = time.time
-    for i, (steps, days) in enumerate(files):
-        monkeypatch.setattr(time, "time", lambda i=i, days=days: clock() + 60 * i + 86400 * days)
-        with SummaryWriter(tmp_path) as writer:
-            for step in steps:
-                writer.add_scalar("loss/dice", i, step)
-    assert read_scalars(tmp_path)["loss/dice"].tolist() == seen
-
-
-def test_metrics_hparams_and_marks_under_a_clock_that_went_back(tmp_path, monkeypatch):
-    write_events(tmp_path, range(21))
-    whole = read_scalars(tmp_path)
-    clock = time.time
-    monkeypatch.setattr(time, "time", lambda: clock() - 400 * 86400)
-    with SummaryWriter(tmp_path, filename_suffix=".hparams") as writer:
-        writer.add_hparams({"lr": 0.1}, {"val/dice": 0.0}, run_name=".")
-    with SummaryWriter(tmp_path, filename_suffix=".test") as writer:
-        writer.add_scalar("test/dice", 0.7, 20)
-    with SummaryWriter(tmp_path, filename_suffix=".again") as writer:
-        writer.add_scalar("val/accuracy", 0.5, 20)
-    scalars = read_scalars(tmp_path)
-    kept = [tag for tag in whole if tag != "val/accuracy"]
-    pd.testing.assert_frame_equal(scalars[kept], whole[kept])
-    assert scalars["test/dice"].dropna().to_dict() == {20: pytest.approx(0.7)}
-    assert scalars.loc[20, "val/accuracy"] == 0.5
-    write_events(tmp_path, range(18, 19), scale=3.0, purge_step=15, filename_suffix=".marked")
-    scalars = read_scalars(tmp_path)
-    assert list(scalars["loss/dice"].dropna().index) == [*range(15), 18]
-
-
-@pytest.mark.parametrize("kept", [1, 5, 11, 40, -1])
-def test_a_torn_record_ends_the_file_with_one_warning(tmp_path, caplog, kept):
-    write_events(tmp_path, range(20))
-    path = next(tmp_path.glob("events*"))
-    whole = read_scalars(tmp_path)
-    size = path.stat().st_size
-    with open(path, "ab") as file:
-        file.write((100).to_bytes(8, "little") + b"x" * 40)  # a length and some of its event
-        file.truncate(size + kept)
-    with caplog.at_level(logging.WARNING):
-        torn = read_scalars(tmp_path)
-    assert len(caplog.messages) == 1 and path.name in caplog.messages[0]
-    if kept < 0:  # the value that was written last is torn
-        whole.loc[19, "grad_norm/dice"] = np.nan
-    pd.testing.assert_frame_equal(torn, whole, check_exact=True)
-
-
-def test_nonsense_and_zeros_are_torn_too(tmp_path, caplog):
-    write_events(tmp_path, range(5))
-    path = next(tmp_path.glob("events*"))
-    data = path.read_bytes()
-    for tail in (bytes(100), (9).to_bytes(8, "little") + b"\xff" * 30, b"\xff" * 64):
-        path.write_bytes(data + tail)
-        caplog.clear()
-        assert list(read_scalars(tmp_path).index) == list(range(5))
-        assert len(caplog.messages) == 1
-
-
-def test_event_files_that_cannot_be_read_are_named_and_left_out(tmp_path, caplog, no_hang):
-    write_events(tmp_path, range(5))
-    whole = read_scalars(tmp_path)
-    os.mkfifo(tmp_path / "events.out.tfevents.1.pipe")
-    (tmp_path / "events.out.tfevents.2.folder").mkdir()
-    (tmp_path / "events.out.tfevents.3.dangling").symlink_to("nowhere")
-    (tmp_path / "events.out.tfevents.4.device").symlink_to("/dev/zero")
-    event = Event(step=3, wall_time=1.0)
-    tensor = event.summary.value.add(tag="loss/dice").tensor
-    tensor.dtype, tensor.tensor_content = DT_FLOAT, b"odd"  # three of a float's four bytes
-    record = event.SerializeToString()
-    length = len(record).to_bytes(8, "little")
-    damaged = tmp_path / "events.out.tfevents.5.damaged"
-    damaged.write_bytes(length + bytes(4) + record + bytes(4))
-    pd.testing.assert_frame_equal(read_scalars(tmp_path), whole)
-    names = ["pipe", "folder", "dangling", "device", "damaged"]
-    assert len(caplog.messages) == 5
-    assert all(name in line for name, line in zip(names, caplog.messages, strict=True))
-
-
-def test_no_scalars_is_an_empty_frame(tmp_path):
-    assert read_scalars(tmp_path).empty
-    (tmp_path / "events.out.tfevents.1.host").touch()
-    assert read_scalars(tmp_path).empty
-
-
-@pytest.mark.parametrize("files", [[range(30)], [range(12), range(12, 30)], [range(30), range(30)]])
-def test_the_last_step_is_that_of_the_whole_reading(tmp_path, files):
-    for i, steps in enumerate(files):
-        write_events(tmp_path, steps, scale=1.0 + i, filename_suffix=f".{9 - i}")
-    with SummaryWriter(tmp_path) as writer:  # what a run writes at its end
-        writer.add_image("images/input", np.zeros((1, 4, 4)), 30)
-        writer.add_scalar("test/dice", 0.5, 30)
-    watched = read_scalars(tmp_path).filter(regex="^(loss|grad_norm)/")
-    assert read_last_step(tmp_path) == watched.dropna(how="all").iloc[-1].to_dict()
-
-
-def test_the_last_step_of_a_block_a_diverged_run_and_of_damaged_files(tmp_path, caplog):
-    values = np.arange(40.0).reshape(20, 2)
-    values[15:] = np.nan
-    values[14, 1] = np.nan
-    with SummaryWriter(tmp_path) as writer:
-        write_scalars(writer, ["loss/dice", "grad_norm/dice"], np.arange(20), values)
-    [path] = tmp_path.glob("events*")
-    path.write_bytes(path.read_bytes() + b"\xff" * 9)
-    (tmp_path / "events.out.tfevents.2.folder").mkdir()
-    os.mkfifo(tmp_path / "events.out.tfevents.1.pipe")
-    last = read_last_step(tmp_path)
-    assert last == {"loss/dice": 28, "grad_norm/dice": pytest.approx(np.nan, nan_ok=True)}
-    assert read_last_step(tmp_path / "none") == {} and not caplog.messages
-
-
-# --- read_runs, summary.csv, tables --------------------------------------------------------------
-
-
 def test_runs_have_settings_results_and_status(tmp_path, caplog):
     write_result(tmp_path / "loss=dice,seed=10", seed=10)
     write_result(tmp_path / "loss=dice,seed=2", seed=2, theta=[0.3, 0.6])
     write_result(tmp_path / "bad", status="failed", error="loss is NaN", metrics=None)
     write_result(tmp_path / "moved", overrides=["data.low=-0.5"], config={"data": {"low": -0.5}})
-    write_events(tmp_path / "killed", range(2))
+    write_curves(tmp_path / "killed", range(2))
     hydra = tmp_path / "killed" / ".hydra"
     hydra.mkdir()
     (hydra / "config.yaml").write_text("theta: 0.95\nseed: ${other}\n")
@@ -405,8 +173,8 @@ def test_summary_has_all_metrics_and_the_last_values(tmp_path):
         "val/accuracy": 0.9, "val/dice": 0.8, "val/dice/nucleus": 0.7, "val/loss/dice": 0.2,
         "test/accuracy": 0.6, "test/iou": None, "lr": 1.0, "error": 2.0,
     }  # fmt: skip
-    write_result(tmp_path / "a", metrics=metrics)
-    write_events(tmp_path / "a", range(21))
+    write_curves(tmp_path / "a", range(21))
+    write_result(tmp_path / "a", metrics=metrics, watched=last_watched(tmp_path / "a"))
     write_result(tmp_path / "b", "cce", status="failed", metrics=None)
     runs = write_summary(tmp_path)
     cells = pd.read_csv(tmp_path / "summary.csv").set_index("run")
@@ -459,7 +227,7 @@ def test_a_run_without_a_config_sweeps_nothing(tmp_path):
     for seed in (1, 2):
         write_result(tmp_path / f"{seed}", seed=seed, overrides=[*common, f"seed={seed}"])
     before = list(read_runs(tmp_path)), swept(read_runs(tmp_path))
-    write_events(tmp_path / "killed", range(3))
+    write_curves(tmp_path / "killed", range(3))
     runs = read_runs(tmp_path)
     assert list(runs["status"]) == ["done", "done", "unfinished"]
     assert (list(runs), swept(runs)) == before
@@ -487,8 +255,7 @@ def test_strings_from_disk_are_shown_as_text(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        "{", "[]", "null", '"x"', "\xff", '{"config": 3}', "{}", " " * 2**20 + "{}",
-        '{"status": "done", "config": {"theta": ' + 900 * "[" + 900 * "]" + "}}",
+        "{", "[]", "null", '"x"', "\xff", '{"config": 3}', "{}",
         '{"status": "done", "config": {"theta": ' + 10**5 * "[" + 10**5 * "]" + "}}",
     ],
     ids=lambda content: content[:60].strip(),
@@ -500,7 +267,7 @@ def test_any_result_file_is_survived(tmp_path, caplog, main, content):
     assert main(tmp_path) == 0
     assert list(read_runs(tmp_path)["status"]) == ["done", "unfinished"]
     assert len(caplog.messages) == 2 and len(set(caplog.messages)) == 1
-    assert f"{tmp_path / 'b/result.json'}: unreadable" in caplog.messages[0]
+    assert f"{tmp_path / 'b/result.json'} cannot be read (" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
@@ -513,7 +280,6 @@ def test_any_result_file_is_survived(tmp_path, caplog, main, content):
         {"seconds": 10**400},
         {"overrides": {"loss": "dice"}},
         {"overrides": ["loss=dice", ["seed=1"], None]},
-        {"overrides": [f"key{i}=1" for i in range(10_000)]},
         {"choices": "dice"},
         {"choices": {"loss": 3}},
         {"config": [1, 2]},
@@ -522,7 +288,7 @@ def test_any_result_file_is_survived(tmp_path, caplog, main, content):
         {"metrics": {"val/accuracy": True}},
         {"metrics": {"val/dice": -(10**400)}},
         {"metrics": {"val/dice/class_1": "0.9"}},
-        {"metrics": {f"val/dice/{i}": 0.5 for i in range(10_000)}},
+        {"watched": {"loss/dice": "0.9"}},
     ],
     ids=lambda changes: str(changes)[:60],
 )
@@ -537,7 +303,8 @@ def test_a_result_of_other_types_is_named_and_counts_as_unfinished(tmp_path, cap
     assert np.isnan(runs.loc["odd", "accuracy"])
     pd.testing.assert_frame_equal(compare_losses(runs.reset_index()), before)
     [message] = caplog.messages
-    assert message.startswith(f"{tmp_path / 'odd/result.json'}: unreadable, counted as unfinished")
+    assert message.startswith(f"{tmp_path / 'odd/result.json'} cannot be read (")
+    assert message.endswith("; counted as unfinished")
     assert len(message) < len(str(tmp_path)) + 300
 
 
@@ -556,19 +323,16 @@ def test_odd_values_are_shown(tmp_path, main, caplog, changes):
     for loss in ("dice", "cce"):
         write_result(tmp_path / loss, loss)
     write_result(tmp_path / "odd", **changes)
-    write_events(tmp_path / "odd", range(3))
+    write_curves(tmp_path / "odd", range(3))
     assert main(tmp_path) == 0 and not caplog.messages
     assert len(pd.read_csv(tmp_path / "summary.csv")) == 3
     assert (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
-
-
 @pytest.mark.parametrize(
     "content",
     [
-        f"{BOMB}theta: *a39\n", "[" * 10_000, "k: 1\n" * 2**20, "theta: ${a.${b}",
+        "[" * 10_000, "theta: ${a.${b}",
         "theta: !!int ''", "theta: !!bool x", "theta: !!timestamp x",
         "theta: !!python/tuple [1]", "\x00", "{", "pipe",
     ],
@@ -595,7 +359,7 @@ def test_any_folder_name_is_shown_as_text(tmp_path, main, capsys, caplog, name):
     write_result(tmp_path / "a")
     write_result(tmp_path / name, "cce", status="failed", error="x")
     for run in ("a", name):
-        write_events(tmp_path / run, range(3))
+        write_curves(tmp_path / run, range(3))
     assert main(tmp_path) == 0 and not caplog.messages
     [figure] = (tmp_path / "figures").iterdir()
     assert figure.stat().st_size
@@ -640,7 +404,7 @@ def test_links_are_not_followed(tmp_path, caplog, no_hang):
 
 def test_nothing_is_written_through_a_link(tmp_path, main, capsys):
     sweep, elsewhere = tmp_path / "sweep", tmp_path / "elsewhere"
-    write_events(sweep / "a", range(3))
+    write_curves(sweep / "a", range(3))
     write_result(sweep / "a")
     elsewhere.mkdir()
     for name in ("figures/losses.png", "summary.csv", "report.md"):
@@ -824,7 +588,7 @@ def test_one_pair_has_no_interval_and_one_loss_no_pairs(tmp_path):
 
 
 def curves(steps: int = 400, scale: float = 1.0) -> pd.DataFrame:
-    """Scalars as `read_scalars` gives them: observed every other step, validated every 50th."""
+    """Scalars as `read_curves` gives them: observed every other step, validated every 50th."""
     index = pd.Index(range(steps), name="step", dtype=np.int64)
     frame = pd.DataFrame(index=index)
     for i, name in enumerate(NAMES, start=1):
@@ -908,8 +672,7 @@ def test_a_report_gives_a_loss_one_look_in_all_figures(tmp_path, main, monkeypat
     second = next(n for n in others[1:] if looks[n] == looks[first])
     for theta, loss in ((0.05, first), (0.5, second)):
         write_result(tmp_path / f"{theta}", loss, theta)
-        with SummaryWriter(tmp_path / f"{theta}") as writer:
-            writer.add_scalar(f"loss/{loss}", 0.5, 0)
+        Curves(tmp_path / f"{theta}").append([f"loss/{loss}"], np.zeros(1, int), np.ones((1, 1)))
     drawn = {}
 
     def draw(runs, *, looks, **options):
@@ -940,7 +703,7 @@ def test_a_figure_per_combination_or_per_seed(tmp_path):
             for seed in (0, 1):
                 run = tmp_path / f"loss={loss},theta={theta},seed={seed}"
                 write_result(run, loss, theta, seed)
-                write_events(run, range(12))
+                write_curves(run, range(12))
     shutil.rmtree(tmp_path / "loss=dice,theta=0.5,seed=1")
     write_result(tmp_path / "empty", "cce", 0.95)  # failed before its first step
     runs = read_runs(tmp_path)
@@ -957,12 +720,12 @@ def test_figures_are_of_the_runs_that_are_done_and_the_others_are_named(
 ):
     for seed in (0, 1):
         write_result(tmp_path / f"done,{seed}", "dice", seed=seed, accuracy=0.9 + seed / 10)
-        write_events(tmp_path / f"done,{seed}", range(12), scale=1 + seed)
+        write_curves(tmp_path / f"done,{seed}", range(12), scale=1 + seed)
     write_result(tmp_path / "failed", "dice", seed=2, status="failed", error="NaN")
     write_result(tmp_path / "short", "cce", seed=0, status="unfinished", error="time is up")
     (tmp_path / "killed").mkdir()  # without result.json
     for name in ("failed", "short", "killed"):
-        write_events(tmp_path / name, range(5), scale=100)
+        write_curves(tmp_path / name, range(5), scale=100)
     drawn, draw = [], figures.draw
     monkeypatch.setattr(figures, "draw", lambda *args, **o: drawn.append(draw(*args, **o)))
     monkeypatch.setattr(figures, "draw_files", lambda figure, stem, _: figure() or stem)
@@ -1009,10 +772,9 @@ def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
     """Matplotlib has no axis for a difference that is infinite."""
     for theta in (0.05, 0.5):
         write_result(tmp_path / f"{theta}", theta=theta)
-        write_events(tmp_path / f"{theta}", range(3))
-    with SummaryWriter(tmp_path / "0.5") as writer:
-        for step, value in enumerate([1e308, -1e308], start=3):
-            writer.add_scalar("loss/dice", value, step, new_style=True, double_precision=True)
+        write_curves(tmp_path / f"{theta}", range(3))
+    for step, value in enumerate([1e308, -1e308], start=3):
+        Curves(tmp_path / "0.5").add_metrics(step, {"loss/dice": value})
     paths = figures.plot_sweep(tmp_path, read_runs(tmp_path))
     assert [path.name for path in paths.values()] == ["theta=0.05.png"]
     [message] = caplog.messages
@@ -1100,7 +862,7 @@ def test_script_reports_from_disk_without_torch(tmp_path):
     for loss in ("cce", "dice"):
         for seed in (0, 1):
             write_result(sweep / f"{loss},{seed}", loss, seed=seed, accuracy=0.9 + seed / 100)
-            write_events(sweep / f"{loss},{seed}", range(12))
+            write_curves(sweep / f"{loss},{seed}", range(12))
     write_result(sweep / "failed", "dice", seed=2, status="failed", error="loss is NaN | at 3")
     done = report(sweep, "--seeds")
     assert done.returncode == 0, done.stderr
@@ -1157,7 +919,7 @@ def test_a_long_comparison_shows_the_smallest_p(tmp_path, main, capsys):
 
 def test_formats_of_figures_and_the_studys_axes(tmp_path, main):
     write_result(tmp_path / "a")
-    write_events(tmp_path / "a", range(3))
+    write_curves(tmp_path / "a", range(3))
     assert main(tmp_path, "--format", "pdf,svg") == 0
     assert (tmp_path / "figures/losses.pdf").read_bytes().startswith(b"%PDF")
     assert b"<svg" in (tmp_path / "figures/losses.svg").read_bytes()
@@ -1208,7 +970,7 @@ def test_no_html_from_disk_reaches_the_report(tmp_path, main):
     write_result(
         tmp_path / html, html, html, html, status=html, error=html, overrides=[f"{html}={html}"]
     )
-    write_events(tmp_path / html, range(3))
+    write_curves(tmp_path / html, range(3))
     assert main(tmp_path) == 0
     page = (tmp_path / "report.md").read_text()
     assert page.count("img src=x") > 6
@@ -1223,15 +985,15 @@ def test_what_may_not_be_read_is_named_and_the_rest_reported(tmp_path):
 
     for name in ("folder", "events", "good", "result"):
         write_result(tmp_path / name, seed=len(name))
-        write_events(tmp_path / name, range(3))
-    secret = [tmp_path / "folder", next((tmp_path / "events").glob("events*"))]
+        write_curves(tmp_path / name, range(3))
+    secret = [tmp_path / "folder", tmp_path / "events/curves.f32"]
     secret += [tmp_path / "result/result.json"]
     for path in secret:
         path.chmod(0)
     done = report(tmp_path, preexec_fn=obey_permissions)
     secret[0].chmod(0o700)  # so that pytest can remove it
     assert done.returncode == 0
-    assert [line.split(": ")[0] for line in messages(done)] == [
+    assert [re.split(": | cannot", line)[0] for line in messages(done)] == [
         str(path) for path in (secret[0], secret[2], secret[1])
     ]
     runs = pd.read_csv(tmp_path / "summary.csv").set_index("run")

@@ -26,7 +26,7 @@ from losswatch import Dice, LossSet, load_loss
 from losswatch.config.errors import ConfigError
 from losswatch.config.quoting import quoted
 from losswatch.data.form import Form
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
 from losswatch.run import build
 from losswatch.run.module import SegmentationModule
 from losswatch.run.scores import ImageScores
@@ -356,7 +356,7 @@ def test_a_run_of_two_devices_validates_and_tests_as_one(tmp_path):
             *run[:-1], *more, "mode=predict", "checkpoint=one", "data.root=a/val/images",
             f"hydra.run.dir={name}-predicted", cwd=tmp_path,
         )  # fmt: skip
-        scalars = read_scalars(folder).filter(like="val/").dropna(how="all")
+        scalars = read_curves(folder).filter(like="val/").dropna(how="all")
         found.append((scalars, *(read_result(f)["metrics"] for f in (folder, tested))))
     (curves, trained, tested), (curves_of_two, trained_by_two, tested_by_two) = found
     assert {"val/loss/theirs", "val/dice", "val/accuracy"} <= {*curves}

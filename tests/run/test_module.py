@@ -10,7 +10,7 @@ from conftest import ARTICLE, load_losses, probe
 from torch import nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
 from losswatch.losses import Dice, LossSet
 from losswatch.run.scores import scores, tally
 
@@ -194,7 +194,7 @@ def test_a_resumed_run_is_the_same_run(make_run, tmp_path, workers):
     assert rest.trainer.global_step == 8
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-    both = [read_scalars(tmp_path / folder)["grad_norm/cce"].dropna() for folder in ("run", "rest")]
+    both = [read_curves(tmp_path / folder)["grad_norm/cce"].dropna() for folder in ("run", "rest")]
     assert list(both[1].index) == [3, 4, 5, 6, 7]
     assert both[0].loc[3:].equals(both[1])
 

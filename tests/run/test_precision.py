@@ -13,7 +13,7 @@ from pytorch_lightning.plugins import MixedPrecision
 
 from losswatch.config.errors import ConfigError
 from losswatch.data.random import ThresholdedImages
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
 from losswatch.losses import CrossEntropy, Dice, LossSet
 from losswatch.nets import ConvNet, UNet
 from losswatch.nets.cpu import fast_on_cpu
@@ -160,6 +160,6 @@ def test_large_images_and_volumes_train(tmp_path, size):
     print(f"\npeak {used.ru_maxrss / 2**20:.2f} GiB, {used.ru_utime:.0f} s of one core")
     assert used.ru_maxrss < 2 * 2**20  # KiB
     [folder] = run_folders(tmp_path).values()
-    watched = read_scalars(folder).filter(regex="^(loss|grad_norm)/").dropna()
+    watched = read_curves(folder).filter(regex="^(loss|grad_norm)/").dropna()
     assert len(watched) == 8 and (watched.to_numpy() > 0).all()
     assert watched["loss/dice"].iloc[-1] < watched["loss/dice"].iloc[0] - 0.01

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from losswatch.disk.curves import read_curves
 from losswatch.disk.event_log import EventLog
-from losswatch.events.series import read_scalars
 from losswatch.nets import ConvNet
 from losswatch.run import train as run
 from losswatch.run.process import only_errors, quiet, run_process
@@ -71,7 +71,7 @@ def test_a_failed_run_leaves_no_thread(compose, tmp_path):
         with pytest.raises(FloatingPointError, match="step 1: "):
             run.train(composed.cfg, "dice", tmp_path / name)
     assert set(threading.enumerate()) == before
-    assert list(read_scalars(tmp_path / "b")["loss/dice"].dropna().index) == [0]
+    assert list(read_curves(tmp_path / "b")["loss/dice"].dropna().index) == [0]
 
 
 def test_an_event_file_that_cannot_be_closed_hides_no_error(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from conftest import (
     run_folders,
     run_train,
 )
+from losswatch.run.swept import swept
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,8 +33,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import task
-from losswatch.disk.hparams import add_hparams, swept
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
+from losswatch.disk.hparams import add_hparams
 
 METRICS = ["accuracy", "dice", "iou", "dice/class_0", "dice/class_1", "iou/class_0", "iou/class_1"]
 
@@ -76,7 +77,7 @@ def test_watched_scalars(events, smoke):
     cosines = [tag for tag in scalars if tag.startswith("grad_cosine/")]
     assert len(cosines) == 10 and "grad_cosine/cce~dice" in cosines
     assert all(abs(e.value) <= 1 + 1e-6 for tag in cosines for e in events.Scalars(tag))
-    frame = read_scalars(smoke.folder)
+    frame = read_curves(smoke.folder)
     assert set(frame.columns) == set(scalars)
 
 
@@ -148,13 +149,13 @@ def test_hparams_of_other_settings(tmp_path):
     (tmp_path / "deep").mkdir()
     shutil.copytree(tmp_path / "run", tmp_path / "deep" / "run")
     assert swept(tmp_path / "deep" / "run") == wanted
-    cfg = OmegaConf.create({
+    config = {
         "model": {"_target_": "a.Net"}, "theta": [0.3, 0.6], "optimizer": {"_target_": "b.SGD",
         "lr": 0.1}, "seed": 3, "data": {"low": -0.5}, "scheduler": {"_target_": "c"},
         "compile": True,
-    })  # fmt: skip
+    }  # fmt: skip
     with SummaryWriter(tmp_path / "run") as writer:
-        add_hparams(writer, cfg, "dice", tmp_path / "run")
+        add_hparams(writer, config, "dice", swept(tmp_path / "run"))
     plugin = EventAccumulator(str(tmp_path / "run")).Reload().PluginTagToContent("hparams")
     data = HParamsPluginData.FromString(plugin["_hparams_/session_start_info"])
     shown = data.session_start_info.hparams
@@ -239,11 +240,11 @@ def test_repeats_itself_also_with_workers(smoke, tmp_path):
         "-m", "experiment=smoke", "seed=3,4", "probe.cosines=true", "data.num_workers=0,2",
         cwd=tmp_path,
     )  # fmt: skip
-    wanted = read_scalars(smoke.folder)
+    wanted = read_curves(smoke.folder)
     folders = run_folders(tmp_path)
     assert len(folders) == 4
     for name, folder in folders.items():
-        frame = read_scalars(folder)
+        frame = read_curves(folder)
         assert set(frame.columns) == set(wanted.columns) and len(frame) == len(wanted)
         assert frame[wanted.columns].equals(wanted) == ("seed=3" in name), name
 
@@ -320,7 +321,7 @@ def test_own_losses_and_network(others):
         if result["choices"]["loss"] == "boom":
             continue
         assert result["status"] == "done" and result["choices"]["model"] == "mine"
-        frame = read_scalars(run_folders(cwd)[name])
+        frame = read_curves(run_folders(cwd)[name])
         for loss in ("cce", "mse", "monai"):
             assert len(frame[f"loss/{loss}"].dropna()) == 10
             assert (frame[f"grad_norm/{loss}"].dropna() > 0).all()
@@ -389,8 +390,8 @@ def test_interrupted_run_loses_nothing(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
     [folder] = run_folders(tmp_path).values()
     assert read_result(folder)["status"] == "unfinished"
-    steps = read_scalars(folder)["loss/dice"].dropna().index
-    validated = read_scalars(folder)["val/accuracy"].dropna().index
+    steps = read_curves(folder)["loss/dice"].dropna().index
+    validated = read_curves(folder)["val/accuracy"].dropna().index
     assert list(steps) == list(range(len(steps)))
     assert len(steps) > validated.max() >= 500, "the last block was lost"
     *_, resume, last = done.stderr.splitlines()

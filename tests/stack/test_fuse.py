@@ -16,8 +16,8 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 
 from losswatch.compat import traced
 from losswatch.disk.checkpoint_files import newest
+from losswatch.disk.curves import read_curves
 from losswatch.disk.event_log import EventLog
-from losswatch.events.series import read_scalars
 from losswatch.events.tags import watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import fast_on_cpu
@@ -87,7 +87,7 @@ def assert_same_runs(runs, late=1e-3):
     """Curves agree to 1e-5 over ten steps; all curves, metrics and weights agree to `late`."""
     for member, folder, wanted in zip(runs.members, runs.folders, runs.wanted, strict=True):
         assert member.error is None
-        got, reference = read_scalars(member.folder), read_scalars(folder)
+        got, reference = read_curves(member.folder), read_curves(folder)
         assert set(got.columns) == set(reference.columns)
         reference = reference[got.columns]
         assert list(got.index) == list(reference.index)
@@ -136,7 +136,7 @@ def test_equals_runs_trained_alone(both, device, net, batch_norm, optimizer):
     for one, initial in zip(runs.composed, runs.initial, strict=True):
         for name, value in make_net(one.plan()).state_dict().items():
             assert torch.equal(initial[name], value)
-    first = [read_scalars(m.folder).loc[0, "loss/cce"] for m in runs.members]
+    first = [read_curves(m.folder).loc[0, "loss/cce"] for m in runs.members]
     assert len(set(first)) == len(GRID)
 
 
@@ -169,7 +169,7 @@ def test_intervals(both, steps, interval, every):
         f"probe.every_n_steps={every}", grid=GRID[:2],
     )  # fmt: skip
     assert_same_runs(runs)
-    frame = read_scalars(runs.members[0].folder)
+    frame = read_curves(runs.members[0].folder)
     seen = list(frame["loss/dice"].dropna().index) if every else []
     assert seen == (list(range(0, steps, every)) if every else [])
     assert ("loss/dice" in frame) == bool(every)
@@ -190,7 +190,7 @@ def test_blocks_change_nothing(both, monkeypatch, block):
     monkeypatch.setattr(stack_fit, "BLOCK", block)
     others = both("trainer.max_steps=20", alone=False, name="blocks")
     for a, b in zip(runs.members, others.members, strict=True):
-        assert read_scalars(a.folder).equals(read_scalars(b.folder))
+        assert read_curves(a.folder).equals(read_curves(b.folder))
         assert a.metrics == b.metrics
 
 
@@ -271,7 +271,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
                 trainer.fit(module, plan.make_data(), ckpt_path=file, weights_only=True)
             trainer.logger.close()
             assert trainer.global_step == 40
-            ended.append((read_scalars(rest), module.state_dict()))
+            ended.append((read_curves(rest), module.state_dict()))
         (got, weights), (wanted, plain_weights) = ended
         assert list(wanted["loss/dice"].dropna().index) == list(range(30, 40))
         assert list(got.index) == list(wanted.index)
@@ -294,7 +294,7 @@ def test_a_failing_member_leaves_the_others_alone(both, caplog, bad):
     with caplog.at_level(logging.WARNING, logger="losswatch"):
         runs = both(grid=[grid[0], [*spoiled, bad], grid[2]], alone=False, name="spoiled")
     failed = runs.members[1]
-    frame = read_scalars(failed.folder)
+    frame = read_curves(failed.folder)
     watched = frame[watched_tags(ARTICLE, cosines=False)].dropna(how="all")
     said = r"^trained with cce, step (\d+): ((?:loss|grad_norm)/cce) is (\S+)$"
     with pytest.raises(FloatingPointError, match=said) as e:
@@ -309,7 +309,7 @@ def test_a_failing_member_leaves_the_others_alone(both, caplog, bad):
     for i in (0, 2):
         a, b = good.members[i], runs.members[i]
         assert b.error is None
-        assert read_scalars(a.folder).equals(read_scalars(b.folder))
+        assert read_curves(a.folder).equals(read_curves(b.folder))
         assert a.result() == b.result()
         saved, wanted = checkpoint(b.folder)[1], checkpoint(a.folder)[1]
         for name, weight in wanted["state_dict"].items():

@@ -15,7 +15,7 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from losswatch.config import schema as config
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
 from losswatch.sweep import launch
 from losswatch.sweep.exit import clear_errors
 from losswatch.sweep.jobs import Context
@@ -67,7 +67,7 @@ def test_a_sweep_is_the_basic_launchers(six, tmp_path, launcher):
     runs = run_folders(tmp_path)
     assert runs.keys() == six.runs.keys()
     for name, run in runs.items():
-        pd.testing.assert_frame_equal(read_scalars(run), read_scalars(six.runs[name]))
+        pd.testing.assert_frame_equal(read_curves(run), read_curves(six.runs[name]))
         assert read_result(run)["config"] == read_result(six.runs[name])["config"]
 
 
@@ -134,7 +134,7 @@ def test_groups_through_another_launcher(grouped, tmp_path, outer):
     assert table(done.stdout) == table(grouped.done.stdout)
     assert files(folder) == files(grouped.folder)
     for name, run in run_folders(tmp_path).items():
-        pd.testing.assert_frame_equal(read_scalars(run), read_scalars(grouped.runs[name]))
+        pd.testing.assert_frame_equal(read_curves(run), read_curves(grouped.runs[name]))
         ours, theirs = (read_result(f) | {"seconds": 0} for f in (run, grouped.runs[name]))
         assert ours == theirs
     if outer.startswith("submitit"):

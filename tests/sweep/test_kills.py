@@ -28,8 +28,8 @@ from processes import session
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from losswatch.disk.checkpoint_files import newest
+from losswatch.disk.curves import read_curves
 from losswatch.disk.result import finished
-from losswatch.events.series import read_scalars
 from losswatch.report.runs import read_runs
 
 KILLS = int(os.environ.get("LOSSWATCH_KILLS", 20))
@@ -193,7 +193,7 @@ class Report:
 
 def progress(run: Path) -> tuple[int, int]:
     """Steps that a run has kept, and the steps on record."""
-    curves = read_scalars(run)
+    curves = read_curves(run)
     trained = curves["loss/dice"].dropna().index if "loss/dice" in curves else []
     recorded = int(max(trained, default=-1)) + 1
     if finished(run):
@@ -262,7 +262,7 @@ def assert_near(sweep, reference):
         assert [e.step for e in events.Scalars("loss/dice")] == list(range(STEPS))
         validated = [e.step for e in events.Scalars("val/accuracy") if e.step]
         assert validated == list(range(EVERY, STEPS + 1, EVERY))
-        curves, wanted = read_scalars(run), read_scalars(other)
+        curves, wanted = read_curves(run), read_curves(other)
         assert set(curves.columns) == set(wanted.columns)
         pd.testing.assert_frame_equal(curves[wanted.columns], wanted, rtol=1e-3, atol=1e-3)
         (name, state), (other_name, other_state) = newest(run), newest(other)

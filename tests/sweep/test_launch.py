@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from processes import session
 
 from losswatch.config import schema as config
+from losswatch.disk.curves import read_curves
 from losswatch.disk.locks import hold
-from losswatch.events.series import read_scalars
 from losswatch.report.runs import read_runs
 from losswatch.stack import module as stack_module
 from losswatch.stack.module import StackedModule
@@ -165,7 +165,7 @@ def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
     assert said[0] == "5 runs do not fit into memory; trying half as many at once"
     for run in runs:
         assert launch.FINISHED[run.folder].result()["test/accuracy"] > 0
-        assert list(read_scalars(run.folder)["loss/dice"].dropna().index) == list(range(12))
+        assert list(read_curves(run.folder)["loss/dice"].dropna().index) == list(range(12))
         assert len(list(run.folder.glob("events.out.tfevents.*"))) == 1
 
 
@@ -186,7 +186,7 @@ def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
     launch._train(runs)
     assert blocks == [2, 2, 1, 1]
     for run in runs:
-        assert list(read_scalars(run.folder)["loss/dice"].dropna().index) == list(range(12))
+        assert list(read_curves(run.folder)["loss/dice"].dropna().index) == list(range(12))
 
 
 def test_one_run_too_large_fails(jobs, monkeypatch):
@@ -259,7 +259,7 @@ def test_same_results(two):
         metrics, others = a.pop("metrics"), b.pop("metrics")
         assert a == b
         assert others == pytest.approx(metrics, rel=1e-3, abs=1e-3)
-        curve, other = read_scalars(folder), read_scalars(fused.runs[name])
+        curve, other = read_curves(folder), read_curves(fused.runs[name])
         assert set(curve.columns) == set(other.columns)
         watched = [c for c in curve.columns if c.startswith(("loss/", "grad_norm/"))]
         np.testing.assert_allclose(
@@ -291,7 +291,7 @@ def complete(swept, count):
     for folder in swept.runs.values():
         assert read_result(folder)["status"] == "done"
         assert len(list(folder.glob("events.out.tfevents.*"))) == 1
-        frame = read_scalars(folder)
+        frame = read_curves(folder)
         assert list(frame["loss/cce"].dropna().index) == list(range(12))
         assert (folder / "curves.png").exists() and list(folder.glob("checkpoints/*.ckpt"))
 
@@ -353,7 +353,7 @@ def test_compiled(tmp_path, launcher):
         ])  # fmt: skip
     assert len(runs[0]) == len(runs[1]) == (3 if launcher else 1)
     for a, b in zip(*runs, strict=True):
-        fast, plain = read_scalars(a), read_scalars(b)
+        fast, plain = read_curves(a), read_curves(b)
         assert set(fast.columns) == set(plain.columns)
         watched = [c for c in plain.columns if c.startswith(("loss/", "grad_norm/"))]
         np.testing.assert_allclose(fast[watched], plain[watched], rtol=1e-4, atol=1e-5)

@@ -23,8 +23,8 @@ from omegaconf import OmegaConf
 from switches import switches
 
 from losswatch.config import loss_files as presets
+from losswatch.disk.curves import read_curves
 from losswatch.disk.result import write_result
-from losswatch.events.series import read_scalars
 from losswatch.sweep.callback import SweepCallback
 from losswatch.sweep.exit import Escaped, clear_errors, explain, verdict
 from losswatch.sweep.grid import grid
@@ -38,14 +38,14 @@ def test_six_runs(six):
     for folder in six.runs.values():
         result = read_result(folder)
         assert result["status"] == "done"
-        assert len(read_scalars(folder)["loss/cce"].dropna()) == 30
+        assert len(read_curves(folder)["loss/cce"].dropna()) == 30
 
 
 def test_runs_differ_only_as_asked(six):
     """The same images and first weights for both losses: the first observation is shared."""
     for theta in THETAS:
         a, b = (
-            read_scalars(six.runs[f"loss={loss},theta={theta},experiment=smoke"])
+            read_curves(six.runs[f"loss={loss},theta={theta},experiment=smoke"])
             for loss in ("dice", "cce")
         )
         watched = [c for c in a.columns if c.startswith(("loss/", "grad_norm/"))]

@@ -13,7 +13,7 @@ from losswatch.sweep.command import current_sweep
 from processes import session
 
 from losswatch.disk.checkpoint_files import newest
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
 from losswatch.sweep.exit import clear_errors
 
 
@@ -112,5 +112,5 @@ def test_all_processes_of_a_sweep_with_loaders(tmp_path):
     [folder] = tmp_path.glob("s/*/")
     result = read_result(folder)
     assert (result["status"], result["error"]) == ("unfinished", "interrupted")
-    steps = read_scalars(folder)["loss/dice"].dropna().index
+    steps = read_curves(folder)["loss/dice"].dropna().index
     assert list(steps) == list(range(len(steps))) and len(steps) >= newest(folder)[1]["global_step"]

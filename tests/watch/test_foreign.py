@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,11 +28,13 @@ from oracle import Oracle, by_copies, truth
 from torch import nn
 from torch.func import vmap
 
+from losswatch.checks.first_step import try_step
 from losswatch.config.errors import ConfigError
+from losswatch.config.settings import Probe
 from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.disk.checkpoint_files import find
+from losswatch.disk.curves import read_curves
 from losswatch.disk.event_log import EventLog
-from losswatch.events.series import read_scalars
 from losswatch.losses import Dice, LossSet
 from losswatch.nets import ConvNet
 from losswatch.run.build import make_losses
@@ -101,6 +104,9 @@ class Wide(nn.Module):
 
 def stack_or_reason(tmp_path, net, losses, trained):
     """The reason why a stack of two such runs is refused; None if it is trained."""
+    batch = ThresholdedImages(0.5, image_size=8, batch_size=3).first_batch()
+    form = ThresholdedImages(0.5).form
+    traits, _ = try_step(copy.deepcopy(net), losses, trained, torch.optim.SGD, batch, form)
     members = []
     for i in range(2):
         folder = tmp_path / str(i)
@@ -109,11 +115,12 @@ def stack_or_reason(tmp_path, net, losses, trained):
         data = ThresholdedImages([0.5], seed=i, image_size=8, batch_size=3, val_size=3, test_size=3)
         optimizer = torch.optim.SGD(list(trained_parameters(own).values()), lr=0.1)
         log = EventLog(str(folder))
-        members.append(Member(folder, own, data, trained, optimizer, log, {}))
+        members.append(Member(folder, own, data, trained, optimizer, log, {}, traits))
     options = {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu",
                "enable_progress_bar": False}  # fmt: skip
+    settings = SimpleNamespace(threads=None, compile=False, probe=Probe(1, False))
     try:
-        fit(members, losses, options, compile=False)
+        fit(members, losses, SimpleNamespace(settings=settings, options=options, steps=2))
     except NotStackable as error:
         return str(error)
     assert all(member.result() for member in members)
@@ -196,10 +203,10 @@ def test_every_launcher_trains_the_same(tmp_path):
     for loss, folder in results[0].items():
         other = results[1][loss]
         assert read_result(folder)["metrics"] == read_result(other)["metrics"]
-        a, b = read_scalars(folder), read_scalars(other)
+        a, b = read_curves(folder), read_curves(other)
         assert a.equals(b[a.columns]), loss
     # A watched subclass shows the value of its own `forward`, three times Dice's plus one.
-    curves = read_scalars(results[0]["learned"]).dropna(subset=["loss/mine"])
+    curves = read_curves(results[0]["learned"]).dropna(subset=["loss/mine"])
     np.testing.assert_allclose(curves["loss/mine"], 3 * curves["loss/dice"] + 1, rtol=1e-5)
     np.testing.assert_allclose(curves["grad_norm/mine"], 3 * curves["grad_norm/dice"], rtol=1e-4)
 
@@ -269,11 +276,11 @@ def test_a_loss_file_with_defaults_and_interpolation(tmp_path):
         "-m", "--config-dir", str(tmp_path / "conf"), "experiment=smoke", "loss=mine,dice",
         "seed=3", "watch=[dice,mine]", "trainer.max_steps=1", cwd=tmp_path,
     )  # fmt: skip
-    trained, watched = (read_scalars(f)["loss/mine"][0] for f in run_folders(tmp_path).values())
+    trained, watched = (read_curves(f)["loss/mine"][0] for f in run_folders(tmp_path).values())
     loss = Dice(exponent=2, smooth_nr=3, smooth_dr=3)
     assert trained == watched and abs(trained - 1) > 1e-3
     [*folders] = run_folders(tmp_path).values()
-    square = read_scalars(folders[0])["loss/dice"][0]
+    square = read_curves(folders[0])["loss/dice"][0]
     assert loss.smooth_nr == 3 and trained != square
 
 
@@ -319,7 +326,7 @@ def test_random_draws_repeat_and_resume(tmp_path):
     process.kill()
     assert process.result().returncode != 0, "the run must have been killed before its end"
     run_train(*DRAWS, f"resume={cut}", cwd=tmp_path, env=environment)
-    a, b = read_scalars(whole), read_scalars(cut)
+    a, b = read_curves(whole), read_curves(cut)
     assert a.equals(b[a.columns])
     assert read_result(whole)["metrics"] == read_result(cut)["metrics"]
 
@@ -337,7 +344,7 @@ def test_watching_draws_nothing_from_training(tmp_path):
             "model._target_=foreign.Dropped", f"hydra.run.dir={folder}",
             cwd=tmp_path, env=ENVIRONMENT | HELPERS,
         )  # fmt: skip
-        curves.append(read_scalars(folder))
+        curves.append(read_curves(folder))
     assert curves[0].equals(curves[1][curves[0].columns])
     assert curves[1]["loss/noisy"].notna().any()
 

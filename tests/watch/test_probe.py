@@ -14,7 +14,7 @@ from oracle import Oracle, gradients
 from torch import nn
 
 from losswatch.data.random import TRAIN, uniform
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
 from losswatch.events.tags import watched_tags
 from losswatch.losses import CrossEntropy, Dice, LossSet, OneHotTarget, Sum
 from losswatch.watch.lightning import Watch
@@ -252,7 +252,7 @@ def test_accumulated_dice_is_the_mean_of_the_batches(make_run, observed):
 def test_every_n_steps(make_run, every, steps):
     run = make_run(probe=probe(every_n_steps=every), steps=9, validate=False)
     run.fit()
-    frame = read_scalars(run.folder)
+    frame = read_curves(run.folder)
     for tag in watched_tags(ARTICLE, cosines=False):
         assert list(frame[tag].dropna().index) == list(steps)
 
@@ -263,7 +263,7 @@ def test_blocks(make_run, observed, monkeypatch, block):
     monkeypatch.setattr(Record, "BLOCK", block)
     run = make_run(probe=probe(cosines=True), steps=8, val_check_interval=5)
     run.fit()
-    frame = read_scalars(run.folder)[watched_tags(ARTICLE, cosines=True)].dropna()
+    frame = read_curves(run.folder)[watched_tags(ARTICLE, cosines=True)].dropna()
     assert list(frame.index) == list(range(8))
     np.testing.assert_array_equal(frame.to_numpy(), torch.stack(observed).double().numpy())
 
@@ -282,7 +282,7 @@ def test_flushed_on_exception(make_run):
     with pytest.raises(RuntimeError, match="boom"):
         run.fit()
     run.trainer.logger.close()
-    assert list(read_scalars(run.folder)["grad_norm/dice"].dropna().index) == list(range(7))
+    assert list(read_curves(run.folder)["grad_norm/dice"].dropna().index) == list(range(7))
 
 
 class Spoil(pl.Callback):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losswatch.config.errors import ConfigError
 from losswatch.data.random import TRAIN, image_and_label, uniform
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import read_curves
 from losswatch.nets import ConvNet
 from losswatch.run.build import make_net
 
@@ -47,7 +47,7 @@ def pair(tmp_path_factory):
 
 def test_two_ranks_observe_what_one_process_does(pair):
     """Values and gradient norms of each loss of conf/loss at each step; validations, too."""
-    one, two = (read_scalars(folder) for folder in pair[:2])
+    one, two = (read_curves(folder) for folder in pair[:2])
     assert len(one.filter(like="grad_norm/").dropna()) == 25
     assert {f"{kind}/{name}" for kind in ("loss", "grad_norm") for name in NAMES} <= {*two.columns}
     assert two.columns.equals(one.columns) and two.index.equals(one.index)
@@ -63,7 +63,7 @@ def test_a_loss_that_knows_nothing_of_ranks(pair, compose):
     with torch.no_grad():
         logits = make_net(plan)(images)
         shares = [F.cross_entropy(logits[rank::2], target[rank::2]).item() for rank in (0, 1)]
-    scalars = read_scalars(pair[1])
+    scalars = read_curves(pair[1])
     assert scalars["loss/foreign"][0] == pytest.approx(sum(shares) / 2, rel=1e-6)
     assert abs(shares[0] - shares[1]) > 1e-4
     means = scalars[["val/loss/foreign", "val/loss/cce_stable"]].dropna().to_numpy()

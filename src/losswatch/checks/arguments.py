@@ -1,4 +1,4 @@
-"""Whether the values of a config fit the arguments that they are for, by type.
+"""Whether the values of a config fit the arguments that they are for, by type (pydantic).
 
 The command line may give text where a truth value is meant, and Python counts the text `off` as
 true. The annotations and defaults of a function's arguments reveal such a value before it is used.
@@ -6,15 +6,35 @@ true. The annotations and defaults of a function's arguments reveal such a value
 
 from __future__ import annotations
 
+import functools
 import inspect
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import Enum
-from os import PathLike
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, to_json
+
 from losswatch.config.errors import ConfigError
+
+# What is allowed, by the types of pydantic's errors; the other errors say it themselves.
+_WORDS = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "path_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "iterable_type": "a list",
+    "dict_type": "keys and values",
+    "mapping_type": "keys and values",
+    "too_long": "a shorter list",
+    "missing": "a longer list",
+}
+# Of types whose values only a `_target_` can make.
+_OBJECTS = ("needs_python_object", "callable_type")
 
 
 def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -26,30 +46,31 @@ def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str
     Args:
         what: the part of the config that holds the values.
         function: the function or class that will get them.
-        values: by the name of the argument.
+        values: by the name of the argument. An object that a `_target_` in them makes is not
+            checked here.
 
     Raises:
-        ConfigError: naming the first value that does not fit, and what is allowed.
+        ConfigError: a value does not fit. The message names the first one, and what is allowed.
 
     >>> def scale(factor: float, exact: bool | None = None): ...
     >>> check_arguments("model", scale, {"factor": 2, "exact": "off"})
     Traceback (most recent call last):
-    losswatch.config.schema.ConfigError: model.exact must be true or false or null, got 'off'
+    losswatch.config.errors.ConfigError: model.exact must be true or false or null, got 'off'
     """
     kinds = _kinds(function)
     for name, value in values.items():
         kind = kinds.get(name, Any)
-        if not _fits(value, kind):
-            raise ConfigError(f"{what}.{name} must be {_describe(kind)}, got {value!r}")
+        if not _has_target(value) and (allowed := _allowed(kind, value)):
+            raise ConfigError(f"{what}.{name} must be {allowed}, got {value!r}")
 
 
 def check_call(
     what: str, function: Callable[..., Any], args: Sequence[Any], values: Mapping[str, Any]
 ) -> None:
-    """See that a function can be called with these arguments, without calling it.
+    """Check that a function can be called with these arguments, without calling it.
 
     Args:
-        what, function, values: as of `check_arguments`, with all that the function will get.
+        what, function, values: see `check_arguments`; the values are all that the function gets.
         args: arguments by position.
 
     Raises:
@@ -58,7 +79,7 @@ def check_call(
     >>> def scale(factor: float, exact: bool | None = None): ...
     >>> check_call("model", scale, [], {"factor": 2, "exakt": True})
     Traceback (most recent call last):
-    losswatch.config.schema.ConfigError: model: got an unexpected keyword argument 'exakt'
+    losswatch.config.errors.ConfigError: model: got an unexpected keyword argument 'exakt'
     """
     check_arguments(what, function, values)
     try:
@@ -95,58 +116,53 @@ def _kind_of_default(value: Any) -> Any:
     return float if isinstance(value, int | float) else Any
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a config may be passed as an argument of this type."""
-    if kind is Any:
-        return True
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, member) for member in inner)
-    if origin is typing.Annotated:
-        return _fits(value, inner[0])
-    if origin is typing.Literal:
-        return any(value == allowed and type(value) is type(allowed) for allowed in inner)
-    if kind is None or kind is type(None):
-        return value is None
-    if kind is bool:
-        return isinstance(value, bool)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    container = origin or kind
-    if not inspect.isclass(container):
-        return True  # a type variable
+def _has_target(value: Any) -> bool:
+    """Whether a value of a config holds an object that is made later."""
     if isinstance(value, dict):
-        return True  # a nested object, which is checked where it is made
-    if isinstance(value, list | tuple):
-        if not issubclass(container, Iterable) and container is not object:
-            return False
-        if container is tuple and inner and inner[-1] is not Ellipsis:
-            return len(value) == len(inner) and all(map(_fits, value, inner))
-        return not inner or all(_fits(item, inner[0]) for item in value)
-    if isinstance(value, str) and issubclass(container, Enum | PathLike):
-        return True
-    return isinstance(value, container)
+        return "_target_" in value or any(map(_has_target, value.values()))
+    return isinstance(value, list) and any(map(_has_target, value))
 
 
-def _describe(kind: Any) -> str:
-    """The values that `_fits` allows, in words."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        plain = [member for member in inner if not _is_object(member)]
-        return " or ".join(dict.fromkeys(map(_describe, plain or inner)))
-    if origin is typing.Literal:
-        return " or ".join(map(str, inner))
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
-             type(None): "null"}  # fmt: skip
-    if kind in names:
-        return names[kind]
-    if origin is tuple and inner and inner[-1] is not Ellipsis:
-        return f"a list of {len(inner)}, each {_describe(inner[0])}"
-    if origin is not None and inspect.isclass(origin) and issubclass(origin, Iterable):
-        return f"a list, each {_describe(inner[0])}" if inner else "a list"
-    return f"of the type {getattr(kind, '__name__', kind)}"
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def _is_object(kind: Any) -> bool:
-    """Whether a config can only name a value of this type by the `_target_` that makes it."""
-    return inspect.isclass(kind) and kind not in (bool, int, float, str, list, tuple, type(None))
+def _allowed(kind: Any, value: Any) -> str | None:
+    """The values that a type allows, in words; None if this value of a config is one of them."""
+    if kind is Any:
+        return None
+    try:
+        adapter = _adapter(kind)
+    except Exception:  # pydantic cannot check this type
+        return None
+    errors = _errors(adapter, value)
+    if not errors:
+        return None
+    words = [_describe(error) for error in errors if error["type"] not in _OBJECTS]
+    words = words or ["an object, made by a _target_"]
+    if not _errors(adapter, None):
+        words.append("null")
+    return " or ".join(dict.fromkeys(words))
+
+
+def _errors(adapter: TypeAdapter[Any], value: Any) -> list[ErrorDetails]:
+    """What pydantic finds wrong with a value of a config; nothing if the value fits.
+
+    In JSON a list may stand for a tuple, and a whole number for a float. Values that JSON does not
+    have, such as a path, and types that only `isinstance` knows, need Python's own value.
+    """
+    try:
+        adapter.validate_json(to_json(value, fallback=str, inf_nan_mode="constants"), strict=True)
+    except ValidationError as error:
+        try:
+            adapter.validate_python(value, strict=True)
+        except Exception:
+            return error.errors()
+    return []
+
+
+def _describe(error: ErrorDetails) -> str:
+    word = _WORDS.get(error["type"]) or error["msg"].removeprefix("Input should be ")
+    is_in_list = any(isinstance(part, int) for part in error["loc"])
+    return f"a list, each {word}" if is_in_list and error["type"] != "missing" else word

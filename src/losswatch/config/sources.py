@@ -61,13 +61,11 @@ class Sources:
         Raises:
             ConfigError: a file is not YAML; the message names its line.
         """
-        nodes = {}
-        with read_write(cfg):
-            trained = cfg.loss
+        config, nodes = OmegaConf.masked_copy(cfg, list(cfg)), {}
+        with read_write(config):
             for name in names:
-                cfg.loss = self._compose(name)
-                nodes[name] = OmegaConf.to_container(cfg.loss, resolve=True)
-            cfg.loss = trained
+                config.loss = self._compose(name)
+                nodes[name] = OmegaConf.to_container(config.loss, resolve=True)
         return nodes  # type: ignore[return-value]
 
     def _compose(self, name: str) -> DictConfig:

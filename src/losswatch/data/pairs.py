@@ -9,7 +9,7 @@ from pathlib import Path
 from losswatch.data.cases import Case
 from losswatch.data.matching import Names, NoMasks, Pairs, beside, match
 from losswatch.data.splits import add_case
-from losswatch.data.tree import WORDS, Key, files_below, is_hidden, part_of
+from losswatch.data.tree import WORDS, Key, files_below, is_hidden, key_part
 
 # Common names of the folders images/ and masks/.
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages", "leftimg8bit")
@@ -115,7 +115,7 @@ def _merge_pairs(parts: Iterable[tuple[str, Pairs]]) -> Pairs:
         if pairs.cases and bool(pairs.kinds) != bool(kinds):
             case = next(iter(pairs.cases.values()))
             raise ValueError(f"{case.images[0]} has one mask, others have a folder for each class")
-        place = part_of(name)
+        place = key_part(name)
         for key, case in pairs.cases.items():
             masks = dict(zip(pairs.kinds, case.masks, strict=False))
             padded = tuple(masks.get(kind, ()) for kind in kinds) if kinds else case.masks

@@ -44,7 +44,7 @@ def files_below(folder: Path) -> Files:
     found = Files(folder, {}, [])
     for where, names in _walk(folder):
         place = Path(where)
-        parts = tuple(map(part_of, place.relative_to(folder).parts))
+        parts = tuple(map(key_part, place.relative_to(folder).parts))
         paths = [Path(where, name) for name in names]
         if parts and parts[-1] not in WORDS and _is_series(paths):
             _add(found, parts, place)
@@ -93,7 +93,7 @@ def state_of(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def part_of(name: str) -> str:
+def key_part(name: str) -> str:
     """The name of a folder as a part of a key."""
     return WORDS.get(name.lower(), normal(name))
 

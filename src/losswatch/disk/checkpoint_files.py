@@ -1,30 +1,53 @@
-"""A run's checkpoints on the disk: written whole, two kept, and the damaged ones passed over."""
+"""A run's checkpoints on the disk: written whole, two kept, and the damaged ones passed over.
+
+Beside `step=100.ckpt` stands `step=100.json` with what must be known of a checkpoint before it is
+loaded: its config, sizes and metrics (checkpoint.py), and a checksum of the .ckpt. It is written
+last, so a checkpoint without it is not complete.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from losswatch.config.errors import ConfigError
-from losswatch.disk.checkpoint import Content, check_types, step_of, to_keep
-from losswatch.files import replace_file
+from losswatch.disk.checkpoint import (
+    Checkpoint,
+    check_types,
+    config_of,
+    plain_record,
+    step_of,
+    to_keep,
+)
+from losswatch.files import read_file, replace_file
 from losswatch.text import printable, reason
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # checkpoints of a run: if the newest one is damaged, there is the one before
 
-# Whether a checkpoint could be read when the file changed last (mtime_ns), of those that this
-# process has read or written.
-_readable: dict[Path, tuple[int, bool]] = {}
+
+class About(NamedTuple):
+    """What stands beside a checkpoint."""
+
+    step: int
+    config: dict[str, Any]  # of the run
+    sizes: dict[str, int]  # of the files that grow, by name
+    metrics: dict[str, float]  # of the validation of these weights; empty if there was none
+    checksum: int  # CRC-32 of the .ckpt
+
+
+# --- Writing -------------------------------------------------------------------------------------
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -32,43 +55,43 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step={step}.ckpt"
 
 
-def save(content: Content, folder: Path) -> None:
-    """Write a run's checkpoint as a whole, and remove those that it supersedes."""
-    path = checkpoint_path(folder, step_of(content))
-    write(content, path)
-    _readable[path] = path.stat().st_mtime_ns, True
-    prune(folder, step_of(content))
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a run's checkpoint and what stands beside it, and remove those that it supersedes."""
+    path = checkpoint_path(folder, step_of(checkpoint))
+    about = {"step": step_of(checkpoint), "metrics": {}, **plain_record(checkpoint)}
+    about["checksum"] = write(checkpoint, path)
+    replace_file(path.with_suffix(".json"), json.dumps(about, indent=2))
+    prune(folder, step_of(checkpoint))
 
 
-def write(content: Content, path: Path) -> None:
-    """Write a checkpoint as a whole; it replaces any other of its name."""
+def write(checkpoint: Checkpoint, path: Path) -> int:
+    """Write a checkpoint as a whole, in place of any other of its name; return its checksum."""
     buffer = io.BytesIO()
-    torch.save(dict(content), buffer)
+    torch.save(dict(checkpoint), buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, buffer.getvalue())
+    return zlib.crc32(buffer.getbuffer())
 
 
 def prune(folder: Path, step: int, keep: int = KEPT) -> None:
     """Remove the checkpoints of a run that is at `step`, except for the `keep` newest.
 
-    Those of later steps are left from an attempt that was given up. Files that cannot be read stay
-    where they are, and do not count.
+    Those of later steps are left from an attempt that was given up. Damaged ones stay where they
+    are, and do not count.
     """
-    good = [path for path in _files(folder) if _is_readable(path)]
-    kept = [path for path in good if step_in_name(path) <= step][:keep]
-    for path in good:
+    good = list(saved(folder))
+    kept = [path for path, about in good if about.step <= step][:keep]
+    for path, _ in good:
         if path not in kept:
             path.unlink(missing_ok=True)
-            del _readable[path]
-    for partial in folder.glob("checkpoints/.step=*.ckpt.*"):  # of a process that was killed
+            path.with_suffix(".json").unlink(missing_ok=True)
+    for partial in folder.glob("checkpoints/.step=*"):  # of a process that was killed
         partial.unlink(missing_ok=True)
 
 
 def finish(folder: Path, step: int) -> None:
     """Keep only the last checkpoint of a run that ended at `step`."""
     prune(folder, step, keep=1)
-    for path in _files(folder):
-        _readable.pop(path, None)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -90,7 +113,10 @@ class AtomicCheckpoints(TorchCheckpointIO):
             write(checkpoint, Path(path))
 
 
-def load(path: Path) -> Content:
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Checkpoint:
     """What a checkpoint holds: tensors and plain data, nothing that could run code.
 
     Raises:
@@ -102,40 +128,100 @@ def load(path: Path) -> Content:
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"its part {damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        check_types(content)
-        if step_in_name(path) not in (-1, step_of(content)):
-            raise ValueError(f"it is of step {step_of(content)}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_types(checkpoint)
+        if step_in_name(path) not in (-1, step_of(checkpoint)):
+            raise ValueError(f"it is of step {step_of(checkpoint)}")
     except Exception as error:
         raise ValueError(f"{printable(path)} cannot be read ({reason(error)})") from error
-    return content
+    return checkpoint
 
 
-def readable(folder: Path, damaged: list[str] | None = None) -> Iterator[tuple[Path, Content]]:
-    """A run's checkpoints that can be read, the newest first.
+def read_about(path: Path) -> About:
+    """What stands beside the checkpoint at `path`, which is not read.
+
+    Raises:
+        ValueError: it is missing or damaged; in one line.
+    """
+    file = path.with_suffix(".json")
+    try:
+        parts = json.loads(read_file(file))
+        about = About(**{name: parts[name] for name in About._fields})
+        sizes = about.sizes.values()
+        if not (isinstance(about.config, dict) and all(type(n) is int and n >= 0 for n in sizes)):
+            raise ValueError("it holds something else")
+        if about.step != step_in_name(path):
+            raise ValueError(f"it is of step {about.step}")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{printable(path)} cannot be read ({file.name}: {reason(error)})"
+        ) from error
+    return about
+
+
+def check(path: Path) -> About:
+    """What stands beside a checkpoint, if its bytes are those that were written.
+
+    Raises:
+        ValueError: one of both files is missing or damaged; in one line.
+    """
+    about = read_about(path)
+    try:
+        if zlib.crc32(read_file(path)) != about.checksum:
+            raise ValueError("its checksum differs")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{printable(path)} cannot be read ({reason(error)})") from error
+    return about
+
+
+def saved(folder: Path, damaged: list[str] | None = None) -> Iterator[tuple[Path, About]]:
+    """A run's whole checkpoints, the newest first; none of them is loaded.
 
     `damaged` gets a line about each of the others that was passed over.
     """
-    for path in _files(folder):
+    for path in files(folder):
         try:
-            content = load(path)
+            about = check(path)
         except ValueError as error:
             if damaged is not None:
                 damaged.append(str(error))
         else:
-            yield path, content
+            yield path, about
 
 
-def newest(folder: Path) -> tuple[Path, Content] | None:
-    """The newest checkpoint that can be read; a warning names the others."""
-    damaged: list[str] = []
-    found = next(readable(folder, damaged), None)
-    for line in damaged:
-        log.warning("%s; the one before it is used", line)
-    return found
+def saved_configs(folder: Path) -> Iterator[dict[str, Any]]:
+    """The config of each of a run's checkpoints that can be read.
+
+    Raises:
+        ConfigError: a checkpoint is of another program, which this run would replace.
+    """
+    for path in files(folder):
+        try:
+            yield read_about(path).config
+        except ValueError:
+            try:
+                checkpoint = load(path)
+            except ValueError:
+                continue
+            if not config_of(checkpoint):
+                raise ConfigError(
+                    f"{path} is a checkpoint of another program, which this run would replace; "
+                    "give another folder"
+                ) from None
+            yield config_of(checkpoint)
 
 
-def find(place: str) -> Content:
+def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that can be loaded; a warning names the others."""
+    for path in files(folder):
+        try:
+            return path, load(path)
+        except ValueError as error:
+            log.warning("%s; the one before it is used", error)
+    return None
+
+
+def find(place: str) -> Checkpoint:
     """The checkpoint that a file or a run's folder holds.
 
     Raises:
@@ -173,23 +259,7 @@ def step_in_name(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _files(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
     """Everything that has the name of a run's checkpoint, the newest first."""
-    files = [path for path in folder.glob("checkpoints/*.ckpt") if step_in_name(path) >= 0]
-    return sorted(files, key=step_in_name, reverse=True)
-
-
-def _is_readable(path: Path) -> bool:
-    """Whether `load` succeeds. The file is read only if it has changed since the last time."""
-    try:
-        changed = path.stat().st_mtime_ns
-    except OSError:
-        return False
-    if _readable.get(path, (None, False))[0] != changed:
-        try:
-            load(path)
-        except ValueError:
-            _readable[path] = changed, False
-        else:
-            _readable[path] = changed, True
-    return _readable[path][1]
+    found = [path for path in folder.glob("checkpoints/*.ckpt") if step_in_name(path) >= 0]
+    return sorted(found, key=step_in_name, reverse=True)

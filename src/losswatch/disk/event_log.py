@@ -1,27 +1,33 @@
-"""A run's event file: its logger, TensorBoard's charts and table of runs, and the images shown."""
+"""A run's log: its event file with TensorBoard's charts, and its own record (curves.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from losswatch.compat import process_rank
+from losswatch.config.settings import Settings
 from losswatch.data.survey import Survey
-from losswatch.disk.event_files import event_sizes, rewind
+from losswatch.disk.curves import Curves
+from losswatch.disk.growing_files import file_sizes, rewind
 from losswatch.disk.hparams import add_hparams
 from losswatch.events.charts import add_charts
-from losswatch.events.encode import put_last
+from losswatch.events.encode import write_scalars
 from losswatch.events.layout import SUFFIX
 
 
 class EventLog(TensorBoardLogger):
-    """Lightning's TensorBoard logger with one event file for a run: fit and test share it."""
+    """Lightning's TensorBoard logger with one event file for a run: fit and test share it.
+
+    Curves and metrics go to the run's own record, too.
+    """
 
     has_charts = True  # `open_log` writes their layout, for runs that are not watched too
 
@@ -29,6 +35,18 @@ class EventLog(TensorBoardLogger):
         super().__init__(
             folder, name=None, version="", default_hp_metric=False, filename_suffix=SUFFIX
         )
+        self.curves = Curves(Path(folder))
+
+    def write_curves(self, tags: Sequence[str], steps: np.ndarray, values: np.ndarray) -> None:
+        """Write a block of observations; see `Curves.append`."""
+        write_scalars(self.experiment, tags, steps, values)
+        self.curves.append(tags, steps, values)
+
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of a validation or a test, by tag."""
+        values = np.array([list(metrics.values())])
+        write_scalars(self.experiment, list(metrics), np.array([step]), values)
+        self.curves.add_metrics(step, metrics)
 
     def save(self) -> None:
         """Write no hparams.yaml: the config stands in .hydra/ and result.json."""
@@ -48,26 +66,24 @@ class EventLog(TensorBoardLogger):
             self.close()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each of the run's event files by name, with all that was logged on the disk."""
+        """Bytes of each file that grows, by name, with all that was logged."""
         self.experiment.flush()
-        return event_sizes(Path(self.log_dir))
+        return file_sizes(Path(self.log_dir))
 
 
-def open_log(settings, events: Mapping[str, int]) -> EventLog:
-    """The run's event file, with its charts and its row of the HParams tab.
+def open_log(settings: Settings, sizes: Mapping[str, int]) -> EventLog:
+    """A run's log, with TensorBoard's charts and the run's row of the HParams tab.
 
     Args:
-        cfg, loss, folder: of the run; `loss` is the name of the trained loss.
-        events: the event files and sizes that a checkpoint knows; what an earlier attempt wrote
-            beyond them is removed.
+        settings: the run's.
+        sizes: of the files that grow, at the checkpoint; what an earlier attempt wrote beyond them
+            is removed.
     """
-    folder = settings.job.folder
-    logger = EventLog(str(folder))
+    logger = EventLog(str(settings.job.folder))
     if process_rank() == 0:
-        rewind(folder, events)
+        rewind(settings.job.folder, sizes)
         with ExitStack() as on_failure:
             on_failure.enter_context(logger)
-            put_last(logger.experiment)
             add_charts(logger.experiment, cosines=settings.probe.cosines, validation=True)
             add_hparams(logger.experiment, settings)
             on_failure.pop_all()  # it stays open

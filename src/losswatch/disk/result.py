@@ -1,75 +1,139 @@
-"""result.json: what became of a run."""
+"""result.json: what became of a run. Nothing else reads or writes the file."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from losswatch.disk.checkpoint import is_plain
-from losswatch.files import replace_file
+from losswatch.files import read_file, replace_file
 from losswatch.text import printable, reason
 
-
-class Reached(NamedTuple):
-    """What training or testing has reached."""
-
-    steps: int  # done in all
-    metrics: dict[str, float]  # of the last validation and of the test
-    is_done: bool = True  # False: to be resumed
-
-
-def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write result.json. JSON has no NaN or infinity; they are written as null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    text = json.dumps(plain(dict(result)), indent=2, ensure_ascii=False, allow_nan=False)
-    # Bytes of a command line that are no UTF-8 are lone surrogates in Python, and escapes in JSON.
-    replace_file(folder / "result.json", (text + "\n").encode("utf-8", "backslashreplace"))
+# The types of a result's parts as a file holds them. Each part may be missing or null.
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "run": (str,),
+    "status": (str,),
+    "error": (str,),
+    "overrides": (list,),
+    "choices": (dict,),
+    "config": (dict,),
+    "steps": (int,),
+    "seconds": _NUMBER,
+    "metrics": (dict,),
+    "watched": (dict,),
+}
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """What result.json holds; None if there is none.
+@dataclass(frozen=True)
+class Result:
+    """What became of a run. A part that is not known is None or empty."""
 
-    Raises:
-        ValueError: it is damaged; in one line.
-    """
-    path = folder / "result.json"
-    if not path.exists():
-        return None
+    run: str | None = None  # the name of its folder
+    status: str = "unfinished"  # or "done", "failed"
+    error: str | None = None
+    overrides: list[str] | None = None  # of the command line
+    choices: dict[str, Any] = field(default_factory=dict)  # the name chosen in each config group
+    config: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None  # done in all
+    seconds: float | None = None  # of the last attempt
+    metrics: dict[str, float] = field(default_factory=dict)  # last validation and test, by tag
+    # Values and gradient norms of the last observation, by tag.
+    watched: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_done(self) -> bool:
+        return self.status == "done"
+
+    def score(self, metric: str) -> float:
+        """What a search goes by: a metric of the validation; in mode=test the same of the test."""
+        is_training = self.config.get("mode") == "train"
+        name = metric if is_training else metric.replace("val/", "test/", 1)
+        return self.metrics.get(name, math.nan)
+
+    @classmethod
+    def read(cls, folder: Path) -> Result | None:
+        """The result of a run; None if the folder has no result.json.
+
+        Raises:
+            ValueError: the file is damaged; in one line.
+        """
+        path = folder / "result.json"
+        try:
+            return cls.of(json.loads(read_file(path)))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{printable(path)} cannot be read ({reason(error)})") from error
+
+    @classmethod
+    def of(cls, parts: Any) -> Result:
+        """The result with these parts, as JSON or YAML gives them; null among numbers is NaN.
+
+        Raises:
+            ValueError: no run writes such parts.
+        """
+        if not isinstance(parts, dict) or not parts.get("status"):
+            raise ValueError("not an object with a status")
+        known = {name: parts[name] for name in _TYPES if parts.get(name) is not None}
+        for place, value, types in _typed(known):
+            if type(value) not in types:  # a bool does not pass as an int
+                raise ValueError(f"{place} is of type {type(value).__name__}")
+        for name in ("metrics", "watched"):
+            if name in known:
+                known[name] = {tag: _as_float(value) for tag, value in known[name].items()}
+        if "seconds" in known:
+            known["seconds"] = _as_float(known["seconds"])
+        result = cls(**known)
+        for name in ("config", "metrics"):
+            if result.is_done and name not in known:
+                raise ValueError(f"done, but without {name}")
+        return result
+
+    def write(self, folder: Path) -> None:
+        """Write result.json. JSON has no NaN or infinity; they are written as null."""
+        text = json.dumps(as_json(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
+        # Bytes of a command line that are not UTF-8 are lone surrogates in Python, and escapes in
+        # JSON.
+        replace_file(folder / "result.json", (text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def finished(folder: Path) -> Result | None:
+    """The result of a run that is done; None if the run is not, or the file is damaged."""
     try:
-        if not path.is_file():
-            raise ValueError("it is not a regular file")
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if not (
-            isinstance(result, dict)
-            and is_plain(result)
-            and isinstance(result.get("config"), dict)
-            and isinstance(result.get("status"), str)
-        ):
-            raise ValueError("it holds what no run writes")
-        metrics = result.get("metrics", {} if result["status"] != "done" else None)
-        if not isinstance(metrics, dict) or not all(
-            value is None or isinstance(value, int | float) for value in metrics.values()
-        ):
-            raise ValueError("its metrics are missing or no numbers")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{printable(path)} cannot be read ({reason(error)})") from error
-    return result
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result.json of a run that is done; None if the run is not, or the file is damaged."""
-    try:
-        result = read_result(folder)
-    except ValueError:  # `folder.take_up` names it
+        result = Result.read(folder)
+    except ValueError:  # `resume.find_start` names it
         return None
-    return result if result and result["status"] == "done" else None
+    return result if result and result.is_done else None
+
+
+def as_json(value: Any) -> Any:
+    """Plain data with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: as_json(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [as_json(below) for below in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _typed(parts: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
+    """Each value whose type is known: its place, the value and the types it may have."""
+    for name, part in parts.items():
+        yield name, part, _TYPES[name]
+    for name in ("loss", "model", "optimizer"):
+        yield f"choices.{name}", parts.get("choices", {}).get(name), (str, type(None))
+    for name in ("metrics", "watched"):
+        for tag, value in parts.get(name, {}).items():
+            yield f"{name}.{tag}", value, (*_NUMBER, type(None))
+    for override in parts.get("overrides", []):
+        yield "an override", override, (str,)
+
+
+def _as_float(number: float | None) -> float:
+    try:
+        return math.nan if number is None else float(number)
+    except OverflowError as error:  # an integer of hundreds of digits
+        raise ValueError("a number is too large") from error

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from losswatch.config.errors import ConfigError
 from losswatch.config.settings import differences
-from losswatch.disk.checkpoint import Content, config_of, events_of, step_of
-from losswatch.disk.checkpoint_files import readable
-from losswatch.disk.event_files import event_files, lost_events
+from losswatch.disk.checkpoint_files import saved, saved_configs
+from losswatch.disk.curves import OLD, was_written_by_0_1
+from losswatch.disk.growing_files import event_files, what_is_lost
 from losswatch.disk.result import Result
 from losswatch.text import printable, shortened
 
@@ -22,38 +24,35 @@ log = logging.getLogger(__name__)
 class Start(NamedTuple):
     """Where a run begins: at a checkpoint, or anew."""
 
-    path: Path | None  # the checkpoint
-    content: Content  # of the checkpoint; empty without one
-    notice: str | None  # what of the earlier attempt is damaged or missing, and what follows
-
-    @property
-    def step(self) -> int:
-        return step_of(self.content)
-
-    @property
-    def events(self) -> dict[str, int]:
-        return events_of(self.content)
+    path: Path | None = None  # the checkpoint
+    step: int = 0  # steps done
+    sizes: Mapping[str, int] = MappingProxyType({})  # of the files that grow, by name
+    metrics: Mapping[str, float] = MappingProxyType({})  # of the validation of that step
+    notice: str | None = None  # what of the earlier attempt is damaged or missing, what follows
 
 
-def take_up(folder: Path) -> Start:
-    """Where a run goes on: at its newest checkpoint with whole event files."""
+def find_start(folder: Path) -> Start:
+    """Where a run goes on: at its newest whole checkpoint with a whole record. Nothing is loaded.
+
+    The .ckpt itself is read for its checksum alone.
+    """
     passed: list[str] = []
     try:
         Result.read(folder)
     except ValueError as error:
         passed.append(str(error))
-    for path, content in readable(folder, passed):
-        lost = lost_events(folder, events_of(content))
+    start = Start()
+    for path, about in saved(folder, passed):
+        lost = what_is_lost(folder, about.sizes)
         if not lost:
+            start = Start(path, about.step, about.sizes, about.metrics)
             break
         passed.append(f"{printable(path)} cannot be used ({lost})")
-    else:
-        path, content = None, {}
-    then = f"goes on from {path.name}" if path else "starts anew"
-    return Start(path, content, f"{'; '.join(passed)}; training {then}" if passed else None)
+    then = f"goes on from {start.path.name}" if start.path else "starts anew"
+    return start._replace(notice=f"{'; '.join(passed)}; training {then}" if passed else None)
 
 
-def announce(notice: str | None, step: int) -> None:
+def log_resume(notice: str | None, step: int) -> None:
     """Say where a run goes on, and what of an earlier attempt is damaged or missing."""
     if notice:
         log.warning("%s", notice)
@@ -62,10 +61,10 @@ def announce(notice: str | None, step: int) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """See that a folder is that of a run, finished or not.
+    """Check that a folder is that of a run, finished or not.
 
     Raises:
-        ConfigError: it is not; with what it holds.
+        ConfigError: the folder is of something else; the message says what it holds.
     """
     if not folder.is_dir():
         raise ConfigError(f"resume={folder}: there is no such run folder")
@@ -76,7 +75,7 @@ def check_run(folder: Path) -> None:
     with suppress(ValueError):
         if Result.read(folder):
             return
-    if event_files(folder) or any(config_of(content) for _, content in readable(folder)):
+    if event_files(folder) or any(saved(folder)):
         return
     names = sorted(file.name for file in folder.iterdir())
     runs = [name for name in names if (folder / name / ".hydra").is_dir()]
@@ -88,28 +87,27 @@ def check_run(folder: Path) -> None:
     )
 
 
-def check_folder(folder: Path, cfg: dict) -> None:
-    """See that what the folder holds of an earlier attempt was made with the same config.
+def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
+    """Check that what the folder holds of an earlier attempt was made with the same config.
 
-    Epochs must also be as long as they were (`set_length`).
+    Args:
+        folder: of the run; it may be missing.
+        config: of this command (`Settings.as_config`), with the number of steps.
 
     Raises:
-        ConfigError: it was not, with the differences; or a checkpoint is of another program.
+        ConfigError: the folder holds a run with another config (the message lists the differences),
+            one of an older losswatch that is not done, or a checkpoint of another program.
     """
     result = None
     with suppress(ValueError):
         result = Result.read(folder)
-    configs = [result.config] if result else []
-    if not result or result.status != "done":
-        for path, content in readable(folder):
-            if not config_of(content):
-                raise ConfigError(
-                    f"{path} is a checkpoint of another program, which this run would replace; "
-                    "give another folder"
-                )
-            configs.append(config_of(content))
-    for config in configs:
-        if differ := differences(config, cfg):
+    configs = [result.config] if result and result.config else []
+    if not result or not result.is_done:
+        if was_written_by_0_1(folder):
+            raise ConfigError(f"{folder} {OLD}")
+        configs += saved_configs(folder)
+    for earlier in configs:
+        if differ := differences(earlier, config):
             raise ConfigError(
                 f"{folder} holds a run of another config: {'; '.join(differ[:20])}. Give the same "
                 "settings to go on with it, or another folder"

@@ -1,5 +1,5 @@
-"""TensorBoard event files of scalars: writing them fast, and reading a run's files as one frame.
+"""TensorBoard's event file: writing blocks of scalars fast, the names of curves, and the charts.
 
-layout.py holds the format and the names, encode.py writes blocks of scalars, decode.py reads one
-file, and series.py joins the files of a run.
+layout.py holds the format, encode.py writes blocks of scalars, tags.py names what is written, and
+charts.py lays out the custom charts. Nothing here reads an event file: TensorBoard does.
 """

@@ -7,8 +7,6 @@ into its columns, and the checksums of all records are computed side by side.
 
 from __future__ import annotations
 
-import os
-import re
 import struct
 import time
 from collections.abc import Sequence
@@ -17,10 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from losswatch.compat import event_file, event_file_path
+from losswatch.compat import event_file
 from losswatch.events.layout import (
     LENGTH,
-    PREFIX,
     SIMPLE_VALUE,
     STEP,
     SUMMARY,
@@ -126,21 +123,3 @@ def append_picture(file: Path, tag: str, png: bytes, step: int) -> None:
     event = Event(wall_time=time.time(), step=step, summary=summary)
     with file.open("ab") as events:
         RecordWriter(events).write(event.SerializeToString())
-
-
-def put_last(writer: SummaryWriter) -> None:
-    """Rename the writer's file, if needed, so that its name sorts behind the folder's other files.
-
-    TensorBoard reads the files of a run in the order of their names, which begin with the time in
-    seconds. Where the clock was set back, or a run moved to another machine, the newest file would
-    not be read last.
-    """
-    path = event_file_path(writer)
-    stamp = re.compile(re.escape(PREFIX) + r"(\d{10})\.")
-    last = max(other.name for other in path.parent.iterdir() if stamp.match(other.name))
-    if path.name < last:
-        seconds = int(stamp.match(last)[1])  # type: ignore[index]
-        writer.flush()  # nothing may be written while the file is renamed
-        name = stamp.sub(f"{PREFIX}{seconds + 1:010}.", path.name, count=1)
-        path = path.rename(path.with_name(name))
-        event_file(writer).filename = os.fsencode(path)

@@ -5,11 +5,11 @@
     sums.py           the sums over pixels that losses read, by name
     pixels.py         from pixels to sums, and the only derivative by pixels, in plain form
     fast.py           the same, as fast as a CPU allows
-    table.py          the sums as one differentiable function of the logits
+    sum_table.py      the sums as one differentiable function of the logits
     ranks.py          the sums over the batches of all ranks
     rows.py           the few rows that span the gradients of all losses of a table
     table_loss.py     what losses of sums have in common
-    groups.py         many losses of one table evaluated together
+    loss_groups.py    many losses of one table evaluated together
     dice.py, cross_entropy.py    the losses as formulas on the sums
     compose.py        weighted sums, and sets that share a table
     saturation.py     whether a Dice loss has no gradient left

@@ -13,7 +13,8 @@ from losswatch.compat import has_hooks, recorded, traced
 from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
 from losswatch.losses.frozen import Frozen, is_number
-from losswatch.losses.groups import (
+from losswatch.losses.inputs import evaluate
+from losswatch.losses.loss_groups import (
     Group,
     copies,
     group_key,
@@ -21,12 +22,11 @@ from losswatch.losses.groups import (
     values,
     values_and_jacobian,
 )
-from losswatch.losses.inputs import evaluate
 from losswatch.losses.pixels import is_hard, one_hot, wide
 from losswatch.losses.ranks import RankSums
-from losswatch.losses.rows import by_spanning_sums, rows, spanning_sums
+from losswatch.losses.rows import by_spanning_sums, make_rows, spanning_sums
+from losswatch.losses.sum_table import as_sums, by_logits, pixels_and_sums, table, with_labels
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table import as_sums, by_logits, read, table, with_labels
 from losswatch.losses.table_loss import TableLoss, check_shapes, is_empty, value_and_slope
 
 
@@ -233,12 +233,12 @@ class LossSet(nn.Module):
         """Values [K], rows [N, M, C, *space] and coefficients [K, M] of losses that share."""
         check_shapes(self.parts, logits, target)
         hard, recipe = is_hard(logits, target), self.recipe
-        pixels, logit_sums, labels = read(logits, target, recipe)
+        pixels, logit_sums, labels = pixels_and_sums(logits, target, recipe)
         sums = as_sums(logit_sums, labels, logits, target, recipe)
         value, jacobian = values_and_jacobian(self._groups(), sums)
         if hard and self._rows_are_sums(classes := logits.shape[1]):
             labelled = with_labels(pixels, target, recipe)
-            block = rows(list(spanning_sums(recipe, classes)), labelled, recipe)
+            block = make_rows(list(spanning_sums(recipe, classes)), labelled, recipe)
             slopes = by_spanning_sums(jacobian, recipe)
         else:
             block = torch.stack([by_logits(s, pixels, target, recipe) for s in jacobian], 1)

@@ -66,7 +66,7 @@ def by_spanning_sums(jacobian: Tensor, recipe: Recipe) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def rows(labels: Sequence[Label], pixels: Pixels, recipe: Recipe) -> Tensor:
+def make_rows(labels: Sequence[Label], pixels: Pixels, recipe: Recipe) -> Tensor:
     """The derivatives of M sums by the logits, [N, M, C, *space]."""
     p = pixels.p
     steep = {key: steepness(key, pixels, recipe) for key in dict.fromkeys(k for k, _ in labels)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from losswatch.losses.dice import Dice
-from losswatch.losses.table import table
+from losswatch.losses.sum_table import table
 from losswatch.losses.table_loss import TINY, class_tensor, value_and_slope
 
 

@@ -3,7 +3,7 @@
 A Dice loss or a cross entropy reads the logits only through a few sums over pixels, such as
 Σ y·p and Σ p of each class. So there are two steps:
 
-    logits, target  --table.py-->  `Sums`  --a loss's `from_sums`-->  its value
+    logits, target  --sum_table.py-->  `Sums`  --a loss's `from_sums`-->  its value
 
 The first step is one `torch.autograd.Function`, with the only derivative by pixels in this package.
 The second step is ordinary differentiable code on tensors of C numbers.

@@ -13,8 +13,8 @@ from losswatch.compat import recorded, traced
 from losswatch.losses.frozen import Frozen
 from losswatch.losses.inputs import evaluate
 from losswatch.losses.ranks import RankSums, over_ranks, world_size
+from losswatch.losses.sum_table import table
 from losswatch.losses.sums import Recipe
-from losswatch.losses.table import table
 
 # Divisors are at least TINY, so that 0 / 0 is 0 with finite gradients, and not NaN.
 TINY = 1e-20
@@ -28,7 +28,7 @@ class TableLoss(Frozen):
 
     Losses that differ only in their `free` settings have one formula. Their `from_sums` reads these
     settings from the keys of the sums, from `numbers` and from `members`. So it can serve K losses
-    at once (groups.py): each sum is then [K, C] and the values are [K].
+    at once (loss_groups.py): each sum is then [K, C] and the values are [K].
     """
 
     recipe: Recipe

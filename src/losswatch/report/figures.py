@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from losswatch.events.layout import PREFIX
-from losswatch.events.series import read_scalars
+from losswatch.disk.curves import ROWS, read_curves
 from losswatch.events.tags import GRAD_NORM, LOSS
 from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save, show_literally
@@ -41,7 +40,7 @@ def plot_curves(
     """Draw one run into the file `path`, with axes that fit it.
 
     Args:
-        scalars: those of the run, from `read_scalars`.
+        scalars: those of the run, from `read_curves`.
         trained: the name of the trained loss.
     """
     save(draw({trained or "": [scalars]}, title=title), path)
@@ -109,10 +108,10 @@ def plot_sweep(
         stem = folder / file_name(str(name) or "losses")
         jobs.append(Job(folders, title, stem, formats, looks, study))
 
-    # A process takes two seconds to start. In this time one process reads and draws 15 long runs.
-    events = (f for run in runs["run"] for f in (sweep / run).glob(f"{PREFIX}*"))
-    size = sum(f.stat().st_size for f in events if os.path.isfile(f))
-    workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**26)
+    # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
+    records = (sweep / run / ROWS for run in runs["run"])
+    size = sum(file.stat().st_size for file in records if file.is_file())
+    workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**24)
     if workers <= 1:
         drawn = list(map(_run_job, jobs))
     else:  # spawned, because a fork of a process with threads (it may train) can hang
@@ -148,7 +147,7 @@ def _run_job(job: Job) -> Path | None:
     Raises:
         OSError: the figure cannot be written.
     """
-    runs = {loss: [read_scalars(f) for f in folders] for loss, folders in job.folders.items()}
+    runs = {loss: [read_curves(f) for f in folders] for loss, folders in job.folders.items()}
     runs = {loss: [f for f in frames if len(f)] for loss, frames in runs.items()}
     runs = {loss: frames for loss, frames in runs.items() if frames}
     if not runs:
@@ -178,7 +177,7 @@ def draw(
     first of these runs ends, because the mean of the others would jump there.
 
     Args:
-        runs: for each training loss, the scalars of its runs from `read_scalars`.
+        runs: for each training loss, the scalars of its runs from `read_curves`.
         study: give the axes the study's limits. Otherwise they fit the curves.
         looks: those of at least the losses in the figure, from `loss_looks`.
     """

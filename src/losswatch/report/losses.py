@@ -45,19 +45,19 @@ def example() -> tuple[Tensor, Tensor]:
     return torch.stack([-difference / 2, difference / 2], 1), target
 
 
-def settings(config: DictConfig) -> str:
+def settings_text(config: DictConfig) -> str:
     """`name=value` of all settings; the losses of a sum as `Class(...) + Class(...)`."""
     parts = []
     for name, value in config.items():
         if name == "losses":
-            terms = (f"{part._target_.split('.')[-1]}({settings(part)})" for part in value)
+            terms = (f"{part._target_.split('.')[-1]}({settings_text(part)})" for part in value)
             parts.append(" + ".join(terms))
         elif name != "_target_":
             parts.append(f"{name!s}={value}")
     return ", ".join(parts)
 
 
-def rows() -> list[Row]:
+def loss_rows() -> list[Row]:
     """The losses of conf/loss by name."""
     logits, target = example()
     table = []
@@ -67,7 +67,9 @@ def rows() -> list[Row]:
         config = OmegaConf.load(path)
         assert isinstance(config, DictConfig)
         value = load_loss(path.stem)(logits, target).item()
-        table.append(Row(path.stem, formula, " ".join(advice), settings(config), f"{value:.4f}"))
+        table.append(
+            Row(path.stem, formula, " ".join(advice), settings_text(config), f"{value:.4f}")
+        )
     return table
 
 
@@ -86,12 +88,12 @@ def print_losses(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("losswatch losses", description="all losses of conf/loss")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     if parser.parse_args(arguments).markdown:
-        print(markdown(rows()), end="")
+        print(markdown(loss_rows()), end="")
         return
     table = Table(title="loss=…")
     for name in (HEAD.name, HEAD.formula, HEAD.settings):
         table.add_column(name, overflow="fold")
     table.add_column(HEAD.value, justify="right")
-    for row in rows():
+    for row in loss_rows():
         table.add_row(*map(escape, (row.name, row.formula, row.settings, row.value)))
     Console().print(table)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from losswatch.disk.result import Result
 from losswatch.events.layout import PREFIX
-from losswatch.events.series import read_last_step
-from losswatch.events.tags import GRAD_COSINE, LOSS
+from losswatch.events.tags import LOSS
 from losswatch.report.records import METRICS, get, read_record
 from losswatch.text import parse_overrides, printable, reason
 
@@ -72,9 +72,9 @@ def read_runs(sweep_dir: str | Path, *, details: bool = False) -> pd.DataFrame:
     if not folders:
         raise FileNotFoundError(f"holds no runs: {sweep}")
     records = [read_record(folder) for folder in folders]
-    overrides = [parse_overrides(record.get("overrides") or []) for record in records]
+    overrides = [parse_overrides(record.overrides or []) for record in records]
     # A run that was killed before it wrote its config says nothing of what was swept.
-    known = [record.get("overrides") is not None for record in records]
+    known = [record.overrides is not None for record in records]
     others = _other_settings(list(compress(overrides, known)))
     runs = pd.DataFrame([
         {"run": folder.relative_to(sweep).as_posix()} | _row(record, others, values)
@@ -83,7 +83,7 @@ def read_runs(sweep_dir: str | Path, *, details: bool = False) -> pd.DataFrame:
     if details:
         further = [
             pd.DataFrame([_other_metrics(record) for record in records]),
-            pd.DataFrame([_last_watched(folder) for folder in folders]),
+            pd.DataFrame([_watched(record) for record in records]),
         ]
         further = [frame[[c for c in frame if c not in runs]] for frame in further]
         return pd.concat([runs, *further], axis=1)
@@ -100,45 +100,41 @@ def _other_settings(overrides: list[dict[str, str]]) -> list[str]:
     ]
 
 
-def _row(record: dict[str, Any], others: list[str], overrides: dict[str, str]) -> dict[str, Any]:
+def _row(record: Result, others: list[str], overrides: dict[str, str]) -> dict[str, Any]:
     """The cells of a run's row, from its record; `others` are further settings."""
-    row: dict[str, Any] = {name: _plain(get(record, place)) for name, place in SETTINGS.items()}
+    parts = vars(record)
+    row: dict[str, Any] = {name: _plain(get(parts, place)) for name, place in SETTINGS.items()}
     for key in others:  # the resolved value, if there is one, says more than the override's text
-        value = get(record, f"config.{key}")
+        value = get(record.config, key)
         if value is None or isinstance(value, dict):
-            value = get(record, f"choices.{key}") or overrides.get(key)
+            value = get(record.choices, key) or overrides.get(key)
         row[key] = _plain(value)
     # A run of mode=test has no validation.
-    stage = "test" if get(record, "config.mode") == "test" else "val"
-    row |= {name: _number(get(record, f"metrics.{stage}/{name}")) for name in METRICS}
-    row["seconds"] = _number(get(record, "seconds"))
-    return row | {name: _plain(get(record, name)) for name in ("status", "error")}
+    stage = "test" if record.config.get("mode") == "test" else "val"
+    row |= {name: record.metrics.get(f"{stage}/{name}", np.nan) for name in METRICS}
+    row["seconds"] = np.nan if record.seconds is None else record.seconds
+    return row | {"status": _plain(record.status), "error": _plain(record.error)}
 
 
-def _other_metrics(record: dict[str, Any]) -> dict[str, float]:
+def _other_metrics(record: Result) -> dict[str, float]:
     """The metrics of a run's record, except those that `_row` shows, by printable tag."""
     shown = {f"val/{name}" for name in METRICS}
     return {
-        printable(tag): _number(value)
-        for tag, value in (record.get("metrics") or {}).items()
+        printable(tag): value
+        for tag, value in record.metrics.items()
         if tag.startswith(("val/", "test/")) and tag not in shown
     }
 
 
-def _last_watched(folder: Path) -> dict[str, float]:
+def _watched(record: Result) -> dict[str, float]:
     """Value and gradient norm of each loss at the last step observed, by printable tag."""
-    last = read_last_step(folder)
-    return {printable(tag): v for tag, v in last.items() if not tag.startswith(GRAD_COSINE)}
+    return {printable(tag): value for tag, value in record.watched.items()}
 
 
 def _plain(value: Any) -> bool | int | float | str | None:
     if isinstance(value, int) and abs(value) >= 2**63:  # pandas 2 holds no such integer
         return printable(value)
     return value if isinstance(value, bool | int | float | None) else printable(value)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else np.nan
 
 
 def _find_runs(sweep: Path) -> Iterator[Path]:

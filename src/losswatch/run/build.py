@@ -249,13 +249,14 @@ def make_loggers(plan: Plan) -> list[Logger]:
     ]
 
 
-def check_loggers(settings: Settings) -> None:
+def check_loggers(plan: Plan) -> None:
     """Check that `make_loggers` can make the loggers. Some would begin a remote run if made.
 
     Raises:
         ConfigError: a logger cannot be made.
     """
-    for what, node in _nodes(settings, "logger"):
+    for what, node in _nodes(plan.settings, "logger"):
+        node = plan.filled(node)
         _check_targets(what, node)
         target = _target(what, node)
         check_call(what, target, node.get("_args_", []), _arguments(node))

@@ -71,7 +71,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder, config: of the run; the config as plain data.
-        data: as of `content.add_record`.
+        data: see `checkpoint.add_record`.
     """
 
     def __init__(
@@ -145,9 +145,9 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero and isinstance(trainer.logger, EventLog):
             for logger in trainer.loggers:
                 logger.save()  # what a logger of the user's has not written is lost by a kill
-            events, random = trainer.logger.sizes(), randomness.get_state()
+            sizes, random = trainer.logger.sizes(), randomness.get_state()
             metrics = self.metrics if self.validated == trainer.global_step else None
-            add_record(checkpoint, self.config, events, self.data, random, metrics)
+            add_record(checkpoint, self.config, sizes, self.data, random, metrics)
 
 
 def why_ended_early(trainer: pl.Trainer) -> str | None:

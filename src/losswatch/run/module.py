@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from losswatch.data.form import IGNORED, Form
 from losswatch.data.modules import as_pair
-from losswatch.events.encode import write_scalars
+from losswatch.disk.event_log import EventLog
 from losswatch.losses import LossSet
 from losswatch.run.finite import FiniteCheck
 from losswatch.run.scores import ImageScores, PixelScores
@@ -117,14 +115,13 @@ class SegmentationModule(pl.LightningModule):
         self.log_dict(scalars, logger=False)
         if not self.trainer.is_global_zero:
             return scalars
-        values = torch.stack(list(scalars.values())).cpu().numpy()
+        values = torch.stack(list(scalars.values())).tolist()
+        numbers, step = dict(zip(scalars, values, strict=True)), self.trainer.global_step
         for logger in self.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                step = np.array([self.trainer.global_step])
-                write_scalars(logger.experiment, list(scalars), step, values[None])
+            if isinstance(logger, EventLog):
+                logger.write_metrics(step, numbers)
             else:
-                numbers = dict(zip(scalars, values.tolist(), strict=True))
-                logger.log_metrics(numbers, step=self.trainer.global_step)
+                logger.log_metrics(numbers, step=step)
         return scalars
 
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -33,7 +33,7 @@ from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.modules import batches_per_epoch, first_batch, form_of, has_test, is_ours
 from losswatch.data.survey import print_survey
-from losswatch.disk.checkpoint import Content, data_of
+from losswatch.disk.checkpoint import Checkpoint, data_of
 from losswatch.disk.checkpoint_files import find
 from losswatch.run.build import (
     check_loggers,
@@ -69,7 +69,7 @@ class Plan:
     options: dict[str, Any]
     traits: Traits | None = None
     data: pl.LightningDataModule | None = field(default=None, compare=False)
-    checkpoint: Content | None = field(default=None, compare=False)
+    checkpoint: Checkpoint | None = field(default=None, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -179,7 +179,7 @@ class Planner:
             )
             if settings.mode == "test" and not images.has_test:
                 raise ConfigError("mode=test: the data have no images for a test")
-            check_loggers(settings)
+            check_loggers(plan)
             self._check_metrics(plan, images)
             traits = self._find_traits(plan) if self.is_here else None
             # A module of the user is made anew for the training: it may draw from a generator of

@@ -19,7 +19,7 @@ from losswatch.data.random import ThresholdedImages
 from losswatch.disk.checkpoint import data_of, load_loss, load_net, step_of
 from losswatch.disk.checkpoint_files import AtomicCheckpoints
 from losswatch.disk.event_log import EventLog, log_survey, open_log
-from losswatch.disk.resume import announce, take_up
+from losswatch.disk.resume import find_start, log_resume
 from losswatch.run.build import (
     make_callbacks,
     make_loggers,
@@ -56,15 +56,15 @@ class Reached(NamedTuple):
 def train(plan: Plan) -> Reached:
     """Train one run, from its newest checkpoint if there is one."""
     settings, folder = plan.settings, plan.folder
-    start = take_up(folder)
-    announce(start.notice, start.step)
+    start = find_start(folder)
+    log_resume(start.notice, start.step)
     data, net = plan.make_data(), make_net(plan)
     with run_process(net, settings.threads, settings.seed):
         module = _make_module(plan, net, data)
         if not is_ours(data):
             repeat(data, settings.seed)
         checkpoints = Checkpoints(folder, settings.as_config(), _about(data, plan.form))
-        with open_log(settings, start.events) as logger:
+        with open_log(settings, start.sizes) as logger:
             if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
                 log_survey(logger, data.survey)
             trainer = _make_trainer(plan, module, logger, checkpoints)

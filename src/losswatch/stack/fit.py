@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 
 from losswatch import compat, terminal
 from losswatch.data.random import TEST, VAL
-from losswatch.disk.resume import announce
+from losswatch.disk.resume import log_resume
 from losswatch.losses import LossSet
 from losswatch.run.build import make_losses
 from losswatch.run.plan import Plan
@@ -56,7 +56,7 @@ def train_compiled(plan: Plan) -> Reached:
     """
     check_plan(plan)
     member = make_member(plan)
-    announce(member.notice, member.start)
+    log_resume(member.notice, member.start)
     fit([member], make_losses(plan), plan)
     return Reached(plan.steps, member.result())
 

@@ -12,8 +12,9 @@ from torch import nn
 from losswatch.checks.first_step import Traits
 from losswatch.data.random import ThresholdedImages
 from losswatch.disk.checkpoint import load_net, load_optimizer
+from losswatch.disk.checkpoint_files import load
 from losswatch.disk.event_log import EventLog, open_log
-from losswatch.disk.resume import take_up
+from losswatch.disk.resume import find_start
 from losswatch.run.build import make_net, make_optimizer
 from losswatch.run.plan import Plan
 from losswatch.stack.flat_parameters import trained_parameters
@@ -72,19 +73,20 @@ def make_member(plan: Plan) -> Member:
     assert isinstance(data, ThresholdedImages)  # `limits.check_plan`
     assert plan.traits is not None  # the first step was tried
     optimizer = make_optimizer(settings)(list(trained_parameters(net).values()))
-    start = take_up(folder)
+    start = find_start(folder)
     if start.step >= plan.steps:
         raise NotStackable("no step is left, only the test")
     if start.path:
-        load_net(net, start.content)
-        load_optimizer(optimizer, start.content)
+        checkpoint = load(start.path)
+        load_net(net, checkpoint)
+        load_optimizer(optimizer, checkpoint)
     return Member(
         folder=folder,
         net=net,
         data=data,
         trained=settings.trained,
         optimizer=optimizer,
-        logger=open_log(settings, start.events),
+        logger=open_log(settings, start.sizes),
         config=settings.as_config(),
         traits=plan.traits,
         start=start.step,

@@ -16,10 +16,9 @@ from torch.func import functional_call, vmap
 
 from losswatch import compat
 from losswatch.data.random import VAL, draw
-from losswatch.disk.checkpoint import add_record, as_of_lightning
+from losswatch.disk.checkpoint import add_record, make_checkpoint
 from losswatch.disk.checkpoint_files import save
 from losswatch.disk.event_log import side_by_side
-from losswatch.events.encode import write_scalars
 from losswatch.events.tags import GRAD_NORM, LOSS, PICTURES, watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import onednn
@@ -191,7 +190,7 @@ class StackedModule(pl.LightningModule):
             own = block[:, [self.tags.index(name) for name in names]]
             for row, column in np.argwhere(~np.isfinite(own))[:1]:
                 self._fail(member, f"{names[column]} is {own[row, column]}", steps[row])
-            write_scalars(member.logger.experiment, self.tags, steps, block)
+            member.logger.write_curves(self.tags, steps, block)
 
     def _fail(self, member: Member, what: str, step: int) -> None:
         """Mark a member as failed, for the first reason; the others go on."""
@@ -211,13 +210,13 @@ class StackedModule(pl.LightningModule):
                 if member.error:
                     continue
                 self._unstack(chunk, k, member, step)
-                content = as_of_lightning(
+                checkpoint = make_checkpoint(
                     member.net, self.losses, member.trained, member.optimizer, step, loops
                 )
                 add_record(
-                    content, member.config, member.logger.sizes(), metrics=dict(member.metrics)
+                    checkpoint, member.config, member.logger.sizes(), metrics=dict(member.metrics)
                 )
-                save(content, member.folder)
+                save(checkpoint, member.folder)
         self.saved = time.monotonic()
 
     def _unstack(self, chunk: Chunk, k: int, member: Member, step: int) -> None:
@@ -289,12 +288,10 @@ class StackedModule(pl.LightningModule):
 
     def report(self, stage: str, split: int, size: int) -> None:
         """Evaluate all members and write their metrics, with the tags of this stage."""
-        step = np.array([self.trainer.global_step])
         for member, found in zip(self.members, self.evaluate(split, size), strict=True):
             scalars = {f"{stage}/{name}": value for name, value in found.items()}
             member.metrics |= scalars
-            values = np.array([list(scalars.values())])
-            write_scalars(member.logger.experiment, list(scalars), step, values)
+            member.logger.write_metrics(self.trainer.global_step, scalars)
         accuracies = [member.metrics[f"{stage}/accuracy"] for member in self.members]
         what = "accuracy" if len(accuracies) == 1 else "mean accuracy"
         self.shown.set_text(f"{what} {np.mean(accuracies):.3f}")

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from losswatch.config.ranges import thresholds
-from losswatch.disk.resume import take_up
+from losswatch.disk.resume import find_start
 from losswatch.sweep.jobs import Run
 
 
@@ -55,7 +55,7 @@ def _common_settings(run: Run) -> dict[str, Any]:
     loss = config.pop("loss")
     config["watched"] = sorted({*config.pop("watch"), settings.trained})
     config["changed loss"] = loss if settings.has_own_loss else None
-    config["steps done"] = take_up(run.folder).step
+    config["steps done"] = find_start(run.folder).step
     return config
 
 

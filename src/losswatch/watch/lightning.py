@@ -407,7 +407,9 @@ class Watch(Callback):
             return
         tensorboards = self._tensorboards(trainer)
         for logger in trainer.loggers:
-            if logger in tensorboards:
+            if hasattr(logger, "write_curves"):  # that of train.py: to the run's record, too
+                logger.write_curves(self.record.tags, steps, values)
+            elif logger in tensorboards:
                 self.record.write(logger.experiment, steps, values)  # type: ignore
             else:
                 for step, row in zip(steps.tolist(), values.tolist(), strict=True):

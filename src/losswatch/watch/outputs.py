@@ -151,7 +151,7 @@ def check_outputs(output: Tensor, activation: str) -> None:
 # -- losses ---------------------------------------------------------------------------------------
 
 
-def with_names(losses: Losses, ignore_index: int | None) -> dict[str, nn.Module]:
+def losses_by_name(losses: Losses, ignore_index: int | None) -> dict[str, nn.Module]:
     """Losses by name: a preset has its own name, a module has that of its class.
 
     Raises:
@@ -281,7 +281,7 @@ class WatchedLosses:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: allowed are {', '.join(ACTIVATIONS)}")
         self.activation = activation
-        self.losses = with_names(losses, ignore_index)
+        self.losses = losses_by_name(losses, ignore_index)
         self.names = tuple(self.losses)
         self.foreign = [loss for loss in self.losses.values() if input_kind(loss) == "given"]
         self.sets: dict[tuple[bool, str | None], dict[tuple[str, int | None], LossSet]] = {}

@@ -37,7 +37,9 @@ def as_sums(
     )
 
 
-def read(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Pixels, Tensor, Tensor]:
+def pixels_and_sums(
+    logits: Tensor, target: Tensor, recipe: Recipe
+) -> tuple[Pixels, Tensor, Tensor]:
     """The pixels, the sums by the logits, and those of the labels, in the fastest form."""
     if fast.is_fast(logits, target, recipe):
         pixels = fast.read_pixels(logits, target, recipe)
@@ -68,7 +70,7 @@ class _Table(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
-        pixels, logit_sums, labels = read(logits, target, recipe)
+        pixels, logit_sums, labels = pixels_and_sums(logits, target, recipe)
         p, none = pixels.p, pixels.p.new_empty(0)
         # An output must not be an input, and soft labels are one.
         y = pixels.y if is_hard(logits, target) else none

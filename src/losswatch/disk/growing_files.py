@@ -1,0 +1,73 @@
+"""Files of a run that grow while it trains: its record (curves.py) and its event files.
+
+A checkpoint holds their sizes. A resumed run cuts them back to these, so no stretch of the curves
+is in them twice. The names of losswatch's event files end with `SUFFIX`. Event files of other
+programs in the same folder are never cut or removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from losswatch.disk.curves import METRICS, ROWS
+from losswatch.events.layout import PREFIX, SUFFIX
+from losswatch.files import sync
+from losswatch.text import printable, shortened
+
+log = logging.getLogger(__name__)
+
+
+def event_files(folder: Path) -> list[Path]:
+    """The event files that runs of losswatch began in a folder."""
+    return list(folder.glob(f"{PREFIX}*{SUFFIX}"))
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each growing file by name. The record is on the disk then."""
+    record = [path for name in (ROWS, METRICS) if (path := folder / name).exists()]
+    for path in record:
+        sync(path)
+    return {path.name: path.stat().st_size for path in [*record, *event_files(folder)]}
+
+
+def what_is_lost(folder: Path, sizes: Mapping[str, int]) -> str | None:
+    """What is missing of a record that had these sizes; None if nothing is.
+
+    Event files are for TensorBoard alone: nothing that is missing there keeps a run from going on.
+    """
+    for name in (ROWS, METRICS):
+        path, size = folder / name, sizes.get(name, 0)
+        if not path.exists():
+            if size:
+                return f"{name} is gone"
+        elif (left := path.stat().st_size) < size:
+            return f"{name} was cut from {size} to {left} bytes"
+    return None
+
+
+def rewind(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Cut a run's growing files to earlier sizes, and remove event files that it began later.
+
+    Event files of other programs are left alone, with a warning.
+    """
+    for name in (ROWS, METRICS):
+        path = folder / name
+        path.touch()
+        os.truncate(path, sizes.get(name, 0))
+    ours = event_files(folder)
+    for path in ours:
+        if path.name in sizes:
+            os.truncate(path, min(sizes[path.name], path.stat().st_size))
+        else:
+            path.unlink()
+    foreign = [shortened(path.name) for path in {*folder.glob(f"{PREFIX}*")}.difference(ours)]
+    if foreign:
+        log.warning(
+            "%s holds event files of another program (%s), left alone; TensorBoard shows their "
+            "curves as this run's",
+            printable(folder),
+            ", ".join(foreign[:3]) + ", ..." * (len(foreign) > 3),
+        )
