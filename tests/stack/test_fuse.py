@@ -134,9 +134,7 @@ def test_equals_runs_trained_alone(both, net, batch_norm, optimizer):
     assert_same_runs(runs)
     # The initial weights are equal bit for bit, and each run has images of its own.
     for one, initial in zip(runs.composed, runs.initial, strict=True):
-        for name, value in (
-            make_net(one.plan()).state_dict().items()
-        ):
+        for name, value in make_net(one.plan()).state_dict().items():
             assert torch.equal(initial[name], value)
     first = [read_curves(m.folder).loc[0, "loss/cce"] for m in runs.members]
     assert len(set(first)) == len(GRID)
@@ -364,7 +362,7 @@ def test_compile_falls_back(compose, tmp_path, caplog, override, reason):
         one = compose(*SMALL, override, "trainer.max_steps=3", f"compile={compiled}")
         folder = tmp_path / compiled
         folder.mkdir()
-        metrics.append(train(one.cfg, one.trained, folder))
+        metrics.append(train(one.plan(folder)))
         assert len(list(folder.glob("events.out.tfevents.*"))) == 1
         assert len(list(folder.glob("checkpoints/*"))) == 1
     assert metrics[0] == metrics[1]
