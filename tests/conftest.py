@@ -34,12 +34,14 @@ from losswatch.command import Command, Facts
 from losswatch.config import schema
 from losswatch.config.settings import Job, Settings
 from losswatch.config.sources import Sources
+from losswatch.data.form import Form
 from losswatch.data.random import ThresholdedImages
 from losswatch.disk.checkpoint_files import settings_to_keep
 from losswatch.disk.event_log import EventLog
 from losswatch.losses import LossSet
 from losswatch.nets import ConvNet, UNet
 from losswatch.presets import load_loss
+from losswatch.run import build
 from losswatch.run.module import SegmentationModule
 from losswatch.run.plan import Plan, Planner
 from losswatch.sweep.exit import verdict
@@ -83,12 +85,12 @@ class Composed:
     planner: Planner
     folder: Path  # of the run, where a test names none
 
-    def settings(self, folder: Path | None = None, is_sweep: bool = False) -> Settings:
+    def settings(self, folder=None, is_sweep=False, recall=settings_to_keep) -> Settings:
         job = Job.read(self.cfg.hydra, (), folder or self.folder)
         job = dataclasses.replace(job, is_sweep=is_sweep)
-        return Settings.read(self.cfg, job, self.planner.sources, settings_to_keep)
+        return Settings.read(self.cfg, job, self.planner.sources, recall)
 
-    def plan(self, folder: Path | None = None, is_sweep: bool = False) -> Plan:
+    def plan(self, folder=None, is_sweep=False) -> Plan:
         return self.planner.plan(self.settings(folder, is_sweep))
 
 
@@ -120,6 +122,13 @@ def refusal(compose):
         return line
 
     return refuse
+
+
+def make_losses(nodes: dict[str, dict], form: Form) -> LossSet:
+    """The losses that these nodes describe, for data of a form, as train.py makes them."""
+    settings = SimpleNamespace(losses=nodes)
+    plan = SimpleNamespace(settings=settings, form=form, filled=lambda node: node)
+    return build.make_losses(plan)
 
 
 # --- Runs in this process ------------------------------------------------------------------------

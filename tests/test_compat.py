@@ -14,8 +14,6 @@ from conftest import ENVIRONMENT, ROOT, run_python
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, RunMode
 from lightning_utilities.core.imports import RequirementCache
@@ -28,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import compat
-from losswatch.config import schema as config
+from losswatch.config import schema
 
 
 def test_it_imports_no_slow_library():
@@ -446,7 +444,7 @@ def test_loop_state_is_that_of_a_run():
 @pytest.fixture
 def multirun(tmp_path):
     """The config of a sweep, as Hydra gives it to callbacks, sweepers and launchers."""
-    config.register()
+    schema.register()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         given = ["experiment=smoke", f"hydra.sweep.dir='{tmp_path}'"]
         cfg = hydra.compose("config", given, return_hydra_config=True)
@@ -454,51 +452,36 @@ def multirun(tmp_path):
         yield cfg
 
 
-def basic_sweeper(multirun):
-    """Hydra's own, as it constructs it."""
-    context = HydraContext(compat.config_loader(), compat.no_callbacks())
-    return Plugins.instance().instantiate_sweeper(
-        hydra_context=context, task_function=lambda _: None, config=multirun
-    )
+def test_basic_sweeper(multirun):
+    """It splits a grid, and lets its runs be checked before it launches them."""
+    seen = []
 
+    class Sweeper(compat.basic_sweeper()):
+        def validate_batch_is_legal(self, batch):
+            seen.append(("checked", batch))
 
-def test_split_grid(multirun):
-    """As the sweeper that Hydra constructs does it."""
-    overrides = ["theta=0.5,[0.3,0.6]", "loss=dice", "seed=range(0,2)", "+note='a,b'"]
-    runs = compat.split_grid(overrides)
-    assert runs == [
-        [f"theta={theta}", "loss=dice", f"seed={seed}", "+note='a,b'"]
+    sweeper = Sweeper(max_batch_size=None, params={"optimizer.lr": "0.1,0.2"})
+    sweeper.hydra_context = HydraContext(compat.config_loader(), compat.no_callbacks())
+    sweeper.config, sweeper.launcher = multirun, Launched(seen)
+    sweeper.sweep(["theta=0.5,[0.3,0.6]", "loss=dice", "seed=range(0,2)", "+note='a,b'"])
+    runs = [
+        [f"optimizer.lr={lr}", f"theta={theta}", "loss=dice", f"seed={seed}", "+note='a,b'"]
+        for lr in (0.1, 0.2)
         for theta in ("0.5", "[0.3,0.6]")
         for seed in (0, 1)
     ]
-    sweeper = basic_sweeper(multirun)
-    sweeper.launcher = launched = Launched()
-    with compat.skip_validation(lambda: True):
-        sweeper.sweep(overrides)
-    assert launched.runs == runs
+    assert seen == [("checked", runs), ("launched", runs)]
 
 
 class Launched:
     """A launcher that notes what it is to launch."""
 
+    def __init__(self, seen):
+        self.seen = seen
+
     def launch(self, job_overrides, initial_job_idx):
-        self.runs = job_overrides
+        self.seen.append(("launched", job_overrides))
         return []
-
-
-@pytest.mark.parametrize("is_checked", [True, False])
-def test_skip_validation(multirun, is_checked):
-    """Of the class that Hydra loads, while it is open and the runs are checked."""
-    sweeper = basic_sweeper(multirun)
-    wrong = [["loss=dise"]]
-    with compat.skip_validation(lambda: is_checked):
-        if is_checked:
-            sweeper.validate_batch_is_legal(wrong)
-        else:
-            with pytest.raises(hydra.errors.MissingConfigException):
-                sweeper.validate_batch_is_legal(wrong)
-    with pytest.raises(hydra.errors.MissingConfigException):
-        sweeper.validate_batch_is_legal(wrong)
 
 
 def test_config_loader(multirun):
@@ -515,16 +498,6 @@ def test_no_callbacks():
     callbacks = compat.no_callbacks()
     assert callbacks.callbacks == []
     callbacks.on_job_start(config=None, task_function=None)
-
-
-def test_job_error(capsys):
-    error = OSError(28, "No space left on device")
-    job = JobReturn(status=JobStatus.FAILED)
-    job.return_value = error
-    assert compat.job_error(job) is error and capsys.readouterr() == ("", "")
-    with pytest.raises(OSError):
-        _ = job.return_value
-    assert capsys.readouterr().err.startswith("Error executing job")
 
 
 @pytest.mark.parametrize("override", ["loss=null", "model=3", "optimizer=null"])

@@ -23,8 +23,8 @@ from losswatch.config.quoting import quoted
 from losswatch.config.settings import Job, Settings
 from losswatch.config.sources import Sources
 from losswatch.presets import CONF
-from losswatch.sweep.exit import end, verdict
-from losswatch.sweep.switches import command_switches, ended_by_sigterm, silence_logging
+from losswatch.sweep.exit import clear_errors
+from losswatch.sweep.switches import silence_logging
 from losswatch.terminal import open_streams
 
 if TYPE_CHECKING:
@@ -140,9 +140,6 @@ def _command(key: str) -> Command:
 def main() -> None:
     """Do what the arguments of this process ask for.
 
-    An error becomes one line and an exit status, and a sweep gets its table. If HYDRA_FULL_ERROR is
-    set, errors keep their traceback.
-
     Raises:
         SystemExit: with the exit status, if that is not 0.
     """
@@ -155,16 +152,7 @@ def main() -> None:
     typed = sys.argv[1:]
     sys.argv[1:] = map(quoted, typed)
     schema.use_checked_sweeper()
-    command = Command(Facts(tuple(sys.argv[1:])))
     HydraConfig.instance().cfg = None  # of an earlier command in this process
-    with command_switches() as is_verbose, ended_by_sigterm(command):
-        try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()
-            line, status = command.line, command.status
-        except BaseException as error:
-            given = dict(zip(sys.argv[1:], typed, strict=True))
-            known = verdict(error, command, given)
-            if known is None or (is_verbose and isinstance(error, Exception)):
-                raise
-            line, status = known
-        end(command, line, status, is_verbose)
+    command = Command(Facts(tuple(sys.argv[1:])))
+    with clear_errors(command, dict(zip(sys.argv[1:], typed, strict=True))):
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()

@@ -7,8 +7,8 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,35 +58,41 @@ def run_task(command: Command, cfg: DictConfig) -> float | None:
     hydra: Any = HydraConfig.get()
     job = Job.read(hydra, command.facts.overrides)
     _say_which(command, job)
+    with quiet(), _contained(job):
+        return _run(command, cfg, job)
+    return None
+
+
+def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
+    """`run_task` of a run whose job has been read."""
     checked = command.runs.pop(job.overrides, None)
     plan, settings = (checked.plan, checked.settings) if checked else (None, None)
-    with quiet():
-        try:
-            if plan is None:
-                settings = command.read(cfg, job)
-                if settings.resume:
-                    check_run(job.folder)
-                plan = command.planner(job).plan(settings)
-        except ConfigError as error:
-            if not job.is_sweep:
-                command.refuse(str(error))
-            else:
-                with _held(job.folder):
-                    _record_failure(job, settings, error, 0.0)
-            return None
-        try:
+    try:
+        if plan is None:
+            settings = command.read(cfg, job)
+            if settings.resume:
+                check_run(job.folder)
+            plan = command.planner(job).plan(settings)
+    except ConfigError as error:
+        if not job.is_sweep:
+            command.refuse(str(error))
+        else:
             with _held(job.folder):
-                # Before it let go, another process may have finished the run, or begun one here.
-                check_folder(job.folder, plan.settings.as_config())
-                if earlier := finished(job.folder):
-                    return _skip(earlier, plan)
-                return _attempt(command, plan, _work)
-        except ConfigError as error:
-            if job.is_sweep:
-                log.error("%s", error)  # the grid was valid when the sweep started
-            else:
-                command.refuse(str(error))
-            return None
+                _record_failure(job, settings, error, 0.0)
+        return None
+    try:
+        with _held(job.folder):
+            # Before it let go, another process may have finished the run, or begun one here.
+            check_folder(job.folder, plan.settings.as_config())
+            if earlier := finished(job.folder):
+                return _skip(earlier, plan)
+            return _attempt(command, plan, _work)
+    except ConfigError as error:
+        if job.is_sweep:
+            log.error("%s", error)  # the grid was valid when the sweep started
+        else:
+            command.refuse(str(error))
+        return None
 
 
 def finish_stacked(
@@ -106,8 +112,21 @@ def finish_stacked(
         log_resume(outcome.notice, step=0)
         return Reached(plan.steps, outcome.result()), outcome.seconds
 
-    with quiet():
+    with quiet(), _contained(plan.settings.job):
         return _attempt(command, plan, hand_over)
+    return None
+
+
+@contextmanager
+def _contained(job: Job) -> Iterator[None]:
+    """Let a sweep go on after a run whose result cannot be written, or that shows a bug."""
+    try:
+        yield
+    except Exception as error:
+        if not job.is_sweep:
+            raise
+        log.error("%s: %s", job.folder, one_line(error))
+        log.debug("", exc_info=True)
 
 
 def _say_which(command: Command, job: Job) -> None:

@@ -13,23 +13,21 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from conftest import ENVIRONMENT, ROOT, read_result, run_folders, run_train
+from conftest import ENVIRONMENT, ROOT, make_losses, read_result, run_folders, run_train
 from disks import SHORT, disks, make_folder, save
-from losswatch.config.loss_files import loss_nodes
-from omegaconf import OmegaConf
 from oracle import gradients, truth
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from losswatch import CrossEntropy, Dice, LossSet, Observer, Sum
+from losswatch.checks.images import check_images
 from losswatch.config.errors import ConfigError
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.reading import read
 from losswatch.data.writing import write_mask
 from losswatch.run import build
-from losswatch.run import plan as checks
 from losswatch.run.module import SegmentationModule
 from losswatch.run.scores import ImageScores
 
@@ -291,11 +289,10 @@ def test_a_split_that_lacks_a_class(tmp_path, compose, caplog):
         save(path, np.zeros((40, 48), np.uint8))
     data = FolderImages(tmp_path / "a", patch_size=16)
     assert data.missing == [("val", "255")]
-    cfg = compose(*SHORT, f"data.root={tmp_path / 'a'}").cfg
-    checks._show_data(cfg, ranks=1)
+    compose(*SHORT, f"data.root={tmp_path / 'a'}").plan()
     assert "no image of val has class 255; its metrics leave the class out" in caplog.text
     with pytest.raises(ConfigError, match="train has 3 images, fewer than the 4 devices"):
-        checks._show_data(cfg, ranks=4)
+        check_images(data, {}, ranks=4)
 
 
 def test_without_the_extra(tmp_path, monkeypatch):
@@ -520,15 +517,14 @@ def test_training_values_and_norms(tmp_path, kind, compose):
     else:
         root = make_folder(tmp_path / "a")
     target = {"sigmoid": "sigmoid"}.get(kind, "null")
-    cfg = compose(
+    plan = compose(
         *SHORT, "data.patch_size=null", f"data.root={root}", f"data.target={target}", "loss=dice",
         "watch=[cce_stable,dice]",
-    ).cfg  # fmt: skip
-    form = build.describe_data(cfg)
-    images, labels = build.make_data(cfg).first_batch()
-    net = build.make_net(cfg, form).double()
-    losses = build.make_losses(loss_nodes(cfg, "dice"), form)
-    module = SegmentationModule(net, losses, "dice", build.make_optimizer(cfg), form)
+    ).plan()  # fmt: skip
+    images, labels = plan.make_data().first_batch()
+    net, losses = build.make_net(plan).double(), build.make_losses(plan)
+    optimizer = build.make_optimizer(plan.settings)
+    module = SegmentationModule(net, losses, "dice", optimizer, plan.form)
     output = net(images.double())
     module.finite.check_logits = lambda *_: None
     logits = module._as_logits(output)
@@ -598,8 +594,7 @@ def test_losses_ignore_pixels_under_each_name_of_their_class(dice, cross_entropy
         "own_sum": {"_target_": f"{__name__}.Both"},
         "loaded": {"_target_": "losswatch.load_loss", "name": "dice_cce"},
     }  # fmt: skip
-    nodes = {name: OmegaConf.create(node) for name, node in nodes.items()}
-    losses = build.make_losses(nodes, Form(1, tuple("abc"), 2, has_ignored=True))
+    losses = make_losses(nodes, Form(1, tuple("abc"), 2, has_ignored=True))
     values = dict(zip(losses.names, losses(logits, target).tolist(), strict=True))
     counted = target != -1
     p = logits.softmax(1).movedim(1, -1)[counted]  # [pixels, 3]

@@ -25,9 +25,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.config.errors import ConfigError
-from losswatch.config.settings import plain
+from losswatch.data.form import Form
 from losswatch.disk import checkpoint_files as checkpoints
-from losswatch.disk.checkpoint import adopt, load_net
+from losswatch.disk.checkpoint import load_net, to_keep
 from losswatch.disk.checkpoint_files import (
     checkpoint_path,
     find,
@@ -42,9 +42,11 @@ from losswatch.disk.locks import hold
 from losswatch.disk.result import Result, finished
 from losswatch.disk.resume import check_folder, check_run, find_start
 from losswatch.report.runs import read_runs
-from losswatch.run.build import describe_data, make_net, trainer_options
+from losswatch.run import train as run
+from losswatch.run.build import make_net
 from losswatch.run.callbacks import Images
 from losswatch.run.module import SegmentationModule
+from losswatch.run.plan import Plan
 from losswatch.stack import module as stack_module
 from losswatch.stack.fit import fit
 from losswatch.stack.member import make_member
@@ -96,7 +98,7 @@ def train_here(compose, monkeypatch):
             "trainer.enable_progress_bar=false", *overrides,
         )  # fmt: skip
         folder.mkdir(exist_ok=True)
-        return train(composed.cfg, composed.trained, folder)
+        return train(composed.plan(folder))
 
     return run
 
@@ -475,10 +477,11 @@ def test_runs_at_different_steps_are_no_stack(compose, tmp_path):
         composed = compose("experiment=smoke", f"seed={seed}")
         folder = tmp_path / f"{seed}"
         folder.mkdir()
-        members.append(make_member(composed.cfg, "dice", folder))
+        plan = composed.plan(folder)
+        members.append(make_member(plan))
     members[1].start = 10
     with pytest.raises(NotStackable, match="at different steps"):
-        fit(members, None, trainer_options(composed.cfg))
+        fit(members, None, plan)
 
 
 @pytest.mark.parametrize(
@@ -514,10 +517,10 @@ def test_a_checkpoints_config_may_be_nonsense(compose):
     config = {"model": "nothing", "data": {"image_size": 8, "[": 3, "low": {"x": 1}}, "theta": None}
     content = {"state_dict": {}, "losswatch": {"config": config}}
     composed = compose("model=convnet", "mode=test", "checkpoint=x")
-    adopt(composed.cfg, content, [])
-    assert composed.cfg.data.image_size == 8 and composed.cfg.theta == 0.5
+    settings = composed.settings(recall=lambda _: to_keep(content))
+    assert settings.data["image_size"] == 8 and settings.theta == 0.5
     with pytest.raises(ConfigError, match="trained with another"):
-        load_net(make_net(composed.cfg, describe_data(composed.cfg)), content)
+        load_net(make_net(Plan(settings, Form(1, ("a", "b"), 2), {})), content)
 
 
 @pytest.mark.parametrize("place", ["pipe", "folder", "/dev/zero"])
@@ -730,7 +733,7 @@ def test_another_programs_checkpoint_is_not_replaced(compose, tmp_path):
     path.parent.mkdir()
     torch.save({"state_dict": {}, "global_step": 10, "hyper_parameters": {}}, path)
     with pytest.raises(ConfigError, match="step=10.ckpt is a checkpoint of another program"):
-        check_folder(tmp_path, plain(compose("experiment=smoke").cfg))
+        check_folder(tmp_path, compose("experiment=smoke").settings().as_config())
 
 
 def test_what_is_no_run_is_not_resumed(swept, tmp_path):
@@ -863,7 +866,7 @@ def test_what_is_compared_is_not_loaded(train_here, straight, tmp_path, monkeypa
 
 def test_a_run_of_an_older_losswatch(compose, tmp_path):
     """It has event files, but no record: one line says what can read it. A finished one stays."""
-    config = plain(compose("experiment=smoke").cfg)
+    config = compose("experiment=smoke").settings().as_config()
     (tmp_path / "events.out.tfevents.1.host.1.0.losswatch").touch()
     with pytest.raises(ConfigError, match=r"written by an older losswatch \(0\.1\); that version"):
         check_folder(tmp_path, config)
@@ -1092,7 +1095,7 @@ def test_a_group_leaves_out_a_run_that_ended_while_the_lock_was_waited_for(tmp_p
         Result(status="done", metrics={"val/accuracy": 0.5}).write(folder)
         return hold(folder)
 
-    job = SimpleNamespace(folder=tmp_path / "run")
+    job = SimpleNamespace(folder=tmp_path / "run", plan=object())
     with ExitStack() as held:
         assert launch._lock(job, held)
     monkeypatch.setattr(launch, "hold", wait)
@@ -1124,7 +1127,7 @@ def test_a_damaged_result(compose, tmp_path, content):
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / "result.json").write_bytes(content)
     assert finished(tmp_path) is None
-    check_folder(tmp_path, plain(compose("experiment=smoke").cfg))
+    check_folder(tmp_path, compose("experiment=smoke").settings().as_config())
     notice = find_start(tmp_path).notice
     assert "result.json cannot be read (" in notice and "\n" not in notice and len(notice) < 500
 
@@ -1154,11 +1157,11 @@ def test_a_damaged_result_on_the_command_line(whole, tmp_path):
 @pytest.mark.parametrize("text", ["\udcff", "\x1b[31mred\nline", "x" * 10_000])
 def test_a_results_text_is_shown_on_one_line(compose, tmp_path, text):
     """Characters that do not print are replaced, and long text is cut."""
-    config = plain(compose("experiment=smoke").cfg) | {"note": text, text: 1}
+    config = compose("experiment=smoke").settings().as_config() | {"note": text, text: 1}
     Result(status="failed", error=text, config=config).write(tmp_path)
     assert json.loads((tmp_path / "result.json").read_text("utf-8"))["error"] == text
     with pytest.raises(ConfigError) as refused:
-        check_folder(tmp_path, plain(compose("experiment=smoke").cfg))
+        check_folder(tmp_path, compose("experiment=smoke").settings().as_config())
     said = str(refused.value)
     said.encode()
     assert "note was " in said and said.isprintable() and len(said) < 500
@@ -1196,13 +1199,10 @@ def test_mode_test(whole, tmp_path):
         (["model=convnet", "theta=[0.3,0.6]"], r"is \(2, 4, 1, 1\) there and \(3, 4, 1, 1\) in"),
     ],
 )
-def test_a_checkpoint_of_another_shape(whole, compose, overrides, said):
+def test_a_checkpoint_of_another_shape(whole, compose, overrides, said, tmp_path):
     composed = compose("mode=test", f"checkpoint={whole}", *overrides)
-    content = find(composed.cfg.checkpoint)
-    given = [override.split("=")[0] for override in overrides]
-    adopt(composed.cfg, content, given)
     with pytest.raises(ConfigError, match=said):
-        load_net(make_net(composed.cfg, describe_data(composed.cfg)), content)
+        run.test(composed.plan(tmp_path))
 
 
 def test_a_checkpoints_config_is_only_numbers(compose):
@@ -1212,11 +1212,12 @@ def test_a_checkpoints_config_is_only_numbers(compose):
         "model": {"_target_": "os.system", "width": 7}, "loss": {"_target_": "os.system"},
         "watch": ["x"], "trainer": {"max_steps": 1},
     }  # fmt: skip
-    composed = compose("model=convnet", "mode=test", "checkpoint=x")
-    before = plain(composed.cfg)
-    adopt(composed.cfg, {"losswatch": {"config": saved}}, ["seed"])
-    wanted = before | {"theta": 0.2, "data": before["data"] | {"image_size": 8}}
-    assert plain(composed.cfg) == wanted
+    composed = compose("model=convnet", "mode=test", "checkpoint=x", "seed=0")
+    before = composed.settings(recall=lambda _: {}).as_config()
+    settings = composed.settings(recall=lambda _: to_keep({"losswatch": {"config": saved}}))
+    data = before["data"] | {"image_size": 8, "thresholds": 0.2}
+    wanted = before | {"theta": 0.2, "data": data}
+    assert settings.as_config() == wanted
 
 
 def test_no_checkpoint(tmp_path):

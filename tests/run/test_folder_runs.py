@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import read_result, run_train
+from conftest import make_losses, read_result, run_train
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -27,7 +27,6 @@ from losswatch.config.errors import ConfigError
 from losswatch.config.quoting import quoted
 from losswatch.data.form import Form
 from losswatch.disk.curves import read_curves
-from losswatch.run import build
 from losswatch.run.module import SegmentationModule
 from losswatch.run.scores import ImageScores
 
@@ -146,7 +145,7 @@ PUBLIC = {
 @pytest.mark.parametrize("name", PUBLIC)
 def test_losses_by_their_public_names_ignore_pixels(name):
     """The value does not depend on the logits under ignored pixels."""
-    [loss] = build.make_losses({"own": OmegaConf.create(PUBLIC[name])}, FORM).losses
+    [loss] = make_losses({"own": PUBLIC[name]}, FORM).losses
     logits, target = validation()[0]
     other = torch.where(target.unsqueeze(1) < 0, 5 * logits, logits)
     assert (target < 0).any() and torch.equal(loss(logits, target), loss(other, target))
@@ -193,7 +192,7 @@ CONSTRUCTORS = {
 def test_the_error_of_a_constructor_is_shown_itself(case):
     node, message = CONSTRUCTORS[case]
     with pytest.raises(ConfigError) as raised:
-        build.make_losses({"own": OmegaConf.create(node)}, replace(FORM, has_ignored=False))
+        make_losses({"own": node}, replace(FORM, has_ignored=False))
     assert str(raised.value) == message
 
 
@@ -201,9 +200,9 @@ def test_a_damaged_image_is_named(tmp_path, compose):
     make_folder(tmp_path / "a", train=3, val=2)
     path = tmp_path / "a/train/images/1.png"
     path.write_bytes(path.read_bytes()[:200])
-    cfg = compose("data=folder", f"data.root={tmp_path / 'a'}").cfg
+    composed = compose("data=folder", f"data.root={tmp_path / 'a'}")
     with pytest.raises(ConfigError, match=f"^data: {path} cannot be read: "):
-        build.make_data(cfg)
+        composed.plan()
 
 
 # --- Whole runs -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from losswatch.nets import ConvNet, UNet
 from losswatch.nets.cpu import fast_on_cpu
 from losswatch.run import train as run
 from losswatch.run.module import SegmentationModule
+from losswatch.run.plan import Planner
 from losswatch.watch.lightning import Watch
 
 
@@ -27,6 +28,12 @@ def test_float16_is_refused_on_a_cpu(compose, precision):
     """Lightning would train in bfloat16 without a word."""
     with pytest.raises(ConfigError, match=f"precision={precision} needs a GPU; .* bf16-mixed$"):
         compose("trainer.accelerator=cpu", f"trainer.precision={precision}").plan()
+
+
+def unchecked(composed, folder):
+    """The plan of a run whose first step has not been tried."""
+    planner = Planner(composed.planner.sources, is_here=False)
+    return planner.plan(composed.settings(folder))
 
 
 @pytest.mark.parametrize(
@@ -47,8 +54,8 @@ def test_the_first_step_fails_in_the_check_where_it_fails_in_the_run(compose, op
     )  # fmt: skip
     outcomes = []
     for attempt, kind in (
-        (composed.check, ConfigError),
-        (lambda: run.train(composed.cfg, "dice", tmp_path), FloatingPointError),
+        (composed.plan, ConfigError),
+        (lambda: run.train(unchecked(composed, tmp_path)), FloatingPointError),
     ):
         try:
             attempt()

@@ -69,7 +69,7 @@ def test_a_failed_run_leaves_no_thread(compose, tmp_path):
     before = set(threading.enumerate())
     for name in ("a", "b"):
         with pytest.raises(FloatingPointError, match="step 1: "):
-            run.train(composed.cfg, "dice", tmp_path / name)
+            run.train(composed.plan(tmp_path / name))
     assert set(threading.enumerate()) == before
     assert list(read_curves(tmp_path / "b")["loss/dice"].dropna().index) == [0]
 

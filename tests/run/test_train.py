@@ -1,7 +1,6 @@
 """`python train.py ...`: the files of a run, its repetition, and the input that it refuses."""
 
 import io
-import json
 import os
 import re
 import shlex
@@ -9,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from conftest import (
     run_folders,
     run_train,
 )
-from losswatch.run.swept import swept
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,6 +33,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import task
+from losswatch.config.settings import Job
 from losswatch.disk.curves import read_curves
 from losswatch.disk.hparams import add_hparams
 
@@ -136,33 +137,28 @@ def test_hparams_of_a_sweep(six):
         }  # fmt: skip
 
 
-def test_hparams_of_other_settings(tmp_path):
+def test_hparams_of_other_settings(tmp_path, compose):
     """Each swept key is a column: numbers as numbers, choices by name, of one run all overrides."""
-    (tmp_path / "run" / ".hydra").mkdir(parents=True)
     own = ["+trainer.max_time=null", "data.low=-0.5", "scheduler=cosine", "seed=3", "compile=true"]
-    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text(json.dumps(own))
+    composed = compose(*own, "theta=[0.3,0.6]")
     wanted = {"data.low": "-0.5", "scheduler": "cosine", "seed": "3", "compile": "true"}
-    assert swept(tmp_path / "run") == wanted | {"trainer.max_time": "null"}
-    common = {"hydra": {"overrides": {"task": ["+trainer.max_time=null", "data.low=0,-0.5"]}}}
-    (tmp_path / "multirun.yaml").write_text(json.dumps(common))
-    assert swept(tmp_path / "run") == wanted
-    (tmp_path / "deep").mkdir()
-    shutil.copytree(tmp_path / "run", tmp_path / "deep" / "run")
-    assert swept(tmp_path / "deep" / "run") == wanted
-    config = {
-        "model": {"_target_": "a.Net"}, "theta": [0.3, 0.6], "optimizer": {"_target_": "b.SGD",
-        "lr": 0.1}, "seed": 3, "data": {"low": -0.5}, "scheduler": {"_target_": "c"},
-        "compile": True,
-    }  # fmt: skip
+    more = {"+trainer.max_time": "null", "theta": "[0.3,0.6]"}
+    read = {key.lstrip("+"): value for key, value in (wanted | more).items()}
+    assert composed.settings().job.swept == read
+    command = ["+trainer.max_time=null", "data.low=0,-0.5", "theta=[0.3,0.6]"]
+    hydra = composed.cfg.hydra
+    hydra.mode = RunMode.MULTIRUN
+    job = Job.read(hydra, command, tmp_path / "run")
+    assert job.swept == wanted
+    settings = replace(composed.settings(), job=job)
     with SummaryWriter(tmp_path / "run") as writer:
-        add_hparams(writer, config, "dice", swept(tmp_path / "run"))
+        add_hparams(writer, settings)
     plugin = EventAccumulator(str(tmp_path / "run")).Reload().PluginTagToContent("hparams")
     data = HParamsPluginData.FromString(plugin["_hparams_/session_start_info"])
     shown = data.session_start_info.hparams
     assert shown["data.low"].number_value == -0.5 and shown["seed"].number_value == 3
     assert shown["scheduler"].string_value == "cosine" and shown["compile"].string_value == "true"
     assert shown["theta"].string_value == "[0.3, 0.6]"
-    assert swept(tmp_path) == {}
 
 
 def test_hparams(events, smoke):

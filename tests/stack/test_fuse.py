@@ -362,7 +362,7 @@ def test_compile_falls_back(compose, tmp_path, caplog, override, reason):
         one = compose(*SMALL, override, "trainer.max_steps=3", f"compile={compiled}")
         folder = tmp_path / compiled
         folder.mkdir()
-        metrics.append(train(one.cfg, one.trained, folder))
+        metrics.append(train(one.plan(folder)))
         assert len(list(folder.glob("events.out.tfevents.*"))) == 1
         assert len(list(folder.glob("checkpoints/*"))) == 1
     assert metrics[0] == metrics[1]

@@ -21,7 +21,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from losswatch.config.errors import ConfigError
 from losswatch.data.loaders import RemainingBatches
 from losswatch.run.build import make_loggers, make_scheduler
-from losswatch.run.plan import check
 
 QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
 
@@ -95,11 +94,12 @@ REMOTE = f"+logger.remote={{_target_:{__name__}.Remote,project:mine}}"
 
 def test_the_check_makes_no_logger(compose, tmp_path, monkeypatch):
     monkeypatch.setattr(Remote, "made", [])
-    composed = compose(*QUICK, REMOTE, "+logger.remote._arguments_={run:name}")
+    composed = compose(*QUICK, REMOTE, "+logger.remote.save_dir=${run.folder}/logs")
     for _ in range(2):
-        composed.plan()
+        plan = composed.plan()
     assert Remote.made == []
-    make_loggers(composed.cfg, tmp_path)
+    [logger] = make_loggers(plan)
+    assert logger.save_dir == str(plan.folder / "logs")
     assert Remote.made == ["mine"]
 
 
@@ -293,9 +293,9 @@ def test_an_error_of_any_call_in_the_check_is_one_line(compose, what):
 
 
 def test_a_folder_of_checkpoints_for_all_runs_of_a_sweep_is_refused(compose, tmp_path):
-    run = compose(*QUICK, "callbacks=best", f"+callbacks.best.dirpath={tmp_path}")
+    run = compose(*QUICK, "callbacks=best", f"callbacks.best.dirpath={tmp_path}")
     with pytest.raises(ConfigError, match=f"^callbacks: all runs of a sweep would .* {tmp_path}; "):
-        check(run.cfg, run.trained, multirun=True)
+        run.plan(is_sweep=True)
     run.plan()
 
 
@@ -308,7 +308,7 @@ def test_a_folder_of_checkpoints_for_all_runs_of_a_sweep_is_refused(compose, tmp
     ],
 )
 def test_a_loss_is_better_the_smaller_it_is(compose, options, mode):
-    assert compose("callbacks=best", *options).cfg.callbacks.best.mode == mode
+    assert compose("callbacks=best", *options).settings().callbacks["best"]["mode"] == mode
 
 
 @pytest.mark.parametrize("kind", ["subclass", "without an end"])
@@ -325,7 +325,7 @@ def test_schedulers_of_the_users(compose, monkeypatch, kind):
     monkeypatch.setattr(torch.optim.lr_scheduler, "Own", chosen, raising=False)
     compose(*QUICK, "+scheduler._target_=torch.optim.lr_scheduler.Own").plan()
     run = compose(*QUICK, "+scheduler._target_=torch.optim.lr_scheduler.Own")
-    settings = make_scheduler(run.cfg)(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    settings = make_scheduler(run.settings())(torch.optim.SGD([torch.zeros(1)], lr=0.1))
     assert (settings["frequency"] > 2**31) == (kind == "subclass")
 
 

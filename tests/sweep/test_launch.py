@@ -9,7 +9,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import hydra
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,15 +17,14 @@ from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_folders, run_
 from omegaconf import OmegaConf
 from processes import session
 
-from losswatch.config import schema as config
 from losswatch.disk.curves import read_curves
 from losswatch.disk.locks import hold
 from losswatch.report.runs import read_runs
 from losswatch.stack import module as stack_module
 from losswatch.stack.module import StackedModule
 from losswatch.sweep import launch
-from losswatch.sweep.groups import group_jobs, order_groups
-from losswatch.sweep.jobs import Job
+from losswatch.sweep.groups import group_runs, order_groups
+from losswatch.sweep.jobs import Run
 
 SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
 
@@ -35,19 +33,19 @@ SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval
 
 
 @pytest.fixture
-def jobs(tmp_path):
+def jobs(compose, tmp_path):
     """jobs([overrides], ...) -> what the launcher makes of them."""
-    config.register()
 
-    def make(*runs):
+    def make(*runs, planned=True):
         found = []
         for i, overrides in enumerate(runs):
-            cfg = hydra.compose("config", overrides=[*SMALL, *overrides], return_hydra_config=True)
-            found.append(Job(i, list(overrides), cfg, tmp_path / str(i)))
+            composed, folder = compose(*SMALL, *overrides), tmp_path / str(i)
+            settings = composed.settings(folder, is_sweep=True)
+            plan = composed.plan(folder, is_sweep=True) if planned else None
+            found.append(Run(i, composed.cfg, folder, settings, plan))
         return found
 
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        yield make
+    return make
 
 
 def indices(found):
@@ -72,7 +70,7 @@ def indices(found):
     ],
 )
 def test_what_may_differ_stays_together(jobs, values):
-    found, differ = group_jobs(jobs(*([value] for value in values)))
+    found, differ = group_runs(jobs(*([value] for value in values), planned=False))
     assert indices(found) == [list(range(len(values)))]
     assert differ == []
 
@@ -81,7 +79,7 @@ def test_what_may_differ_stays_together(jobs, values):
 def test_numbers_of_sgd_stay_together(jobs, values):
     common = ["optimizer=sgd", "optimizer.momentum=0.5"]
     runs = jobs(*([*common, f"optimizer.{value}"] for value in values.split()))
-    assert indices(group_jobs(runs)[0]) == [[0, 1]]
+    assert indices(group_runs(runs)[0]) == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,7 @@ def test_numbers_of_sgd_stay_together(jobs, values):
 )
 def test_what_must_be_equal_splits(jobs, values, name):
     """Groups are in the order of their first runs, and the key in which they differ is named."""
-    found, differ = group_jobs(jobs([values[0]], [values[1]], [values[0], "seed=3"]))
+    found, differ = group_runs(jobs([values[0]], [values[1]], [values[0], "seed=3"], planned=False))
     assert indices(found) == [[0, 2], [1]]
     assert name in differ
     assert {key.split(".")[0] for key in differ} == {name.split(".")[0]}
@@ -123,14 +121,14 @@ def test_a_changed_loss_is_another(jobs):
         ["loss=dice", "+loss.exponent=2"], ["loss=dice", "+loss.exponent=2", "seed=1"],
         ["loss=dice", "+loss.exponent=3"],
     )  # fmt: skip
-    found, differ = group_jobs(runs)
+    found, differ = group_runs(runs)
     assert indices(found) == [[0, 1], [2, 3], [4]]
     assert differ and all(name.startswith("changed loss") for name in differ)
 
 
 def test_groups_of_one_compiled_step_begin_apart(jobs):
     grid = [[f"model.batch_norm={bn}", f"optimizer={o}"] for bn in (0, 1) for o in ("adam", "sgd")]
-    found, _ = group_jobs(jobs(*grid))
+    found, _ = group_runs(jobs(*grid, planned=False))
     assert indices(found) == [[0], [1], [2], [3]]
     assert indices(order_groups(found)) == [[2], [0], [3], [1]]
 
@@ -156,15 +154,14 @@ def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
         train(module, *args)
 
     monkeypatch.setattr(StackedModule, "training_step", small)
-    monkeypatch.setattr(launch, "FINISHED", {})
-    runs = jobs(*([f"seed={i}"] for i in range(5)))
-    launch._train(runs)
+    runs, outcomes = jobs(*([f"seed={i}"] for i in range(5))), {}
+    launch._train(runs, outcomes)
     assert sum(trained) == 5 * 2 and max(trained) <= fits  # two blocks each
-    assert list(launch.FINISHED) == [run.folder for run in runs]
+    assert list(outcomes) == [run.folder for run in runs]
     said = [r.getMessage() for r in caplog.records if "do not fit into memory" in r.getMessage()]
     assert said[0] == "5 runs do not fit into memory; trying half as many at once"
     for run in runs:
-        assert launch.FINISHED[run.folder].result()["test/accuracy"] > 0
+        assert outcomes[run.folder].result()["test/accuracy"] > 0
         assert list(read_curves(run.folder)["loss/dice"].dropna().index) == list(range(12))
         assert len(list(run.folder.glob("events.out.tfevents.*"))) == 1
 
@@ -180,10 +177,9 @@ def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
         train(module, *args)
 
     monkeypatch.setattr(StackedModule, "training_step", fails_once)
-    monkeypatch.setattr(launch, "FINISHED", {})
     monkeypatch.setattr(stack_module, "SAVE_SECONDS", 0)  # a checkpoint at the first validation
     runs = jobs(["seed=0"], ["seed=1"])
-    launch._train(runs)
+    launch._train(runs, {})
     assert blocks == [2, 2, 1, 1]
     for run in runs:
         assert list(read_curves(run.folder)["loss/dice"].dropna().index) == list(range(12))
@@ -195,7 +191,7 @@ def test_one_run_too_large_fails(jobs, monkeypatch):
 
     monkeypatch.setattr(StackedModule, "training_step", full)
     with pytest.raises(torch.OutOfMemoryError):
-        launch._train(jobs(["seed=0"]))
+        launch._train(jobs(["seed=0"]), {})
 
 
 def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
@@ -204,7 +200,7 @@ def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
 
     monkeypatch.setattr(StackedModule, "training_step", cut)
     with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning turns one into the other
-        launch._train(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]))
+        launch._train(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]), {})
     runs = read_runs(tmp_path)
     assert list(runs["status"]) == ["unfinished"] * 2
     assert list(runs["loss"]) == ["dice", "cce"] and list(runs["theta"]) == [0.05, 0.3]

@@ -8,26 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import hydra
 import pandas as pd
 import pytest
 from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_train
-from hydra._internal.callbacks import Callbacks
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from switches import switches
 
-from losswatch.config import loss_files as presets
+from losswatch.command import Command, Facts
+from losswatch.config.sources import Sources
 from losswatch.disk.curves import read_curves
-from losswatch.disk.result import write_result
-from losswatch.sweep.callback import SweepCallback
-from losswatch.sweep.exit import Escaped, clear_errors, explain, verdict
-from losswatch.sweep.grid import grid
+from losswatch.disk.result import Result
+from losswatch.sweep.exit import clear_errors, explain, verdict
 
 THETAS = [0.05, 0.5, 0.95]
 
@@ -272,11 +267,11 @@ def test_a_broken_file_is_named_with_its_line(mine, compose, typo, monkeypatch):
     added = f"hydra.searchpath=['{folder}']"
     for read in (
         lambda: compose("loss=broken", added),
-        lambda: presets._compose_loss("broken", (added,), ()),
+        lambda: Sources([added]).read(["broken"], OmegaConf.create({"loss": {}})),
     ):
         with pytest.raises(Exception) as raised:  # noqa: B017
             read()
-        line, status = verdict(raised.value)
+        line, status = verdict(raised.value, Command(Facts()), {})
         assert status == 2 and "\n" not in line
         assert re.fullmatch(re.escape(str(file)) + said, line)
 
@@ -364,12 +359,12 @@ def test_switches_are_put_back(monkeypatch, full_error, filters, error):
         else:
             monkeypatch.setenv(name, value)
     before = switches()
-    with suppress(SystemExit, ValueError), clear_errors() as sweep:
+    with suppress(SystemExit, ValueError), clear_errors(Command(Facts()), {}):
         during = switches()
-        assert during[0]["HYDRA_FULL_ERROR"] == "1" and during[1] is not before[1]
+        assert during[0]["HYDRA_FULL_ERROR"] == "1"
         ignored = "ignore:resource_tracker:UserWarning"
         assert during[0]["PYTHONWARNINGS"] == (f"{filters},{ignored}" if filters else ignored)
-        assert not during[2] and during[3] is sweep is not before[3]
+        assert not during[1] and during[2] is not before[2] and during[3] is not before[3]
         if error:
             raise error
     assert switches() == before
@@ -377,7 +372,7 @@ def test_switches_are_put_back(monkeypatch, full_error, filters, error):
 
 IN_PROCESS = """
 import runpy, sys
-from switches import current_sweep, switches
+from switches import switches
 
 train, before = sys.argv[1], switches()
 for arguments in (
@@ -390,7 +385,6 @@ for arguments in (
     except SystemExit as stopped:
         print("exit status", stopped.code)
     assert switches() == before, (switches(), before)
-    assert current_sweep().folder is None and not current_sweep().configs
 """
 
 
@@ -410,24 +404,12 @@ def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
 # --- Parts ---------------------------------------------------------------------------------------
 
 
-def test_grid_is_the_basic_sweepers():
-    node = {
-        "hydra": {
-            "sweeper": {"params": {"optimizer.lr": "0.1,0.2"}},
-            "overrides": {"task": ["theta=0.5,[0.3,0.6]", "loss=dice", "seed=range(0,3)"]},
-        }
-    }
-    jobs = grid(OmegaConf.create(node))
-    assert len(jobs) == len({tuple(job) for job in jobs}) == 2 * 2 * 3
-    assert ["optimizer.lr=0.2", "theta=[0.3,0.6]", "loss=dice", "seed=2"] in jobs
-
-
 def test_explain_is_one_line(compose):
     errors = {}
     for override in ("loss=dise", "data.imagesize=3", "modl=unet", "data.batch_size=x", "theta"):
         with pytest.raises((ConfigCompositionException, HydraException)) as raised:
             compose(override)
-        errors[override] = explain(raised.value)
+        errors[override] = explain(raised.value, {})
     assert errors["loss=dise"].startswith("there is no loss=dise; loss is one of cce, ")
     assert errors["data.imagesize=3"].startswith("there is no data.imagesize; data has image_size,")
     assert errors["modl=unet"].startswith("there is no modl; the config has theta, seed, ")
@@ -438,12 +420,12 @@ def test_explain_is_one_line(compose):
 def test_clear_errors(capsys, monkeypatch):
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     error = MissingConfigException("no", missing_cfg_file="loss/x", options=["a", "b"])
-    with pytest.raises(SystemExit) as stopped, clear_errors():
+    with pytest.raises(SystemExit) as stopped, clear_errors(Command(Facts()), {}):
         raise error
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "losswatch: there is no loss=x; loss is one of a, b\n"
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(MissingConfigException), clear_errors():
+    with pytest.raises(MissingConfigException), clear_errors(Command(Facts()), {}):
         raise error
 
 
@@ -454,8 +436,9 @@ def sweep_in(monkeypatch):
 
     @contextmanager
     def around(folder):
-        with clear_errors() as sweep:
-            sweep.folder = folder
+        command = Command(Facts())
+        with clear_errors(command, {}):
+            command.folder = folder
             yield
 
     return around
@@ -511,31 +494,18 @@ def test_a_summary_that_cannot_be_written(six, tmp_path, capsys, sweep_in):
     assert re.fullmatch("losswatch: the sweep's summary cannot be .*: .*summary.csv'\n", err)
 
 
-@pytest.mark.parametrize("callback", ["on_run_start", "on_multirun_start"])
-def test_a_fault_of_a_callback_is_no_warning(callback):
-    """Otherwise Hydra would go on without the checks."""
-    callbacks = Callbacks()
-    callbacks.callbacks = [SweepCallback()]
-    with warnings.catch_warnings(), pytest.raises(Escaped) as raised:
-        getattr(callbacks, callback)(config=None, config_name="")
-    assert isinstance(raised.value.args[0], AttributeError)
-
-
-def test_a_run_that_cannot_write_its_result_ends_no_sweep(tmp_path, caplog):
-    returned = JobReturn(status=JobStatus.FAILED)
-    returned.return_value = OSError(28, "No space left on device")
-    node = {"mode": "MULTIRUN", "runtime": {"output_dir": "s/run"}}
-    config = OmegaConf.create({"hydra": node})
-    config.hydra.mode = hydra.types.RunMode.MULTIRUN
-    SweepCallback().on_job_end(config, returned)
-    assert returned.return_value is None
-    [message] = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
-    assert message == "s/run: OSError: [Errno 28] No space left on device"
+def test_a_run_that_cannot_write_its_result_ends_no_sweep(tmp_path, monkeypatch):
+    """The other runs are trained; a line names the run, and the exit status is 1."""
+    folder = tmp_path / "s" / "seed=0,experiment=smoke,trainer.max_steps=2"
+    (folder / "result.json").mkdir(parents=True)
+    done = run_train(*TINY, "seed=0,1", cwd=tmp_path, status=1)
+    assert re.search(rf"{re.escape(str(folder))}: \w+Error: .*result.json", done.stderr)
+    assert "Traceback" not in done.stderr and done.stdout.count(" done ") == 1
 
 
 def test_result_is_plain_json(tmp_path):
     metrics = {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": "ä"}}
-    write_result(tmp_path, {"metrics": metrics})
+    Result(metrics=metrics).write(tmp_path)
     text = (tmp_path / "result.json").read_text(encoding="utf-8")
     assert "ä" in text
-    assert json.loads(text) == {"metrics": {"a": None, "b": [1.0, None], "c": {"d": "ä"}}}
+    assert json.loads(text)["metrics"] == {"a": None, "b": [1.0, None], "c": {"d": "ä"}}

@@ -47,7 +47,7 @@ class Config:
 
 @dataclass
 class Grid:
-    _target_: str = "hydra_plugins.losswatch.checked_sweeper.CheckedSweeper"
+    _target_: str = "hydra_plugins.losswatch_plugins.checked_sweeper.CheckedSweeper"
     max_batch_size: int | None = None
     params: dict[str, str] | None = None
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from losswatch import compat
 from losswatch.config import yaml_errors
 from losswatch.config.errors import ConfigError
 from losswatch.config.quoting import as_one_text
+from losswatch.sweep.switches import command_switches, ended_by_sigterm
 from losswatch.sweep.table import show_table
 from losswatch.terminal import flush, say
 from losswatch.text import one_line
@@ -38,8 +40,32 @@ if TYPE_CHECKING:
 EXTRAS = ("joblib", "submitit", "ray", "optuna")  # of pyproject.toml
 
 
-def end(command: Command, line: str, status: int, is_verbose: bool) -> None:
-    """End a command: print the table of its sweep and the line about an error.
+@contextmanager
+def clear_errors(command: Command, given: Mapping[str, str]) -> Iterator[None]:
+    """Around a command: an error becomes one line and an exit status; a sweep gets its table.
+
+    If HYDRA_FULL_ERROR is set, errors keep their traceback.
+
+    Args:
+        given: the arguments of the command as typed, by the form in which Hydra got them.
+
+    Raises:
+        SystemExit: with the exit status, if that is not 0.
+    """
+    with command_switches() as is_verbose, ended_by_sigterm(command):
+        try:
+            yield
+            line, status = command.line, command.status
+        except BaseException as error:
+            known = verdict(error, command, given)
+            if known is None or (is_verbose and isinstance(error, Exception)):
+                raise
+            line, status = known
+        _end(command, line, status, is_verbose)
+
+
+def _end(command: Command, line: str, status: int, is_verbose: bool) -> None:
+    """Print the table of a command's sweep, and the line about an error.
 
     Args:
         line, status: see `verdict`; "" and 0 if all went well.
@@ -88,7 +114,7 @@ def verdict(
     """The line about an error, and the exit status; None if the error is a bug of losswatch.
 
     Args:
-        given: the arguments of the command as typed, by the form in which Hydra got them.
+        given: see `clear_errors`.
     """
     if command.is_terminated:  # the signal often is the cause of another error
         return "terminated", 128 + signal.SIGTERM
@@ -123,7 +149,7 @@ def explain(error: Exception, given: Mapping[str, str]) -> str:
     """One line from Hydra's or OmegaConf's error about an override or a file: what is allowed.
 
     Args:
-        given: see `verdict`.
+        given: see `clear_errors`.
     """
     if isinstance(error, YAMLError | UnicodeDecodeError):
         return yaml_errors.describe(error)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 @dataclass
 class FusedConf:
-    _target_: str = "hydra_plugins.losswatch.fused_launcher.FusedLauncher"
+    _target_: str = "hydra_plugins.losswatch_plugins.fused_launcher.FusedLauncher"
     # Runs a group. null: as many as keep all CPU cores, or the GPU, busy.
     max_members: int | None = None
     # Groups trained at once. null: one for each CPU core, or one if there is a GPU.
