@@ -57,6 +57,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 PATIENCE = 600
 
 ROOT = Path(__file__).parents[1]
+
+
+def slow(*values):
+    """A case of a parametrised test that repeats a behaviour: it runs with `-m slow` alone."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read_result, run_folders, run_train
+from conftest import read_result, run_folders, run_train, slow
 from lightning_utilities.core.imports import RequirementCache
 from omegaconf import OmegaConf
 from pytorch_lightning import loggers
@@ -173,7 +173,7 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("name", ["cosine", pytest.param("warmup", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["cosine", slow("warmup")])
 def test_the_rate_over_the_training(tmp_path, name):
     more = ["scheduler.total_iters=6"] if name == "warmup" else []
     folder, _ = train(
@@ -183,9 +183,7 @@ def test_the_rate_over_the_training(tmp_path, name):
     assert list(values) == pytest.approx([RATES[name](i) for i in range(len(steps))], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "metric", [pytest.param("val/accuracy", marks=pytest.mark.slow), "val/loss/dice"]
-)
+@pytest.mark.parametrize("metric", [slow("val/accuracy"), "val/loss/dice"])
 def test_a_plateau_lowers_the_rate(tmp_path, metric):
     """At each validation after the first, all of them alike; a loss is better the smaller it is."""
     folder, _ = train(
@@ -228,10 +226,8 @@ def test_resuming_keeps_scheduler_and_patience(tmp_path, device):
     "option, why",
     [
         ("scheduler=cosine", "a scheduler needs the ordinary step"),
-        pytest.param("logger=csv", "logger=csv needs the ordinary step", marks=pytest.mark.slow),
-        pytest.param(
-            "callbacks=best", "callbacks=best needs the ordinary step", marks=pytest.mark.slow
-        ),
+        slow("logger=csv", "logger=csv needs the ordinary step"),
+        slow("callbacks=best", "callbacks=best needs the ordinary step"),
     ],
 )
 def test_compiled_runs_say_that_they_are_not(tmp_path, option, why):
@@ -383,7 +379,7 @@ def test_one_step_goes_all_the_way(tmp_path):
     assert (tmp_path / "run/curves.png").exists()
 
 
-@pytest.mark.parametrize("profiler", ["simple", pytest.param("advanced", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("profiler", ["simple", slow("advanced")])
 def test_a_profile_is_a_file_of_the_run(tmp_path, profiler):
     done = run_train(
         "experiment=profile", "model=convnet", "trainer.max_steps=3", "hydra.run.dir=run",
