@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from losswatch.command import Command, Facts
 from losswatch.config import schema
+from losswatch.config.quoting import quoted
 from losswatch.config.settings import Job, Settings
 from losswatch.config.sources import Sources
 from losswatch.data.form import Form
@@ -120,9 +121,10 @@ def refusal(compose):
     """refusal("loss=dise") -> the line with which the command refuses these settings."""
 
     def refuse(*overrides: str) -> str:
+        given = {quoted(override): override for override in overrides}
         with pytest.raises(Exception) as raised:  # noqa: B017 - `verdict` knows which are meant
-            compose(*overrides).plan()
-        known = verdict(raised.value, Command(Facts(overrides)), {})
+            compose(*given).plan()
+        known = verdict(raised.value, Command(Facts(tuple(given))), given)
         assert known, f"a bug: {raised.value!r}"
         line, status = known
         assert status == 2 and "\n" not in line and "http" not in line

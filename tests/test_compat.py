@@ -10,7 +10,7 @@ import joblib
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ENVIRONMENT, ROOT, run_python
+from conftest import ROOT
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -352,10 +352,12 @@ def make_trainer(**options):
     )  # fmt: skip
 
 
-def test_process_rank(tmp_path):
+@pytest.mark.slow
+def test_process_rank(monkeypatch):
     assert compat.process_rank() == 0
-    (tmp_path / "rank.py").write_text("from losswatch import compat\nprint(compat.process_rank())")
-    done = run_python("rank.py", cwd=tmp_path, env=ENVIRONMENT | {"LOCAL_RANK": "1"})
+    code = "from losswatch import compat; print(compat.process_rank())"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
 
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from losswatch.config import names
@@ -71,6 +71,7 @@ values = st.one_of(
 override_sets = st.lists(st.builds("{}={}".format, keys, values), max_size=6, unique=True)
 
 
+@settings(max_examples=40, deadline=None)
 @given(override_sets, override_sets)
 @example(["a=1", "b=2"], ["a=1,b=2"])
 @example(["a=1", "a=2"], ["a=1,a=2"])
