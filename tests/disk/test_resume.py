@@ -42,7 +42,7 @@ from losswatch.disk.locks import hold
 from losswatch.disk.result import Result, finished
 from losswatch.disk.resume import check_folder, check_run, find_start
 from losswatch.report.runs import read_runs
-from losswatch.run import train as run
+from losswatch.run import train as ordinary
 from losswatch.run.build import make_net
 from losswatch.run.callbacks import Images
 from losswatch.run.module import SegmentationModule
@@ -1202,7 +1202,7 @@ def test_mode_test(whole, tmp_path):
 def test_a_checkpoint_of_another_shape(whole, compose, overrides, said, tmp_path):
     composed = compose("mode=test", f"checkpoint={whole}", *overrides)
     with pytest.raises(ConfigError, match=said):
-        run.test(composed.plan(tmp_path))
+        ordinary.test(composed.plan(tmp_path))
 
 
 def test_a_checkpoints_config_is_only_numbers(compose):
