@@ -23,7 +23,7 @@ from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, read_result, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from losswatch.config.schema import ConfigError
+from losswatch.config.schema import RANDOM, ConfigError
 from losswatch.config.settings import plain
 from losswatch.disk import checkpoint_files as checkpoints
 from losswatch.disk.checkpoint import adopt, load_net
@@ -831,6 +831,7 @@ def test_an_event_file_that_lost_something(train_here, straight, tmp_path, caplo
     [file] = folder.glob("events.*")
     file.unlink() if damage == "removed" else os.truncate(file, 100)
     caplog.clear()
+    caplog.set_level("INFO")
     train_here(folder)
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
     assert "resumed from step 30" in caplog.text
@@ -866,9 +867,10 @@ def test_a_checkpoint_without_what_stands_beside_it(tmp_path, change):
     assert found.step == 20 and found.path == checkpoint_path(tmp_path, 20)
     assert f"{path} cannot be read (" in found.notice and "\n" not in found.notice
     assert found.notice.endswith("training goes on from step=20.ckpt")
-    check_folder(tmp_path, {"theta": 0.5})
+    same = {"theta": 0.5, "data": {"_target_": RANDOM}}
+    check_folder(tmp_path, same)
     with pytest.raises(ConfigError, match="theta was 0.5, now 0.3"):
-        check_folder(tmp_path, {"theta": 0.3})
+        check_folder(tmp_path, same | {"theta": 0.3})
     assert find(str(tmp_path))["global_step"] == find(str(path))["global_step"] == 30
     write(tmp_path, 30)
     assert find_start(tmp_path).step == 30 and find_start(tmp_path).notice is None

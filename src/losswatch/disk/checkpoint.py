@@ -148,7 +148,7 @@ def metrics_of(checkpoint: Checkpoint) -> dict[str, float]:
 def data_of(checkpoint: Checkpoint) -> tuple[Form, list[int | str]]:
     """The form of the data that a network was trained on, and the value in a mask of each class.
 
-    The values are as of `coding.values_of`.
+    For the values see `coding.values_of`.
 
     Raises:
         ConfigError: the checkpoint holds no such thing, or something else.
@@ -166,8 +166,8 @@ def data_of(checkpoint: Checkpoint) -> tuple[Form, list[int | str]]:
         )
     except (TypeError, KeyError, ValueError):
         raise ConfigError(
-            "checkpoint: it does not say what classes it knows; mode=predict needs one of a run "
-            "with data=folder"
+            "checkpoint: the file does not say what classes it knows; mode=predict needs one of a "
+            "run with data=folder"
         ) from None
     return form, values
 

@@ -93,7 +93,7 @@ def finish(folder: Path, step: int) -> None:
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Makes Lightning write checkpoints by `save`, those of the user's callbacks by `write`.
+    """Makes Lightning write checkpoints by `save`, and those of other callbacks by `write`.
 
     Args:
         folder: of the run.

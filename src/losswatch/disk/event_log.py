@@ -38,7 +38,7 @@ class EventLog(TensorBoardLogger):
         self.curves = Curves(Path(folder))
 
     def write_curves(self, tags: Sequence[str], steps: np.ndarray, values: np.ndarray) -> None:
-        """Write a block of observations; args as of `Curves.append`."""
+        """Write a block of observations; for the arguments see `Curves.append`."""
         write_scalars(self.experiment, tags, steps, values)
         self.curves.append(tags, steps, values)
 

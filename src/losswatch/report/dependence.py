@@ -39,7 +39,7 @@ def plot_dependence(
         looks, formats, into: as for `figures.plot_sweep`.
 
     Returns:
-        A file of each figure by title, as of `figures.plot_sweep`.
+        A file of each figure by title, like `figures.plot_sweep`.
 
     Raises:
         OSError: nothing can be written there, or the sweep's `figures` is a link.
