@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from losswatch.config import loss_files as presets
 from losswatch.disk.curves import read_curves
-from losswatch.disk.result import write_result
+from losswatch.disk.result import Result
 from losswatch.sweep.callback import SweepCallback
 from losswatch.sweep.command import current_sweep
 from losswatch.sweep.exit import Escaped, clear_errors, explain, verdict
@@ -548,7 +548,7 @@ def test_a_run_that_cannot_write_its_result_ends_no_sweep(tmp_path, caplog):
 
 def test_result_is_plain_json(tmp_path):
     metrics = {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": "ä"}}
-    write_result(tmp_path, {"metrics": metrics})
+    Result(metrics=metrics).write(tmp_path)
     text = (tmp_path / "result.json").read_text(encoding="utf-8")
     assert "ä" in text
     assert json.loads(text) == {"metrics": {"a": None, "b": [1.0, None], "c": {"d": "ä"}}}
