@@ -551,4 +551,4 @@ def test_result_is_plain_json(tmp_path):
     Result(metrics=metrics).write(tmp_path)
     text = (tmp_path / "result.json").read_text(encoding="utf-8")
     assert "ä" in text
-    assert json.loads(text) == {"metrics": {"a": None, "b": [1.0, None], "c": {"d": "ä"}}}
+    assert json.loads(text)["metrics"] == {"a": None, "b": [1.0, None], "c": {"d": "ä"}}
