@@ -5,21 +5,33 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file in one step: no reader, full disk or power cut leaves a part of a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    replace_files({path: content})
+
+
+def replace_files(contents: Mapping[Path, str | bytes]) -> None:
+    """Write files of one folder, each in one step; a later file exists only if the earlier ones do.
+
+    All of them are on the disk before the first one gets its name.
+    """
+    partial = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in contents}
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync(path.parent)
+        for path, content in contents.items():
+            with partial[path].open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(partial[path], path)
+        sync(next(iter(contents)).parent)
     finally:
-        partial.unlink(missing_ok=True)
+        for file_left in partial.values():
+            file_left.unlink(missing_ok=True)
 
 
 def append(path: Path, content: str | bytes) -> None:

@@ -76,7 +76,7 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
     except ConfigError as error:
         if not job.is_sweep:
             command.refuse(str(error))
-        else:
+        elif not finished(job.folder):
             with _held(job.folder):
                 _record_failure(job, settings, error, 0.0)
         return None
@@ -104,7 +104,7 @@ def finish_stacked(
         outcome: of the run; whoever trained it holds its lock.
         cfg: unused; Hydra passes it to each task function.
 
-    Returns and raises as `run_task`.
+    For what it returns and raises see `run_task`.
     """
     _say_which(command, plan.settings.job)
 

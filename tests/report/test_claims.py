@@ -171,7 +171,7 @@ def test_the_reports_runs_are_done_and_the_others_are_named(tmp_path, monkeypatc
     with joblib.parallel_config("threading"):
         assert reproduce.main() == 0
     names = ", ".join(f"article/{loss},failed (failed)" for loss in ("cce", "dice", "dice_fg"))
-    line = f"Left out, since they are not done: {names}"
+    line = f"Left out, because they are not done: {names}"
     assert capsys.readouterr().out.splitlines() == [line, str(tmp_path / "report.md")]
     page = (tmp_path / "report.md").read_text()
     assert page.count(f"\n{line}.\n") == 1 and "There are 3 runs" in page and "0.1000" not in page

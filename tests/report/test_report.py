@@ -156,6 +156,8 @@ def test_runs_have_settings_results_and_status(tmp_path, caplog):
     # If one run alone overrides a key, the others show the value of their configuration.
     assert runs.loc["moved", "data.low"] == -0.5 and done["data.low"] == 0.0
     assert len(caplog.messages) == 1 and "torn" in caplog.messages[0]
+    killed = read_runs(tmp_path, details=True).set_index("run").loc["killed"]
+    assert killed["loss/cce"] == pytest.approx(1 / 11) and killed["grad_norm/dice"] == 3
 
 
 def test_summary_round_trips_and_leaves_no_partial_file(tmp_path):
@@ -175,6 +177,7 @@ def test_summary_has_all_metrics_and_the_last_values(tmp_path):
     }  # fmt: skip
     write_curves(tmp_path / "a", range(21))
     write_result(tmp_path / "a", metrics=metrics, watched=last_watched(tmp_path / "a"))
+    (tmp_path / "a/curves.f32").unlink()  # not read for this
     write_result(tmp_path / "b", "cce", status="failed", metrics=None)
     runs = write_summary(tmp_path)
     cells = pd.read_csv(tmp_path / "summary.csv").set_index("run")

@@ -80,6 +80,12 @@ def test_watched_scalars(events, smoke):
     assert all(abs(e.value) <= 1 + 1e-6 for tag in cosines for e in events.Scalars(tag))
     frame = read_curves(smoke.folder)
     assert set(frame.columns) == set(scalars)
+    for tag in scalars:  # the record holds what TensorBoard does
+        assert frame[tag].dropna().to_dict() == {
+            e.step: pytest.approx(e.value, rel=1e-7, abs=1e-45) for e in events.Scalars(tag)
+        }
+    kinds = [f"{kind}/{name}" for kind in ("loss", "grad_norm") for name in ARTICLE]
+    assert smoke.result["watched"] == {tag: frame[tag].dropna().iloc[-1] for tag in kinds}
 
 
 def test_validation_scalars(events):

@@ -278,6 +278,7 @@ BEFORE_THE_RESULT = {
 }
 WINDOWS = BEFORE_THE_RESULT | {
     "the last checkpoint": rf"os\.rename .*/step={STEPS}\.ckpt$",
+    "what stands beside the last checkpoint": rf"os\.rename .*/step={STEPS}\.json$",
     "the picture": r"os\.rename .*/curves\.png$",
     "the removal of the one before": rf"os\.remove .*/step={STEPS - EVERY}\.ckpt$",
     "the table": r"(open|os\.rename) .*summary\.csv",

@@ -327,7 +327,7 @@ def test_a_backward_pass_that_is_not_linear(kind, caplog):
         z = net(images)
         assert_seen(observer(z, target), expected(losses, z, target, net.parameters()))
     [line] = caplog.messages
-    assert "not linear, so each loss gets a pass of its own" in line
+    assert "not linear, so each loss gets its own backward pass" in line
 
 
 def linear_hooks():

@@ -19,20 +19,11 @@ from losswatch.config.errors import ConfigError
 
 # What is allowed, by the types of pydantic's errors; the other errors say it themselves.
 _WORDS = {
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "path_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "iterable_type": "a list",
-    "dict_type": "keys and values",
-    "mapping_type": "keys and values",
-    "too_long": "a shorter list",
-    "missing": "a longer list",
-}
+    "bool_type": "true or false", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_type": "a number", "string_type": "text", "list_type": "a list",
+    "tuple_type": "a list", "iterable_type": "a list", "dict_type": "keys and values",
+    "too_long": "a shorter list", "missing": "a longer list",
+}  # fmt: skip
 # Of types whose values only a `_target_` can make.
 _OBJECTS = ("needs_python_object", "callable_type")
 
@@ -59,8 +50,8 @@ def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str
     """
     kinds = _kinds(function)
     for name, value in values.items():
-        kind = kinds.get(name, Any)
-        if not _has_target(value) and (allowed := _allowed(kind, value)):
+        is_made_later = "_target_" in str(value)
+        if not is_made_later and (allowed := _allowed(kinds.get(name, Any), value)):
             raise ConfigError(f"{what}.{name} must be {allowed}, got {value!r}")
 
 
@@ -116,13 +107,6 @@ def _kind_of_default(value: Any) -> Any:
     return float if isinstance(value, int | float) else Any
 
 
-def _has_target(value: Any) -> bool:
-    """Whether a value of a config holds an object that is made later."""
-    if isinstance(value, dict):
-        return "_target_" in value or any(map(_has_target, value.values()))
-    return isinstance(value, list) and any(map(_has_target, value))
-
-
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
@@ -130,14 +114,11 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def _allowed(kind: Any, value: Any) -> str | None:
     """The values that a type allows, in words; None if this value of a config is one of them."""
-    if kind is Any:
-        return None
     try:
         adapter = _adapter(kind)
     except Exception:  # pydantic cannot check this type
         return None
-    errors = _errors(adapter, value)
-    if not errors:
+    if not (errors := _errors(adapter, value)):
         return None
     words = [_describe(error) for error in errors if error["type"] not in _OBJECTS]
     words = words or ["an object, made by a _target_"]

@@ -69,7 +69,8 @@ def check_values(config: Config) -> None:
             value given.
     """
     _check_keys(config)
-    is_random = config["data"].get("_target_") == RANDOM
+    target = config["data"].get("_target_")
+    is_random = target == RANDOM
     if is_random:
         thresholds(config["theta"])
     elif config["theta"] is not None:
@@ -88,7 +89,7 @@ def check_values(config: Config) -> None:
     mode = config["mode"]
     if mode not in ("train", "test", "predict"):
         raise ConfigError(f"mode must be train, test or predict, got {mode}")
-    if mode == "predict" and config["data"].get("_target_") != FOLDER:
+    if mode == "predict" and target != FOLDER:
         raise ConfigError("mode=predict needs data=folder and data.root=<folder of images>")
     if (mode == "train") != (config["checkpoint"] is None):
         raise ConfigError(
@@ -97,6 +98,11 @@ def check_values(config: Config) -> None:
         )
     if is_random:
         _check_random(config)
+    if target in (RANDOM, FOLDER):
+        # Tables and folders name a run by these two.
+        for key, name in ("thresholds", "theta"), ("seed", "seed"):
+            if key in config["data"] and config["data"][key] != config[name]:
+                raise ConfigError(f"data.{key} follows {name}; set {name} instead")
     _check_training(config)
 
 
@@ -147,10 +153,6 @@ def _check_random(config: Config) -> None:
             raise ConfigError(
                 f"{key} must be a finite number, got {number} (the largest float32 is 3.4e38)"
             )
-    # Tables and folders name a run by these two.
-    for key, name in ("thresholds", "theta"), ("seed", "seed"):
-        if data.get(key) != config[name]:
-            raise ConfigError(f"data.{key} follows {name}; set {name} instead")
 
 
 def _check_training(config: Config) -> None:

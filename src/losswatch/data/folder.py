@@ -97,7 +97,7 @@ class FolderImages(pl.LightningDataModule):
         val_share: float = 0.2,
         test_share: float = 0.2,
         target: str | None = None,
-        classes: Mapping[str, Any] | None = None,
+        classes: Any = None,  # `coding.check_classes` says more about a wrong one than its type
         ignore_index: int | str | None = None,
         nearest: bool = False,
         axes: str | None = None,

@@ -166,8 +166,8 @@ def data_of(checkpoint: Checkpoint) -> tuple[Form, list[int | str]]:
         )
     except (TypeError, KeyError, ValueError):
         raise ConfigError(
-            "checkpoint: it does not say what classes it knows; mode=predict needs one of a run "
-            "with data=folder"
+            "checkpoint: the file does not say what classes it knows; mode=predict needs one of a "
+            "run with data=folder"
         ) from None
     return form, values
 

@@ -2,7 +2,7 @@
 
 Beside `step=100.ckpt` stands `step=100.json` with what must be known of a checkpoint before it is
 loaded: its config, sizes and metrics (checkpoint.py), and a checksum of the .ckpt. It is written
-last, so a checkpoint without it is not complete.
+last, so a checkpoint without it is not complete. The .ckpt alone is enough to test or predict.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from losswatch.disk.checkpoint import (
     step_of,
     to_keep,
 )
-from losswatch.files import read_file, replace_file
+from losswatch.files import read_file, replace_file, replace_files
 from losswatch.text import printable, reason
 
 log = logging.getLogger(__name__)
@@ -57,20 +57,25 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def save(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a run's checkpoint and what stands beside it, and remove those that it supersedes."""
-    path = checkpoint_path(folder, step_of(checkpoint))
-    about = {"step": step_of(checkpoint), "metrics": {}, **plain_record(checkpoint)}
-    about["checksum"] = write(checkpoint, path)
-    replace_file(path.with_suffix(".json"), json.dumps(about, indent=2))
-    prune(folder, step_of(checkpoint))
+    path, step = checkpoint_path(folder, step_of(checkpoint)), step_of(checkpoint)
+    content = _as_bytes(checkpoint)
+    about = {"step": step, "metrics": {}, **plain_record(checkpoint)}
+    about["checksum"] = zlib.crc32(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_files({path: content, path.with_suffix(".json"): json.dumps(about, indent=2)})
+    prune(folder, step)
 
 
-def write(checkpoint: Checkpoint, path: Path) -> int:
-    """Write a checkpoint as a whole, in place of any other of its name; return its checksum."""
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint as a whole, in place of any other of its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, _as_bytes(checkpoint))
+
+
+def _as_bytes(checkpoint: Checkpoint) -> bytes:
     buffer = io.BytesIO()
     torch.save(dict(checkpoint), buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, buffer.getvalue())
-    return zlib.crc32(buffer.getbuffer())
+    return buffer.getvalue()
 
 
 def prune(folder: Path, step: int, keep: int = KEPT) -> None:
@@ -95,7 +100,7 @@ def finish(folder: Path, step: int) -> None:
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Makes Lightning write checkpoints by `save`, those of the user's callbacks by `write`.
+    """Makes Lightning write checkpoints by `save`, and those of other callbacks by `write`.
 
     Args:
         folder: of the run.

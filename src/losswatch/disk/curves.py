@@ -116,7 +116,7 @@ OLD = "was written by an older losswatch (0.1); that version can resume and read
 
 def was_written_by_0_1(folder: Path) -> bool:
     """Whether a folder holds a run without a record: its curves are in its event files alone."""
-    has_record = any((folder / name).exists() for name in (ROWS, METRICS))
+    has_record = any((folder / name).exists() for name in (ROWS, COLUMNS, METRICS))
     return not has_record and any(folder.glob(f"{PREFIX}*{SUFFIX}"))
 
 

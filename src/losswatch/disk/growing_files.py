@@ -53,6 +53,7 @@ def rewind(folder: Path, sizes: Mapping[str, int]) -> None:
 
     Event files of other programs are left alone, with a warning.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (ROWS, METRICS):
         path = folder / name
         path.touch()

@@ -144,7 +144,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if trainer.is_global_zero and isinstance(trainer.logger, EventLog):
             for logger in trainer.loggers:
-                logger.save()  # what a logger of the user's has not written is lost by a kill
+                logger.save()  # a kill loses what another logger has not written
             sizes, random = trainer.logger.sizes(), randomness.get_state()
             metrics = self.metrics if self.validated == trainer.global_step else None
             add_record(checkpoint, self.config, sizes, self.data, random, metrics)
@@ -200,7 +200,7 @@ class Predictions(pl.Callback):
     Args:
         folder: of the run.
         form: of the data.
-        values: in a mask, of each class, as of `coding.values_of`.
+        values: in a mask, of each class, see `coding.values_of`.
         cases: the images, in the order of the batches of one.
     """
 

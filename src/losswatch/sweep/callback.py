@@ -25,7 +25,7 @@ from losswatch.text import parse_overrides
 class SweepCallback(Callback):
     """Prepares the processes of a sweep, and says where a search writes.
 
-    A sweep over a grid is checked by its sweeper (`hydra_plugins.losswatch_plugins.checked_sweeper`).
+    A sweep over a grid is checked by its sweeper (src/hydra_plugins).
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
