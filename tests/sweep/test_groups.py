@@ -119,7 +119,7 @@ def test_a_logger_that_cannot_be_made_is_found_before_training(compose, monkeypa
     monkeypatch.setattr(loggers.comet, "_COMET_AVAILABLE", RequirementCache("nosuch>=1"))
     monkeypatch.setattr(Remote, "made", [])
     run = compose(*QUICK, REMOTE, overrides)
-    with pytest.raises(ConfigError, match=f"^{WRONG_LOGGERS[overrides]}") as raised:
+    with pytest.raises(ConfigError, match=f"^(?:{WRONG_LOGGERS[overrides]})") as raised:
         run.plan()
     assert "\n" not in str(raised.value) and not Remote.made
 

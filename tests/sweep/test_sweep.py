@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_train
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from switches import switches
 
@@ -22,7 +22,7 @@ from losswatch.command import Command, Facts
 from losswatch.config.sources import Sources
 from losswatch.disk.curves import read_curves
 from losswatch.disk.result import Result
-from losswatch.sweep.exit import clear_errors, explain, verdict
+from losswatch.sweep.exit import clear_errors, verdict
 
 THETAS = [0.05, 0.5, 0.95]
 
@@ -402,19 +402,6 @@ def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
 
 
 # --- Parts ---------------------------------------------------------------------------------------
-
-
-def test_explain_is_one_line(compose):
-    errors = {}
-    for override in ("loss=dise", "data.imagesize=3", "modl=unet", "data.batch_size=x", "theta"):
-        with pytest.raises((ConfigCompositionException, HydraException)) as raised:
-            compose(override)
-        errors[override] = explain(raised.value, {})
-    assert errors["loss=dise"].startswith("there is no loss=dise; loss is one of cce, ")
-    assert errors["data.imagesize=3"].startswith("there is no data.imagesize; data has image_size,")
-    assert errors["modl=unet"].startswith("there is no modl; the config has theta, seed, ")
-    assert "data.batch_size=x" in errors["data.batch_size=x"]
-    assert not any("\n" in line or "http" in line for line in errors.values())
 
 
 def test_clear_errors(capsys, monkeypatch):
