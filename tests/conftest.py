@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import pickle
@@ -102,6 +103,12 @@ class Composed:
         return self.planner.plan(self.settings(folder, is_sweep))
 
 
+@functools.cache
+def sources() -> Sources:
+    """The files of conf, each composed once in all tests."""
+    return Sources()
+
+
 @pytest.fixture
 def compose(tmp_path):
     """compose("loss=dice", ...) -> Composed, without a process of its own."""
@@ -110,7 +117,7 @@ def compose(tmp_path):
     def make(*overrides: str) -> Composed:
         cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
         OmegaConf.set_readonly(cfg.hydra, None)
-        return Composed(cfg, Planner(Sources()), tmp_path / "composed")
+        return Composed(cfg, Planner(sources()), tmp_path / "composed")
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         yield make
