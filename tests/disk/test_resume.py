@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.config.errors import ConfigError
+from losswatch.config.ranges import RANDOM
 from losswatch.data.form import Form
 from losswatch.disk import checkpoint_files as checkpoints
 from losswatch.disk.checkpoint import load_net, to_keep
