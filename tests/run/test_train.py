@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -356,37 +357,7 @@ def test_folder_names_of_long_and_strange_overrides(others):
         assert len(name.encode()) <= 150 and re.fullmatch(r"[\w.,=+~@\[\]-]+", name)
 
 
-# --- Bad input -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("loss=dise", "there is no loss=dise; loss is one of cce,.* dice,.*dice_fg"),
-        ("-m loss=dice,dise", "there is no loss=dise; loss is one of cce,.* dice,.*dice_fg"),
-        ("data.imagesize=3", "there is no data.imagesize; data has thresholds, seed, image_size,"),
-        ("-m trainer.max_stepz=3,4", "there is no trainer.max_stepz; trainer has max_steps,"),
-        ("theta", "Error parsing override 'theta'"),
-        ("loss=null", "a group, such as loss or model, takes the name of one of its files"),
-        ("model=null", "a group, such as loss or model, takes the name of one of its files"),
-        ("optimizer=null", "a group, such as loss or model, takes the name of one of its files"),
-        ("experiment=1", "a group, such as loss or model, takes the name of one of its files"),
-    ],
-)
-def test_misspelt_names(tmp_path, arguments, message):
-    done = run_train(*arguments.split(), cwd=tmp_path, status=None)
-    assert done.returncode not in (0, None)
-    [line] = (done.stdout + done.stderr).splitlines()
-    assert re.match(f"losswatch: .*{message}", line)
-    assert not list(tmp_path.glob("outputs/*/*/"))
-
-
-def test_bad_value(tmp_path):
-    done = run_train("experiment=smoke", "theta=1.5", cwd=tmp_path, status=2)
-    last = done.stderr.splitlines()[-1]
-    assert re.match(r"losswatch: theta must be a number strictly between 0 and 1.*got 1\.5", last)
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("events.out.*")) and not list(tmp_path.rglob("result.json"))
+# --- Help ----------------------------------------------------------------------------------------
 
 
 def test_help_is_worth_reading(tmp_path):
