@@ -663,7 +663,7 @@ def test_a_sweep_of_a_users_jpegs(tmp_path):
 def test_16_bit_tiffs_and_one_output_channel(tmp_path):
     make_folder(tmp_path / "t", image=".tif", mask=".tif", depth=16)
     folder, _ = train(tmp_path, "data.root=t", "data.target=sigmoid", "loss=dice_ce_monai")
-    state = torch.load(next((folder / "checkpoints").iterdir()), weights_only=True)["state_dict"]
+    state = torch.load(next(folder.glob("checkpoints/*.ckpt")), weights_only=True)["state_dict"]
     last = [value for name, value in state.items() if name.startswith("net.")][-1]
     assert last.shape == (1,)
     tested = run_train(

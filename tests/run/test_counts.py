@@ -69,9 +69,8 @@ def calls(tmp_path):
 def test_a_fresh_run(calls):
     """Network, losses and optimiser for the tried step and the training; the data once."""
     found = calls()
-    assert {name: found[name] for name in ("ConvNet", "CrossEntropy", "Adam", "ThresholdedImages")} == {
-        "ConvNet": 2, "CrossEntropy": 2, "Adam": 2, "ThresholdedImages": 1,
-    }  # fmt: skip
+    assert found["ConvNet"] == found["CrossEntropy"] == found["Adam"] == 2
+    assert found["ThresholdedImages"] == 1
     assert found["read"] == found["plan"] == found["write"] == 1 and not found["load"]
 
 

@@ -53,7 +53,7 @@ def both(compose, tmp_path):
     """
 
     def make(*common, grid=GRID, alone=True, name="fused", compile=False):
-        composed = [compose(*SMALL, *common, *own) for own in grid]
+        composed = [compose(*SMALL, *common, *own, "compile=false") for own in grid]
         composed = [replace(one, planner=composed[0].planner) for one in composed]
         members, plans, folders = [], [], []
         for i, one in enumerate(composed):

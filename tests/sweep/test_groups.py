@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from losswatch.config.errors import ConfigError
 from losswatch.data.loaders import RemainingBatches
+from losswatch.disk.result import Result
 from losswatch.run.build import make_loggers, make_scheduler
 
 QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
@@ -89,12 +91,12 @@ class Remote(CSVLogger):
         self.made.append(project)
 
 
-REMOTE = f"+logger.remote={{_target_:{__name__}.Remote,project:mine}}"
+REMOTE = f"+logger.remote={{_target_:{__name__}.Remote,project:mine,save_dir:logs}}"
 
 
 def test_the_check_makes_no_logger(compose, tmp_path, monkeypatch):
     monkeypatch.setattr(Remote, "made", [])
-    composed = compose(*QUICK, REMOTE, "+logger.remote.save_dir=${run.folder}/logs")
+    composed = compose(*QUICK, REMOTE, "logger.remote.save_dir=${run.folder}/logs")
     for _ in range(2):
         plan = composed.plan()
     assert Remote.made == []
@@ -154,7 +156,7 @@ def test_the_best_checkpoint_is_that_of_the_metric(tmp_path):
     values = dict(curve(folder, "val/loss/cce"))
     best = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
     assert best["global_step"] == min(values, key=values.get)
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+    assert sorted(path.name for path in folder.glob("checkpoints/*.ckpt")) == [
         "best.ckpt", "step=24.ckpt",
     ]  # fmt: skip
     tags = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
@@ -240,18 +242,12 @@ def test_compiled_runs_say_that_they_are_not(tmp_path, option, why):
 
 def test_the_score_is_the_metric(tmp_path, monkeypatch):
     """What a search gets: the value of `metric` in result.json."""
-    from losswatch.task import score
-
     folder, _ = train(tmp_path, "metric=val/dice/class_1")
-    result = read_result(folder)
-
-    class Config:
-        metric, mode = "val/dice/class_1", "train"
-
-    assert score(result["metrics"], Config) == result["metrics"]["val/dice/class_1"]
-    Config.mode = "test"
-    assert score(result["metrics"], Config) == result["metrics"]["test/dice/class_1"]
-    assert math.isnan(score({}, Config))
+    result = Result.read(folder)
+    assert result.score("val/dice/class_1") == result.metrics["val/dice/class_1"]
+    tested = replace(result, config={"mode": "test"})
+    assert tested.score("val/dice/class_1") == result.metrics["test/dice/class_1"]
+    assert math.isnan(replace(tested, metrics={}).score("val/dice"))
 
 
 # --- Errors and settings in a run --------------------------------------------------------------
