@@ -72,7 +72,7 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
         if plan is None:
             settings = command.read(cfg, job)
             if settings.resume:
-                check_run(job.folder)
+                check_run(Path(settings.resume))
             plan = command.planner(job).plan(settings)
     except ConfigError as error:
         if not job.is_sweep:
