@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from losswatch.config import schema
+from losswatch.config.names import sweep_name
 from losswatch.config.quoting import quoted
 from losswatch.config.settings import Job, Settings
 from losswatch.config.sources import Sources
@@ -152,7 +153,9 @@ def main() -> None:
     typed = sys.argv[1:]
     sys.argv[1:] = map(quoted, typed)
     schema.use_checked_sweeper()
-    HydraConfig.instance().cfg = None  # of an earlier command in this process
+    # What an earlier command in this process has left.
+    HydraConfig.instance().cfg = None
+    sweep_name.cache_clear()
     command = Command(Facts(tuple(sys.argv[1:])))
     with clear_errors(command, dict(zip(sys.argv[1:], typed, strict=True))):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()
