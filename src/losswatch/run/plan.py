@@ -103,8 +103,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Images:
-    """What one look at the images of a run found.
+class DataFacts:
+    """What is known of a run's data after one look at them.
 
     Attributes:
         form: of the data.
@@ -124,12 +124,12 @@ class Found:
     """What has been found out for runs that are alike. A sweep sends it to its processes.
 
     Attributes:
-        images: by the node of the data.
+        data: by the node of the data.
         traits: by `Settings.step_key`. They hold for the machine on which the step was tried.
         host: the name of that machine.
     """
 
-    images: dict[str, Images] = field(default_factory=dict)
+    data: dict[str, DataFacts] = field(default_factory=dict)
     traits: dict[str, Traits] = field(default_factory=dict)
     host: str = field(default_factory=socket.gethostname)
 
@@ -147,7 +147,7 @@ class Planner:
         self.sources, self.is_here = sources, is_here
         self.found = Found()
         if found:
-            self.found.images |= found.images
+            self.found.data |= found.data
             if found.host == self.found.host:
                 self.found.traits |= found.traits
         # The further processes of a launcher, and of Lightning, say nothing.
@@ -172,15 +172,15 @@ class Planner:
                 form, _ = data_of(checkpoint)
                 unlabelled = make_unlabelled(settings, form)
                 return Plan(settings, form, options, data=unlabelled, checkpoint=checkpoint)
-            images, data = self._look(settings, ranks, options)
-            settings = self._of_length(settings, images)
+            facts, data = self._look(settings, ranks, options)
+            settings = self._of_length(settings, facts)
             plan = Plan(
-                settings, images.form, self._options(settings), data=data, checkpoint=checkpoint
+                settings, facts.form, self._options(settings), data=data, checkpoint=checkpoint
             )
-            if settings.mode == "test" and not images.has_test:
+            if settings.mode == "test" and not facts.has_test:
                 raise ConfigError("mode=test: the data have no images for a test")
             check_loggers(plan)
-            self._check_metrics(plan, images)
+            self._check_metrics(plan, facts)
             traits = self._find_traits(plan) if self.is_here else None
             # A module of the user is made anew for the training: it may draw from a generator of
             # its own, and would go on from where the look ended.
@@ -205,7 +205,7 @@ class Planner:
 
     def _look(
         self, settings: Settings, ranks: int, options: dict[str, Any]
-    ) -> tuple[Images, pl.LightningDataModule | None]:
+    ) -> tuple[DataFacts, pl.LightningDataModule | None]:
         """What is known of a run's images; and the images, if they had to be made.
 
         Raises:
@@ -215,18 +215,18 @@ class Planner:
         key = json.dumps([node, ranks, options.get("limit_val_batches"),
                           options.get("limit_test_batches")], default=str)  # fmt: skip
         data = None
-        if settings.is_ours or key not in self.found.images:
+        if settings.is_ours or key not in self.found.data:
             data = make_data(settings)
-        if key not in self.found.images and data is not None:
+        if key not in self.found.data and data is not None:
             with isolate_rng():
-                images = self._find_images(data)
+                facts = self._find_facts(data)
                 check_images(data, options, ranks)
             if isinstance(data, FolderImages) and self.speaks:
                 self._show(data)
-            self.found.images[key] = images
-        return self.found.images[key], data
+            self.found.data[key] = facts
+        return self.found.data[key], data
 
-    def _find_images(self, data: pl.LightningDataModule) -> Images:
+    def _find_facts(self, data: pl.LightningDataModule) -> DataFacts:
         """Look at the images; a module of the user is read through once.
 
         Raises:
@@ -234,7 +234,7 @@ class Planner:
         """
         missing = data.missing if isinstance(data, FolderImages) else []
         try:
-            return Images(
+            return DataFacts(
                 form=form_of(data),
                 batches=batches_per_epoch(data),
                 missing=[name for split, name in missing if split == "val"],
@@ -257,7 +257,7 @@ class Planner:
         for split, name in data.missing:
             log.warning("no image of %s has class %s; its metrics leave the class out", split, name)
 
-    def _of_length(self, settings: Settings, images: Images) -> Settings:
+    def _of_length(self, settings: Settings, facts: DataFacts) -> Settings:
         """The settings with the steps of `max_epochs`, where these are given.
 
         From then on `max_steps` alone says how long the training is.
@@ -267,13 +267,13 @@ class Planner:
         """
         if (epochs := settings.trainer["max_epochs"]) is None or settings.mode != "train":
             return settings
-        if not images.batches:
+        if not facts.batches:
             raise ConfigError(
                 f"trainer.max_epochs={epochs} needs training batches that can be counted, which "
                 "these data do not have; set trainer.max_steps"
             )
         accumulated = settings.trainer["accumulate_grad_batches"]
-        settings = settings.of_length(math.ceil(epochs * images.batches / accumulated))
+        settings = settings.of_length(math.ceil(epochs * facts.batches / accumulated))
         check_values(settings.as_config())
         length = (
             f"trainer.max_epochs={epochs} sets trainer.max_steps={settings.trainer['max_steps']}"
@@ -283,14 +283,14 @@ class Planner:
             log.info(length)
         return settings
 
-    def _check_metrics(self, plan: Plan, images: Images) -> None:
+    def _check_metrics(self, plan: Plan, facts: DataFacts) -> None:
         """Check that `metric` and the callbacks go by metrics that each validation computes.
 
         Raises:
             ConfigError: a metric is unknown, or a callback cannot work.
         """
         settings = plan.settings
-        missing = images.missing if settings.mode == "train" else []
+        missing = facts.missing if settings.mode == "train" else []
         metrics = Metrics.of(plan.form.classes, list(settings.losses), missing)
         metrics.check(f"metric={settings.metric}", settings.metric)
         key = f"{settings.callbacks} of {metrics}"

@@ -105,11 +105,11 @@ class PixelScores:
         self.total: Tally | None = None
 
     def add(self, logits: Tensor, target: Tensor, losses: LossSet) -> None:
-        """Count a batch; arguments as of `tally`."""
+        """Count a batch; for the arguments see `tally`."""
         found = tally(logits, target, losses)
         self.total = self.total.plus(found) if self.total else found
 
-    def take(self, strategy: Strategy) -> dict[str, Tensor]:
+    def compute_and_reset(self, strategy: Strategy) -> dict[str, Tensor]:
         """`metrics` of what was counted on all ranks; then nothing is counted."""
         assert self.total is not None
         total = Tally(*(strategy.reduce(t, reduce_op="sum") for t in self.total))
@@ -170,7 +170,7 @@ class ImageScores(nn.Module):
         for total, value in zip(self.sums, [right, pixels, *(values * pixels)], strict=True):
             total.update(value)
 
-    def take(self, strategy: Strategy) -> dict[str, Tensor]:
+    def compute_and_reset(self, strategy: Strategy) -> dict[str, Tensor]:
         """The scores over all ranks, by the names of `metrics`; then nothing is counted."""
         right, pixels, *totals = (total.compute() for total in self.sums)
         found = {"accuracy": right / pixels}

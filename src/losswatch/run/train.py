@@ -35,7 +35,7 @@ from losswatch.run.callbacks import (
     Progress,
     why_ended_early,
 )
-from losswatch.run.epoch_loader import repeat
+from losswatch.run.epoch_loader import use_epoch_loader
 from losswatch.run.module import SegmentationModule
 from losswatch.run.plan import Plan
 from losswatch.run.process import run_process
@@ -62,7 +62,7 @@ def train(plan: Plan) -> Reached:
     with run_process(net, settings.threads, settings.seed):
         module = _make_module(plan, net, data)
         if not is_ours(data):
-            repeat(data, settings.seed)
+            use_epoch_loader(data, settings.seed)
         checkpoints = Checkpoints(folder, settings.as_config(), _about(data, plan.form))
         with open_log(settings, start.sizes) as logger:
             if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:

@@ -59,9 +59,9 @@ def check_traits(members: Sequence[Member], losses: LossSet) -> None:
         if any(True for _ in losses.losses[losses.names.index(name)].parameters()):
             raise NotStackable(f"loss {name} has parameters of its own to train")
     for member in members:
-        for name in member.traits.random:
+        for name in member.traits.draws_random:
             raise NotStackable(f"{_called(name)} draws random numbers")
-        for name in member.traits.stateful:
+        for name in member.traits.keeps_state:
             raise NotStackable(f"{_called(name)} keeps a state of its own")
 
 
