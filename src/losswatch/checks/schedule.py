@@ -29,7 +29,7 @@ def check_scheduler(
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about which of the two steps first
+            warnings.simplefilter("ignore")  # about the order of the two `step` calls
             scheduler = make(optimizer)["scheduler"]
             scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
     except Exception as error:

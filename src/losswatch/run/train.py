@@ -50,7 +50,7 @@ class Reached(NamedTuple):
 
     steps: int  # done in all
     metrics: dict[str, float]  # of the last validation and of the test
-    is_done: bool = True  # False: to be resumed
+    is_done: bool = True  # if False, the run can be resumed
 
 
 def train(plan: Plan) -> Reached:
@@ -139,7 +139,7 @@ def _make_tester(plan: Plan, logger: EventLog | bool) -> pl.Trainer:
         logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
-        # For a test each rank takes its own share.
+        # In a test each rank takes its own share by itself.
         use_distributed_sampler=plan.settings.mode == "predict",
     )
 
@@ -158,7 +158,7 @@ def _make_module(plan: Plan, net: nn.Module, data: pl.LightningDataModule) -> Se
 
 
 def _about(data: pl.LightningDataModule, form: Form) -> dict[str, Any]:
-    """What checkpoints hold of the data: what prediction needs."""
+    """What prediction must know of the data; checkpoints hold it."""
     values = getattr(data, "values", [])
     return dataclasses.asdict(form) | {"classes": list(form.classes), "values": values}
 
@@ -170,9 +170,9 @@ def _make_trainer(
     options["max_epochs"] = 1  # the whole training is one epoch
     # Lightning counts batches.
     options["val_check_interval"] *= options["accumulate_grad_batches"]
-    if settings.callbacks:  # Lightning's write every 50 steps otherwise
+    if settings.callbacks:  # by default Lightning's callbacks log every 50 steps
         options.setdefault("log_every_n_steps", 1)
-    # In this order: the state of the user's checkpoint callbacks is to be in ours.
+    # Ours comes last, so that its checkpoints hold the state of the user's callbacks.
     callbacks = [Images(together=module.is_random), *make_callbacks(plan), checkpoints]
     watch = None
     if settings.probe.every_n_steps:
