@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from losswatch.config.errors import ConfigError
 from losswatch.config.ranges import FOLDER
-from losswatch.config.settings import flatten
+from losswatch.config.settings import flatten_keys
 from losswatch.data.coding import check_classes
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
 from losswatch.data.labels import is_colour
@@ -179,7 +179,7 @@ def to_keep(checkpoint: Checkpoint) -> dict[str, Any]:
     the settings in `_WORDS`, if they are what is allowed there.
     """
     config, kept = config_of(checkpoint), {}
-    for key, value in flatten(config):
+    for key, value in flatten_keys(config):
         numbers = value if isinstance(value, list) else [value]
         is_theirs = key.split(".")[0] in ("theta", "seed", "data", "model")
         if is_theirs and all(isinstance(n, int | float) for n in numbers):
@@ -229,7 +229,7 @@ def load_net(net: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         if here != there:
             settings = ", ".join(
                 f"{shortened(key.removeprefix('model.'))}={shortened(value)}"
-                for key, value in flatten(config_of(dict(checkpoint)))
+                for key, value in flatten_keys(config_of(dict(checkpoint)))
                 if key.startswith("model.")
             )
             raise ConfigError(

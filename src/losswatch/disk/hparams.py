@@ -6,7 +6,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from losswatch.config.settings import Settings, flatten
+from losswatch.config.settings import Settings, flatten_keys
 
 METRICS = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
 # The overrides behind the columns that every run has.
@@ -35,7 +35,7 @@ def add_hparams(writer: SummaryWriter, settings: Settings) -> None:
         "lr": float(settings.optimizer["lr"]),
         "seed": settings.seed,
     }
-    changed, values = settings.job.swept, dict(flatten(settings.as_config()))
+    changed, values = settings.job.swept, dict(flatten_keys(settings.as_config()))
     differ = {name for name, keys in BEHIND.items() if any(key in changed for key in keys)}
     for key in changed.keys() - {key for keys in BEHIND.values() for key in keys}:
         value = values.get(key)

@@ -49,9 +49,7 @@ def _instantiate(what: str, node: Node, kind: type = nn.Module) -> Any:
     except Exception as error:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = (
-                cause.__cause__
-            )  # the constructor's error; its own causes say less
+            cause = cause.__cause__  # the constructor's error; its own causes say less
         why = " ".join(str(cause).split()) or type(cause).__name__
         if what == "model" and "missing" in why and isinstance(cause, TypeError):
             why += "; its file says what it gets, such as in_channels: ${form.in_channels}"

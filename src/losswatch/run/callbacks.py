@@ -39,7 +39,7 @@ class Progress(ProgressBar):
         self.steps = ProgressSink()
 
     def disable(self) -> None:
-        """Do nothing. Lightning calls this in all processes but the first, which alone has a bar."""
+        """Do nothing. Lightning calls this in all processes but the first; only that has a bar."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.done = trainer.global_step

@@ -11,7 +11,7 @@ from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from torch import nn
 
 from losswatch import compat
-from losswatch.config.settings import flatten
+from losswatch.config.settings import flatten_keys
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.modules import has_test, is_ours
@@ -190,7 +190,7 @@ def _make_trainer(
         callbacks.append(Progress(watch))
     loggers = make_loggers(plan)
     for other in loggers:
-        other.log_hyperparams(dict(flatten(settings.as_config())))
+        other.log_hyperparams(dict(flatten_keys(settings.as_config())))
     return pl.Trainer(
         **options,
         logger=[logger, *loggers],
