@@ -1,4 +1,4 @@
-"""The run's own record: what was observed and validated, in files that only grow.
+"""The run's own record of observations and validations, in files that only grow.
 
     curves.f32     a row for each step observed: the step (int64), then K values (float32), all
                    little-endian
@@ -7,8 +7,8 @@
     metrics.jsonl  a line for each validation and test: {"step": 100, "val/accuracy": 0.97, ...};
                    null stands for NaN and infinity
 
-A row or a line that a kill has cut short is left out. A resumed run cuts the files to the sizes of
-its checkpoint (growing_files.py).
+A row or a line that a kill has cut short is not read. A resumed run cuts the files to the sizes
+that its checkpoint holds (growing_files.py).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Curves:
         path = self.folder / ROWS
         size = path.stat().st_size if path.exists() else 0
         earlier = _read_parts(self.folder)
-        parts = [part for part in earlier if part["start"] < size]  # the others were cut off
+        parts = [part for part in earlier if part["start"] < size]  # a resume cut off the others
         if not parts or parts[-1]["columns"] != columns:
             parts.append({"start": size, "columns": columns})
         if parts != earlier:
@@ -82,9 +82,9 @@ class Curves:
 def read_curves(run_dir: str | Path) -> pd.DataFrame:
     """A run's curves and metrics: a row for each step (int64), a column for each tag.
 
-    Values are float64, NaN where a tag has no value at a step. Of several values of a tag at a step
-    the last one counts. A file that cannot be read is left out with a warning. The frame is empty
-    if there is nothing.
+    Values are float64, NaN where a tag has no value at a step. If a tag has several values at a
+    step, the last one counts. A file that cannot be read is left out with a warning. The frame is
+    empty if there are no values.
     """
     folder = Path(run_dir)
     frames = [
@@ -101,7 +101,7 @@ def read_curves(run_dir: str | Path) -> pd.DataFrame:
 
 
 def last_watched(run_dir: str | Path) -> dict[str, float]:
-    """Values and gradient norms at the last step with a number, by tag; empty if there is none."""
+    """Values and gradient norms of the last step with a number, by tag; empty if there is none."""
     for columns, rows in reversed(_read_rows(Path(run_dir))):
         tags = [tag for tag in columns if not tag.startswith(GRAD_COSINE)]
         values = rows["values"][:, [columns.index(tag) for tag in tags]]
@@ -121,7 +121,7 @@ def was_written_by_0_1(folder: Path) -> bool:
 
 
 def _read_rows(folder: Path) -> list[tuple[list[str], np.ndarray]]:
-    """The columns and rows of each part."""
+    """The columns and the rows of each part."""
     if not (parts := _read_parts(folder)):
         return []
     try:
@@ -159,7 +159,7 @@ def _read_parts(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics. What follows the last line break is the rest of a line cut short."""
+    """The lines of metrics. Text after the last line break is a line cut short, and not read."""
     path = folder / METRICS
     try:
         lines = [json.loads(line) for line in read_file(path).split(b"\n")[:-1]]

@@ -9,7 +9,7 @@ from torch.utils.tensorboard.summary import hparams
 from losswatch.config.settings import Settings, flatten_keys
 
 METRICS = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
-# The overrides behind the columns that every run has.
+# The keys that each column of every run depends on.
 BEHIND = {
     "loss": ["loss"],
     "theta": ["theta"],
@@ -23,8 +23,8 @@ BEHIND = {
 def add_hparams(writer: SummaryWriter, settings: Settings) -> None:
     """Write the row of a run.
 
-    The tab shows five settings without a click, and first those that are marked as different. These
-    are what was swept. The config in `result.json` has all settings.
+    The tab shows five settings without a click, those marked as different first. Here the settings
+    that were swept are marked. The config in `result.json` has all settings.
     """
     model, theta = settings.model["_target_"].split(".")[-1], settings.theta
     row = {
