@@ -208,7 +208,7 @@ class Bar(ProgressSink):
         self.below = below
 
 
-class Part(ProgressSink):
+class PartOfBar(ProgressSink):
     """Some of the steps that another object shows."""
 
     def __init__(self, whole: ProgressSink, skipped: int) -> None:
@@ -250,7 +250,7 @@ def progress_bar(total: int, done: int = 0, is_shown: bool = True) -> Iterator[P
         with bar, part_of(bar):
             yield bar
     else:
-        part = Part(_current, done)
+        part = PartOfBar(_current, done)
         try:
             yield part
         except BaseException:

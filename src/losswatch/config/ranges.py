@@ -58,10 +58,10 @@ _OWN = {
     "reload_dataloaders_every_n_epochs": "a training is one epoch",
 }
 
-Config = Mapping[str, Any]  # plain values; groups are mappings
+Values = Mapping[str, Any]  # plain values; groups are mappings
 
 
-def check_values(config: Config) -> None:
+def check_values(config: Values) -> None:
     """Check the values of a config whose types are right.
 
     Raises:
@@ -106,7 +106,7 @@ def check_values(config: Config) -> None:
     _check_training(config)
 
 
-def _value(config: Config, key: str) -> Any:
+def _value(config: Values, key: str) -> Any:
     """The value at a dotted key; None if there is none."""
     for name in key.split("."):
         config = config.get(name)  # type: ignore[assignment]
@@ -115,7 +115,7 @@ def _value(config: Config, key: str) -> Any:
     return config
 
 
-def _check_keys(config: Config) -> None:
+def _check_keys(config: Values) -> None:
     """Check that losswatch reads each key. With `+` a user can add any key.
 
     Raises:
@@ -140,7 +140,7 @@ def _check_keys(config: Config) -> None:
             raise ConfigError(f"trainer.{key} is set by losswatch; {instead}")
 
 
-def _check_random(config: Config) -> None:
+def _check_random(config: Values) -> None:
     data = config["data"]
     if data.get("dims") not in (2, 3):
         raise ConfigError(f"data.dims must be 2 or 3, got {data.get('dims')}")
@@ -155,7 +155,7 @@ def _check_random(config: Config) -> None:
             )
 
 
-def _check_training(config: Config) -> None:
+def _check_training(config: Values) -> None:
     lr = config["optimizer"].get("lr")
     if not is_number(lr) or not 0 < lr < math.inf:
         raise ConfigError(f"optimizer.lr must be a number greater than 0, got {lr}")

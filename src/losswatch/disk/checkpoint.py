@@ -240,7 +240,7 @@ def load_net(net: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     net.load_state_dict(state)
 
 
-def load_loss(loss: nn.Module, checkpoint: Checkpoint) -> None:
+def load_loss_state(loss: nn.Module, checkpoint: Checkpoint) -> None:
     """Load what the trained loss has learnt, if the checkpoint holds a loss of the same shapes."""
     state = _part(checkpoint, _LOSS)
     shapes = {n: t.shape for n, t in state.items()}

@@ -55,7 +55,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step={step}.ckpt"
 
 
-def save(checkpoint: Checkpoint, folder: Path) -> None:
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a run's checkpoint and the .json beside it, and remove older checkpoints."""
     path, step = checkpoint_path(folder, step_of(checkpoint)), step_of(checkpoint)
     content = _as_bytes(checkpoint)
@@ -100,7 +100,7 @@ def finish(folder: Path, step: int) -> None:
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Makes Lightning write checkpoints by `save`, and those of other callbacks by `write`.
+    """Makes Lightning write by `save_checkpoint`, and checkpoints of other callbacks by `write`.
 
     Args:
         folder: of the run.
@@ -113,7 +113,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         if Path(path) == checkpoint_path(self.folder, step_of(checkpoint)):
-            save(checkpoint, self.folder)
+            save_checkpoint(checkpoint, self.folder)
         else:
             write(checkpoint, Path(path))
 
@@ -121,7 +121,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 # --- Reading -------------------------------------------------------------------------------------
 
 
-def load(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path) -> Checkpoint:
     """Load a checkpoint: tensors and plain data, nothing that could run code.
 
     Raises:
@@ -205,7 +205,7 @@ def saved_configs(folder: Path) -> Iterator[dict[str, Any]]:
             yield read_about(path).config
         except ValueError:
             try:
-                checkpoint = load(path)
+                checkpoint = load_checkpoint(path)
             except ValueError:
                 continue
             if not config_of(checkpoint):
@@ -220,13 +220,13 @@ def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint that can be loaded; a warning names each newer one that cannot."""
     for path in files(folder):
         try:
-            return path, load(path)
+            return path, load_checkpoint(path)
         except ValueError as error:
             log.warning("%s; the one before it is used", error)
     return None
 
 
-def find(place: str) -> Checkpoint:
+def find_checkpoint(place: str) -> Checkpoint:
     """The checkpoint that a file or a run's folder holds.
 
     Raises:
@@ -241,7 +241,7 @@ def find(place: str) -> Checkpoint:
     if not path.exists():
         raise ConfigError(f"checkpoint={place}: there is no such file or run folder")
     try:
-        return load(path)
+        return load_checkpoint(path)
     except ValueError as error:
         raise ConfigError(f"checkpoint={error}") from error
 
@@ -250,12 +250,12 @@ def settings_to_keep(place: str) -> dict[str, Any]:
     """The settings that a test takes from the config of a checkpoint, by dotted key.
 
     Args:
-        place: see `find`.
+        place: see `find_checkpoint`.
 
     Raises:
         ConfigError: there is no checkpoint that can be read.
     """
-    return to_keep(find(place))
+    return to_keep(find_checkpoint(place))
 
 
 def step_in_name(path: Path) -> int:

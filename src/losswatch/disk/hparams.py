@@ -8,7 +8,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from losswatch.config.settings import Settings, flatten_keys
 
-METRICS = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
+TAGS = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
 # The keys that each column of every run depends on.
 BEHIND = {
     "loss": ["loss"],
@@ -41,7 +41,7 @@ def add_hparams(writer: SummaryWriter, settings: Settings) -> None:
         value = values.get(key)
         row[key] = value if type(value) in (int, float) else changed[key]
         differ.add(key)
-    infos, *others = hparams(row, dict.fromkeys(METRICS, 0.0))
+    infos, *others = hparams(row, dict.fromkeys(TAGS, 0.0))
     plugin_data = infos.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin_data.content)
     for info in content.experiment.hparam_infos:

@@ -34,7 +34,7 @@ from losswatch.data.form import Form
 from losswatch.data.modules import batches_per_epoch, first_batch, form_of, has_test, is_ours
 from losswatch.data.survey import print_survey
 from losswatch.disk.checkpoint import Checkpoint, data_of
-from losswatch.disk.checkpoint_files import find
+from losswatch.disk.checkpoint_files import find_checkpoint
 from losswatch.run.build import (
     check_loggers,
     make_callbacks,
@@ -168,7 +168,9 @@ class Planner:
             ranks = 1
             if self.is_here:
                 ranks = ranks_of(self._trainer(options, settings.job.is_sweep))
-            checkpoint = None if settings.checkpoint is None else find(settings.checkpoint)
+            checkpoint = (
+                None if settings.checkpoint is None else find_checkpoint(settings.checkpoint)
+            )
             if checkpoint is not None and settings.mode == "predict":
                 form, _ = data_of(checkpoint)
                 unlabelled = make_unlabelled(settings, form)

@@ -16,7 +16,7 @@ from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.modules import has_test, is_ours
 from losswatch.data.random import ThresholdedImages
-from losswatch.disk.checkpoint import data_of, load_loss, load_net, step_of
+from losswatch.disk.checkpoint import data_of, load_loss_state, load_net, step_of
 from losswatch.disk.checkpoint_files import AtomicCheckpoints
 from losswatch.disk.event_log import EventLog, log_survey, open_log
 from losswatch.disk.resume import find_start, log_resume
@@ -91,7 +91,7 @@ def test(plan: Plan) -> Reached:
     load_net(net, content)
     with run_process(net, settings.threads, settings.seed):
         module = _make_module(plan, net, data)
-        load_loss(module.loss, content)
+        load_loss_state(module.loss, content)
         with EventLog(str(plan.folder)) as logger:
             trainer = _make_tester(plan, logger)
             if isinstance(data, FolderImages):

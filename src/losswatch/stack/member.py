@@ -12,7 +12,7 @@ from torch import nn
 from losswatch.checks.first_step import Traits
 from losswatch.data.random import ThresholdedImages
 from losswatch.disk.checkpoint import load_net, load_optimizer
-from losswatch.disk.checkpoint_files import load
+from losswatch.disk.checkpoint_files import load_checkpoint
 from losswatch.disk.event_log import EventLog, open_log
 from losswatch.disk.resume import find_start
 from losswatch.run.build import make_net, make_optimizer
@@ -81,7 +81,7 @@ def make_member(plan: Plan) -> Member:
     if start.step >= plan.steps:
         raise NotStackable("no step is left, only the test")
     if start.path:
-        checkpoint = load(start.path)
+        checkpoint = load_checkpoint(start.path)
         load_net(net, checkpoint)
         load_optimizer(optimizer, checkpoint)
     return Member(

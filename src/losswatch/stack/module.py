@@ -17,7 +17,7 @@ from torch.func import functional_call, vmap
 from losswatch import compat
 from losswatch.data.random import VAL, draw
 from losswatch.disk.checkpoint import add_record, make_checkpoint
-from losswatch.disk.checkpoint_files import save
+from losswatch.disk.checkpoint_files import save_checkpoint
 from losswatch.disk.event_log import side_by_side
 from losswatch.events.tags import GRAD_NORM, LOSS, PICTURES, watched_tags
 from losswatch.losses import LossSet
@@ -216,7 +216,7 @@ class StackedModule(pl.LightningModule):
                 add_record(
                     checkpoint, member.config, member.logger.sizes(), metrics=dict(member.metrics)
                 )
-                save(checkpoint, member.folder)
+                save_checkpoint(checkpoint, member.folder)
         self.saved = time.monotonic()
 
     def _unstack(self, chunk: Chunk, k: int, member: Member, step: int) -> None:
