@@ -6,8 +6,10 @@ Everything writes to temporary folders.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -18,6 +20,8 @@ from types import SimpleNamespace
 
 # One thread a process, before torch is imported: pytest-xdist starts as many as there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Compile in the process itself: processes that only compile would import torch once more each.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import hydra
 import pytest
@@ -26,7 +30,9 @@ import torch
 from forks import ForkServer
 from omegaconf import DictConfig, OmegaConf
 
+from losswatch.command import Command, Facts
 from losswatch.config import schema
+from losswatch.config.quoting import quoted
 from losswatch.config.settings import Job, Settings
 from losswatch.config.sources import Sources
 from losswatch.data.form import Form
@@ -39,6 +45,7 @@ from losswatch.presets import load_loss
 from losswatch.run import build
 from losswatch.run.module import SegmentationModule
 from losswatch.run.plan import Plan, Planner
+from losswatch.sweep.exit import verdict
 from losswatch.watch import record
 from losswatch.watch.lightning import Watch
 
@@ -51,7 +58,28 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 PATIENCE = 600
 
 ROOT = Path(__file__).parents[1]
+
+
+def slow(*values):
+    """A case of a parametrised test that repeats a behaviour: it runs with `-m slow` alone."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
+
+
+# --- Devices -------------------------------------------------------------------------------------
+
+GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["cpu", *GPU])
+def device(request, monkeypatch):
+    """The CPU, and the GPU where there is one: also a value of `trainer.accelerator`."""
+    if request.param == "cuda":  # as exact as the CPU, and the same twice
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    return request.param
 
 
 # --- Configs -------------------------------------------------------------------------------------
@@ -86,6 +114,23 @@ def compose(tmp_path):
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         yield make
+
+
+@pytest.fixture
+def refusal(compose):
+    """refusal("loss=dise") -> the line with which the command refuses these settings."""
+
+    def refuse(*overrides: str) -> str:
+        given = {quoted(override): override for override in overrides}
+        with pytest.raises(Exception) as raised:  # noqa: B017 - `verdict` knows which are meant
+            compose(*given).plan()
+        known = verdict(raised.value, Command(Facts(tuple(given))), given)
+        assert known, f"a bug: {raised.value!r}"
+        line, status = known
+        assert status == 2 and "\n" not in line and "http" not in line
+        return line
+
+    return refuse
 
 
 def make_losses(nodes: dict[str, dict], form: Form) -> LossSet:
@@ -185,13 +230,17 @@ SERVER = ForkServer(ENVIRONMENT)
 READ_AT_START = re.compile("PYTHON(?!PATH$)|OMP_|MKL_|TORCH").match
 
 
-def run_train(*args: str, cwd: Path, status: int | None = 0, fresh: bool = False, **options):
-    """`python train.py ...` as a user would, its outputs in `cwd`; checks the exit status.
+def run_train(*args: str, cwd: Path, **options):
+    """`python train.py ...` as a user would, its outputs in `cwd`; see `run_python`."""
+    return run_python(str(ROOT / "train.py"), *args, cwd=cwd, **options)
+
+
+def run_python(*command: str, cwd: Path, status: int | None = 0, fresh: bool = False, **options):
+    """`python FILE ...` as a user would; checks the exit status.
 
     In a forked process (forks.py); in a fresh one where that is asked for, where options are
     given, or variables that are read when Python starts or imports packages.
     """
-    command = [str(ROOT / "train.py"), *args]
     env = options.pop("env", ENVIRONMENT)
     changed = {k: env.get(k) for k in {**env, **ENVIRONMENT} if env.get(k) != ENVIRONMENT.get(k)}
     if not (fresh or options or any(map(READ_AT_START, changed))):
@@ -223,19 +272,38 @@ def read_result(folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """One real run that tests may only read: its folder, output and result."""
-    cwd = tmp_path_factory.mktemp("smoke")
+def made_once(tmp_path_factory, make):
+    """What make(folder) returns, made by the first process of a test run that asks for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, kept = root / make.__name__, root / f"{make.__name__}.pickle"
+    with (root / f"{make.__name__}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            folder.mkdir()
+            kept.write_bytes(pickle.dumps(make(folder)))
+    return pickle.loads(kept.read_bytes())
+
+
+def smoke_run(cwd):
     done = run_train("experiment=smoke", "seed=3", "probe.cosines=true", cwd=cwd, fresh=True)
     [folder] = run_folders(cwd).values()
     return SimpleNamespace(cwd=cwd, folder=folder, done=done, result=read_result(folder))
 
 
 @pytest.fixture(scope="session")
-def six(tmp_path_factory):
-    """One real sweep of six runs by the basic launcher, which tests may only read."""
-    cwd = tmp_path_factory.mktemp("six")
+def smoke(tmp_path_factory):
+    """One real run that tests may only read: its folder, output and result."""
+    return made_once(tmp_path_factory, smoke_run)
+
+
+def six_runs(cwd):
     done = run_train("-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95", cwd=cwd)
     [folder] = (cwd / "outputs").iterdir()
     return SimpleNamespace(folder=folder, done=done, runs=run_folders(cwd))
+
+
+@pytest.fixture(scope="session")
+def six(tmp_path_factory):
+    """One real sweep of six runs by the basic launcher, which tests may only read."""
+    return made_once(tmp_path_factory, six_runs)

@@ -352,6 +352,7 @@ def make_trainer(**options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_process_rank(monkeypatch):
     assert compat.process_rank() == 0
     code = "from losswatch import compat; print(compat.process_rank())"

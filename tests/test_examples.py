@@ -7,7 +7,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ENVIRONMENT, PATIENCE, ROOT
+from conftest import ENVIRONMENT, PATIENCE, ROOT, run_python, run_train
 from curves import read_tensorboard
 
 NEEDS = {
@@ -20,10 +20,7 @@ FOLDER = ROOT / "scripts" / "examples"
 def run(name, cwd, *arguments):
     for module in NEEDS.get(name, ()):
         pytest.importorskip(module)
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", FOLDER / f"{name}.py", *arguments], cwd=cwd, check=True,
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=PATIENCE,
-    )  # fmt: skip
+    return run_python(str(FOLDER / f"{name}.py"), *arguments, cwd=cwd)
 
 
 def test_each_example_is_tested():
@@ -72,11 +69,7 @@ def test_a_dead_term(tmp_path):
 
 
 def test_the_command_prints_the_losses(tmp_path):
-    code = "from losswatch.command import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "losses", "--markdown"], cwd=tmp_path, check=True, text=True,
-        capture_output=True, env=ENVIRONMENT,
-    )  # fmt: skip
+    done = run_train("losses", "--markdown", cwd=tmp_path)
     assert done.stdout in (ROOT / "conf/loss/README.md").read_text(encoding="utf-8")
     assert done.stdout.count("\n") == 2 + len(list((ROOT / "conf/loss").glob("*.yaml")))
 

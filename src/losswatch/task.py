@@ -57,7 +57,8 @@ def run_task(command: Command, cfg: DictConfig) -> float | None:
         raise KeyboardInterrupt
     hydra: Any = HydraConfig.get()
     job = Job.read(hydra, command.facts.overrides)
-    _say_which(command, job)
+    if cfg.resume is None:  # otherwise once the folder to resume has been checked
+        _say_which(command, job)
     with quiet(), _contained(job):
         return _run(command, cfg, job)
     return None
@@ -71,7 +72,7 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
         if plan is None:
             settings = command.read(cfg, job)
             if settings.resume:
-                check_run(job.folder)
+                check_run(Path(settings.resume))
             plan = command.planner(job).plan(settings)
     except ConfigError as error:
         if not job.is_sweep:
@@ -84,6 +85,8 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
         with _held(job.folder):
             # Another process may have finished the run, or begun one here, before it let go.
             check_folder(job.folder, plan.settings.as_config())
+            if plan.settings.resume:
+                _say_which(command, job)
             if earlier := finished(job.folder):
                 return _skip(earlier, plan)
             return _attempt(command, plan, _work)

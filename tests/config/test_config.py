@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from losswatch.config import names
@@ -11,75 +11,7 @@ from losswatch.config.errors import ConfigError
 from losswatch.config.names import run_name
 from losswatch.config.ranges import thresholds
 
-# --- Every bad input gets one line that names what is allowed ------------------------------------
-
-BAD = [
-    ("theta=1.5", r"theta must be a number strictly between 0 and 1.*got 1.5"),
-    ("theta=0", "theta must be .* between 0 and 1.*got 0"),
-    ("theta=1.0", "theta must be .* between 0 and 1.*got 1.0"),
-    ("theta=-0.5", "theta must be .* between 0 and 1.*got -0.5"),
-    ("theta=nan", "theta must be .* between 0 and 1.*got nan"),
-    ("theta=abc", "theta must be a number.*got abc"),
-    ("theta=true", "theta must be a number.*got True"),
-    ("theta=null", "theta must be a number.*got None"),
-    ("theta=[]", r"theta must be .* list.*got \[\]"),
-    ("theta=[0.5,0.2]", r"strictly increasing list.*'theta=\[0.3,0.6\]'.*got \[0.5, 0.2\]"),
-    ("theta=[0.5,0.5]", "strictly increasing list"),
-    ("theta=[0.5,x]", "strictly increasing list"),
-    ("theta=[0.5,[0.6]]", "strictly increasing list"),
-    ("theta={a:1}", "theta must be a number"),
-    ("theta=0.9999999999", "theta must leave room for each class.*got 0.9999999999"),
-    ("theta=[0.5,0.50000000001]", "theta must leave room for each class"),
-    ("data.batch_size=0", "data.batch_size must be a whole number of at least 1, got 0"),
-    ("data.image_size=0", "data.image_size must be a whole number of at least 1, got 0"),
-    ("data.val_size=0", "data.val_size must be a whole number of at least 1, got 0"),
-    ("data.test_size=-1", "data.test_size must be a whole number of at least 1, got -1"),
-    ("data.eval_batch_size=0", "data.eval_batch_size must be .* at least 1, got 0"),
-    ("data.num_workers=-1", "data.num_workers must be a whole number of at least 0, got -1"),
-    ("data.dims=4", "data.dims must be 2 or 3, got 4"),
-    ("data.low=nan", "data.low must be a finite number, got nan"),
-    ("data.high=-inf", "data.high must be a finite number, got -inf"),
-    ("seed=-1", "seed must be a whole number of at least 0, got -1"),
-    ("seed=9223372036854775808", r"seed must be less than 2\^63"),
-    ("optimizer.lr=-1", "optimizer.lr must be a number greater than 0, got -1"),
-    ("optimizer.lr=0", "optimizer.lr must be a number greater than 0, got 0"),
-    ("optimizer.lr=x", "optimizer.lr must be a number greater than 0, got x"),
-    ("optimizer.lr=inf", "optimizer.lr must be a number greater than 0, got inf"),
-    ("optimizer.momentum=x optimizer=sgd", "optimizer.momentum must be a number, got 'x'"),
-    ("optimizer.betas=[2,3]", "optimizer: .*betas?"),
-    ("optimizer._target_=torch.optim.Atom", "optimizer._target_=torch.optim.Atom cannot be import"),
-    ("probe.every_n_steps=-1", "probe.every_n_steps must be .* at least 0, got -1"),
-    ("trainer.max_steps=0", "trainer.max_steps must be a whole number of at least 1, got 0"),
-    ("trainer.max_steps=1.5", "trainer.max_steps must be a whole number .* got 1.5"),
-    ("trainer.max_steps=true", "trainer.max_steps must be a whole number .* got True"),
-    ("trainer.val_check_interval=0", "trainer.val_check_interval must be .* at least 1, got 0"),
-    ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be .* got 0"),
-    ("watch=[]", r"watch must name at least one loss, got \[\]"),
-    ("watch=[dise]", "watch: there is no loss 'dise'; known are .*cce.*dice"),
-    ("watch=[3]", "watch: there is no loss 3; known are"),
-    ("~loss", "loss must be one of .*cce.*dice"),
-    ("loss=[dice,cce]", "loss must be one of .*cce.*dice"),
-    ("model.widths=[]", r"model.widths must name .* at least one level, got \[\]"),
-    ("model.widths=[8,-1]", "each of model.widths must be a whole number of at least 1, got -1"),
-    ("model.widths=8", "model.widths must be a list, got 8"),
-    ("data.image_size=33", r"divisible by 4, got \(33, 33\); change data.image_size"),
-    ("model=convnet model.width=0", "model.width must be a whole number of at least 1, got 0"),
-    ("model._target_=no.such.Net", "model._target_=no.such.Net cannot be imported: .*no"),
-    ("model._target_=torch.nn.ReLU", "model: "),
-    ("loss._target_=no.such", "loss dice._target_=no.such cannot be imported"),
-    ("loss._target_=torch.nn.Identity", "loss dice: "),
-    ("+loss.smooth=1", "loss dice: .*smooth"),
-]
-
-
-@pytest.mark.parametrize("overrides, message", BAD)
-def test_bad_input_is_one_clear_line(compose, overrides, message):
-    composed = compose(*overrides.split())
-    with pytest.raises(ConfigError) as raised:
-        composed.plan()
-    assert re.search(message, str(raised.value))
-    assert "\n" not in str(raised.value)
-
+# --- What passes; what is refused is in test_refused.py -----------------------------------------
 
 GOOD = [
     "",
@@ -139,6 +71,7 @@ values = st.one_of(
 override_sets = st.lists(st.builds("{}={}".format, keys, values), max_size=6, unique=True)
 
 
+@settings(max_examples=40, deadline=None)
 @given(override_sets, override_sets)
 @example(["a=1", "b=2"], ["a=1,b=2"])
 @example(["a=1", "a=2"], ["a=1,a=2"])

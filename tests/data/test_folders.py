@@ -6,37 +6,22 @@ its orientation or its place. *Refused*: one line names the file, the reason and
 
 import re
 
-import folders_colours
-import folders_damaged
-import folders_datasets
-import folders_flat
 import folders_formats
 import folders_layouts
-import folders_left
-import folders_lists
-import folders_masks
-import folders_nnunet
-import folders_scans
-import folders_values
 import nibabel
 import numpy as np
 import pytest
 import tifffile
 import torch
 from conftest import read_result, run_folders, run_train
-from folders import ROWS, SIZE, SMALL, scene, volumes
+from folders import SIZE, SMALL, scene, volumes
 from folders_checks import assert_read, assert_refused, assert_said, opened
+from folders_table import ROWS
 from PIL import Image
 
 from losswatch.data.cases import load
 from losswatch.data.folder import FolderImages, UnlabelledImages
 from losswatch.data.writing import write_mask
-
-assert all(
-    (folders_colours, folders_damaged, folders_datasets, folders_flat, folders_formats,
-     folders_layouts, folders_left, folders_lists, folders_masks, folders_nnunet, folders_scans,
-     folders_values)
-)  # fmt: skip  # they fill the table
 
 
 @pytest.fixture(autouse=True)

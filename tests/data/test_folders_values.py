@@ -7,11 +7,12 @@ import nibabel
 import numpy as np
 import pytest
 import tifffile
-from folders import AFFINE, NAMES, ROWS, SMALL, THREE, Row, pairs, put, scene
+from folders import AFFINE, NAMES, SMALL, THREE, Row, pairs, put, scene
 from folders_checks import assert_read, opened
 from folders_flat import flat_scans
 from folders_lists import write_lists
 from folders_scans import write_itk, write_series
+from folders_table import ROWS
 from PIL import Image
 
 from losswatch.data import folder as module

@@ -995,7 +995,7 @@ def test_checkpoints_in_folders_of_the_users(train_here, tmp_path):
     """They lie in the run's folder. The run's own checkpoints neither replace nor remove them."""
     train_here(
         tmp_path / "run", "callbacks=best", "callbacks.best.save_top_k=-1",
-        "+callbacks.best.dirpath=mine/checkpoints", "callbacks.best.filename='{step}'",
+        "callbacks.best.dirpath=${run.folder}/mine/checkpoints", "callbacks.best.filename='{step}'",
     )  # fmt: skip
     found = tmp_path.glob("run/mine/checkpoints/*.ckpt")
     assert {path.name: load_checkpoint(path)["global_step"] for path in found} == {

@@ -56,12 +56,14 @@ class Functional(Plain):
 class Manual(Plain):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.automatic_optimization = False
+        self.automatic_optimization, self.clip = False, None
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(self.loss(batch))
+        if self.clip:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip)
         optimizer.step()
 
 

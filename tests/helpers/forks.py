@@ -12,6 +12,8 @@ these packages read from the environment when they start.
 from __future__ import annotations
 
 import atexit
+import gc
+import importlib
 import json
 import os
 import select
@@ -40,7 +42,8 @@ class ForkServer:
         """Start a program in `cwd`; it leads a session of its own. One runs at a time.
 
         Args:
-            args: the Python file, and its arguments.
+            args: the Python file, and its arguments. Where they name MONAI or a folder of images,
+                the server imports MONAI first, and keeps it.
             env: variables to set once the child process has begun; None: to remove.
         """
         if self.process is None:
@@ -102,10 +105,14 @@ class Fork:
 def serve() -> dict:
     """Answer each request with a process id and an exit status; in the child, return it."""
     for line in sys.stdin:
+        request = json.loads(line)
+        if any("monai" in arg or arg == "data=folder" for arg in request["args"]):
+            importlib.import_module("monai")
+            gc.freeze()
         if not (pid := os.fork()):
             os.setsid()
             print(os.getpid(), flush=True)
-            return json.loads(line)
+            return request
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
     os._exit(0)
@@ -129,7 +136,6 @@ def become(request: dict) -> None:
 
 
 if __name__ == "__main__":
-    import gc
     import runpy
 
     # What train.py imports, most of it through these.
@@ -139,7 +145,15 @@ if __name__ == "__main__":
     import pytorch_lightning  # noqa: F401
     import rich.console  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
+    # The first picture needs fonts, and the first override its parser's tables.
+    FigureCanvasAgg(figure := Figure())
+    figure.text(0, 0, "$1$")
+    figure.canvas.draw()
+    OverridesParser.create().parse_override("a=1")
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page of this process
     become(serve())

@@ -25,17 +25,18 @@ def assert_seen(seen, wanted, tolerance=1e-9):
         torch.testing.assert_close(found, right, rtol=tolerance, atol=tolerance)
 
 
-def small(channels=2):
+def small(channels=2, device="cpu"):
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, channels, 1)
-    ).double()
+    ).to(device, torch.float64)
 
 
-def batch(classes=2, size=8):
+def batch(classes=2, size=8, device="cpu"):
     g = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, size, size, generator=g, dtype=torch.float64)
-    return images, torch.randint(0, classes, (2, size, size), generator=g)
+    target = torch.randint(0, classes, (2, size, size), generator=g)
+    return images.to(device), target.to(device)
 
 
 def foreground_dice(p, y):

@@ -1,6 +1,11 @@
-"""Trainings on one rank and on two, watched: `watched_ranks.py FOLDER KIND ...` in each process."""
+"""Trainings on one rank and on two, watched: `watched_ranks.py FOLDER COUNT KIND ...`.
 
+The first COUNT kinds are of one rank, the others of two.
+"""
+
+import os
 import sys
+import traceback
 
 import pytorch_lightning as pl
 import torch
@@ -93,7 +98,27 @@ def train_ranks(folder, kind):
     fit(module, *callbacks, logger=logger, use_distributed_sampler=False, **options)
 
 
+def start(folder, kinds, rank=None):
+    """Train in a process of its own, as torchrun starts one; what it says goes to a file."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        os.dup2(os.open(f"{folder}/{rank}.txt", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+        if rank is not None:
+            os.environ |= {"LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        for kind in kinds:
+            print("kind", kind, file=sys.stderr)
+            train_ranks(f"{folder}/{kind}", kind)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # nothing of the process that was forked is done twice
+
+
 if __name__ == "__main__":
-    for kind in sys.argv[2:]:
-        print("kind", kind, file=sys.stderr)
-        train_ranks(f"{sys.argv[1]}/{kind}", kind)
+    folder, count, *kinds = sys.argv[1:]
+    alone, both = kinds[: int(count)], kinds[int(count) :]
+    ranks = [start(folder, both, "0"), start(folder, both, "1"), start(folder, alone)]
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks))

@@ -33,10 +33,10 @@ def load(name, **knobs):
     return instantiate(OmegaConf.merge(config, knobs))
 
 
-def batch(n=2, c=2, space=(5, 6), dtype=torch.float64, seed=0, scale=1.5):
+def batch(n=2, c=2, space=(5, 6), dtype=torch.float64, seed=0, scale=1.5, device="cpu"):
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, c, *space, generator=g, dtype=dtype) * scale
-    return logits, torch.randint(0, c, (n, *space), generator=g)
+    return logits.to(device), torch.randint(0, c, (n, *space), generator=g).to(device)
 
 
 def one_hot(target, classes):
@@ -186,15 +186,15 @@ def test_soft_targets_match_the_reference(intersection, over, activation, expone
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_is_documented_and_has_the_right_gradient(path):
+def test_every_config_is_documented_and_has_the_right_gradient(device, path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ") and "_target_: losswatch.losses." in text
-    loss = instantiate(OmegaConf.load(path))
-    logits, target = batch(space=(3, 4))
+    loss = instantiate(OmegaConf.load(path)).to(device)
+    logits, target = batch(space=(3, 4), device=device)
     assert torch.autograd.gradcheck(lambda x: loss(x, target), (logits.requires_grad_(),))
     hot = one_hot(target, 2)
     assert loss(logits, hot).item() == pytest.approx(loss(logits, target).item(), abs=1e-12)
-    deep, label = batch(space=(2, 3, 2))  # 3-D
+    deep, label = batch(space=(2, 3, 2), device=device)  # 3-D
     assert loss(deep, label).item() == pytest.approx(
         loss(deep, one_hot(label, 2)).item(), abs=1e-12
     )
@@ -204,8 +204,8 @@ def test_every_config_is_documented_and_has_the_right_gradient(path):
 # -- the source texts ------------------------------------------------------------------------------
 
 
-def test_article_losses_as_its_formulas():
-    logits, target = batch()
+def test_article_losses_as_its_formulas(device):
+    logits, target = batch(device=device)
     p, y = logits.softmax(1), one_hot(target, 2)
     eps, axes = 1e-7, (0, 2, 3)
     cce = -(y * p.clamp(eps, 1 - eps).log()).sum(1).mean()
@@ -267,8 +267,8 @@ def test_the_answers_multi_label_sum():
 @pytest.mark.parametrize("smoothing", [0, 0.1])
 @pytest.mark.parametrize("ignore", [None, 255, 0])
 @pytest.mark.parametrize("clip", [None, 1e-7])
-def test_cross_entropy_equals_torch(classes, weight, smoothing, ignore, clip):
-    logits, target = batch(c=classes)
+def test_cross_entropy_equals_torch(device, classes, weight, smoothing, ignore, clip):
+    logits, target = batch(c=classes, device=device)
     if ignore is not None:
         target[0, :2] = ignore
     w = [0.5 + c for c in range(classes)] if weight else None
@@ -276,7 +276,7 @@ def test_cross_entropy_equals_torch(classes, weight, smoothing, ignore, clip):
     other = torch.nn.CrossEntropyLoss(
         weight=None if w is None else torch.tensor(w).double(), label_smoothing=smoothing,
         ignore_index=-100 if ignore is None else ignore,
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     assert loss(logits, target).item() == pytest.approx(other(logits, target).item(), abs=1e-12)
     assert torch.allclose(
         gradient(loss, logits, target), gradient(other, logits, target), atol=1e-13
@@ -345,8 +345,8 @@ def check_rows(losses, logits, target, atol):
 
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("space", [(5, 6), (3, 2, 4)])
-def test_rows_are_exact(classes, space):
-    logits, target = batch(c=classes, space=space)
+def test_rows_are_exact(device, classes, space):
+    logits, target = batch(c=classes, space=space, device=device)
     check_rows(zoo(classes), logits, target, 1e-12)
 
 

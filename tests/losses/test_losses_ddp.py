@@ -89,4 +89,6 @@ def test_two_uneven_ranks_equal_the_joined_batch():
     values = LossSet(losses())(net(images), target)
     grads = gradients(values, net.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (f"{folder}/store", values.detach(), grads), nprocs=2)
+        mp.start_processes(
+            worker, (f"{folder}/store", values.detach(), grads), nprocs=2, start_method="fork"
+        )

@@ -124,7 +124,9 @@ def test_two_devices_score_as_one():
     cases = [validation(), validation()[:4], validation()[2:4]]
     expected = [(pairs, scores_of(pairs)) for pairs in cases]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(score_on_rank, (f"{folder}/store", expected), nprocs=2)
+        mp.start_processes(
+            score_on_rank, (f"{folder}/store", expected), nprocs=2, start_method="fork"
+        )
 
 
 # --- Constructors ---------------------------------------------------------------------------------

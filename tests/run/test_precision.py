@@ -113,10 +113,10 @@ def test_what_is_observed_in_float16(size):
     torch.testing.assert_close(seen[1], seen[0], rtol=2e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "make", [lambda: ConvNet(1, 2), pytest.param(lambda: UNet(1, 2), marks=pytest.mark.slow)],
-    ids=["convnet", "unet"],
-)  # fmt: skip
+    "make", [lambda: ConvNet(1, 2), lambda: UNet(1, 2)], ids=["convnet", "unet"]
+)
 def test_float16_reaches_the_same_accuracy(make):
     accuracy = []
     for plugins in ([], in_float16()):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ARTICLE, probe
+from conftest import ARTICLE, probe, slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
@@ -53,13 +53,14 @@ def both(compose, tmp_path):
     """
 
     def make(*common, grid=GRID, alone=True, name="fused", compile=False):
-        composed = [compose(*SMALL, *common, *own) for own in grid]
+        composed = [compose(*SMALL, *common, *own, "compile=false") for own in grid]
+        composed = [replace(one, planner=composed[0].planner) for one in composed]
         members, plans, folders = [], [], []
-        for i, own in enumerate(grid):
+        for i, one in enumerate(composed):
             folder = tmp_path / name / str(i)
             folder.mkdir(parents=True)
-            one = compose(*SMALL, *common, *own, f"compile={str(compile).lower()}")
-            plans.append(one.plan(folder))
+            plan = one.plan(folder)
+            plans.append(replace(plan, settings=replace(plan.settings, compile=compile)))
             members.append(make_member(plans[-1]))
         initial = [{n: t.clone() for n, t in member.net.state_dict().items()} for member in members]
         random = torch.get_rng_state()
@@ -121,15 +122,20 @@ def assert_same_runs(runs, late=1e-3):
         assert saved["global_step"] == plain["global_step"]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("batch_norm", ["false", "true"])
-@pytest.mark.parametrize("net", ["convnet", "unet"])
-def test_equals_runs_trained_alone(both, net, batch_norm, optimizer):
+@pytest.mark.parametrize(
+    "net, batch_norm, optimizer",
+    [
+        ("convnet", "false", "adam"), ("convnet", "true", "sgd"), ("unet", "true", "adam"),
+        slow("convnet", "false", "sgd"), slow("convnet", "true", "adam"),
+        slow("unet", "false", "adam"), slow("unet", "false", "sgd"), slow("unet", "true", "sgd"),
+    ],
+)  # fmt: skip
+def test_equals_runs_trained_alone(both, device, net, batch_norm, optimizer):
     own = ["model.widths=[2,3]"] if net == "unet" else []
     own += ["optimizer.momentum=0.9"] if optimizer == "sgd" else []
     runs = both(
         f"model={net}", f"model.batch_norm={batch_norm}", f"optimizer={optimizer}", *own,
-        "probe.cosines=true",
+        "probe.cosines=true", f"trainer.accelerator={device}",
     )  # fmt: skip
     assert_same_runs(runs)
     # The initial weights are equal bit for bit, and each run has images of its own.
@@ -160,8 +166,11 @@ def test_volumes(both):
 
 @pytest.mark.parametrize(
     "steps, interval, every",
-    [(12, 12, 1), (13, 5, 1), (7, 100, 1), (10, 5, 3), (14, 4, 3), (9, 4, 0), (1, 1, 1)],
-)
+    [
+        (13, 5, 1), (14, 4, 3), (9, 4, 0), (1, 1, 1),
+        slow(12, 12, 1), slow(7, 100, 1), slow(10, 5, 3),
+    ],
+)  # fmt: skip
 def test_intervals(both, steps, interval, every):
     """Blocks that end early, validations that do not fall on the end, steps not observed."""
     runs = both(
@@ -184,7 +193,7 @@ def test_block_size(interval):
     assert all(interval % n for n in range(size + 1, stack_fit.BLOCK + 1))
 
 
-@pytest.mark.parametrize("block", [1, 5, 10])
+@pytest.mark.parametrize("block", [slow(1), 5, slow(10)])
 def test_blocks_change_nothing(both, monkeypatch, block):
     runs = both("trainer.max_steps=20", alone=False)
     monkeypatch.setattr(stack_fit, "BLOCK", block)
@@ -239,7 +248,7 @@ def test_a_process_is_left_as_it_was(both):
 # --- Resuming a member alone ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "sgd, momentum"])
+@pytest.mark.parametrize("optimizer", ["adam", slow("sgd"), "sgd, momentum"])
 def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
     """A Trainer resumes from it and trains as from the checkpoint of the ordinary run."""
     kind, *momentum = optimizer.split(", ")
@@ -375,10 +384,10 @@ def test_compile_falls_back(compose, tmp_path, caplog, override, reason):
     [
         (AssertionError("no such operation"), "AssertionError: no such operation"),
         (InductorError(CppCompileError(["g++"], "bad"), None), "InductorError: CppCompileError: "),
-        (InvalidCxxCompiler(), "InvalidCxxCompiler: No working C"),
-        (MemoryError("none left"), None),
+        slow(InvalidCxxCompiler(), "InvalidCxxCompiler: No working C"),
         (InductorError(MemoryError("none left"), None), None),
-        (torch.OutOfMemoryError("none left"), None),
+        slow(MemoryError("none left"), None),
+        slow(torch.OutOfMemoryError("none left"), None),
     ],
 )
 def test_what_the_compiler_refuses(both, monkeypatch, error, text):
@@ -390,10 +399,10 @@ def test_what_the_compiler_refuses(both, monkeypatch, error, text):
     monkeypatch.setattr("losswatch.stack.compile.compile_graph", broken)
     if text:
         with pytest.raises(NotStackable, match=f"the compiler cannot compile them .*: {text}"):
-            both(alone=False, compile=True)
+            both(alone=False, compile=True, grid=GRID[:1])
     else:
         with pytest.raises(type(error), match="none left"):
-            both(alone=False, compile=True)
+            both(alone=False, compile=True, grid=GRID[:1])
 
 
 class Fussy(nn.Module):
@@ -413,9 +422,9 @@ class Fussy(nn.Module):
     "error, raised, said",
     [
         (RuntimeError, NotStackable, "map them over runs: RuntimeError: boom$"),
-        (NotImplementedError, NotStackable, "map them over runs: NotImplementedError: boom$"),
+        slow(NotImplementedError, NotStackable, "map them over runs: NotImplementedError: boom$"),
         (TypeError, TypeError, "boom"),
-        (KeyError, KeyError, "boom"),
+        slow(KeyError, KeyError, "boom"),
     ],
 )
 @pytest.mark.parametrize("compiled", [False, True])

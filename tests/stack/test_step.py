@@ -58,14 +58,16 @@ class Wide(nn.Module):
         return self.net(x.to(self.dtype))
 
 
-def make_stack(net="convnet", optimizer="Adam", dtype=torch.float64, late=False, names=ARTICLE):
+def make_stack(
+    net="convnet", optimizer="Adam", dtype=torch.float64, late=False, names=ARTICLE, device="cpu"
+):
     """Members and their stacked state; the softmax of `late` ones is saturated."""
     kind, options = OPTIMIZERS[optimizer]
-    losses = load_losses(*names, cube=Cube())
+    losses = load_losses(*names, cube=Cube()).to(device)
     members = []
     for trained, theta, seed, (low, high), factor in MEMBERS:
         torch.manual_seed(seed)
-        module = Wide(NETS[net](), dtype)
+        module = Wide(NETS[net](), dtype).to(device)
         if late:
             with torch.no_grad():
                 for p in module.parameters():
@@ -98,6 +100,7 @@ def make_stack(net="convnet", optimizer="Adam", dtype=torch.float64, late=False,
         **{key: torch.tensor([n[key] for n in rates], dtype=dtype) for key in rates[0]},
     }
     rest = {n: torch.stack([s[n] for s in states]) for n in states[0] if n not in names}
+    stacked = {key: value.to(device) for key, value in stacked.items()}
     state = (flat.clone(), rest, tuple(torch.zeros_like(flat) for _ in moments), stacked)
 
     def function(observed=True, ready=lambda function: function):
@@ -124,7 +127,7 @@ def advance(function, state, first=0, steps=STEPS):
     seen = []
     for i in range(first, first + steps):
         parameters, buffers, moments, values = function(
-            parameters, buffers, moments, numbers, torch.tensor(i)
+            parameters, buffers, moments, numbers, torch.tensor(i, device=parameters.device)
         )
         seen.append(values)
     return (parameters, buffers, moments, numbers), torch.stack(seen)
@@ -137,7 +140,7 @@ def train_plainly(member, losses):
     batches = _Batches(member.data, TRAIN, 3, 3 * STEPS)
     seen = []
     for step in range(STEPS):
-        images, target = batches[step]
+        images, target = (x.to(next(net.parameters()).device) for x in batches[step])
         logits = net(images)
         values = [loss(logits, target) for loss in losses.losses]
         seen.append(truth(values, gradients(values, net.parameters())).row())
@@ -150,8 +153,8 @@ def train_plainly(member, losses):
 # In float64, except for Adam's correction of its moments, which is rounded to float32.
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_equals_plain_training(net, optimizer):
-    stack = make_stack(net, optimizer)
+def test_equals_plain_training(device, net, optimizer):
+    stack = make_stack(net, optimizer, device=device)
     (flat, buffers, _, _), seen = advance(stack.function(), stack.state)
     near = {"rtol": 1e-9, "atol": 1e-10}
     if optimizer.startswith("Adam"):
@@ -313,6 +316,7 @@ def fast():
     return make_stack("convnet", **FEW).function(ready=compiled)
 
 
+@pytest.mark.slow
 @compiling
 def test_the_next_optimizer_finds_the_compiled_gradient(fast):
     advance(fast, make_stack("convnet", **FEW).state, steps=1)

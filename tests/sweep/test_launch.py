@@ -252,9 +252,10 @@ def test_same_results(two):
     for name, folder in basic.runs.items():
         a, b = read_result(folder), read_result(fused.runs[name])
         assert b["status"] == "done" and b.pop("seconds") > 0 and a.pop("seconds") > 0
-        metrics, others = a.pop("metrics"), b.pop("metrics")
+        for name_of_numbers in ("metrics", "watched"):
+            numbers, others = a.pop(name_of_numbers), b.pop(name_of_numbers)
+            assert others == pytest.approx(numbers, rel=1e-3, abs=1e-3)
         assert a == b
-        assert others == pytest.approx(metrics, rel=1e-3, abs=1e-3)
         curve, other = read_curves(folder), read_curves(fused.runs[name])
         assert set(curve.columns) == set(other.columns)
         watched = [c for c in curve.columns if c.startswith(("loss/", "grad_norm/"))]

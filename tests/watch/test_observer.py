@@ -122,9 +122,9 @@ def one_hot(target, classes):
     ],
     ids=["indices", "monai", "float", "uint8", "double", "one-hot", "float one-hot", "bool"],
 )  # fmt: skip
-def test_targets_of_any_form(classes, given):
-    net = small(classes)
-    images, target = batch(classes)
+def test_targets_of_any_form(device, classes, given):
+    net = small(classes, device)
+    images, target = batch(classes, device=device)
     output = net(images)
     seen = Observer(LOSSES, net.parameters())(output, given(target, classes))
     assert_seen(seen, expected(map(load_loss, LOSSES), output, target, net.parameters()))
@@ -152,9 +152,9 @@ def test_soft_labels():
     assert_seen(seen, expected(map(load_loss, LOSSES), output, soft, net.parameters()))
 
 
-def test_ignored_pixels():
-    net = small(3)
-    images, target = batch(3)
+def test_ignored_pixels(device):
+    net = small(3, device)
+    images, target = batch(3, device=device)
     target[0, :3] = 255
     output = net(images)
     losses = [load_loss(name, ignore_index=255) for name in LOSSES]
@@ -169,10 +169,10 @@ def test_ignored_pixels():
 @pytest.mark.parametrize(
     "given", [lambda t: t, lambda t: t.unsqueeze(1), lambda t: t.unsqueeze(1).double()]
 )
-def test_one_channel(activation, given):
+def test_one_channel(device, activation, given):
     """Against PyTorch's binary cross entropy and the Dice of the foreground, written out."""
-    net = small(1)
-    images, target = batch()
+    net = small(1, device)
+    images, target = batch(device=device)
     y, z = target.unsqueeze(1).double(), net(images)
     p = z.sigmoid()
     mine = Dice(activation=activation)  # a module: it reads the one channel by itself
@@ -237,7 +237,7 @@ def train(net, observer, steps=4):
     np.random.seed(0)
     torch.manual_seed(1)
     loss, optimizer = nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters())
-    images, target = batch()
+    images, target = batch(device=next(net.parameters()).device)
     for _ in range(steps):
         optimizer.zero_grad()
         output = net(images)
@@ -249,13 +249,14 @@ def train(net, observer, steps=4):
         optimizer.step()
     moments = [m for state in optimizer.state_dict()["state"].values() for m in state.values()]
     drawn = torch.rand(3), random.random(), np.random.rand()
-    return [*net.state_dict().values(), *moments, drawn[0], torch.tensor(drawn[1:])]
+    drawn = [drawn[0], torch.tensor(drawn[1:]), torch.rand(3, device=images.device)]
+    return [*net.state_dict().values(), *moments, *drawn]
 
 
 @pytest.mark.parametrize("make", [small, Checkpointed])
-def test_training_is_equal_to_the_bit(make):
+def test_training_is_equal_to_the_bit(device, make):
     torch.manual_seed(0)
-    net = make().double()
+    net = make().to(device, torch.float64)
     other, drawing = copy.deepcopy(net), Drawing()
     observer = Observer([*LOSSES, drawing], other.parameters())
     for a, b in zip(train(net, None), train(other, observer), strict=True):

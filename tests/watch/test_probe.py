@@ -30,7 +30,7 @@ def monai():
 def assert_exact(observed, reference):
     seen, wanted = torch.stack(observed), reference.table()
     assert seen.dtype == wanted.dtype == torch.float64
-    torch.testing.assert_close(seen, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(seen, wanted.to(seen.device), rtol=1e-9, atol=1e-9)
 
 
 # --- Exact ---------------------------------------------------------------------------------------
@@ -40,7 +40,9 @@ def assert_exact(observed, reference):
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("net", ["convnet", "unet"])
 @pytest.mark.parametrize("trained", ["dice", "cce"])
-def test_equals_one_gradient_per_loss(make_run, observed, net, batch_norm, classes, trained):
+def test_equals_one_gradient_per_loss(
+    make_run, observed, device, net, batch_norm, classes, trained
+):
     """Dice variants, cross entropy, a loss of MONAI's, and two that share no rows with others."""
     names = [*ARTICLE, "dice_jaccard", "dice_log", "dice_monai", "dice_cce"]
     losses = load_losses(*names, monai=monai(), cubic=Dice(exponent=3))
@@ -48,6 +50,7 @@ def test_equals_one_gradient_per_loss(make_run, observed, net, batch_norm, class
     run = make_run(
         net, batch_norm, classes, losses, trained,
         probe=probe(cosines=True), callbacks=[reference], precision="64-true", validate=False,
+        accelerator=device,
     )  # fmt: skip
     run.fit()
     assert len(observed) == 4

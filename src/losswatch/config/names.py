@@ -8,6 +8,9 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from losswatch.config.errors import ConfigError
 
@@ -26,7 +29,7 @@ def _order(override: str) -> tuple[int, str]:
     return _FIRST.index(group) if group in _FIRST else len(_FIRST), override
 
 
-def run_name(overrides: Sequence[str]) -> str:
+def run_name(overrides: Any) -> str:
     """The name of a run's folder: its overrides, in the order of `_FIRST`, then of the alphabet.
 
     Different sets of overrides get different names. If a name is long, or has characters that
@@ -41,6 +44,8 @@ def run_name(overrides: Sequence[str]) -> str:
     >>> run_name(["note=a b"])
     'note=a_b-c692bc42'
     """
+    if OmegaConf.is_config(overrides):  # whose items would be resolved: one may be `${run.folder}`
+        overrides = OmegaConf.to_container(overrides, resolve=False)
     ordered = sorted((override.removeprefix("++") for override in overrides), key=_order)
     name = ",".join(ordered) or "default"
     if all(map(_PLAIN.fullmatch, ordered)) and len(name.encode()) <= _LONGEST:

@@ -73,12 +73,13 @@ class Job:
             folder: of the run, if Hydra has not started it and so its config names no folder.
         """
         is_sweep = hydra.mode == RunMode.MULTIRUN
-        own = [o for o in hydra.overrides.task if not (is_sweep and o in command)]
+        overrides = task_overrides(hydra)
+        own = [o for o in overrides if not (is_sweep and o in command)]
         swept = {key: value for key, value in parse_overrides(own).items() if key != "resume"}
         sweep = hydra.sweep.dir if is_sweep else ""
         return cls(
             folder=folder or Path(hydra.runtime.output_dir),
-            overrides=tuple(hydra.overrides.task),
+            overrides=overrides,
             choices=OmegaConf.to_container(hydra.runtime.choices),  # type: ignore[arg-type]
             is_sweep=is_sweep,
             number=hydra.job.num if is_sweep and not OmegaConf.is_missing(hydra.job, "num") else 0,
@@ -87,6 +88,11 @@ class Job:
             search_path=tuple(o for o in hydra.overrides.hydra if "hydra.searchpath" in o),
             swept=swept,
         )
+
+
+def task_overrides(hydra: DictConfig) -> tuple[str, ...]:
+    """The overrides of a run, as they stand: their text may hold `${run.folder}`."""
+    return tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -247,13 +253,15 @@ def _keep(cfg: DictConfig, earlier: Mapping[str, Any], given: Mapping[str, str])
     for key, value in earlier.items():
         # The numbers of data, such as the batch size, are kept for other data, too.
         group, is_text = key.split(".")[0], isinstance(value, str | dict)
-        if group in other and (group == "model" or is_text):
+        if key.endswith("._target_") or group in other and (group == "model" or is_text):
             continue
         is_given = any(f"{name}.".startswith(f"{key}.") for name in given)
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
         # A value that follows another setting, such as `${seed}`, still follows it.
-        if is_given or name not in node or OmegaConf.is_interpolation(node, name):
+        if is_given or not isinstance(node, DictConfig) or name not in node:
+            continue
+        if OmegaConf.is_interpolation(node, name):
             continue
         OmegaConf.update(cfg, key, value, merge=False)
 

@@ -118,8 +118,13 @@ def make_data(settings: Settings) -> pl.LightningDataModule:
     """The images that `data` describes.
 
     Raises:
-        ConfigError: there are no such images.
+        ConfigError: there are no such images, or losswatch has no such setting.
     """
+    if settings.is_ours:
+        known = inspect.signature(_target("data", settings.data)).parameters
+        for key in _arguments(settings.data):
+            if key not in known:
+                raise ConfigError(f"unknown setting data.{key}; data has {', '.join(known)}")
     return _instantiate("data", settings.data, pl.LightningDataModule)
 
 

@@ -179,6 +179,9 @@ def explain(error: Exception, given: Mapping[str, str]) -> str:
         keys = cause.parent_node.keys() if OmegaConf.is_dict(cause.parent_node) else []
         known = ", ".join(str(key) for key in keys if key != "hydra" and str(key)[0] != "_")
         return f"there is no {cause.full_key}; {parent or 'the config'} has {known or 'no keys'}"
+    if str(error).startswith("Error merging override +") and "Interpolation key" in str(cause):
+        override = str(error).removeprefix("Error merging override ")
+        return f"{override}: the setting is there already; leave out the +"
     texts = [str(error)] if cause is error else [str(error), str(cause).split("\n")[0]]
     noise = ("https://", "full_key:", "object_type=", "reference_type=")
     lines = [str(yaml_errors.file_of(cause) or "")]

@@ -11,7 +11,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from losswatch.config.settings import Job, Settings
+from losswatch.config.settings import Job, Settings, task_overrides
 
 if TYPE_CHECKING:
     from losswatch.command import Command
@@ -38,7 +38,7 @@ class Run:
     @property
     def overrides(self) -> tuple[str, ...]:
         """The overrides of the run."""
-        return tuple(self.config.hydra.overrides.task)
+        return task_overrides(self.config.hydra)
 
     def prepare(self, command: Command, is_here: bool = True) -> None:
         """Read the settings, and make the plan.
