@@ -1,6 +1,6 @@
-"""The command `losswatch`, which is `python train.py` from any folder.
+"""The command `losswatch`. It is `python train.py`, and works from any folder.
 
-losswatch loss=cce theta=0.05       train as train.py does, which lists more
+losswatch loss=cce theta=0.05       train; train.py lists more examples
 losswatch losses                    print the table of losses
 """
 
@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from losswatch.config import schema
+from losswatch.config.names import sweep_name
 from losswatch.config.quoting import quoted
 from losswatch.config.settings import Job, Settings
 from losswatch.config.sources import Sources
@@ -36,13 +37,13 @@ schema.register()
 
 @dataclass(frozen=True)
 class Facts:
-    """What the processes of a sweep are told of it.
+    """What the processes of a sweep get to know of it.
 
     Attributes:
         overrides: of the whole command, in the form in which Hydra got them.
-        total: how many runs there are; None where that is not known.
-        found: what the first process has found out for runs that are alike.
-        key: tells commands apart.
+        total: number of runs; None if that is not known.
+        found: what the first process has found out for all runs.
+        key: different in each command.
     """
 
     overrides: tuple[str, ...] = ()
@@ -52,17 +53,17 @@ class Facts:
 
 
 class Command:
-    """Hydra's task function, which is called for each run; and what the command knows of its runs.
+    """Hydra's task function, called for each run; it holds what the command knows of its runs.
 
-    Hydra hands it to sweepers and launchers, and these to their processes.
+    Hydra hands it to sweepers and launchers, and these hand it to their processes.
 
     Args:
         facts: of the sweep.
 
     Attributes:
-        runs: of the sweep, composed and checked, by their overrides; each until it starts.
-        folder: of the sweep, from when its runs may start; the table of it ends the command.
-        lacks_runs: whether the table will lack a run, of which no file can be written.
+        runs: the checked runs of the sweep that have not started, by their overrides.
+        folder: of the sweep, once its runs may start. Then its table ends the command.
+        lacks_runs: whether no file of a run could be written, so that the table lacks the run.
         is_terminated: whether SIGTERM ended the command.
         line, status: how a single run ended: a line about bad input, and the exit status.
     """
@@ -79,7 +80,7 @@ class Command:
         """The one planner of this process.
 
         Args:
-            job: one of the command's.
+            job: of any run of the command.
             is_here: see `Planner`.
         """
         # Imported late: PyTorch takes seconds, and --help or a misspelt key needs none of it.
@@ -104,7 +105,12 @@ class Command:
         return Settings.read(cfg, job, self.planner(job, is_here).sources, settings_to_keep)
 
     def begin_sweep(self, folder: Path, runs: dict[tuple[str, ...], Run]) -> None:
-        """Let the runs of a sweep start, which are composed and checked."""
+        """Let the runs of a sweep start.
+
+        Args:
+            folder: of the sweep.
+            runs: composed and checked, by their overrides.
+        """
         self.folder = folder
         self.runs.update(runs)
         found = self._planner.found if self._planner else None
@@ -115,13 +121,13 @@ class Command:
         self.line, self.status = line, 2
 
     def __call__(self, cfg: DictConfig) -> float | None:
-        """Train or test one run; the score returned is for sweepers."""
+        """Train or test one run; return its score, for sweepers."""
         from losswatch.task import run_task  # imported late, as above
 
         return run_task(self, cfg)
 
     def __reduce__(self) -> Any:
-        """Another process gets a command of its own, which knows the facts."""
+        """Another process gets its own command with the same facts."""
         return _in_other_process, (self.facts,)
 
 
@@ -131,7 +137,7 @@ def _in_other_process(facts: Facts) -> Command:
     return command
 
 
-@functools.lru_cache(maxsize=1)  # one for each process: its planner keeps what it has found out
+@functools.lru_cache(maxsize=1)  # one in each process: its planner keeps what it has found out
 def _command(key: str) -> Command:
     silence_logging()
     return Command(Facts(key=key))
@@ -152,7 +158,9 @@ def main() -> None:
     typed = sys.argv[1:]
     sys.argv[1:] = map(quoted, typed)
     schema.use_checked_sweeper()
-    HydraConfig.instance().cfg = None  # of an earlier command in this process
+    # What an earlier command in this process has left.
+    HydraConfig.instance().cfg = None
+    sweep_name.cache_clear()
     command = Command(Facts(tuple(sys.argv[1:])))
     with clear_errors(command, dict(zip(sys.argv[1:], typed, strict=True))):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()

@@ -48,12 +48,12 @@ def run_task(command: Command, cfg: DictConfig) -> float | None:
     """Plan a run, and train or test it unless it is done.
 
     Returns:
-        the score, for sweepers; None if the run cannot work, failed or is unfinished.
+        the score, for sweepers; None if the run cannot work, has failed or is unfinished.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
-    if command.is_terminated:  # the signal came where Python drops errors
+    if command.is_terminated:  # Python has dropped the error of the signal
         raise KeyboardInterrupt
     hydra: Any = HydraConfig.get()
     job = Job.read(hydra, command.facts.overrides)
@@ -65,14 +65,14 @@ def run_task(command: Command, cfg: DictConfig) -> float | None:
 
 
 def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
-    """`run_task` of a run whose job has been read."""
+    """The work of `run_task`, after the job has been read."""
     checked = command.runs.pop(job.overrides, None)
     plan, settings = (checked.plan, checked.settings) if checked else (None, None)
     try:
         if plan is None:
             settings = command.read(cfg, job)
             if settings.resume:
-                check_run(job.folder)
+                check_run(Path(settings.resume))
             plan = command.planner(job).plan(settings)
     except ConfigError as error:
         if not job.is_sweep:
@@ -83,7 +83,7 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
         return None
     try:
         with _held(job.folder):
-            # Before it let go, another process may have finished the run, or begun one here.
+            # Another process may have finished the run, or begun one here, before it let go.
             check_folder(job.folder, plan.settings.as_config())
             if plan.settings.resume:
                 _say_which(command, job)
@@ -104,10 +104,10 @@ def finish_stacked(
     """Write the result of a run that was trained in a stack.
 
     Args:
-        outcome: of the run; whoever trained it holds its lock.
+        outcome: of the run; the caller holds its lock.
         cfg: unused; Hydra passes it to each task function.
 
-    For what it returns and raises see `run_task`.
+    For the value returned and the errors see `run_task`.
     """
     _say_which(command, plan.settings.job)
 
@@ -122,7 +122,7 @@ def finish_stacked(
 
 @contextmanager
 def _contained(job: Job) -> Iterator[None]:
-    """Let a sweep go on after a run whose result cannot be written, or that shows a bug."""
+    """Lets a sweep go on after a run whose result cannot be written, or that shows a bug."""
     try:
         yield
     except Exception as error:
@@ -133,7 +133,7 @@ def _contained(job: Job) -> Iterator[None]:
 
 
 def _say_which(command: Command, job: Job) -> None:
-    """Say which run starts; of the devices of a run the first one says it."""
+    """Say which run starts, in the process of the run's first device."""
     if int(os.environ.get("LOCAL_RANK", 0)):
         return
     total = f" of {command.facts.total}" if command.facts.total else ""
@@ -144,14 +144,14 @@ def _say_which(command: Command, job: Job) -> None:
 def _held(folder: Path) -> AbstractContextManager[Any]:
     """The lock of a run.
 
-    Lightning starts this program again for each further device. Those processes train, too, and
-    leave everything else to the first one.
+    Lightning starts this program again for each further device. Those processes train, too. The
+    first process does everything else, such as locking.
     """
     return locks.hold(folder) if compat.process_rank() == 0 else nullcontext()
 
 
 def _skip(result: Result, plan: Plan) -> float:
-    """Say that the run is done; return its score. Draw its picture if a kill came before that."""
+    """Say that the run is done, and return its score. Draw its picture if a kill prevented that."""
     log.info("done before, skipped: %s", _display_name(plan.settings.job))
     is_trained = compat.process_rank() == 0 and plan.settings.mode == "train"
     if is_trained and not (plan.folder / PICTURE).exists():
@@ -168,7 +168,7 @@ def _attempt(
     """Train or test the run, and write how it went.
 
     Args:
-        work: trains or tests; returns what that has reached, and the seconds that it took.
+        work: trains or tests; returns what was reached, and the seconds that this took.
     """
     settings, begin = plan.settings, time.perf_counter()
     is_first = compat.process_rank() == 0
@@ -185,8 +185,8 @@ def _attempt(
     if not reached.is_done:
         _stop_early(command, plan, result)
         return None
-    # The result first: whatever becomes of its picture, a run that is done stays so, and one that
-    # is not done keeps the checkpoints to go on from.
+    # The result is written before earlier checkpoints are removed and the picture is drawn. So a
+    # kill leaves a run that is done, or one that has the checkpoints to go on from.
     result.write(plan.folder)
     if settings.mode == "train":
         checkpoint_files.finish(plan.folder, reached.steps)
@@ -200,14 +200,14 @@ def _attempt(
 
 
 def _work(plan: Plan) -> tuple[Reached, float]:
-    """Train or test, and the seconds that this took."""
+    """Train or test; return what was reached, and the seconds that this took."""
     begin = time.perf_counter()
     work = {"train": train, "test": run.test, "predict": run.predict}[plan.settings.mode]
     return work(plan), time.perf_counter() - begin
 
 
 def train(plan: Plan) -> Reached:
-    """Train one run: by a compiled step if the settings ask for it, and it can be compiled."""
+    """Train one run, by a compiled step if the settings ask for it and the step can be compiled."""
     if plan.settings.compile:
         try:
             return train_compiled(plan)
@@ -227,7 +227,7 @@ def _result(
     reached: Reached | None = None,
     error: str | None = None,
 ) -> Result:
-    """The result of an attempt that took so many seconds."""
+    """The result of an attempt; `seconds` is how long it took."""
     return Result(
         run=job.folder.name,
         status=status,
@@ -245,11 +245,11 @@ def _result(
 def _fail(
     command: Command, plan: Plan, error: BaseException, seconds: float, is_first: bool
 ) -> None:
-    """Record an error; pass on Ctrl-C, as which SIGTERM counts.
+    """Record an error; pass on Ctrl-C and SIGTERM.
 
     Raises:
-        KeyboardInterrupt: the error is Ctrl-C.
-        ConfigError: the error, of a single run: it is bad input that only the work could find.
+        KeyboardInterrupt: the error is Ctrl-C or SIGTERM.
+        ConfigError: the input of a single run is bad, and only the work could find that.
     """
     job = plan.settings.job
     # On Ctrl-C Lightning shuts down in order, and then exits.
@@ -288,25 +288,25 @@ def _stop_early(command: Command, plan: Plan, result: Result) -> None:
 
 
 def _say_how_to_resume(plan: Plan) -> None:
-    """Of a single run; a sweep says it below its table."""
+    """Print the command that resumes a single run. A sweep prints its own below its table."""
     job = plan.settings.job
     if not job.is_sweep and plan.settings.mode == "train":
         say(f"Resume   {resume_command('resume', _display_name(job))}")
 
 
 def _display_name(job: Job, file: str = "") -> str:
-    """A run, or a file of it, as lines call it: its path from the sweep or the working folder."""
+    """A run, or a file of it, as lines name it: the path from the sweep's or the working folder."""
     return nearby(job.folder / file, job.base)
 
 
 def _draw_curves(plan: Plan, step: int) -> None:
-    """Draw the run's curves into its folder, and for TensorBoard, whose charts colour by run.
+    """Draw the run's curves: into its folder, and for TensorBoard, whose charts colour by run.
 
-    An error is no error of the run: a line tells it.
+    An error becomes a warning: it does not make the run a failed one.
     """
     file = plan.folder / PICTURE
     try:
-        # Imported late: Matplotlib takes a second, and a run that is done before draws nothing.
+        # Imported late: Matplotlib takes a second, and a run that was done before draws nothing.
         from losswatch.report.figures import plot_curves
 
         curves = read_curves(plan.folder)

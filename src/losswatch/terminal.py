@@ -1,7 +1,7 @@
 """What a command shows on the terminal: its lines, and a bar of the steps done.
 
-Lines and bar go through one console, which prints lines above the bar. The terminal belongs to the
-process, so the bar that it shows at the moment is state of this module.
+Lines and bar go through one console, which prints lines above the bar. A process has one terminal,
+so the bar that is shown now is state of this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 REDRAW_SECONDS = 0.2
 
-# Without markup: what others print while a bar is shown goes through this console, too.
+# Without markup, because what others print while a bar is shown goes through this console, too.
 _console = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 # --- Lines ---------------------------------------------------------------------------------------
@@ -50,11 +50,11 @@ def open_streams() -> None:
 
 
 def say(message: str) -> None:
-    """Print a line to the user. An error in printing is ignored: it is no reason to end a run."""
+    """Print a line to the user. An error in printing is ignored, so that it does not end a run."""
     with suppress(OSError):
         if _redraws():
-            # A line of `say_for_now`, or a bar of another process, may stand on the terminal's last
-            # line. This line takes its place. A Segment, because rich would break a long Text.
+            # The last line of the terminal may hold a line of `say_for_now`, or the bar of another
+            # process; this line replaces it. A Segment, because rich would break a long Text.
             _console.print(Segments([Segment(f"\r\x1b[K{message}\n")]), crop=False)
         else:
             print(message, file=sys.stderr)
@@ -62,22 +62,22 @@ def say(message: str) -> None:
 
 
 def say_for_now(message: str) -> None:
-    """Show a line that the next one replaces, on a terminal only."""
+    """Show a line that the next line replaces. This works on a terminal only."""
     if _redraws():
         with suppress(OSError):
             print(message, end="", file=sys.stderr, flush=True)
 
 
 def _redraws() -> bool:
-    """Whether standard error is a terminal on which lines can be drawn anew."""
+    """Whether standard error is a terminal on which a line can be drawn again."""
     return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def flush(stream: IO[str]) -> OSError | None:
-    """Flush a stream; return the error if that fails, and send the stream to the null device.
+    """Flush a stream. If that fails, send the stream to the null device, and return the error.
 
     Otherwise the buffered text would fail again at each later flush: when joblib starts a process,
-    and at the end of this one, which would then exit with status 120.
+    and at the end of this process, whose exit status would then be 120.
     """
     try:
         stream.flush()
@@ -93,14 +93,15 @@ class Lines(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             say(self.format(record))
-        except Exception:  # a message that does not fit its arguments
+        except Exception:  # the message does not fit its arguments
             self.handleError(record)
 
 
 def followed(results: Iterator[T], total: int, what: str) -> Iterator[T]:
-    """The results of slow work as they come, with a bar of how many there are.
+    """The results of slow work as they come, with a bar that counts them.
 
-    It appears after half a second, on a terminal of this process, while no other bar is shown.
+    The bar appears after half a second, if standard error is a terminal, this is the main process,
+    and no other bar is shown.
     """
     columns = TextColumn("{task.completed:,.0f} of {task.total:,.0f}  {task.description}")
     is_shown = _redraws() and multiprocessing.parent_process() is None and _current is None
@@ -123,11 +124,11 @@ def followed(results: Iterator[T], total: int, what: str) -> Iterator[T]:
 
 
 class ProgressSink:
-    """Is told of the progress of a training. This base class shows nothing."""
+    """Receives the progress of a training. This base class shows nothing."""
 
     @property
     def is_due(self) -> bool:
-        """Whether the bar is redrawn at the next advance, so that text for it is worth making."""
+        """Whether the next `advance` redraws the bar. Only then a new text is needed."""
         return False
 
     def advance(self, count: int) -> None:
@@ -137,7 +138,7 @@ class ProgressSink:
         """Take steps that were done before out of the total."""
 
     def set_text(self, beside: str, below: str = "") -> None:
-        """Set the text beside the bar and below it, from its next redrawing on."""
+        """Set the text beside and below the bar; the next redrawing shows it."""
 
 
 class Bar(ProgressSink):
@@ -146,7 +147,8 @@ class Bar(ProgressSink):
     It is drawn only if stderr is a terminal and this is the main process.
 
     Args:
-        total: steps, `done` of them before.
+        total: number of steps.
+        done: number of these that were done before.
     """
 
     def __init__(self, total: int, done: int = 0) -> None:
@@ -174,7 +176,7 @@ class Bar(ProgressSink):
         self._draw(self.live.stop)
 
     def _draw(self, function: Callable[[], object]) -> None:
-        """Call a function that draws. A terminal that was closed does not end the run."""
+        """Call a function that draws. If the terminal was closed, the run goes on."""
         if self.is_shown:
             try:
                 function()
@@ -206,8 +208,8 @@ class Bar(ProgressSink):
         self.below = below
 
 
-class Part(ProgressSink):
-    """Steps that are part of those that another object shows."""
+class PartOfBar(ProgressSink):
+    """Some of the steps that another object shows."""
 
     def __init__(self, whole: ProgressSink, skipped: int) -> None:
         self.whole, self.done, self.skipped = whole, 0, skipped
@@ -225,17 +227,17 @@ class Part(ProgressSink):
         self.whole.set_text(beside, below)
 
     def undo(self) -> None:
-        """These steps failed, so they will be done again or never."""
+        """Take back all steps: they failed, and will be done again or never."""
         self.whole.advance(-self.done)
         self.whole.skip(-self.skipped)
 
 
-_current: ProgressSink | None = None  # what the steps of this process are part of
+_current: ProgressSink | None = None  # shows all steps of this process
 
 
 @contextmanager
 def progress_bar(total: int, done: int = 0, is_shown: bool = True) -> Iterator[ProgressSink]:
-    """A bar of steps; or part of the bar under way.
+    """A bar of steps, or a part of the bar that is shown already.
 
     Args:
         total, done: see `Bar`.
@@ -248,7 +250,7 @@ def progress_bar(total: int, done: int = 0, is_shown: bool = True) -> Iterator[P
         with bar, part_of(bar):
             yield bar
     else:
-        part = Part(_current, done)
+        part = PartOfBar(_current, done)
         try:
             yield part
         except BaseException:

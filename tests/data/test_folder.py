@@ -469,7 +469,7 @@ def test_scores_are_those_of_each_image():
     scores = ImageScores(Form(1, tuple("abcd"), 2, has_ignored=True), losses.names)
     for part in (slice(0, 2), slice(2, 5)):
         scores.add(logits[part], torch.from_numpy(label[part]), losses)
-    found = scores.take(Alone())
+    found = scores.compute_and_reset(Alone())
     predicted, counted = logits.argmax(1).numpy(), label >= 0
     dice, iou = one_by_one(predicted, label, counted, 4)
     assert np.isnan(dice).any() and (dice == 0).any()
@@ -486,7 +486,7 @@ def test_scores_are_those_of_each_image():
     assert found["loss/dice"] == pytest.approx(np.average(values, weights=weights), rel=1e-6)
     # A class that no image has is left out of the mean.
     scores.add(logits[1:2], torch.from_numpy(label[1:2]), losses)
-    again = scores.take(Alone())
+    again = scores.compute_and_reset(Alone())
     assert "dice/d" not in again
     assert again["dice"] == pytest.approx(np.nanmean(dice[1]), rel=1e-6)
 
@@ -499,7 +499,7 @@ def test_scores_of_classes_that_overlap():
     losses = LossSet({"bce": nn.BCEWithLogitsLoss()})
     scores = ImageScores(Form(1, ("a", "b"), 2, "multilabel"), losses.names)
     scores.add(logits, torch.from_numpy(label).float(), losses)
-    found = scores.take(Alone())
+    found = scores.compute_and_reset(Alone())
     predicted = logits.numpy() > 0
     for c, name in enumerate("ab"):
         dice, _ = one_by_one(predicted[:, c], label[:, c], np.ones_like(label[:, c]), 2)

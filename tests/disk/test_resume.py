@@ -31,12 +31,12 @@ from losswatch.disk import checkpoint_files as checkpoints
 from losswatch.disk.checkpoint import load_net, to_keep
 from losswatch.disk.checkpoint_files import (
     checkpoint_path,
-    find,
+    find_checkpoint,
     finish,
-    load,
+    load_checkpoint,
     newest,
     read_about,
-    save,
+    save_checkpoint,
 )
 from losswatch.disk.curves import read_curves
 from losswatch.disk.locks import hold
@@ -350,7 +350,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, caplog,
     for step in (10, 20, 30):
         weights = {f"net.{n}": t + step for n, t in net.state_dict().items()}
         content = {"state_dict": weights, "global_step": step}
-        save(content | {"losswatch": {"config": {"theta": 0.5}, "sizes": {}}}, tmp_path)
+        save_checkpoint(content | {"losswatch": {"config": {"theta": 0.5}, "sizes": {}}}, tmp_path)
     assert checkpoint_names(tmp_path) == ["step=20.ckpt", "step=30.ckpt"]
     assert newest(tmp_path)[1]["global_step"] == 30
     damage(tmp_path / "checkpoints" / "step=30.ckpt")
@@ -369,9 +369,9 @@ def test_loading_runs_no_code(tmp_path):
     file = tmp_path / "checkpoints" / "step=1.ckpt"
     torch.save({"state_dict": {}, "global_step": 1, "x": Bomb()}, file)
     with pytest.raises(ValueError, match="cannot be read"):
-        load(file)
+        load_checkpoint(file)
     with pytest.raises(ConfigError, match="no readable checkpoint"):
-        find(str(tmp_path))
+        find_checkpoint(str(tmp_path))
     assert not (tmp_path / "exploded").exists()
 
 
@@ -380,7 +380,7 @@ def write(folder, *steps):
     for step in steps:
         content = {"state_dict": {"net.w": torch.full((3,), float(step))}, "global_step": step}
         content["losswatch"] = {"config": {"theta": 0.5}, "sizes": {}}
-        save(content, folder)
+        save_checkpoint(content, folder)
 
 
 def test_damaged_checkpoints_do_not_count_when_old_ones_are_removed(tmp_path):
@@ -396,7 +396,7 @@ def test_damaged_checkpoints_do_not_count_when_old_ones_are_removed(tmp_path):
     assert checkpoint_names(tmp_path) == sorted(["step=20.ckpt", "step=30.ckpt", *strays])
     finish(tmp_path, 30)
     assert checkpoint_names(tmp_path) == sorted(["step=30.ckpt", *strays])
-    assert find(str(tmp_path))["global_step"] == 30
+    assert find_checkpoint(str(tmp_path))["global_step"] == 30
 
 
 def test_checkpoints_of_an_attempt_that_was_given_up_are_removed(tmp_path):
@@ -444,7 +444,7 @@ def test_a_checkpoint_takes_the_place_of_one_of_its_name(straight, train_here, t
     train_here(folder)
     assert checkpoint_names(folder) == ["step=30.ckpt", "step=40.ckpt"]
     assert_same_training(folder, straight)
-    assert find(str(folder))["global_step"] == 40
+    assert find_checkpoint(str(folder))["global_step"] == 40
 
 
 def test_a_stack_that_fails_after_its_last_step_is_tested_alone(train_here, tmp_path, monkeypatch):
@@ -466,7 +466,9 @@ def test_a_stack_that_fails_after_its_last_step_is_tested_alone(train_here, tmp_
     assert alone.metrics == pytest.approx(whole.metrics, abs=1e-5)  # rounded otherwise
     curves, wanted = read_curves(folder), read_curves(tmp_path / "whole")
     pd.testing.assert_frame_equal(curves[wanted.columns], wanted)
-    weights, wanted = (find(str(run))["state_dict"] for run in (folder, tmp_path / "whole"))
+    weights, wanted = (
+        find_checkpoint(str(run))["state_dict"] for run in (folder, tmp_path / "whole")
+    )
     assert all(torch.equal(weights[name], weight) for name, weight in wanted.items())
 
 
@@ -503,13 +505,13 @@ def test_a_checkpoint_that_holds_something_else(compose, tmp_path, change):
     """It counts as damaged wherever it is read."""
     write(tmp_path, 20)
     path = checkpoint_path(tmp_path, 30)
-    torch.save(load(checkpoint_path(tmp_path, 20)) | {"global_step": 30} | change, path)
+    torch.save(load_checkpoint(checkpoint_path(tmp_path, 20)) | {"global_step": 30} | change, path)
     with pytest.raises(ValueError, match="step=30.ckpt cannot be read"):
-        load(path)
+        load_checkpoint(path)
     found = find_start(tmp_path)
     assert found.step == 20 and "step=30.ckpt cannot be read" in found.notice
     with pytest.raises(ConfigError, match="cannot be read"):
-        find(str(path))
+        find_checkpoint(str(path))
 
 
 def test_a_checkpoints_config_may_be_nonsense(compose):
@@ -535,7 +537,7 @@ def test_what_is_no_file_is_not_read(tmp_path, place):
         os.mkfifo(path / "result.json")
         assert finished(path) is None and find_start(path).step == 0
     with pytest.raises(ConfigError, match="no readable checkpoint|not a regular file"):
-        find(str(path))
+        find_checkpoint(str(path))
 
 
 # --- The same settings ---------------------------------------------------------------------------
@@ -841,7 +843,11 @@ def test_a_checkpoint_without_what_stands_beside_it(tmp_path, change):
     check_folder(tmp_path, same)
     with pytest.raises(ConfigError, match="theta was 0.5, now 0.3"):
         check_folder(tmp_path, same | {"theta": 0.3})
-    assert find(str(tmp_path))["global_step"] == find(str(path))["global_step"] == 30
+    assert (
+        find_checkpoint(str(tmp_path))["global_step"]
+        == find_checkpoint(str(path))["global_step"]
+        == 30
+    )
     write(tmp_path, 30)
     assert find_start(tmp_path).step == 30 and find_start(tmp_path).notice is None
 
@@ -992,7 +998,7 @@ def test_checkpoints_in_folders_of_the_users(train_here, tmp_path):
         "callbacks.best.dirpath=${run.folder}/mine/checkpoints", "callbacks.best.filename='{step}'",
     )  # fmt: skip
     found = tmp_path.glob("run/mine/checkpoints/*.ckpt")
-    assert {path.name: load(path)["global_step"] for path in found} == {
+    assert {path.name: load_checkpoint(path)["global_step"] for path in found} == {
         f"step={step}.ckpt": step for step in (10, 20, 30, 40)
     }
     assert checkpoint_names(tmp_path / "run") == ["step=30.ckpt", "step=40.ckpt"]
@@ -1001,7 +1007,7 @@ def test_checkpoints_in_folders_of_the_users(train_here, tmp_path):
         "trainer.max_steps=10",
     )  # fmt: skip
     assert checkpoint_names(tmp_path / "other") == ["a", "step=10.ckpt"]
-    assert load(tmp_path / "other/checkpoints/a/b-step=10.ckpt")["global_step"] == 10
+    assert load_checkpoint(tmp_path / "other/checkpoints/a/b-step=10.ckpt")["global_step"] == 10
 
 
 @pytest.mark.parametrize("end", [{"stop": 25}, {"die": 35}])

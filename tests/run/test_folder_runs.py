@@ -88,7 +88,7 @@ def scores_of(pairs):
     losses, scores = ill_losses(), ImageScores(FORM, ill_losses().names)
     for logits, target in pairs:
         scores.add(logits, target, losses)
-    return {name: value.item() for name, value in scores.take(None).items()}
+    return {name: value.item() for name, value in scores.compute_and_reset(None).items()}
 
 
 def test_an_image_counts_by_its_pixels():

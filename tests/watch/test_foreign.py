@@ -32,7 +32,7 @@ from losswatch.checks.first_step import try_step
 from losswatch.config.errors import ConfigError
 from losswatch.config.settings import Probe
 from losswatch.data.random import TRAIN, ThresholdedImages
-from losswatch.disk.checkpoint_files import find
+from losswatch.disk.checkpoint_files import find_checkpoint
 from losswatch.disk.curves import read_curves
 from losswatch.disk.event_log import EventLog
 from losswatch.losses import Dice, LossSet
@@ -377,7 +377,7 @@ def test_what_the_trained_loss_learnt_is_tested(tmp_path):
     )
     trained, tested = (read_result(tmp_path / name)["metrics"] for name in ("run", "test"))
     assert tested == pytest.approx({name: trained[name] for name in tested}, rel=1e-5)
-    kept = find(str(tmp_path / "run"))["state_dict"]["loss.temperature"]
+    kept = find_checkpoint(str(tmp_path / "run"))["state_dict"]["loss.temperature"]
     assert kept != 1.5 and "test/loss/dice" in tested
 
 
@@ -387,7 +387,7 @@ def test_a_stack_leaves_the_checkpoint_of_an_ordinary_run(tmp_path):
     assert stack_or_reason(tmp_path, ConvNet(1, 2), losses, "it") is None
     module = SegmentationModule(ConvNet(1, 2), losses, "it", torch.optim.SGD)
     for i in (0, 1):
-        state = find(str(tmp_path / str(i)))["state_dict"]
+        state = find_checkpoint(str(tmp_path / str(i)))["state_dict"]
         assert {n: t.shape for n, t in state.items()} == {
             n: t.shape for n, t in module.state_dict().items()
         }

@@ -1,6 +1,6 @@
-"""`hydra/sweeper=basic`: a sweep over a grid; all runs are checked before the first one starts.
+"""`hydra/sweeper=basic`: a sweep over a grid that checks all runs before the first one starts.
 
-Hydra imports this file whenever it starts. So it imports nothing slow.
+Hydra imports this file whenever it starts, so the file imports nothing slow.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ BasicSweeper: Any = basic_sweeper()
 
 
 class CheckedSweeper(BasicSweeper):
-    """Hydra's sweeper over a grid, with a check that covers the whole grid."""
+    """Hydra's sweeper over a grid, which here checks the whole grid first."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -37,11 +37,11 @@ class CheckedSweeper(BasicSweeper):
         super().setup(hydra_context=context, task_function=task_function, config=config)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Check all runs of the sweep, before its first batch. Hydra calls it for each batch.
+        """Check all runs of the sweep, before its first batch. Hydra calls this for each batch.
 
         Raises:
-            Exception: a run cannot work; see `check_grid`. The sweep's folder, which Hydra has
-                made by then, is removed if it holds no run.
+            Exception: a run cannot work; see `check_grid`. Hydra has made the sweep's folder by
+                then; it is removed if it holds no run.
         """
         if self.command.folder is not None:
             return
@@ -58,7 +58,7 @@ class CheckedSweeper(BasicSweeper):
 
 
 def _trains_here(launcher: DictConfig) -> bool:
-    """Whether a launcher trains on this machine; others send jobs to machines unknown here."""
+    """Whether a launcher trains on this machine. Others send jobs to machines unknown here."""
     name = launcher._target_.rpartition(".")[2]
     if name == "FusedLauncher":
         return launcher.outer is None

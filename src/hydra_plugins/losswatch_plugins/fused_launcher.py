@@ -1,6 +1,6 @@
 """`hydra/launcher=fused`: the runs of a sweep, trained together in groups.
 
-Hydra imports this file whenever it starts. So it imports nothing slow: torch comes in `launch`.
+Hydra imports this file whenever it starts, so it imports nothing slow here: `launch` imports torch.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from omegaconf import DictConfig
 @dataclass
 class FusedConf:
     _target_: str = "hydra_plugins.losswatch_plugins.fused_launcher.FusedLauncher"
-    # Runs a group. null: as many as keep all CPU cores, or the GPU, busy.
+    # Runs in a group. null: as many as keep all CPU cores, or the GPU, busy.
     max_members: int | None = None
     # Groups trained at once. null: one for each CPU core, or one if there is a GPU.
     workers: int | None = None
-    # Another launcher, each of whose jobs is a group. By its name, with its default settings:
+    # Another launcher; each of its jobs is a group. By its name, with its default settings:
     #   hydra.launcher.outer=ray
     # or as its config, to change a setting:
     #   +hydra/launcher@hydra.launcher.outer=submitit_slurm hydra.launcher.outer.partition=gpu
-    # Then `workers` is the number of groups to make. Without it and `max_members`, a group has up
-    # to 32 runs.
+    # Then `workers` is the number of groups to make. If neither `workers` nor `max_members` is set,
+    # a group has up to 32 runs.
     outer: Any = None
     _recursive_: bool = False  # Hydra must not construct `outer`: the launcher does, for its groups
 
@@ -35,7 +35,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="fused", node=FusedCon
 
 
 class FusedLauncher(Launcher):
-    """Trains the runs that can be stacked in groups (losswatch.sweep.launch)."""
+    """Trains the runs of a sweep in groups, as stacks where it can (losswatch.sweep.launch)."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings  # the fields of FusedConf

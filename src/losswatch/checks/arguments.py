@@ -1,4 +1,4 @@
-"""Whether the values of a config fit the arguments that they are for, by type (pydantic).
+"""Checks that the values of a config have the types of the arguments that get them (pydantic).
 
 The command line may give text where a truth value is meant, and Python counts the text `off` as
 true. The annotations and defaults of a function's arguments reveal such a value before it is used.
@@ -17,14 +17,14 @@ from pydantic_core import ErrorDetails, to_json
 
 from losswatch.config.errors import ConfigError
 
-# What is allowed, by the types of pydantic's errors; the other errors say it themselves.
+# What is allowed, by the type of pydantic's error. The messages of other errors say it.
 _WORDS = {
     "bool_type": "true or false", "int_type": "a whole number", "int_from_float": "a whole number",
     "float_type": "a number", "string_type": "text", "list_type": "a list",
     "tuple_type": "a list", "iterable_type": "a list", "dict_type": "keys and values",
     "too_long": "a shorter list", "missing": "a longer list",
 }  # fmt: skip
-# Of types whose values only a `_target_` can make.
+# Errors about types whose values only a `_target_` can make.
 _OBJECTS = ("needs_python_object", "callable_type")
 
 
@@ -75,7 +75,7 @@ def check_call(
     check_arguments(what, function, values)
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of some functions written in C
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return
     try:
         signature.bind(*args, **values)
@@ -87,7 +87,7 @@ def _kinds(function: Callable[..., Any]) -> dict[str, Any]:
     """The type of each argument by its name; Any where it is not known."""
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of some functions written in C
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return {}
     try:
         called = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
@@ -128,7 +128,7 @@ def _allowed(kind: Any, value: Any) -> str | None:
 
 
 def _errors(adapter: TypeAdapter[Any], value: Any) -> list[ErrorDetails]:
-    """What pydantic finds wrong with a value of a config; nothing if the value fits.
+    """The errors that pydantic finds in a value of a config; empty if the value fits.
 
     In JSON a list may stand for a tuple, and a whole number for a float. Values that JSON does not
     have, such as a path, and types that only `isinstance` knows, need Python's own value.

@@ -1,4 +1,4 @@
-"""Tries the first step of a run before any work, so that what cannot work is said in one line.
+"""Tries the first step of a run before training, so that a step that fails gives one clear line.
 
 The trial does what training will do, with the run's own shapes: a forward pass, each loss and its
 derivative, a backward pass and a step of the optimiser. Its results are thrown away.
@@ -24,10 +24,13 @@ from losswatch.watch.outputs import as_softmax, as_target
 
 
 class Traits(NamedTuple):
-    """What else a network and its losses do. Each list holds "model", or names of losses."""
+    """What the first step shows of a network and its losses.
 
-    random: list[str]  # they draw from a global random generator
-    stateful: list[str]  # they give another value for the same input when they are called again
+    Each list holds "model", or names of losses.
+    """
+
+    draws_random: list[str]  # those that draw from a global random generator
+    keeps_state: list[str]  # those whose value for the same input changes from call to call
 
 
 def try_step(
@@ -39,21 +42,21 @@ def try_step(
     form: Form,
     autocast: AbstractContextManager | None = None,
 ) -> tuple[Traits, torch.optim.Optimizer]:
-    """Do one training step and call all losses; this changes `net` and `losses`.
+    """Do one training step and call all losses. This changes `net` and `losses`.
 
     Args:
         net: on the device of the batch.
         losses: the losses watched, `trained` among them.
-        make_optimizer: from parameters to an optimiser.
+        make_optimizer: makes an optimiser from parameters.
         batch: images and labels.
         form: of the data.
         autocast: the context of the forward pass and the losses.
 
     Returns:
-        what the network and the losses do besides, and the optimiser after its step.
+        what the step shows of the network and the losses, and the optimiser after its step.
 
     Raises:
-        ConfigError: the step fails; with one line for the user.
+        ConfigError: the step fails. The message is one line for the user.
     """
     for name, parameter in net.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
@@ -65,12 +68,12 @@ def try_step(
     if not parameters:
         raise ConfigError("model: no parameter requires a gradient, so there is nothing to train")
     images, target = batch
-    random, stateful = [], []
+    draws_random, keeps_state = [], []
     with isolate_rng(), torch.enable_grad():
         with autocast or nullcontext():
             logits = _call("model", net, images)
             if _call("model", draws, net, images):
-                random.append("model")
+                draws_random.append("model")
             _check_logits(logits, (len(images), form.channels, *images.shape[2:]), images)
             if form.target == "sigmoid":
                 logits = as_softmax(logits, "sigmoid")
@@ -82,9 +85,9 @@ def try_step(
                     continue
                 what = f"loss {name}"
                 if _call(what, draws, loss, logits, target):
-                    random.append(name)
+                    draws_random.append(name)
                 if _call(what, _keeps_state, name, loss, logits, target):
-                    stateful.append(name)
+                    keeps_state.append(name)
             loss = losses.losses[losses.names.index(trained)]
             value = _call(f"loss {trained}", loss, logits, target)
         _call(f"loss {trained}", value.backward)
@@ -100,11 +103,15 @@ def try_step(
             if parameter.dtype == torch.float16:
                 hint = "; an eps of 1e-8 is 0 in float16: raise it, or trainer.precision=bf16-true"
             raise ConfigError(f"optimizer: its first step makes {name} NaN or infinite{hint}")
-    return Traits(random, stateful), optimizer
+    return Traits(draws_random, keeps_state), optimizer
 
 
 def _call(what: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of `what`, and make one line of any error."""
+    """Call a function of `what`.
+
+    Raises:
+        ConfigError: the call fails. The message is one line for the user.
+    """
     try:
         return function(*args)
     except ConfigError:
@@ -115,7 +122,11 @@ def _call(what: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _check_logits(logits: Any, wanted: tuple[int, ...], images: Tensor) -> None:
-    """See that the network returns finite logits of this shape with a gradient."""
+    """Check that the network returns finite logits of this shape with a gradient.
+
+    Raises:
+        ConfigError: the network returns something else.
+    """
     if not isinstance(logits, Tensor):
         raise ConfigError(
             f"model must return one tensor of logits, it returns a {type(logits).__name__}; wrap "
@@ -135,7 +146,11 @@ def _check_logits(logits: Any, wanted: tuple[int, ...], images: Tensor) -> None:
 
 
 def _try_loss(name: str, loss: nn.Module, logits: Tensor, target: Tensor) -> None:
-    """See that a loss has a scalar value with a gradient and does not change its arguments."""
+    """Check that a loss has a scalar value with a gradient and does not change its arguments.
+
+    Raises:
+        ConfigError: the loss fails one of these checks.
+    """
     leaf = logits.detach().requires_grad_()
     x, y = leaf.clone(), target.clone()
     value = _call(f"loss {name}", loss, x, y)
@@ -158,7 +173,8 @@ def _keeps_state(name: str, loss: nn.Module, logits: Tensor, target: Tensor) -> 
     """Whether a loss remembers earlier calls.
 
     Raises:
-        ConfigError: it does so outside of its buffers and parameters, where no checkpoint holds it.
+        ConfigError: the loss remembers them outside of its buffers and parameters. No checkpoint
+            would hold that.
     """
 
     def value() -> Tensor:

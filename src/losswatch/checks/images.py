@@ -1,4 +1,4 @@
-"""Whether a run can be trained, validated and tested with its data."""
+"""Checks that a run can be trained, validated and tested with its data."""
 
 from __future__ import annotations
 

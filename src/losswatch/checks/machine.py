@@ -1,4 +1,4 @@
-"""Whether this machine can do what the options of Lightning's Trainer ask for."""
+"""Checks that this machine can do what the options of Lightning's Trainer ask for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def check_machine(options: Mapping[str, Any], is_sweep: bool) -> pl.Trainer:
     Raises:
         ConfigError: the Trainer cannot be made, or would not train as one run on this machine.
     """
-    # As in the run, because Lightning refuses some options together with these. Nothing is written.
+    # The same as in the run, because Lightning refuses some options beside these. Nothing is
+    # written.
     ours = {
         "logger": EventLog("."), "plugins": [AtomicCheckpoints(Path())], "num_sanity_val_steps": 0,
         "use_distributed_sampler": False, "enable_model_summary": False,
@@ -40,7 +41,7 @@ def check_machine(options: Mapping[str, Any], is_sweep: bool) -> pl.Trainer:
     }  # fmt: skip
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run's own Trainer will give the same
+            warnings.simplefilter("ignore")  # the run's own Trainer gives the same warnings
             trainer = pl.Trainer(**{**options, **ours})
     except Exception as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
@@ -52,7 +53,7 @@ def check_machine(options: Mapping[str, Any], is_sweep: bool) -> pl.Trainer:
             f"Slurm tasks that run this command: {tasks}, trainer.devices x trainer.num_nodes: "
             f"{ranks}; there must be one for each device, by srun --ntasks-per-node=..."
         )
-    # On a CPU Lightning would take bfloat16.
+    # On a CPU Lightning would use bfloat16 instead.
     precision = options.get("precision")
     if isinstance(trainer.accelerator, CPUAccelerator) and str(precision) in ("16", "16-mixed"):
         raise ConfigError(
@@ -68,7 +69,8 @@ def check_machine(options: Mapping[str, Any], is_sweep: bool) -> pl.Trainer:
     if compat.forks_or_spawns(trainer):
         strategy = options.get("strategy")
         raise ConfigError(f"trainer.strategy={strategy} cannot be used here; ddp can")
-    # Lightning starts each rank by the command line of this process, here that of the whole sweep.
+    # Lightning starts each rank with the command line of this process. In a sweep that would start
+    # the whole sweep again.
     if is_sweep and ranks > 1:
         raise ConfigError(
             f"trainer.devices={options.get('devices')} works outside of sweeps; give these runs as "

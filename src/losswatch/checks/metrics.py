@@ -1,4 +1,4 @@
-"""The metrics of a validation, and whether the callbacks that go by them can work."""
+"""The metrics of a validation, and checks of the callbacks that use them."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Metrics:
         return cls(tuple(f"val/{name}" for name in names), tuple(missing))
 
     def check(self, what: str, name: str) -> None:
-        """See that each validation computes a metric.
+        """Check that each validation computes a metric.
 
         Args:
             what: the subject of a message's sentence.
             name: of the metric.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: no validation computes the metric, or not each one does.
         """
         if name in self.names:
             return
@@ -61,28 +61,28 @@ class Metrics:
 def check_callbacks(
     callbacks: Sequence[object], metrics: Metrics, folder: Path, multirun: bool
 ) -> None:
-    """See that each callback monitors a known metric, and that no checkpoint replaces another.
+    """Check that each callback monitors a known metric, and that no checkpoint replaces another.
 
     Args:
-        callbacks: of the user's.
+        callbacks: the user's.
         metrics: of each validation.
-        folder: in the place of the run's.
+        folder: stands in for the folder of the run.
         multirun: whether the run is one of a sweep.
 
     Raises:
-        ConfigError: one does not, or does.
+        ConfigError: a callback monitors an unknown metric, or two checkpoints share a name.
     """
     _check_monitors(callbacks, metrics)
     _check_checkpoints(callbacks, metrics, folder, multirun)
 
 
 def _check_monitors(callbacks: Sequence[object], metrics: Metrics) -> None:
-    """See that each callback monitors a known metric.
+    """Check that each callback monitors a known metric.
 
     Raises:
-        ConfigError: one does not.
+        ConfigError: a callback monitors an unknown metric.
     """
-    # A callback of the user's may log a metric of its own.
+    # The user's own callback may log a metric of its own.
     are_lightnings = all("lightning" in type(c).__module__.split(".")[0] for c in callbacks)
     for callback in callbacks:
         monitor, kind = getattr(callback, "monitor", None), type(callback).__name__
@@ -94,12 +94,12 @@ def _check_monitors(callbacks: Sequence[object], metrics: Metrics) -> None:
 def _check_checkpoints(
     callbacks: Sequence[object], metrics: Metrics, folder: Path, multirun: bool
 ) -> None:
-    """See that no checkpoint of a callback takes the place of another one.
+    """Check that no checkpoint of a callback replaces another one.
 
-    Args as of `check_callbacks`.
+    For the arguments see `check_callbacks`.
 
     Raises:
-        ConfigError: one does.
+        ConfigError: a checkpoint would replace another one.
     """
     taken: set[Path] = set()
     for callback in callbacks:

@@ -1,4 +1,4 @@
-"""Whether the learning rate's scheduler can be made, and lasts as long as the training."""
+"""Checks that the scheduler of the learning rate can be made and lasts for the whole training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def check_scheduler(
     """Make a scheduler, and let it take a step.
 
     Args:
-        make: from an optimiser to Lightning's config of its scheduler.
-        optimizer: that has taken a step.
+        make: makes Lightning's config of a scheduler from an optimiser.
+        optimizer: has taken a step.
         steps: of the training.
 
     Raises:
@@ -29,7 +29,7 @@ def check_scheduler(
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the order of the two first steps
+            warnings.simplefilter("ignore")  # about the order of the two `step` calls
             scheduler = make(optimizer)["scheduler"]
             scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The error of a config that cannot work."""
+"""The error about a config that cannot work."""
 
 
 class ConfigError(ValueError):

@@ -16,11 +16,11 @@ from losswatch.config.errors import ConfigError
 
 # Bytes of a run's name. Most file systems allow 255 bytes for a name.
 _LONGEST = 150
-# An override that can stand in a folder's name as it is. Commas are allowed inside brackets only,
-# so that overrides joined by commas can be read in one way only.
+# An override that is used unchanged in a folder's name. A comma may stand inside brackets only, so
+# that a name has one reading only.
 _PLAIN = re.compile(r"(?:[\w.=+~@-]|\[[\w.,=+~@-]*\])+")
 
-# What runs mostly differ in. It begins their names, because lists show the first characters only.
+# What runs mostly differ in. Names begin with it, because lists show the first characters only.
 _FIRST = ("loss", "theta", "model", "optimizer", "seed")
 
 
@@ -32,8 +32,8 @@ def _order(override: str) -> tuple[int, str]:
 def run_name(overrides: Any) -> str:
     """The name of a run's folder: its overrides, in the order of `_FIRST`, then of the alphabet.
 
-    Different sets of overrides get different names. A name with other characters than those of
-    `_PLAIN`, or a long one, is shortened and ends with a hash of the overrides.
+    Different sets of overrides get different names. If a name is long, or has characters that
+    `_PLAIN` does not allow, it is shortened and ends with a hash of the overrides.
 
     >>> run_name(["loss=dice", "theta=0.05"])
     'loss=dice,theta=0.05'
@@ -88,8 +88,8 @@ def run_folder(resume: str | None, overrides: Sequence[str]) -> str:
 
 
 def output_subdir(resume: str | None) -> str | None:
-    """Where in a run's folder Hydra writes the config; None for a folder that has it.
+    """The folder, inside that of the run, in which Hydra writes the config; None if it is resumed.
 
-    Hydra writes it before losswatch compares the config with that of the run to be resumed.
+    Hydra would write the config before losswatch has compared it with that of the resumed run.
     """
     return None if resume else ".hydra"

@@ -1,4 +1,4 @@
-"""The arguments of a command line, in the form in which Hydra reads them as they are meant."""
+"""Puts the arguments of a command line into the form that Hydra reads as the user means them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PATHS = ("resume", "checkpoint", "hydra.run.dir", "hydra.sweep.dir")
 
 
 def quoted(argument: str) -> str:
-    """A command-line argument in the form that Hydra reads as it is meant.
+    """A command-line argument in the form that Hydra reads as the user means it.
 
-    A value that Hydra cannot read is text and is quoted, of several values joined by commas each.
-    So is the path of a folder, which may have commas. A setting of the loss may be one that its
-    file does not name.
+    A value that Hydra cannot read is text and gets quotes. If there are several values, joined by
+    commas, each such value gets them. The path of a folder gets quotes, too, since it may have
+    commas. A setting of the loss gets `++`, since the file of the loss need not name it.
 
     >>> quoted("resume=outputs/a/loss=dice,theta=0.5"), quoted("theta=0.5")
     ("resume='outputs/a/loss=dice,theta=0.5'", 'theta=0.5')
@@ -41,7 +41,7 @@ def quoted(argument: str) -> str:
         return argument
     if key in PATHS and value not in ("", "null"):
         return f"{key}={_as_text(value)}"
-    # A list or a mapping with a mistake is no text.
+    # A list or a mapping with a mistake is not text.
     if value[:1] in ("[", "{") or _is_read(key, value):
         return argument
     text = ",".join(part if _is_read(key, part) else _as_text(part) for part in value.split(","))
@@ -49,9 +49,9 @@ def quoted(argument: str) -> str:
 
 
 def as_one_text(argument: str) -> str | None:
-    """A command-line argument with its value as text, in the form for a shell.
+    """A command-line argument with its value quoted as one text, in the form for a shell.
 
-    None if it has no value, or if Hydra cannot read it even so.
+    None if the argument has no value, or if Hydra cannot read it in this form either.
 
     >>> print(as_one_text("data.root=cells, Köln"), as_one_text("note=$x"))
     "data.root='cells, Köln'" 'note='"'"'$x'"'"''
@@ -61,7 +61,7 @@ def as_one_text(argument: str) -> str | None:
     if not is_override or not _is_read(key, text):
         return None
     argument = f"{key}={text}"
-    # Between double quotes a shell reads these; a backslash before "'" stays as it is.
+    # Inside double quotes a shell interprets these characters, but not a backslash before "'".
     return shlex.quote(argument) if re.search(r"""[$`"!]|\\(?!')""", argument) else f'"{argument}"'
 
 
@@ -70,12 +70,12 @@ def _as_text(value: str) -> str:
 
 
 def _is_read(key: str, value: str) -> bool:
-    """Whether Hydra reads an override, and a folder's name as the name that it is."""
+    """Whether Hydra can read an override, and does not read the name of a folder as a number."""
     try:
         found = _parser().parse_override(f"{key}={value}").value()
     except HydraException:
         return False
-    # Hydra takes 2024_05 for the number 202405.
+    # Hydra reads 2024_05 as the number 202405.
     return not (key == "data.root" and isinstance(found, int | float) and str(found) != value)
 
 
@@ -85,7 +85,7 @@ def _parser() -> OverridesParser:
 
 
 def resume_command(key: str, folder: str) -> str:
-    """This command as text for a shell, with `key`, which resumes or continues, set to a folder."""
+    """This command as text for a shell, with `key` set to a folder that it resumes."""
     program, *arguments = sys.argv
     start = ["python", program] if program.endswith(".py") else [Path(program).name]
     given = [a for a in arguments if a.partition("=")[0] not in (key, "hydra.run.dir")]

@@ -1,4 +1,4 @@
-"""Which values the settings of a config may have, beyond their types. Imports no torch."""
+"""The values that the settings of a config may have, beyond their types. Imports no torch."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ _AT_LEAST_OF_RANDOM = {
     "data.eval_batch_size": 1,
     "data.num_workers": 0,
 }
-# Lightning's options that can end training before trainer.max_steps, each with its value that does
-# not. max_steps alone must say how long training is: a run counts as done only when it is reached.
+# Lightning's options that can end training before trainer.max_steps, each with the value that
+# does not. Only max_steps may set the length: a run counts as done when that step is reached.
 _FULL_LENGTH = {
     "fast_dev_run": (False, "experiment=one_step tries everything"),
     "limit_train_batches": (1.0, "set trainer.max_steps instead"),
     "overfit_batches": (0.0, "with data=random and data=folder, data.batches repeats batches"),
 }
-# Arguments of Lightning's Trainer that losswatch sets, and what the user can take instead.
+# Arguments of Lightning's Trainer that losswatch sets, and what the user can do instead.
 _OWN = {
     "logger": "loggers are chosen by logger=[tensorboard,csv]",
     "callbacks": "callbacks are chosen by callbacks=[best,lr_monitor]",
-    "plugins": "it has plugins of its own",
+    "plugins": "a run has its own plugins",
     "enable_checkpointing": "each validation writes a checkpoint",
     "use_distributed_sampler": "each device draws its own share of a batch",
     "num_sanity_val_steps": "the first step is tried before training",
@@ -58,11 +58,11 @@ _OWN = {
     "reload_dataloaders_every_n_epochs": "a training is one epoch",
 }
 
-Config = Mapping[str, Any]  # plain values; groups are mappings
+Values = Mapping[str, Any]  # plain values; groups are mappings
 
 
-def check_values(config: Config) -> None:
-    """Check the values that types alone do not restrict enough.
+def check_values(config: Values) -> None:
+    """Check the values of a config whose types are right.
 
     Raises:
         ConfigError: a value is not allowed; the message names the key, what is allowed, and the
@@ -99,15 +99,15 @@ def check_values(config: Config) -> None:
     if is_random:
         _check_random(config)
     if target in (RANDOM, FOLDER):
-        # Tables and folders name a run by these two.
+        # Tables and the names of folders show theta and seed for these two.
         for key, name in ("thresholds", "theta"), ("seed", "seed"):
             if key in config["data"] and config["data"][key] != config[name]:
                 raise ConfigError(f"data.{key} follows {name}; set {name} instead")
     _check_training(config)
 
 
-def _value(config: Config, key: str) -> Any:
-    """The value at a dotted key; None where there is none."""
+def _value(config: Values, key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
     for name in key.split("."):
         config = config.get(name)  # type: ignore[assignment]
         if config is None:
@@ -115,8 +115,8 @@ def _value(config: Config, key: str) -> Any:
     return config
 
 
-def _check_keys(config: Config) -> None:
-    """Check that each key is one that losswatch reads; `+` can add any.
+def _check_keys(config: Values) -> None:
+    """Check that losswatch reads each key. With `+` a user can add any key.
 
     Raises:
         ConfigError: a key is unknown, or losswatch sets it itself.
@@ -140,7 +140,7 @@ def _check_keys(config: Config) -> None:
             raise ConfigError(f"trainer.{key} is set by losswatch; {instead}")
 
 
-def _check_random(config: Config) -> None:
+def _check_random(config: Values) -> None:
     data = config["data"]
     if data.get("dims") not in (2, 3):
         raise ConfigError(f"data.dims must be 2 or 3, got {data.get('dims')}")
@@ -155,7 +155,7 @@ def _check_random(config: Config) -> None:
             )
 
 
-def _check_training(config: Config) -> None:
+def _check_training(config: Values) -> None:
     lr = config["optimizer"].get("lr")
     if not is_number(lr) or not 0 < lr < math.inf:
         raise ConfigError(f"optimizer.lr must be a number greater than 0, got {lr}")
@@ -202,8 +202,8 @@ def thresholds(theta: Any) -> list[float]:
             "theta must be a number strictly between 0 and 1, or a strictly increasing list of "
             f"such numbers (in quotes: 'theta=[0.3,0.6]'), got {theta}"
         )
-    # Pixels and thresholds are compared as float32. A pixel has the level floor(u * 2^24); those
-    # above a threshold begin at the level after the threshold's own.
+    # Pixels and thresholds are compared as float32. A pixel has the level floor(u * 2^24). The
+    # pixels above a threshold begin at the level after that of the threshold.
     layout = f"{len(numbers)}f"
     as_float32 = struct.unpack(layout, struct.pack(layout, *numbers))
     levels = [math.floor(v * LEVELS) for v in as_float32]

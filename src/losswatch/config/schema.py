@@ -1,6 +1,6 @@
 """The schema of conf/config.yaml: the type of each setting, and the resolvers that its files use.
 
-Defaults and what each setting means are in conf/, and only there. Imports nothing slow (no torch),
+Only conf/ says what each setting means, and its default. This file imports nothing slow (no torch),
 so `train.py --help` and a misspelt key get their answer at once.
 """
 
@@ -24,7 +24,7 @@ class Probe:
 
 @dataclass
 class Config:
-    theta: Any = None  # of data=random
+    theta: Any = None  # for data=random only
     seed: int = MISSING
     watch: list[Any] = MISSING
     metric: str = MISSING
@@ -53,20 +53,20 @@ class Grid:
 
 
 def use_checked_sweeper() -> None:
-    """Let `hydra/sweeper=basic`, the default, be the sweeper that checks all runs first.
+    """Make `hydra/sweeper=basic`, the default, the sweeper that checks all runs first.
 
-    It takes the place of Hydra's own under its name. A name of its own in conf/config.yaml could
-    not be overridden by an experiment, such as conf/experiment/optuna.yaml.
+    Our sweeper replaces Hydra's own of that name. If it had another name, conf/config.yaml would
+    choose it, and an experiment such as conf/experiment/optuna.yaml could not choose another one.
     """
-    Plugins.instance()  # Hydra's own is stored at that moment
+    Plugins.instance()  # this stores Hydra's own, so ours must come after it
     ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=Grid)
 
 
 def register() -> None:
     """Make the schema and the resolvers of conf/config.yaml known to Hydra."""
     ConfigStore.instance().store(name="schema", node=Config)
-    # `use_cache` keeps the names in the config, which Hydra sends to the processes of a launcher:
-    # so all of them write to the folder of the one sweep.
+    # `use_cache` keeps the names in the config. Hydra sends the config to the processes of a
+    # launcher, so all of them write to the folder of the same sweep.
     for name, function, is_kept in (
         ("sweep_name", names.sweep_name, True),
         ("run_folder", names.run_folder, True),
@@ -78,7 +78,7 @@ def register() -> None:
 
 
 def mode_of(metric: str) -> str:
-    """Whether a metric is better the larger ("max") or the smaller ("min") it is.
+    """ "max" if a larger value of a metric is better, "min" if a smaller one is.
 
     >>> mode_of("val/dice"), mode_of("val/loss/cce")
     ('max', 'min')

@@ -23,14 +23,14 @@ from losswatch.text import parse_overrides, shortened
 
 Node = dict[str, Any]  # plain values; with a `_target_` it describes an object
 
-# What a file of conf/ can say of the data and the run, as in `${form.in_channels}`. The values are
-# known once the data have been looked at (`run.plan`), so until then the text stands for itself.
+# What files of conf/ can use of the data and the run, as in `${form.in_channels}`. The values are
+# known after a look at the data (`run.plan`). Until then such a text is kept as it is.
 _LATER_KEYS = {"form": ("in_channels", "channels", "dims"), "run": ("folder", "name")}
 LATER = {
     group: {key: f"\\${{{group}.{key}}}" for key in keys} for group, keys in _LATER_KEYS.items()
 }
 
-# What may differ when a run is resumed.
+# Settings that may differ when a run is resumed.
 _FREE = (
     "resume", "mode", "checkpoint", "metric", "tags", "logger", "trainer.enable_progress_bar",
     "trainer.max_time",
@@ -43,15 +43,15 @@ class Job:
 
     Attributes:
         folder: where the run writes; absolute.
-        overrides: of the run, those of Hydra's settings left out.
-        choices: the chosen file of each group.
+        overrides: of the run, without those of Hydra's own settings.
+        choices: the name of the chosen file of each group.
         is_sweep: whether the run is one of a sweep.
-        number: of the run in its sweep, from 0.
-        base: the folder from which lines name the run's: that of the sweep, or the working folder.
+        number: that of the run in its sweep, from 0.
+        base: the sweep's folder, or the working folder; lines show paths from here.
         log: the name of the log file in the folder.
         search_path: the command's overrides of Hydra's search path.
-        swept: the value of each key in which the runs of the sweep differ, as text; of a single
-            run, of each key that the command sets.
+        swept: the value, as text, of each key in which the runs of the sweep differ. In a single
+            run these are the keys that the command sets.
     """
 
     folder: Path
@@ -66,11 +66,11 @@ class Job:
 
     @classmethod
     def read(cls, hydra: DictConfig, command: Collection[str], folder: Path | None = None) -> Job:
-        """From the section `hydra` of a run's config.
+        """The job that the section `hydra` of a run's config describes.
 
         Args:
             command: the overrides of the whole command.
-            folder: of a run that Hydra has not started, so that its config does not name it.
+            folder: of the run, if Hydra has not started it and so its config names no folder.
         """
         is_sweep = hydra.mode == RunMode.MULTIRUN
         overrides = task_overrides(hydra)
@@ -107,14 +107,14 @@ class Probe:
 class Settings:
     """All settings of a run; conf/config.yaml says what each means.
 
-    The first fields have the names of the config's keys. Values of nodes may hold the texts of
-    `LATER`; `run.plan.Plan.filled` replaces these.
+    The first fields are named as the keys of the config. Nodes may hold the texts of `LATER`, which
+    `run.plan.Plan.filled` replaces.
 
     Attributes:
         trained: the name of the trained loss.
         losses: the node of each watched loss by name, the trained one among them.
         job: what Hydra knows of the run.
-        has_own_loss: whether a run of a sweep trains another loss than the file of that name says.
+        has_own_loss: whether, in a sweep, the trained loss differs from the file of its name.
     """
 
     theta: float | list[float] | None
@@ -154,9 +154,9 @@ class Settings:
 
         Args:
             cfg: the config.
-            job: the run's.
+            job: of the run.
             sources: the files of losses.
-            recall: from `checkpoint` to the settings of the trained network, by dotted key, which
+            recall: gives for `checkpoint` the settings of the trained network by dotted key. They
                 hold unless the command gives others (`disk.checkpoint_files.settings_to_keep`).
 
         Raises:
@@ -188,11 +188,11 @@ class Settings:
         return config
 
     def of_length(self, steps: int) -> Settings:
-        """The same settings for a training of so many steps."""
+        """The same settings for a training of this many steps."""
         return dataclasses.replace(self, trainer=self.trainer | {"max_steps": steps})
 
     def chosen(self, group: str) -> dict[str, Node]:
-        """The nodes of a group of which several can be chosen, by name."""
+        """The chosen nodes of `logger` or `callbacks`, by name."""
         return {name: node for name, node in getattr(self, group).items() if node is not None}
 
     @property
@@ -202,14 +202,14 @@ class Settings:
 
     @property
     def is_ours(self) -> bool:
-        """Whether losswatch makes the images; otherwise a data module of the user does."""
+        """Whether losswatch makes the images, and not the user's own data module."""
         return self.data.get("_target_") in (RANDOM, FOLDER)
 
     def step_key(self, channels: int) -> str:
-        """Equal for runs whose first step does the same.
+        """A text that is equal for runs whose first step does the same.
 
         Args:
-            channels: that the network returns, which θ decides.
+            channels: of the network's output. θ decides their number.
         """
         data = {k: v for k, v in self.data.items() if k not in ("seed", "thresholds")}
         own = {"theta": channels, "seed": 0, "data": data}
@@ -218,10 +218,10 @@ class Settings:
 
 
 def _check_groups(cfg: DictConfig) -> None:
-    """Check that the groups hold keys and values, and name no arguments as earlier versions did.
+    """Check that the groups hold keys and values, without the `_arguments_` of earlier versions.
 
     Raises:
-        ConfigError: a group holds something else, or has `_arguments_`.
+        ConfigError: `data` holds something else, or a node has `_arguments_`.
     """
     if not OmegaConf.is_dict(cfg.data):
         raise ConfigError(f"data must hold keys and values, got {cfg.data}")
@@ -237,7 +237,7 @@ def _check_groups(cfg: DictConfig) -> None:
 
 
 def _instead(node: DictConfig) -> str:
-    """What a file says today in the place of its `_arguments_`."""
+    """What a file must say instead of its `_arguments_`."""
     values = {
         "in_channels": "${form.in_channels}", "num_classes": "${form.channels}",
         "dims": "${form.dims}", "run": "${run.name}", "checkpoints": "${run.folder}/checkpoints",
@@ -248,17 +248,17 @@ def _instead(node: DictConfig) -> str:
 
 
 def _keep(cfg: DictConfig, earlier: Mapping[str, Any], given: Mapping[str, str]) -> None:
-    """Set θ, seed, data and the model's numbers as they were, except for the keys `given`."""
+    """Set θ, seed, data and the model's numbers to earlier values, except for the keys `given`."""
     other = [g for g in ("model", "data") if cfg[g].get("_target_") != earlier.get(f"{g}._target_")]
     for key, value in earlier.items():
-        # Numbers of data, such as the size of a batch, hold for other data, too.
+        # The numbers of data, such as the batch size, are kept for other data, too.
         group, is_text = key.split(".")[0], isinstance(value, str | dict)
         if key.endswith("._target_") or group in other and (group == "model" or is_text):
             continue
         is_given = any(f"{name}.".startswith(f"{key}.") for name in given)
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
-        # What follows another setting, such as `${seed}`, goes on to follow it.
+        # A value that follows another setting, such as `${seed}`, still follows it.
         if is_given or not isinstance(node, DictConfig) or name not in node:
             continue
         if OmegaConf.is_interpolation(node, name):
@@ -266,27 +266,27 @@ def _keep(cfg: DictConfig, earlier: Mapping[str, Any], given: Mapping[str, str])
         OmegaConf.update(cfg, key, value, merge=False)
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values of a nested config, each with its dotted key.
 
-    >>> dict(flatten({"seed": 0, "data": {"low": 0.0, "high": 1.0}}))
+    >>> dict(flatten_keys({"seed": 0, "data": {"low": 0.0, "high": 1.0}}))
     {'seed': 0, 'data.low': 0.0, 'data.high': 1.0}
     """
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flatten_keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def differences(earlier: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What keeps a run from being resumed: "<key> was <value>, now <value>".
+    """The differences that prevent a resume: "<key> was <value>, now <value>".
 
     Args:
-        earlier: the run's config as a file holds it, so anybody may have written it.
+        earlier: the run's config, as read from a file. Anybody may have written the file.
         config: that of this command (`Settings.as_config`).
     """
-    old, new = dict(flatten(earlier)), dict(flatten(config))
+    old, new = dict(flatten_keys(earlier)), dict(flatten_keys(config))
     return [
         f"{shortened(key)} was {shortened(old.get(key, 'not set'))}, now {new.get(key, 'not set')}"
         for key in sorted(old.keys() | new.keys())

@@ -30,9 +30,9 @@ def describe(error: YAMLError | UnicodeDecodeError) -> str:
 
 
 def file_of(error: Exception) -> Path | None:
-    """The file of `--config-dir` that raises this error when it is read again, if one does.
+    """The file of `--config-dir` that raises this error when it is read again; None if none does.
 
-    Errors about encodings and interpolations do not name their file.
+    Errors about encodings and interpolations do not name the file themselves.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-dir", "-cd", type=Path)

@@ -1,9 +1,9 @@
-"""What a checkpoint holds. This is the one place that knows its keys.
+"""What a checkpoint holds. Only this file knows the keys.
 
-A checkpoint is Lightning's, of a `SegmentationModule`. Under "losswatch" it also holds the run's
-config, the size of each file that grows at that step (growing_files.py), the metrics of a
-validation at that step, and, of an ordinary run, the form of its data and the state of the random
-generators.
+Lightning makes the checkpoint of a `SegmentationModule`. Under "losswatch" it also holds the config
+of the run, the size of each growing file at that step (growing_files.py), and the metrics of a
+validation at that step. That of an ordinary run holds the form of the data and the state of the
+random generators, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from losswatch.config.errors import ConfigError
 from losswatch.config.ranges import FOLDER
-from losswatch.config.settings import flatten
+from losswatch.config.settings import flatten_keys
 from losswatch.data.coding import check_classes
 from losswatch.data.form import NORMALISATIONS, TARGETS, Form
 from losswatch.data.labels import is_colour
@@ -44,7 +44,7 @@ def add_record(
     """Put into a checkpoint what resuming needs.
 
     Args:
-        checkpoint: Lightning's, which is changed.
+        checkpoint: Lightning's; this function changes it.
         config: the run's, as plain data.
         sizes: bytes of each file that grows, by name.
         data: what `data_of` needs, as plain data.
@@ -55,7 +55,7 @@ def add_record(
         "config": config, "sizes": sizes, "data": data, "random": random, "metrics": metrics,
     }  # fmt: skip
     checkpoint[_RECORD] = {key: value for key, value in record.items() if value is not None}
-    # A run that is resumed has all of its time again.
+    # A resumed run has its full time limit again.
     states = checkpoint.get("callbacks", {})
     checkpoint["callbacks"] = {
         name: s for name, s in states.items() if not name.startswith("Timer")
@@ -70,10 +70,10 @@ def make_checkpoint(
     step: int,
     loops: dict[str, Any],
 ) -> Checkpoint:
-    """What Lightning would save of a run at a step: a stack's members are no modules of Lightning.
+    """The checkpoint that Lightning would make of a run. The runs of a stack have no Trainer.
 
     Args:
-        net, losses, trained, optimizer: the run's, in their state at that step.
+        net, losses, trained, optimizer: those of the run, in their state at that step.
         step: number of steps done.
         loops: `compat.loop_state(step)`.
     """
@@ -96,7 +96,7 @@ def make_checkpoint(
 
 
 def check_types(checkpoint: Checkpoint) -> None:
-    """Check that a checkpoint holds what is used of it. Another program's has no record of ours.
+    """Check the parts of a checkpoint that are used. Another program's may lack our record.
 
     Raises:
         Exception: a part is missing or of another type; the text says which.
@@ -120,23 +120,23 @@ def check_types(checkpoint: Checkpoint) -> None:
 
 
 def step_of(checkpoint: Checkpoint) -> int:
-    """The number of steps done; 0 for no checkpoint."""
+    """The number of steps done; 0 if the checkpoint is empty."""
     return checkpoint.get("global_step", 0)
 
 
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config of the run that wrote the checkpoint; empty in one of another program."""
+    """The config of the run that wrote the checkpoint; empty if another program wrote it."""
     return checkpoint.get(_RECORD, {}).get("config", {})
 
 
 def plain_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What of the record is plain data: all but the state of the random generators."""
+    """The record without the state of the random generators; the rest is plain data."""
     record = checkpoint.get(_RECORD, {})
     return {key: value for key, value in record.items() if key != "random"}
 
 
 def random_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The state of the random generators; the checkpoints of a stack hold none."""
+    """The state of the random generators; None in the checkpoint of a stack's run."""
     return checkpoint.get(_RECORD, {}).get("random")
 
 
@@ -146,12 +146,12 @@ def metrics_of(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def data_of(checkpoint: Checkpoint) -> tuple[Form, list[int | str]]:
-    """The form of the data that a network was trained on, and the value in a mask of each class.
+    """The form of the data that a network was trained on, and the value of each class in a mask.
 
     For the values see `coding.values_of`.
 
     Raises:
-        ConfigError: the checkpoint holds no such thing, or something else.
+        ConfigError: the checkpoint does not hold them.
     """
     record = checkpoint.get(_RECORD, {}).get("data")
     try:
@@ -173,13 +173,13 @@ def data_of(checkpoint: Checkpoint) -> tuple[Form, list[int | str]]:
 
 
 def to_keep(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a test of a network takes over from the config of its checkpoint, by dotted key.
+    """The settings that a test of a network takes from the config of its checkpoint, by dotted key.
 
-    Only numbers are taken, so that nothing in a file is ever imported or called; and of data=folder
-    the settings in `_WORDS`, if they are what is allowed there.
+    These are numbers only, so that no name in a file is ever imported or called. For data=folder
+    the settings in `_WORDS` are added, if their values are allowed.
     """
     config, kept = config_of(checkpoint), {}
-    for key, value in flatten(config):
+    for key, value in flatten_keys(config):
         numbers = value if isinstance(value, list) else [value]
         is_theirs = key.split(".")[0] in ("theta", "seed", "data", "model")
         if is_theirs and all(isinstance(n, int | float) for n in numbers):
@@ -195,7 +195,7 @@ def to_keep(checkpoint: Checkpoint) -> dict[str, Any]:
             if is_allowed(data.get(name))
         }
         axes = (checkpoint[_RECORD].get("data") or {}).get("axes")
-        if is_orientation(axes):  # which the network has seen
+        if is_orientation(axes):  # the network was trained on volumes in this orientation
             kept["data.axes"] = axes
     return kept
 
@@ -207,7 +207,7 @@ def _are_classes(value: Any) -> bool:
         return False
 
 
-# Settings of data=folder that are text and that a test needs as they were in the training.
+# Settings of data=folder that are text, and that a test must have as the training had them.
 _WORDS: dict[str, Callable[[Any], bool]] = {
     "normalize": NORMALISATIONS.__contains__,
     "target": TARGETS.__contains__,
@@ -220,7 +220,8 @@ def load_net(net: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Load the network's weights.
 
     Raises:
-        ConfigError: they are of another network; names the first that differs, and both shapes.
+        ConfigError: the weights are those of another network; the message names the first one that
+            differs, and both shapes.
     """
     state = _part(checkpoint, _NET)
     expected = net.state_dict()
@@ -229,7 +230,7 @@ def load_net(net: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         if here != there:
             settings = ", ".join(
                 f"{shortened(key.removeprefix('model.'))}={shortened(value)}"
-                for key, value in flatten(config_of(dict(checkpoint)))
+                for key, value in flatten_keys(config_of(dict(checkpoint)))
                 if key.startswith("model.")
             )
             raise ConfigError(
@@ -239,8 +240,8 @@ def load_net(net: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     net.load_state_dict(state)
 
 
-def load_loss(loss: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load what the trained loss has learnt, if the checkpoint is of a loss like this one."""
+def load_loss_state(loss: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load what the trained loss has learnt, if the checkpoint holds a loss of the same shapes."""
     state = _part(checkpoint, _LOSS)
     shapes = {n: t.shape for n, t in state.items()}
     if shapes == {n: t.shape for n, t in loss.state_dict().items()}:

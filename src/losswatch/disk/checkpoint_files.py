@@ -1,8 +1,8 @@
-"""A run's checkpoints on the disk: written whole, two kept, and the damaged ones passed over.
+"""A run's checkpoints on the disk: written atomically, two kept, damaged ones skipped.
 
-Beside `step=100.ckpt` stands `step=100.json` with what must be known of a checkpoint before it is
-loaded: its config, sizes and metrics (checkpoint.py), and a checksum of the .ckpt. It is written
-last, so a checkpoint without it is not complete. The .ckpt alone is enough to test or predict.
+Beside `step=100.ckpt` stands `step=100.json`. It holds what must be known before the checkpoint is
+loaded: config, sizes and metrics (checkpoint.py), and a checksum of the .ckpt. It is written last,
+so a checkpoint without it is not complete. The .ckpt alone is enough to test or predict.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from losswatch.text import printable, reason
 
 log = logging.getLogger(__name__)
 
-KEPT = 2  # checkpoints of a run: if the newest one is damaged, there is the one before
+KEPT = 2  # checkpoints of a run: if the newest one is damaged, the one before it is used
 
 
 class About(NamedTuple):
-    """What stands beside a checkpoint."""
+    """What the .json beside a checkpoint holds."""
 
     step: int
     config: dict[str, Any]  # of the run
@@ -51,12 +51,12 @@ class About(NamedTuple):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where a run keeps its checkpoint after `step` steps."""
+    """The file of a run's checkpoint after `step` steps."""
     return folder / "checkpoints" / f"step={step}.ckpt"
 
 
-def save(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a run's checkpoint and what stands beside it, and remove those that it supersedes."""
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a run's checkpoint and the .json beside it, and remove older checkpoints."""
     path, step = checkpoint_path(folder, step_of(checkpoint)), step_of(checkpoint)
     content = _as_bytes(checkpoint)
     about = {"step": step, "metrics": {}, **plain_record(checkpoint)}
@@ -67,7 +67,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint as a whole, in place of any other of its name."""
+    """Write a checkpoint atomically; it replaces another file of its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, _as_bytes(checkpoint))
 
@@ -81,8 +81,8 @@ def _as_bytes(checkpoint: Checkpoint) -> bytes:
 def prune(folder: Path, step: int, keep: int = KEPT) -> None:
     """Remove the checkpoints of a run that is at `step`, except for the `keep` newest.
 
-    Those of later steps are left from an attempt that was given up. Damaged ones stay where they
-    are, and do not count.
+    Checkpoints of later steps come from an attempt that was given up; they are removed, too.
+    Damaged ones stay, and do not count.
     """
     good = list(saved(folder))
     kept = [path for path, about in good if about.step <= step][:keep]
@@ -90,7 +90,7 @@ def prune(folder: Path, step: int, keep: int = KEPT) -> None:
         if path not in kept:
             path.unlink(missing_ok=True)
             path.with_suffix(".json").unlink(missing_ok=True)
-    for partial in folder.glob("checkpoints/.step=*"):  # of a process that was killed
+    for partial in folder.glob("checkpoints/.step=*"):  # a process was killed while writing
         partial.unlink(missing_ok=True)
 
 
@@ -100,7 +100,7 @@ def finish(folder: Path, step: int) -> None:
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Makes Lightning write checkpoints by `save`, and those of other callbacks by `write`.
+    """Makes Lightning write by `save_checkpoint`, and checkpoints of other callbacks by `write`.
 
     Args:
         folder: of the run.
@@ -113,7 +113,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         if Path(path) == checkpoint_path(self.folder, step_of(checkpoint)):
-            save(checkpoint, self.folder)
+            save_checkpoint(checkpoint, self.folder)
         else:
             write(checkpoint, Path(path))
 
@@ -121,14 +121,14 @@ class AtomicCheckpoints(TorchCheckpointIO):
 # --- Reading -------------------------------------------------------------------------------------
 
 
-def load(path: Path) -> Checkpoint:
-    """What a checkpoint holds: tensors and plain data, nothing that could run code.
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Load a checkpoint: tensors and plain data, nothing that could run code.
 
     Raises:
-        ValueError: it is torn, damaged, or not a checkpoint; in one line.
+        ValueError: the file is cut short, damaged, or not a checkpoint. The message is one line.
     """
     try:
-        if not path.is_file():  # opening a pipe would wait for its other end
+        if not path.is_file():  # opening a pipe would wait for a writer
             raise ValueError("it is not a regular file")
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():  # torch.load does not look at the checksums
@@ -143,10 +143,10 @@ def load(path: Path) -> Checkpoint:
 
 
 def read_about(path: Path) -> About:
-    """What stands beside the checkpoint at `path`, which is not read.
+    """Read the .json beside the checkpoint at `path`. The checkpoint itself is not read.
 
     Raises:
-        ValueError: it is missing or damaged; in one line.
+        ValueError: the .json is missing or damaged. The message is one line.
     """
     file = path.with_suffix(".json")
     try:
@@ -165,10 +165,10 @@ def read_about(path: Path) -> About:
 
 
 def check(path: Path) -> About:
-    """What stands beside a checkpoint, if its bytes are those that were written.
+    """Read the .json beside a checkpoint, and compare the checksum of the checkpoint.
 
     Raises:
-        ValueError: one of both files is missing or damaged; in one line.
+        ValueError: one of the two files is missing or damaged. The message is one line.
     """
     about = read_about(path)
     try:
@@ -180,9 +180,9 @@ def check(path: Path) -> About:
 
 
 def saved(folder: Path, damaged: list[str] | None = None) -> Iterator[tuple[Path, About]]:
-    """A run's whole checkpoints, the newest first; none of them is loaded.
+    """A run's undamaged checkpoints, the newest first. None of them is loaded.
 
-    `damaged` gets a line about each of the others that was passed over.
+    `damaged` gets a line about each damaged one that was skipped.
     """
     for path in files(folder):
         try:
@@ -198,14 +198,14 @@ def saved_configs(folder: Path) -> Iterator[dict[str, Any]]:
     """The config of each of a run's checkpoints that can be read.
 
     Raises:
-        ConfigError: a checkpoint is of another program, which this run would replace.
+        ConfigError: another program wrote a checkpoint, and this run would replace it.
     """
     for path in files(folder):
         try:
             yield read_about(path).config
         except ValueError:
             try:
-                checkpoint = load(path)
+                checkpoint = load_checkpoint(path)
             except ValueError:
                 continue
             if not config_of(checkpoint):
@@ -217,20 +217,20 @@ def saved_configs(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint that can be loaded; a warning names the others."""
+    """The newest checkpoint that can be loaded; a warning names each newer one that cannot."""
     for path in files(folder):
         try:
-            return path, load(path)
+            return path, load_checkpoint(path)
         except ValueError as error:
             log.warning("%s; the one before it is used", error)
     return None
 
 
-def find(place: str) -> Checkpoint:
+def find_checkpoint(place: str) -> Checkpoint:
     """The checkpoint that a file or a run's folder holds.
 
     Raises:
-        ConfigError: there is none that can be read.
+        ConfigError: there is no checkpoint that can be read.
     """
     path = Path(place)
     if path.is_dir():
@@ -241,30 +241,30 @@ def find(place: str) -> Checkpoint:
     if not path.exists():
         raise ConfigError(f"checkpoint={place}: there is no such file or run folder")
     try:
-        return load(path)
+        return load_checkpoint(path)
     except ValueError as error:
         raise ConfigError(f"checkpoint={error}") from error
 
 
 def settings_to_keep(place: str) -> dict[str, Any]:
-    """What a test takes over from the config of a checkpoint, by dotted key.
+    """The settings that a test takes from the config of a checkpoint, by dotted key.
 
     Args:
-        place: see `find`.
+        place: see `find_checkpoint`.
 
     Raises:
         ConfigError: there is no checkpoint that can be read.
     """
-    return to_keep(find(place))
+    return to_keep(find_checkpoint(place))
 
 
 def step_in_name(path: Path) -> int:
-    """The step that a checkpoint's name tells; -1 for another name."""
+    """The step in a checkpoint's name; -1 if the name is another one."""
     match = re.fullmatch(r"step=(\d{1,18})\.ckpt", path.name)
     return int(match[1]) if match else -1
 
 
 def files(folder: Path) -> list[Path]:
-    """Everything that has the name of a run's checkpoint, the newest first."""
+    """All files with the name of a run's checkpoint, the newest first."""
     found = [path for path in folder.glob("checkpoints/*.ckpt") if step_in_name(path) >= 0]
     return sorted(found, key=step_in_name, reverse=True)

@@ -1,4 +1,4 @@
-"""The run's own record: what was observed and validated, in files that only grow.
+"""The run's own record of observations and validations, in files that only grow.
 
     curves.f32     a row for each step observed: the step (int64), then K values (float32), all
                    little-endian
@@ -7,8 +7,8 @@
     metrics.jsonl  a line for each validation and test: {"step": 100, "val/accuracy": 0.97, ...};
                    null stands for NaN and infinity
 
-A row or a line that a kill has cut short is left out. A resumed run cuts the files to the sizes of
-its checkpoint (growing_files.py).
+A row or a line that a kill has cut short is not read. A resumed run cuts the files to the sizes
+that its checkpoint holds (growing_files.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from losswatch.text import printable, reason
 
 log = logging.getLogger(__name__)
 
-ROWS, COLUMNS, METRICS = "curves.f32", "curves.json", "metrics.jsonl"
+ROWS_FILE, COLUMNS_FILE, METRICS_FILE = "curves.f32", "curves.json", "metrics.jsonl"
 
 
 def _row_type(columns: int) -> np.dtype:
@@ -61,30 +61,30 @@ class Curves:
             self._begin_part(list(tags))
         rows = np.empty(len(steps), _row_type(len(tags)))
         rows["step"], rows["values"] = steps, values
-        append(self.folder / ROWS, rows.tobytes())
+        append(self.folder / ROWS_FILE, rows.tobytes())
 
     def _begin_part(self, columns: list[str]) -> None:
-        path = self.folder / ROWS
+        path = self.folder / ROWS_FILE
         size = path.stat().st_size if path.exists() else 0
         earlier = _read_parts(self.folder)
-        parts = [part for part in earlier if part["start"] < size]  # the others were cut off
+        parts = [part for part in earlier if part["start"] < size]  # a resume cut off the others
         if not parts or parts[-1]["columns"] != columns:
             parts.append({"start": size, "columns": columns})
         if parts != earlier:
-            replace_file(self.folder / COLUMNS, json.dumps(parts))
+            replace_file(self.folder / COLUMNS_FILE, json.dumps(parts))
         self.columns = columns
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line with the metrics of a validation or a test, by tag."""
-        append(self.folder / METRICS, json.dumps({"step": step, **as_json(metrics)}) + "\n")
+        append(self.folder / METRICS_FILE, json.dumps({"step": step, **as_json(metrics)}) + "\n")
 
 
 def read_curves(run_dir: str | Path) -> pd.DataFrame:
     """A run's curves and metrics: a row for each step (int64), a column for each tag.
 
-    Values are float64, NaN where a tag has no value at a step. Of several values of a tag at a step
-    the last one counts. A file that cannot be read is left out with a warning. The frame is empty
-    if there is nothing.
+    Values are float64, NaN where a tag has no value at a step. If a tag has several values at a
+    step, the last one counts. A file that cannot be read is left out with a warning. The frame is
+    empty if there are no values.
     """
     folder = Path(run_dir)
     frames = [
@@ -101,7 +101,7 @@ def read_curves(run_dir: str | Path) -> pd.DataFrame:
 
 
 def last_watched(run_dir: str | Path) -> dict[str, float]:
-    """Values and gradient norms at the last step with a number, by tag; empty if there is none."""
+    """Values and gradient norms of the last step with a number, by tag; empty if there is none."""
     for columns, rows in reversed(_read_rows(Path(run_dir))):
         tags = [tag for tag in columns if not tag.startswith(GRAD_COSINE)]
         values = rows["values"][:, [columns.index(tag) for tag in tags]]
@@ -116,18 +116,18 @@ OLD = "was written by an older losswatch (0.1); that version can resume and read
 
 def was_written_by_0_1(folder: Path) -> bool:
     """Whether a folder holds a run without a record: its curves are in its event files alone."""
-    has_record = any((folder / name).exists() for name in (ROWS, COLUMNS, METRICS))
+    has_record = any((folder / name).exists() for name in (ROWS_FILE, COLUMNS_FILE, METRICS_FILE))
     return not has_record and any(folder.glob(f"{PREFIX}*{SUFFIX}"))
 
 
 def _read_rows(folder: Path) -> list[tuple[list[str], np.ndarray]]:
-    """The columns and rows of each part."""
+    """The columns and the rows of each part."""
     if not (parts := _read_parts(folder)):
         return []
     try:
-        data = read_file(folder / ROWS)
+        data = read_file(folder / ROWS_FILE)
     except OSError as error:
-        _warn(folder / ROWS, error)
+        _warn(folder / ROWS_FILE, error)
         return []
     ends = [*(part["start"] for part in parts[1:]), len(data)]
     found = []
@@ -140,7 +140,7 @@ def _read_rows(folder: Path) -> list[tuple[list[str], np.ndarray]]:
 
 def _read_parts(folder: Path) -> list[dict[str, Any]]:
     """The parts of the rows, in order: where each starts, and its columns."""
-    path = folder / COLUMNS
+    path = folder / COLUMNS_FILE
     try:
         parts = json.loads(read_file(path))
         for part in parts:
@@ -159,8 +159,8 @@ def _read_parts(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics. What follows the last line break is the rest of a line cut short."""
-    path = folder / METRICS
+    """The lines of metrics. Text after the last line break is a line cut short, and not read."""
+    path = folder / METRICS_FILE
     try:
         lines = [json.loads(line) for line in read_file(path).split(b"\n")[:-1]]
         for line in lines:

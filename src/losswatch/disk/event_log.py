@@ -29,7 +29,7 @@ class EventLog(TensorBoardLogger):
     Curves and metrics go to the run's own record, too.
     """
 
-    has_charts = True  # `open_log` writes their layout, for runs that are not watched too
+    has_charts = True  # `open_log` writes the layout of charts, also for runs that are not watched
 
     def __init__(self, folder: str) -> None:
         super().__init__(
@@ -49,7 +49,7 @@ class EventLog(TensorBoardLogger):
         self.curves.add_metrics(step, metrics)
 
     def save(self) -> None:
-        """Write no hparams.yaml: the config stands in .hydra/ and result.json."""
+        """Write no hparams.yaml: .hydra/ and result.json hold the config."""
 
     def finalize(self, status: str) -> None:
         self.experiment.flush()
@@ -61,12 +61,12 @@ class EventLog(TensorBoardLogger):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Close it. On a full disk that fails, too; the error that ended the run says more."""
+        """Close the log. If the run has failed, an error in closing (a full disk) is ignored."""
         with suppress(OSError) if error else nullcontext():
             self.close()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file that grows, by name, with all that was logged."""
+        """Bytes of each growing file by name, after everything logged has been written."""
         self.experiment.flush()
         return file_sizes(Path(self.log_dir))
 
@@ -76,8 +76,8 @@ def open_log(settings: Settings, sizes: Mapping[str, int]) -> EventLog:
 
     Args:
         settings: the run's.
-        sizes: of the files that grow, at the checkpoint; what an earlier attempt wrote beyond them
-            is removed.
+        sizes: of the growing files, at the checkpoint. What an earlier attempt wrote after that is
+            removed.
     """
     logger = EventLog(str(settings.job.folder))
     if process_rank() == 0:
@@ -86,7 +86,7 @@ def open_log(settings: Settings, sizes: Mapping[str, int]) -> EventLog:
             on_failure.enter_context(logger)
             add_charts(logger.experiment, cosines=settings.probe.cosines, validation=True)
             add_hparams(logger.experiment, settings)
-            on_failure.pop_all()  # it stays open
+            on_failure.pop_all()  # the log stays open
     return logger
 
 
@@ -108,8 +108,10 @@ def side_by_side(image: Tensor, label: Tensor, logits: Tensor) -> Tensor:
     """Input, label and prediction as one picture, a row for each image. Ignored pixels are red.
 
     Args:
-        image: [N, channels, *space]; three are shown as colours, of others the first one.
-        label: [N, *space], or [N, C, *space] where classes overlap; brighter where more of them do.
+        image: [N, channels, *space]. Three channels are shown as colours; otherwise the first
+            channel is shown.
+        label: [N, *space], or [N, C, *space] if classes overlap; then pixels of more classes are
+            brighter.
         logits: [N, C, *space].
 
     Returns:
@@ -129,9 +131,9 @@ def side_by_side(image: Tensor, label: Tensor, logits: Tensor) -> Tensor:
     for classes in (label, prediction):
         tiles.append(torch.where(ignored, red, (classes / brightest).unsqueeze(1).float()))
     grid = torch.stack(tiles, dim=1)  # [N, 3, 3, *space]
-    if grid.ndim == 6:  # of a volume, the middle slice
+    if grid.ndim == 6:  # show the middle slice of a volume
         grid = grid[..., grid.shape[3] // 2, :, :]
-    zoom = -(-96 // grid.shape[-1])  # TensorBoard shows a pixel as a pixel
+    zoom = -(-96 // grid.shape[-1])  # TensorBoard does not enlarge pictures
     grid = grid.repeat_interleave(zoom, dim=3).repeat_interleave(zoom, dim=4)
     grid = F.pad(grid, (4, 4, 4, 4), value=0.5)
     rows, columns, colours, height, width = grid.shape

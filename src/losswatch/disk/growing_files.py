@@ -1,7 +1,7 @@
-"""Files of a run that grow while it trains: its record (curves.py) and its event files.
+"""Files that grow while a run trains: the record (curves.py) and the event files.
 
-A checkpoint holds their sizes. A resumed run cuts them back to these, so no stretch of the curves
-is in them twice. The names of losswatch's event files end with `SUFFIX`. Event files of other
+A checkpoint holds their sizes. A resumed run cuts the files to these sizes, so that no step is in
+them twice. The names of losswatch's event files end with `SUFFIX`. Event files of other
 programs in the same folder are never cut or removed.
 """
 
@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from losswatch.disk.curves import METRICS, ROWS
+from losswatch.disk.curves import METRICS_FILE, ROWS_FILE
 from losswatch.events.layout import PREFIX, SUFFIX
 from losswatch.files import sync
 from losswatch.text import printable, shortened
@@ -21,24 +21,24 @@ log = logging.getLogger(__name__)
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The event files that runs of losswatch began in a folder."""
+    """The event files in a folder that losswatch wrote."""
     return list(folder.glob(f"{PREFIX}*{SUFFIX}"))
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each growing file by name. The record is on the disk then."""
-    record = [path for name in (ROWS, METRICS) if (path := folder / name).exists()]
+    """Bytes of each growing file by name. The record is first synchronised with the disk."""
+    record = [path for name in (ROWS_FILE, METRICS_FILE) if (path := folder / name).exists()]
     for path in record:
         sync(path)
     return {path.name: path.stat().st_size for path in [*record, *event_files(folder)]}
 
 
 def what_is_lost(folder: Path, sizes: Mapping[str, int]) -> str | None:
-    """What is missing of a record that had these sizes; None if nothing is.
+    """What is missing of a record that had these sizes, in words; None if nothing is missing.
 
-    Event files are for TensorBoard alone: nothing that is missing there keeps a run from going on.
+    Only TensorBoard reads the event files, so a run goes on even if these are damaged.
     """
-    for name in (ROWS, METRICS):
+    for name in (ROWS_FILE, METRICS_FILE):
         path, size = folder / name, sizes.get(name, 0)
         if not path.exists():
             if size:
@@ -49,12 +49,12 @@ def what_is_lost(folder: Path, sizes: Mapping[str, int]) -> str | None:
 
 
 def rewind(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Cut a run's growing files to earlier sizes, and remove event files that it began later.
+    """Cut a run's growing files to earlier sizes, and remove event files that were begun later.
 
     Event files of other programs are left alone, with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (ROWS, METRICS):
+    for name in (ROWS_FILE, METRICS_FILE):
         path = folder / name
         path.touch()
         os.truncate(path, sizes.get(name, 0))

@@ -6,10 +6,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from losswatch.config.settings import Settings, flatten
+from losswatch.config.settings import Settings, flatten_keys
 
-METRICS = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
-# The overrides behind the columns that every run has.
+TAGS = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
+# The keys that each column of every run depends on.
 BEHIND = {
     "loss": ["loss"],
     "theta": ["theta"],
@@ -23,8 +23,8 @@ BEHIND = {
 def add_hparams(writer: SummaryWriter, settings: Settings) -> None:
     """Write the row of a run.
 
-    The tab shows five settings without a click, and first those that are marked as different. These
-    are what was swept. The config in `result.json` has all settings.
+    The tab shows five settings without a click, those marked as different first. Here the settings
+    that were swept are marked. The config in `result.json` has all settings.
     """
     model, theta = settings.model["_target_"].split(".")[-1], settings.theta
     row = {
@@ -35,13 +35,13 @@ def add_hparams(writer: SummaryWriter, settings: Settings) -> None:
         "lr": float(settings.optimizer["lr"]),
         "seed": settings.seed,
     }
-    changed, values = settings.job.swept, dict(flatten(settings.as_config()))
+    changed, values = settings.job.swept, dict(flatten_keys(settings.as_config()))
     differ = {name for name, keys in BEHIND.items() if any(key in changed for key in keys)}
     for key in changed.keys() - {key for keys in BEHIND.values() for key in keys}:
         value = values.get(key)
         row[key] = value if type(value) in (int, float) else changed[key]
         differ.add(key)
-    infos, *others = hparams(row, dict.fromkeys(METRICS, 0.0))
+    infos, *others = hparams(row, dict.fromkeys(TAGS, 0.0))
     plugin_data = infos.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin_data.content)
     for info in content.experiment.hparam_infos:

@@ -1,4 +1,4 @@
-"""One process at a time trains a run."""
+"""A lock that lets one process at a time train a run."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from losswatch.config.errors import ConfigError
 
 try:
     import fcntl
-except ImportError:  # on Windows, where nobody is refused
+except ImportError:  # Windows has no such locks; there no process is refused
     fcntl = None  # type: ignore[assignment]
 
 
 def hold(folder: Path) -> IO[bytes]:
-    """Keep other processes from training the folder's run, until the file returned is closed.
+    """Lock the run of a folder for this process, until the file returned is closed.
 
-    Two processes would cut each other's event files. A sweep that was ended by Ctrl-C may still
-    have jobs on a cluster when the same command is given again. A process may hold a run twice; the
-    first file that is closed lets go of it.
+    Two processes would cut each other's record. This can happen if a sweep is ended by Ctrl-C, has
+    jobs on a cluster still, and the same command is given again. The lock belongs to the process:
+    closing any of its files releases the lock.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds the lock.
     """
     file = (folder / ".lock").open("ab")
     if fcntl is None:
         return file
-    # Another process may hold it for a moment, to see whether it is free.
+    # Another process may hold the lock for a moment, to check that it is free.
     for attempts_left in range(9, -1, -1):
         try:
-            # The lock is this process's alone. A worker of its data loader that outlives a killed
-            # run does not hold it.
+            # The lock is not inherited. So a worker of the data loader that outlives a killed run
+            # does not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except (BlockingIOError, PermissionError):

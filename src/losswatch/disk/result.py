@@ -1,4 +1,4 @@
-"""result.json: what became of a run. Nothing else reads or writes the file."""
+"""result.json: how a run ended. Only this file reads or writes it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a run. A part that is not known is None or empty."""
+    """How a run ended. A part that is not known is None or empty."""
 
     run: str | None = None  # the name of its folder
-    status: str = "unfinished"  # or "done", "failed"
+    status: str = "unfinished"  # or "done" or "failed"
     error: str | None = None
     overrides: list[str] | None = None  # of the command line
     choices: dict[str, Any] = field(default_factory=dict)  # the name chosen in each config group
     config: dict[str, Any] = field(default_factory=dict)
-    steps: int | None = None  # done in all
+    steps: int | None = None  # done in all attempts
     seconds: float | None = None  # of the last attempt
-    metrics: dict[str, float] = field(default_factory=dict)  # last validation and test, by tag
+    metrics: dict[str, float] = field(default_factory=dict)  # of last validation and test, by tag
     # Values and gradient norms of the last observation, by tag.
     watched: dict[str, float] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Result:
         return self.status == "done"
 
     def score(self, metric: str) -> float:
-        """What a search goes by: a metric of the validation; in mode=test the same of the test."""
+        """The score for a search: a metric of the validation; in mode=test that of the test."""
         is_training = self.config.get("mode") == "train"
         name = metric if is_training else metric.replace("val/", "test/", 1)
         return self.metrics.get(name, math.nan)
@@ -59,7 +59,7 @@ class Result:
         """The result of a run; None if the folder has no result.json.
 
         Raises:
-            ValueError: the file is damaged; in one line.
+            ValueError: the file is damaged. The message is one line.
         """
         path = folder / "result.json"
         try:
@@ -74,7 +74,7 @@ class Result:
         """The result with these parts, as JSON or YAML gives them; null among numbers is NaN.
 
         Raises:
-            ValueError: no run writes such parts.
+            ValueError: the parts are not those of a run.
         """
         if not isinstance(parts, dict) or not parts.get("status"):
             raise ValueError("not an object with a status")
@@ -111,7 +111,7 @@ def finished(folder: Path) -> Result | None:
 
 
 def as_json(value: Any) -> Any:
-    """Plain data with null in place of NaN and infinity, which JSON does not have."""
+    """Plain data in which None replaces NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: as_json(below) for key, below in value.items()}
     if isinstance(value, list):

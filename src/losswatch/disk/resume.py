@@ -1,4 +1,4 @@
-"""What a run's folder holds of earlier attempts: whether it can be trusted, and where to go on."""
+"""Finds what earlier attempts left in a run's folder, checks it, and says where to go on."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Start(NamedTuple):
     step: int = 0  # steps done
     sizes: Mapping[str, int] = MappingProxyType({})  # of the files that grow, by name
     metrics: Mapping[str, float] = MappingProxyType({})  # of the validation of that step
-    notice: str | None = None  # what of the earlier attempt is damaged or missing, what follows
+    notice: str | None = None  # says what is damaged or missing, and where training goes on
 
 
 def find_start(folder: Path) -> Start:
-    """Where a run goes on: at its newest whole checkpoint with a whole record. Nothing is loaded.
+    """Where a run goes on: at its newest undamaged checkpoint whose record is complete.
 
-    The .ckpt itself is read for its checksum alone.
+    No checkpoint is loaded; each .ckpt is only read for its checksum.
     """
     passed: list[str] = []
     try:
@@ -64,7 +64,7 @@ def check_run(folder: Path) -> None:
     """Check that a folder is that of a run, finished or not.
 
     Raises:
-        ConfigError: the folder is of something else; the message says what it holds.
+        ConfigError: the folder is not that of a run; the message says what it holds.
     """
     if not folder.is_dir():
         raise ConfigError(f"resume={folder}: there is no such run folder")
@@ -88,7 +88,7 @@ def check_run(folder: Path) -> None:
 
 
 def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
-    """Check that what the folder holds of an earlier attempt was made with the same config.
+    """Check that an earlier attempt in the folder had the same config.
 
     Args:
         folder: of the run; it may be missing.

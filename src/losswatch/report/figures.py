@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from losswatch.disk.curves import ROWS, read_curves
+from losswatch.disk.curves import ROWS_FILE, read_curves
 from losswatch.events.tags import GRAD_NORM, LOSS
 from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save, show_literally
@@ -109,7 +109,7 @@ def plot_sweep(
         jobs.append(Job(folders, title, stem, formats, looks, study))
 
     # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
-    records = (sweep / run / ROWS for run in runs["run"])
+    records = (sweep / run / ROWS_FILE for run in runs["run"])
     size = sum(file.stat().st_size for file in records if file.is_file())
     workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**24)
     if workers <= 1:

@@ -1,4 +1,4 @@
-"""From a plan to the objects of a run. Nothing here trains."""
+"""Makes the objects of a run from its plan. Nothing here trains."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 def _instantiate(what: str, node: Node, kind: type = nn.Module) -> Any:
-    """hydra.utils.instantiate, with one line about the config for each of its errors.
+    """hydra.utils.instantiate, with one line about the config for each error.
 
     Raises:
-        ConfigError: nothing can be made, or anything but an object of this kind is made.
+        ConfigError: the object cannot be made, or is not of this kind.
     """
     if not _has_target(node):
         raise ConfigError(f"{what} needs a _target_, the class or function that makes it")
@@ -49,7 +49,7 @@ def _instantiate(what: str, node: Node, kind: type = nn.Module) -> Any:
     except Exception as error:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__  # what the constructor raised; its own causes say less
+            cause = cause.__cause__  # the constructor's error; its own causes say less
         why = " ".join(str(cause).split()) or type(cause).__name__
         if what == "model" and "missing" in why and isinstance(cause, TypeError):
             why += "; its file says what it gets, such as in_channels: ${form.in_channels}"
@@ -59,7 +59,7 @@ def _instantiate(what: str, node: Node, kind: type = nn.Module) -> Any:
 
 
 def _check_targets(what: str, node: Any) -> None:
-    """Check that a node, and each node in it, names an importable object and fits its arguments.
+    """Check that a node, and each node in it, names an importable object with fitting arguments.
 
     Raises:
         ConfigError: an object cannot be imported, or an argument has a wrong type.
@@ -90,7 +90,7 @@ def _target(what: str, node: Node) -> Any:
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    """What a node's target gets by keyword."""
+    """The keyword arguments that a node gives to its target."""
     return {str(key): value for key, value in node.items() if str(key)[0] != "_"}
 
 
@@ -129,7 +129,7 @@ def make_data(settings: Settings) -> pl.LightningDataModule:
 
 
 def make_unlabelled(settings: Settings, form: Form) -> UnlabelledImages:
-    """The images without labels that `data` describes, for a network trained on this form.
+    """The images without labels that `data` describes, for a network trained on data of this form.
 
     Raises:
         ConfigError: there are no such images.
@@ -147,7 +147,7 @@ def make_unlabelled(settings: Settings, form: Form) -> UnlabelledImages:
 
 
 def make_net(plan: Plan) -> nn.Module:
-    """The network, its weights drawn from the run's seed.
+    """The network, with weights drawn from the run's seed.
 
     Raises:
         ConfigError: the network cannot be made.
@@ -161,7 +161,7 @@ def make_losses(plan: Plan) -> LossSet:
     """The watched losses; the trained one is among them.
 
     A loss that draws random numbers in its constructor draws the same ones in all runs, so that the
-    runs of a stack may share it.
+    runs of a stack can share the loss.
 
     Raises:
         ConfigError: a loss cannot be made.
@@ -181,7 +181,7 @@ def make_losses(plan: Plan) -> LossSet:
 
 
 def _with_ignored(what: str, node: Any) -> Any:
-    """The node of a loss whose parts, as far as losswatch has written them, ignore `IGNORED`."""
+    """The node of a loss; each part of it that is losswatch's own ignores `IGNORED`."""
     if isinstance(node, list):
         return [_with_ignored(f"{what}[{i}]", part) for i, part in enumerate(node)]
     if not isinstance(node, dict):
@@ -200,17 +200,17 @@ def _can_ignore(target: Any) -> bool:
         if "__init__" in vars(base):
             parameters = inspect.signature(vars(base)["__init__"]).parameters
             kinds = {parameter.kind for parameter in parameters.values()}
-            # With **kwargs the next constructor decides, to which these go.
+            # A constructor with **kwargs passes them on, so the next one decides.
             if "ignore_index" in parameters or inspect.Parameter.VAR_KEYWORD not in kinds:
                 return "ignore_index" in parameters
     return False
 
 
 def make_optimizer(settings: Settings) -> Callable[..., torch.optim.Optimizer]:
-    """The function from parameters to an optimiser.
+    """A function that makes the optimiser from parameters.
 
     Raises:
-        ConfigError: its `_target_` or the type of a value is wrong.
+        ConfigError: the optimiser's `_target_` or the type of a value is wrong.
     """
     _check_targets("optimizer", settings.optimizer)
     return hydra.utils.instantiate(settings.optimizer, _partial_=True, _convert_="all")
@@ -219,10 +219,12 @@ def make_optimizer(settings: Settings) -> Callable[..., torch.optim.Optimizer]:
 def make_scheduler(
     settings: Settings,
 ) -> Callable[[torch.optim.Optimizer], dict[str, Any]] | None:
-    """From an optimiser to Lightning's config of its scheduler; None for a constant rate.
+    """A function that makes Lightning's config of a scheduler from an optimiser.
+
+    None if the learning rate is constant.
 
     Raises:
-        ConfigError: its `_target_` or the type of a value is wrong.
+        ConfigError: the scheduler's `_target_` or the type of a value is wrong.
     """
     if not settings.scheduler:
         return None
@@ -231,7 +233,7 @@ def make_scheduler(
 
     def scheduler(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         made = make(optimizer)
-        # The module steps a plateau at each validation, so Lightning must never do so.
+        # The module steps a plateau at each validation, so Lightning must never step it.
         frequency = sys.maxsize if isinstance(made, ReduceLROnPlateau) else 1
         about = {"interval": "step", "frequency": frequency, "monitor": settings.metric}
         return {"scheduler": made} | about
@@ -255,7 +257,9 @@ def make_loggers(plan: Plan) -> list[Logger]:
 
 
 def check_loggers(plan: Plan) -> None:
-    """Check that `make_loggers` can make the loggers. Some would begin a remote run if made.
+    """Check that `make_loggers` can make the loggers, without making them.
+
+    Some loggers begin a remote run when they are made.
 
     Raises:
         ConfigError: a logger cannot be made.
@@ -275,7 +279,7 @@ def make_callbacks(plan: Plan, folder: Path | None = None) -> list[pl.Callback]:
     """The callbacks of `callbacks`.
 
     Args:
-        folder: in the place of the run's.
+        folder: stands in for the folder of the run.
 
     Raises:
         ConfigError: a callback cannot be made, or waits for the end of an epoch.

@@ -1,4 +1,4 @@
-"""What happens around the steps of an ordinary run: progress bar, checkpoints, images."""
+"""The callbacks of an ordinary run: progress bar, checkpoints, images, predicted masks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from losswatch.watch.lightning import Watch
 class Progress(ProgressBar):
     """Shows the steps, the last validation's accuracy and the values of the watched losses.
 
-    It asks `watch` when the bar redraws itself, so it costs nothing in between.
+    The values are read only when the bar is redrawn, so the other steps cost nothing.
     """
 
     def __init__(self, watch: Watch | None) -> None:
@@ -39,7 +39,7 @@ class Progress(ProgressBar):
         self.steps = ProgressSink()
 
     def disable(self) -> None:
-        """Lightning calls it in all processes but the first: only that one has a bar."""
+        """Do nothing. Lightning calls this in all processes but the first; only that has a bar."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.done = trainer.global_step
@@ -67,7 +67,7 @@ class Progress(ProgressBar):
 class Checkpoints(Checkpoint):
     """Writes a checkpoint at each validation, with what resuming needs (`disk.checkpoint`).
 
-    Lightning calls it after all other callbacks.
+    Lightning calls this callback after all others.
 
     Args:
         folder, config: of the run; the config as plain data.
@@ -91,15 +91,15 @@ class Checkpoints(Checkpoint):
         self.validated = self.saved if self.metrics else 0
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if why_ended_early(trainer):  # before the checkpoint from which the run goes on
+        if why_ended_early(trainer):  # early stopping ended the training before this attempt
             trainer.should_stop = True
 
     def on_train_batch_start(self, *_: Any) -> None:
-        # Not earlier: each of Lightning's loaders draws a random number when it begins.
+        # Not earlier, because each of Lightning's loaders draws a random number when it starts.
         self._restore_random()
 
     def on_fit_end(self, *_: Any) -> None:
-        self._restore_random()  # of a checkpoint after which no step was left
+        self._restore_random()  # if no step was left, no batch has started
 
     def _restore_random(self) -> None:
         if self.random is not None:
@@ -121,21 +121,21 @@ class Checkpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """When the time is up, save before Lightning validates out of turn.
+        """When the time is up, save before Lightning runs an extra validation.
 
-        So a run that goes on from there has the curves of one that was never stopped.
+        So a resumed run has the same curves as an uninterrupted one.
         """
         if not trainer.should_stop:
             return
         if compat.is_accumulating(trainer):
-            trainer.should_stop = False  # not in the middle of a step
+            trainer.should_stop = False  # do not stop in the middle of a step
         elif (batch_idx + 1) % compat.batches_between_validations(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.validated = trainer.global_step
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        # In the middle of a step there are gradients that a checkpoint does not hold.
+        # A checkpoint does not hold the gradients that exist in the middle of a step.
         if not compat.is_accumulating(trainer):
             self.save(trainer)
 
@@ -144,14 +144,14 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if trainer.is_global_zero and isinstance(trainer.logger, EventLog):
             for logger in trainer.loggers:
-                logger.save()  # a kill loses what another logger has not written
+                logger.save()  # otherwise a kill would lose what another logger has not written
             sizes, random = trainer.logger.sizes(), randomness.get_state()
             metrics = self.metrics if self.validated == trainer.global_step else None
             add_record(checkpoint, self.config, sizes, self.data, random, metrics)
 
 
 def why_ended_early(trainer: pl.Trainer) -> str | None:
-    """Why early stopping has ended the training; None if it has not. It counts as done then."""
+    """Why early stopping has ended the training, which then counts as done; None if it has not."""
     stoppers = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore
     reasons = [stopper.stopping_reason_message for stopper in stoppers]
     return next((" ".join(reason.split()) for reason in reasons if reason is not None), None)
@@ -161,7 +161,8 @@ class Images(pl.Callback):
     """Logs the first images of each validation: input, label and prediction side by side.
 
     Args:
-        together: in one picture, for images of one size; otherwise one picture for each batch.
+        together: whether all go into one picture, which needs images of one size. If not, there is
+            one picture for each batch.
     """
 
     COUNT = 4
@@ -178,7 +179,7 @@ class Images(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Args as Lightning's; the outputs are the logits."""
+        """Lightning's arguments; the outputs are the logits."""
         images, labels = as_pair(batch)
         shown = self.COUNT - batch_idx * len(images)
         if shown <= 0 or (batch_idx and self.together):
@@ -200,8 +201,8 @@ class Predictions(pl.Callback):
     Args:
         folder: of the run.
         form: of the data.
-        values: in a mask, of each class, see `coding.values_of`.
-        cases: the images, in the order of the batches of one.
+        values: the value of each class in a mask; see `coding.values_of`.
+        cases: the images, in the order of the batches; each batch is one image.
     """
 
     def __init__(
@@ -222,7 +223,7 @@ class Predictions(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Args as Lightning's; the outputs are the logits of one image."""
+        """Lightning's arguments; the outputs are the logits of one image."""
         case = self.cases[batch_idx * trainer.world_size + trainer.global_rank]
         [logits] = outputs.cpu()
         if self.form.target != "multilabel":

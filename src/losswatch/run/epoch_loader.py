@@ -1,4 +1,7 @@
-"""The training batches of a data module of the user's, as one long epoch."""
+"""The training batches of the user's own data module, as one long sequence.
+
+For Lightning the whole training is one epoch. Here an epoch is one pass over the images.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from losswatch.run.randomness import Stream
 _END = object()
 
 
-class Passes(Resumable):
-    """One pass over the images after the other.
+class EpochLoader(Resumable):
+    """The batches of one epoch after the other.
 
-    Batches are numbered through the whole training, and a resumed run begins with the next. What
-    the loader draws in this process, such as the order, is a function of the seed and the pass, if
-    the loader takes it from the global generators.
+    Batches are numbered through the whole training, and a resumed run begins with the next one.
+    What the loader draws in this process, such as the order, depends on the seed and the number of
+    the epoch alone, if the loader draws from the global generators.
 
     Args:
         load: makes the loader.
-        trainer: knows the length of the training, and what is done.
+        trainer: knows the length of the training, and the number of steps done.
         seed: of the run.
     """
 
@@ -39,27 +42,31 @@ class Passes(Resumable):
         done = self.steps.done
         try:
             first, skipped = divmod(done, len(self.loader))  # type: ignore[arg-type]
-        except (TypeError, ZeroDivisionError):  # no length: all passes are gone through again
+        except (TypeError, ZeroDivisionError):  # the loader has no length: begin at the first epoch
             first, skipped = 0, done
-        return islice(self._from(first), skipped, skipped + len(self) - done)
+        return islice(self._epochs(first), skipped, skipped + len(self) - done)
 
-    def _from(self, first: int) -> Iterator[Any]:
-        """The batches of a pass and of all that follow."""
+    def _epochs(self, first: int) -> Iterator[Any]:
+        """The batches of an epoch and of all that follow.
+
+        Raises:
+            ValueError: an epoch has no batch.
+        """
         for number in count(first):
             is_empty = True
-            for batch in self._one(number):
+            for batch in self._epoch(number):
                 is_empty = False
                 yield batch
             if is_empty:
                 raise ValueError(f"data: pass {number + 1} over the training images has no batch")
 
-    def _one(self, number: int) -> Iterator[Any]:
-        """The batches of a pass."""
-        if number and isinstance(self.loader, Iterator):  # which gives its batches once
+    def _epoch(self, number: int) -> Iterator[Any]:
+        """The batches of an epoch."""
+        if number and isinstance(self.loader, Iterator):  # an iterator gives its batches once
             self.loader = self.load()
         for holder in (self.loader, getattr(self.loader, "batch_sampler", None)):
             sampler: Any = getattr(holder, "sampler", None)
-            if hasattr(sampler, "set_epoch"):  # as of DistributedSampler
+            if hasattr(sampler, "set_epoch"):  # such as DistributedSampler
                 sampler.set_epoch(number)
         mixed = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
         stream, batches = Stream(int(mixed[0])), None
@@ -72,7 +79,7 @@ class Passes(Resumable):
             yield batch
 
 
-def repeat(data: pl.LightningDataModule, seed: int) -> None:
-    """Let a data module train by `Passes` over its images."""
+def use_epoch_loader(data: pl.LightningDataModule, seed: int) -> None:
+    """Make a data module give its training batches by an `EpochLoader`."""
     load = data.train_dataloader
-    data.train_dataloader = lambda: Passes(load, data.trainer, seed)  # type: ignore
+    data.train_dataloader = lambda: EpochLoader(load, data.trainer, seed)  # type: ignore

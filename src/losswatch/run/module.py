@@ -21,18 +21,18 @@ from losswatch.watch.outputs import as_softmax, as_target
 
 
 class SegmentationModule(pl.LightningModule):
-    """Trains `net` with the loss called `trained`, evaluates all of `losses`.
+    """Trains `net` with the loss called `trained`, and evaluates all of `losses`.
 
     Parameters of the trained loss are trained together with the network's.
 
     Args:
         net: maps images [N, channels, *space] to logits [N, C, *space].
         losses: the losses watched, the trained one among them.
-        trained: its name.
+        trained: the name of the trained loss.
         optimizer: makes an optimiser from the parameters.
-        form: of the data, for images of the user's; None for random images.
-        infer: from the network and images of any size to its output.
-        scheduler: from an optimiser to Lightning's config of its scheduler.
+        form: of the user's data; None for random images.
+        infer: maps the network and images of any size to the output of the network.
+        scheduler: makes Lightning's config of a scheduler from an optimiser.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class SegmentationModule(pl.LightningModule):
         return self._as_logits(self.infer(self.net, images))
 
     def _as_logits(self, output: Tensor) -> Tensor:
-        # One channel of a sigmoid is a softmax of two classes. So losses, metrics and pictures know
-        # nothing of it.
+        # One channel of a sigmoid is a softmax of two classes. So losses, metrics and pictures need
+        # no case for it.
         return as_softmax(output, self.target) if self.target == "sigmoid" else output
 
     def _as_target(self, target: Tensor, logits: Tensor) -> Tensor:
@@ -85,21 +85,21 @@ class SegmentationModule(pl.LightningModule):
         logits = self._as_logits(self.net(images))
         self.finite.check_logits(self, logits)
         value = self.loss(logits, self._as_target(target, logits))
-        self.finite.see(logits, value)
+        self.finite.keep_outputs(logits, value)
         return value
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.trainer.precision != "16-mixed":  # whose scaler skips steps that are not finite
+        if self.trainer.precision != "16-mixed":  # its scaler skips steps that are not finite
             self.finite.check_step(self, self.parameters())
 
     def on_train_batch_end(self, *_: object) -> None:
-        self.finite.forget()
+        self.finite.drop_outputs()
 
     def on_validation_start(self) -> None:
-        self.finite.look(self)
+        self.finite.raise_if_bad(self)
 
     def on_train_end(self) -> None:
-        self.finite.look(self)
+        self.finite.raise_if_bad(self)
 
     # -- evaluation --------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class SegmentationModule(pl.LightningModule):
         return logits
 
     def _report(self, stage: str) -> dict[str, Tensor]:
-        found = self.scores.take(self.trainer.strategy)
+        found = self.scores.compute_and_reset(self.trainer.strategy)
         scalars = {f"{stage}/{name}": value for name, value in found.items()}
         self.log_dict(scalars, logger=False)
         if not self.trainer.is_global_zero:
@@ -129,11 +129,11 @@ class SegmentationModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         found = self._report("val")
-        # Here, because the checkpoint of this validation is to hold the plateau's new state.
+        # The scheduler steps here, so that the checkpoint of this validation holds its new state.
         if self.trainer.state.fn is TrainerFn.FITTING:
             for config in self.trainer.lr_scheduler_configs:
                 if isinstance(config.scheduler, ReduceLROnPlateau):
-                    # Of a data module of the user's it is not known before which classes it lacks.
+                    # Which classes the user's own data module lacks is known only now.
                     if (score := found.get(str(config.monitor))) is None:
                         raise ValueError(
                             f"metric={config.monitor}: no validation image has the class, so the "

@@ -1,4 +1,4 @@
-"""From settings to a plan: all that is known of a run before its first step, checked."""
+"""Makes a plan from settings: everything known of a run before its first step, and checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from losswatch.data.form import Form
 from losswatch.data.modules import batches_per_epoch, first_batch, form_of, has_test, is_ours
 from losswatch.data.survey import print_survey
 from losswatch.disk.checkpoint import Checkpoint, data_of
-from losswatch.disk.checkpoint_files import find
+from losswatch.disk.checkpoint_files import find_checkpoint
 from losswatch.run.build import (
     check_loggers,
     make_callbacks,
@@ -53,13 +53,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a run before its first step.
+    """Everything known of a run before its first step.
 
     Attributes:
         settings: the run's; `trainer["max_steps"]` is the length of the training.
         form: of the data.
         options: of Lightning's Trainer.
-        traits: what the first step showed when it was tried; None if the run is trained elsewhere.
+        traits: of network and losses, from trying the first step; None if the run is trained
+            elsewhere.
         data: the images to train with, if this process has made them.
         checkpoint: the trained network, for mode=test and mode=predict.
     """
@@ -82,10 +83,10 @@ class Plan:
         return self.options["max_steps"]
 
     def filled(self, node: Any, folder: Path | None = None) -> Any:
-        """A node with the values of the data and the run in the place of `${form...}`, `${run...}`.
+        """A node in which values of the data and the run replace `${form...}` and `${run...}`.
 
         Args:
-            folder: in the place of the run's.
+            folder: stands in for the folder of the run.
         """
         folder = folder or self.folder
         form = {name: getattr(self.form, name) for name in ("in_channels", "channels", "dims")}
@@ -98,17 +99,17 @@ class Plan:
         return self.data or make_data(self.settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the images: another process makes its own."""
+        """All but the images: another process makes its own."""
         return self.__dict__ | {"data": None}
 
 
 @dataclass(frozen=True)
-class Images:
-    """What one look at the images of a run found.
+class DataFacts:
+    """What is known of a run's data after one look at them.
 
     Attributes:
         form: of the data.
-        batches: in one pass over the training images; None: nobody can count them.
+        batches: their number in one pass over the training images; None if nobody can count them.
         missing: the classes of which no validation image has a pixel.
         has_test: whether there are images for a test.
     """
@@ -121,15 +122,15 @@ class Images:
 
 @dataclass
 class Found:
-    """What has been found out for runs that are alike. A sweep sends it to its processes.
+    """What has been found out once for many runs. A sweep sends it to its processes.
 
     Attributes:
-        images: by the node of the data.
+        data: by the node of the data.
         traits: by `Settings.step_key`. They hold for the machine on which the step was tried.
         host: the name of that machine.
     """
 
-    images: dict[str, Images] = field(default_factory=dict)
+    data: dict[str, DataFacts] = field(default_factory=dict)
     traits: dict[str, Traits] = field(default_factory=dict)
     host: str = field(default_factory=socket.gethostname)
 
@@ -140,50 +141,52 @@ class Planner:
     Args:
         sources: the files of losses.
         found: what another process has found out.
-        is_here: whether the runs are trained on this machine. Where they are not, no step is tried.
+        is_here: whether the runs are trained on this machine. If not, no step is tried.
     """
 
     def __init__(self, sources: Sources, found: Found | None = None, is_here: bool = True) -> None:
         self.sources, self.is_here = sources, is_here
         self.found = Found()
         if found:
-            self.found.images |= found.images
+            self.found.data |= found.data
             if found.host == self.found.host:
                 self.found.traits |= found.traits
-        # The further processes of a launcher, and of Lightning, say nothing.
+        # Only the first process of a launcher and of Lightning prints.
         self.speaks = multiprocessing.parent_process() is None and not compat.process_rank()
         self._trainers: dict[str, pl.Trainer] = {}  # by their options
-        self._passed: set[str] = set()  # callbacks that work
-        self._said: set[str] = set()
+        self._passed: set[str] = set()  # callbacks that were checked
+        self._said: set[str] = set()  # lines that were printed
 
     def plan(self, settings: Settings) -> Plan:
         """The plan of a run.
 
         Raises:
-            ConfigError: the run cannot work; with one line for the user.
+            ConfigError: the run cannot work. The message is one line for the user.
         """
         with quiet():
             options = self._options(settings)
             ranks = 1
             if self.is_here:
                 ranks = ranks_of(self._trainer(options, settings.job.is_sweep))
-            checkpoint = None if settings.checkpoint is None else find(settings.checkpoint)
+            checkpoint = (
+                None if settings.checkpoint is None else find_checkpoint(settings.checkpoint)
+            )
             if checkpoint is not None and settings.mode == "predict":
                 form, _ = data_of(checkpoint)
                 unlabelled = make_unlabelled(settings, form)
                 return Plan(settings, form, options, data=unlabelled, checkpoint=checkpoint)
-            images, data = self._look(settings, ranks, options)
-            settings = self._of_length(settings, images)
+            facts, data = self._facts_of(settings, ranks, options)
+            settings = self._of_length(settings, facts)
             plan = Plan(
-                settings, images.form, self._options(settings), data=data, checkpoint=checkpoint
+                settings, facts.form, self._options(settings), data=data, checkpoint=checkpoint
             )
-            if settings.mode == "test" and not images.has_test:
+            if settings.mode == "test" and not facts.has_test:
                 raise ConfigError("mode=test: the data have no images for a test")
             check_loggers(plan)
-            self._check_metrics(plan, images)
+            self._check_metrics(plan, facts)
             traits = self._find_traits(plan) if self.is_here else None
-            # A module of the user is made anew for the training: it may draw from a generator of
-            # its own, and would go on from where the look ended.
+            # The user's own module is made again for the training. It may have its own random
+            # generator, and looking at the data has drawn from that.
             kept = data if data is not None and is_ours(data) else None
             return dataclasses.replace(plan, traits=traits, data=kept)
 
@@ -203,10 +206,10 @@ class Planner:
             self._trainers[key] = check_machine(options, is_sweep)
         return self._trainers[key]
 
-    def _look(
+    def _facts_of(
         self, settings: Settings, ranks: int, options: dict[str, Any]
-    ) -> tuple[Images, pl.LightningDataModule | None]:
-        """What is known of a run's images; and the images, if they had to be made.
+    ) -> tuple[DataFacts, pl.LightningDataModule | None]:
+        """The facts of a run's data; and the images, if they had to be made.
 
         Raises:
             ConfigError: the images cannot be trained with.
@@ -215,26 +218,26 @@ class Planner:
         key = json.dumps([node, ranks, options.get("limit_val_batches"),
                           options.get("limit_test_batches")], default=str)  # fmt: skip
         data = None
-        if settings.is_ours or key not in self.found.images:
+        if settings.is_ours or key not in self.found.data:
             data = make_data(settings)
-        if key not in self.found.images and data is not None:
+        if key not in self.found.data and data is not None:
             with isolate_rng():
-                images = self._find_images(data)
+                facts = self._gather_facts(data)
                 check_images(data, options, ranks)
             if isinstance(data, FolderImages) and self.speaks:
                 self._show(data)
-            self.found.images[key] = images
-        return self.found.images[key], data
+            self.found.data[key] = facts
+        return self.found.data[key], data
 
-    def _find_images(self, data: pl.LightningDataModule) -> Images:
-        """Look at the images; a module of the user is read through once.
+    def _gather_facts(self, data: pl.LightningDataModule) -> DataFacts:
+        """Look at the data. All of the user's own module is read once.
 
         Raises:
             ConfigError: the images cannot be trained with.
         """
         missing = data.missing if isinstance(data, FolderImages) else []
         try:
-            return Images(
+            return DataFacts(
                 form=form_of(data),
                 batches=batches_per_epoch(data),
                 missing=[name for split, name in missing if split == "val"],
@@ -242,7 +245,7 @@ class Planner:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        except Exception as error:  # of the user's module
+        except Exception as error:  # the user's module raised it
             raise ConfigError(
                 f"data: before training, without a trainer, its batches cannot be looked at: "
                 f"{one_line(error)}"
@@ -257,8 +260,8 @@ class Planner:
         for split, name in data.missing:
             log.warning("no image of %s has class %s; its metrics leave the class out", split, name)
 
-    def _of_length(self, settings: Settings, images: Images) -> Settings:
-        """The settings with the steps of `max_epochs`, where these are given.
+    def _of_length(self, settings: Settings, facts: DataFacts) -> Settings:
+        """The settings, with `max_steps` computed from `max_epochs` if that is given.
 
         From then on `max_steps` alone says how long the training is.
 
@@ -267,13 +270,13 @@ class Planner:
         """
         if (epochs := settings.trainer["max_epochs"]) is None or settings.mode != "train":
             return settings
-        if not images.batches:
+        if not facts.batches:
             raise ConfigError(
                 f"trainer.max_epochs={epochs} needs training batches that can be counted, which "
                 "these data do not have; set trainer.max_steps"
             )
         accumulated = settings.trainer["accumulate_grad_batches"]
-        settings = settings.of_length(math.ceil(epochs * images.batches / accumulated))
+        settings = settings.of_length(math.ceil(epochs * facts.batches / accumulated))
         check_values(settings.as_config())
         length = (
             f"trainer.max_epochs={epochs} sets trainer.max_steps={settings.trainer['max_steps']}"
@@ -283,14 +286,14 @@ class Planner:
             log.info(length)
         return settings
 
-    def _check_metrics(self, plan: Plan, images: Images) -> None:
-        """Check that `metric` and the callbacks go by metrics that each validation computes.
+    def _check_metrics(self, plan: Plan, facts: DataFacts) -> None:
+        """Check that `metric` and the callbacks use metrics that each validation computes.
 
         Raises:
             ConfigError: a metric is unknown, or a callback cannot work.
         """
         settings = plan.settings
-        missing = images.missing if settings.mode == "train" else []
+        missing = facts.missing if settings.mode == "train" else []
         metrics = Metrics.of(plan.form.classes, list(settings.losses), missing)
         metrics.check(f"metric={settings.metric}", settings.metric)
         key = f"{settings.callbacks} of {metrics}"
@@ -304,7 +307,7 @@ class Planner:
     # --- The first step --------------------------------------------------------------------------
 
     def _find_traits(self, plan: Plan) -> Traits:
-        """What the first step shows, which is tried once for all runs that begin alike.
+        """What the first step shows. It is tried once for all runs that begin alike.
 
         Raises:
             ConfigError: the step fails.
@@ -315,7 +318,11 @@ class Planner:
         return self.found.traits[key]
 
     def _try(self, plan: Plan) -> Traits:
-        """Do a run's first step, with the share of the batch that its last rank gets."""
+        """Try a run's first step, with the share of the batch that its last rank gets.
+
+        Raises:
+            ConfigError: the step fails.
+        """
         settings = plan.settings
         trainer = self._trainer(plan.options, settings.job.is_sweep)
         precision, device = trainer.strategy.precision_plugin, trainer.strategy.root_device
@@ -324,7 +331,7 @@ class Planner:
                 inputs, target = first_batch(plan.make_data(), ranks_of(trainer))
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        except Exception as error:  # of the user's module
+        except Exception as error:  # the user's module raised it
             raise ConfigError(f"data: its first batch: {one_line(error)}") from error
         net, losses = make_net(plan), make_losses(plan)
         for what, module in (("model", net), ("losses", losses)):
@@ -334,7 +341,7 @@ class Planner:
                 raise ConfigError(f"{what}: {one_line(error)}") from error
         batch = precision.convert_input((inputs.to(device), target.to(device)))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run itself will give them
+            warnings.simplefilter("ignore")  # the run itself gives the same warnings
             traits, optimizer = try_step(
                 net, losses, settings.trained, make_optimizer(settings), batch, plan.form,
                 precision.forward_context(),

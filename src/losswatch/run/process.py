@@ -1,4 +1,4 @@
-"""The switches of the process that a run needs: set in this one place, and put back at its end."""
+"""The switches of the process that a run needs. They are set here, and restored on exit."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch import nn
 from losswatch.nets.cpu import fast_on_cpu
 from losswatch.run import randomness
 
-# The least level of messages that is shown of these libraries.
+# The lowest level of messages that these libraries show.
 _LEVELS = {
     "pytorch_lightning": logging.WARNING,
     "lightning_fabric": logging.WARNING,
-    "hydra.utils": logging.CRITICAL,  # it logs each error that it raises
-    "torch.utils.cpp_extension": logging.ERROR,  # a CUDA toolkit (CUDA_HOME) without a GPU
+    "hydra.utils": logging.CRITICAL,  # Hydra logs each error that it raises
+    "torch.utils.cpp_extension": logging.ERROR,  # there is a CUDA toolkit (CUDA_HOME), but no GPU
 }
-# Warnings about what is meant to be so.
+# Expected warnings.
 _IGNORED = (
-    ".*recommended to use .*sync_dist=True.*",  # metrics are summed over ranks before
+    ".*recommended to use .*sync_dist=True.*",  # the metrics have been summed over ranks
     ".*does not have many workers.*",  # the images are computed, not loaded
-    ".*smaller than the logging interval.*",  # the probe has an interval of its own
+    ".*smaller than the logging interval.*",  # the probe has its own interval
     ".*configure_optimizers.*returned `None`.*",  # the step of a stack holds the optimiser
     "The `srun` command is available.*",  # a sweep's jobs are sent by its launcher
     "Grad strides do not match bucket view strides.*",  # DDP with channels_last: PyTorch copies
-    "Checkpoint directory .* exists and is not empty.*",  # of a run that is resumed
+    "Checkpoint directory .* exists and is not empty.*",  # the run is resumed
     ".*LeafSpec.*is deprecated.*",  # in Lightning's own code
 )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """While this is open, libraries do not report what is meant to be so, or reported elsewhere."""
+    """Silences what libraries report as expected, or what losswatch reports itself; until exit."""
     loggers = {logging.getLogger(name): level for name, level in _LEVELS.items()}
     levels = {logger: logger.level for logger in loggers}
     hook = threading.excepthook
@@ -67,15 +67,15 @@ def _report_but_files(failure: threading.ExceptHookArgs) -> None:
 def run_process(
     net: nn.Module, threads: int | None = None, seed: int | None = None
 ) -> Iterator[None]:
-    """Set all that a run or a stack needs of its process; put back what was there before.
+    """Sets what a run or a stack needs of its process; restores it on exit.
 
     That is: quiet libraries, the number of CPU threads, the random generators, and the switches
-    that make `net` fast on a CPU. Only the allocator's settings stay (`nets.cpu.keep_memory`).
+    that make `net` fast on a CPU. Only the settings of the allocator stay (`nets.cpu.keep_memory`).
 
     Args:
         net: the network to be trained or tested.
-        threads: CPU threads; None leaves their number as it is.
-        seed: of the random generators; None leaves their state as it is.
+        threads: number of CPU threads; None does not change it.
+        seed: of the random generators; None does not change their state.
     """
     state, count = randomness.get_state(), torch.get_num_threads()
     with quiet():
@@ -93,9 +93,9 @@ def run_process(
 
 @contextmanager
 def only_errors(enabled: bool) -> Iterator[None]:
-    """While this is open, nothing below the level of an error is logged, if `enabled`.
+    """Logs nothing below the level of an error, if `enabled`. Restores logging on exit.
 
-    Of several processes that train one run, the first one reports how it went.
+    If several processes train one run, only the first one reports how it went.
     """
     before = logging.root.manager.disable
     if enabled:

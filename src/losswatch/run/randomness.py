@@ -1,6 +1,6 @@
 """The state of the random generators of a process: seeded for a run, and kept in its checkpoints.
 
-For code that must leave the state as it is there is pytorch_lightning.utilities.seed.isolate_rng.
+Code that must not change the state uses pytorch_lightning.utilities.seed.isolate_rng.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _seed_others(seed: int) -> None:
-    np.random.seed(seed % 2**32)  # numpy takes no larger number
+    np.random.seed(seed % 2**32)  # numpy refuses larger numbers
     random.seed(seed)
 
 
@@ -39,7 +39,7 @@ def get_state(cuda: bool = True) -> dict[str, Any]:
 
 
 def set_state(state: dict[str, Any]) -> None:
-    """Go back to a state that `get_state` returned."""
+    """Restore a state that `get_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -50,10 +50,10 @@ def set_state(state: dict[str, Any]) -> None:
 
 
 class Stream:
-    """The CPU's generators for one part of the program, apart from those of all other parts.
+    """CPU generators for one part of the program alone.
 
     Args:
-        seed: as of `seed_everything`.
+        seed: see `seed_everything`.
     """
 
     def __init__(self, seed: int) -> None:
@@ -64,7 +64,7 @@ class Stream:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """While this is open, the global generators are those of the stream."""
+        """Gives the global generators the state of the stream; restores their own on exit."""
         with isolate_rng(include_cuda=False):
             set_state(self.state)
             yield
@@ -72,7 +72,7 @@ class Stream:
 
 
 def draws(function: Callable[..., Any], *args: Any) -> bool:
-    """Whether a call takes numbers from any of the generators.
+    """Whether a call draws numbers from any of the generators.
 
     >>> draws(torch.nn.Dropout(0.5), torch.ones(3)), draws(torch.nn.ReLU(), torch.ones(3))
     (True, False)

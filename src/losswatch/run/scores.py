@@ -1,8 +1,8 @@
-"""What evaluation computes: metrics of the predictions, and the losses' means.
+"""What evaluation computes: metrics of the predictions, and the means of the losses.
 
-Random images are counted as one: a confusion matrix of all pixels, which an ordinary run and a
-stack both compute with `tally`, a stack under torch.func.vmap. Of real images each is scored by
-itself (`ImageScores`), as the field does, and the mean over images is taken.
+Random images are counted as one image: there is one confusion matrix of all pixels. An ordinary run
+and a stack both compute it with `tally`, the stack under torch.func.vmap. Real images are scored
+one by one, as the field does, and the mean over images is taken (`ImageScores`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from losswatch.losses.ranks import only_this_rank
 
 
 class Tally(NamedTuple):
-    """Sums over the images evaluated so far; a stack has a further first axis, its runs."""
+    """Sums over the images evaluated so far. In a stack the first axis is that of the runs."""
 
     confusion: Tensor  # int64 [..., C, C], pixels by label and prediction
     losses: Tensor  # float64 [..., K], the sum of each batch's value times its pixels
@@ -49,8 +49,8 @@ def tally(logits: Tensor, target: Tensor, losses: LossSet) -> Tally:
     counts = pairs.new_zeros(classes**2).scatter_add(0, pairs, torch.ones_like(pairs))
     values = _values(losses, logits, target)
     if not target.numel():
-        # The last batch may leave no image to some ranks. They call the losses all the same, since
-        # those sum over ranks, but a loss may be NaN there.
+        # The last batch may have no image for some ranks. They still call the losses, since losses
+        # sum over ranks, but there a loss may be NaN.
         values = torch.zeros_like(values)
     return Tally(counts.view(classes, classes), values * target.numel())
 
@@ -65,7 +65,7 @@ def scores(confusion: Tensor) -> dict[str, Tensor]:
     """Pixel accuracy, and Dice and IoU of each class and on average, from confusion matrices.
 
     Args:
-        confusion: [..., C, C], label by prediction. A class in neither counts as perfect.
+        confusion: [..., C, C], label by prediction. A class that is in neither counts as perfect.
 
     Returns:
         float32 [...] each: "accuracy", "dice", "dice/class_0", ..., "iou", "iou/class_0", ...
@@ -94,7 +94,7 @@ def metrics(total: Tally, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 class PixelScores:
-    """The scores of random images: all pixels of all images count as one image's.
+    """The scores of random images: all pixels count as those of one image.
 
     Args:
         names: of the losses to evaluate.
@@ -105,12 +105,12 @@ class PixelScores:
         self.total: Tally | None = None
 
     def add(self, logits: Tensor, target: Tensor, losses: LossSet) -> None:
-        """Count a batch; arguments as of `tally`."""
+        """Count a batch; for the arguments see `tally`."""
         found = tally(logits, target, losses)
         self.total = self.total.plus(found) if self.total else found
 
-    def take(self, strategy: Strategy) -> dict[str, Tensor]:
-        """`metrics` of what was counted on all ranks; then nothing is counted."""
+    def compute_and_reset(self, strategy: Strategy) -> dict[str, Tensor]:
+        """`metrics` of what all ranks have counted; then the count starts again."""
         assert self.total is not None
         total = Tally(*(strategy.reduce(t, reduce_op="sum") for t in self.total))
         self.total = None
@@ -120,10 +120,10 @@ class PixelScores:
 class ImageScores(nn.Module):
     """The scores of real images: Dice and IoU of each image and class, averaged over images.
 
-    A class that is neither in an image nor predicted there does not count in its mean, and one that
-    is only predicted there counts as 0, as in nnU-Net. Ignored pixels count nowhere. The accuracy
-    is that of all pixels, and a loss is the mean of its values, weighted by the images' pixels. So
-    the scores are the same on any number of devices.
+    If a class is neither in an image nor predicted there, the image does not count in the mean of
+    the class. If it is only predicted there, it counts as 0, as in nnU-Net. Ignored pixels never
+    count. The accuracy is that of all pixels. A loss is the mean of its values, each weighted by
+    the number of pixels of its image. So the scores do not depend on the number of devices.
 
     Args:
         form: of the data.
@@ -135,7 +135,7 @@ class ImageScores(nn.Module):
         self.form, self.names, count = form, tuple(names), len(form.classes)
         self.dice = DiceScore(count, average="none")
         self.iou = MeanIoU(count, per_class=True)
-        # Sums, since a MeanMetric that keeps NaN takes no notice of weights (torchmetrics 1.9).
+        # Sums, because a MeanMetric that keeps NaN ignores weights (torchmetrics 1.9).
         sums = ("right", "pixels", *names)
         metrics = [SumMetric(nan_strategy="disable").set_dtype(torch.float64) for _ in sums]
         self.sums: Any = nn.ModuleList(metrics)
@@ -166,12 +166,12 @@ class ImageScores(nn.Module):
         pixels = counted.sum()
         with only_this_rank():  # another rank scores another image, or none
             values = _values(losses, logits, target)
-        values = torch.where(pixels > 0, values, 0)  # a mean over no pixel may be NaN
+        values = torch.where(pixels > 0, values, 0)  # the mean over no pixels may be NaN
         for total, value in zip(self.sums, [right, pixels, *(values * pixels)], strict=True):
             total.update(value)
 
-    def take(self, strategy: Strategy) -> dict[str, Tensor]:
-        """The scores over all ranks, by the names of `metrics`; then nothing is counted."""
+    def compute_and_reset(self, strategy: Strategy) -> dict[str, Tensor]:
+        """The scores over all ranks, by the names of `metrics`; then the count starts again."""
         right, pixels, *totals = (total.compute() for total in self.sums)
         found = {"accuracy": right / pixels}
         dice, iou = self.dice.compute(), self.iou.compute()

@@ -11,12 +11,12 @@ from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from torch import nn
 
 from losswatch import compat
-from losswatch.config.settings import flatten
+from losswatch.config.settings import flatten_keys
 from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.modules import has_test, is_ours
 from losswatch.data.random import ThresholdedImages
-from losswatch.disk.checkpoint import data_of, load_loss, load_net, step_of
+from losswatch.disk.checkpoint import data_of, load_loss_state, load_net, step_of
 from losswatch.disk.checkpoint_files import AtomicCheckpoints
 from losswatch.disk.event_log import EventLog, log_survey, open_log
 from losswatch.disk.resume import find_start, log_resume
@@ -35,7 +35,7 @@ from losswatch.run.callbacks import (
     Progress,
     why_ended_early,
 )
-from losswatch.run.epoch_loader import repeat
+from losswatch.run.epoch_loader import use_epoch_loader
 from losswatch.run.module import SegmentationModule
 from losswatch.run.plan import Plan
 from losswatch.run.process import run_process
@@ -50,7 +50,7 @@ class Reached(NamedTuple):
 
     steps: int  # done in all
     metrics: dict[str, float]  # of the last validation and of the test
-    is_done: bool = True  # False: to be resumed
+    is_done: bool = True  # if False, the run can be resumed
 
 
 def train(plan: Plan) -> Reached:
@@ -62,7 +62,7 @@ def train(plan: Plan) -> Reached:
     with run_process(net, settings.threads, settings.seed):
         module = _make_module(plan, net, data)
         if not is_ours(data):
-            repeat(data, settings.seed)
+            use_epoch_loader(data, settings.seed)
         checkpoints = Checkpoints(folder, settings.as_config(), _about(data, plan.form))
         with open_log(settings, start.sizes) as logger:
             if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
@@ -91,7 +91,7 @@ def test(plan: Plan) -> Reached:
     load_net(net, content)
     with run_process(net, settings.threads, settings.seed):
         module = _make_module(plan, net, data)
-        load_loss(module.loss, content)
+        load_loss_state(module.loss, content)
         with EventLog(str(plan.folder)) as logger:
             trainer = _make_tester(plan, logger)
             if isinstance(data, FolderImages):
@@ -139,7 +139,7 @@ def _make_tester(plan: Plan, logger: EventLog | bool) -> pl.Trainer:
         logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
-        # For a test each rank takes its own share.
+        # In a test each rank takes its own share by itself.
         use_distributed_sampler=plan.settings.mode == "predict",
     )
 
@@ -158,7 +158,7 @@ def _make_module(plan: Plan, net: nn.Module, data: pl.LightningDataModule) -> Se
 
 
 def _about(data: pl.LightningDataModule, form: Form) -> dict[str, Any]:
-    """What checkpoints hold of the data: what prediction needs."""
+    """What prediction must know of the data; checkpoints hold it."""
     values = getattr(data, "values", [])
     return dataclasses.asdict(form) | {"classes": list(form.classes), "values": values}
 
@@ -170,9 +170,9 @@ def _make_trainer(
     options["max_epochs"] = 1  # the whole training is one epoch
     # Lightning counts batches.
     options["val_check_interval"] *= options["accumulate_grad_batches"]
-    if settings.callbacks:  # Lightning's write every 50 steps otherwise
+    if settings.callbacks:  # by default Lightning's callbacks log every 50 steps
         options.setdefault("log_every_n_steps", 1)
-    # In this order: the state of the user's checkpoint callbacks is to be in ours.
+    # Ours comes last, so that its checkpoints hold the state of the user's callbacks.
     callbacks = [Images(together=module.is_random), *make_callbacks(plan), checkpoints]
     watch = None
     if settings.probe.every_n_steps:
@@ -190,7 +190,7 @@ def _make_trainer(
         callbacks.append(Progress(watch))
     loggers = make_loggers(plan)
     for other in loggers:
-        other.log_hyperparams(dict(flatten(settings.as_config())))
+        other.log_hyperparams(dict(flatten_keys(settings.as_config())))
     return pl.Trainer(
         **options,
         logger=[logger, *loggers],

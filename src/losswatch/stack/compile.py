@@ -1,4 +1,4 @@
-"""Compiles a pure function of tensors: traces it, rewrites a few operations, calls Inductor."""
+"""Compiles a pure function of tensors: traces it, rewrites some operations, and calls Inductor."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def _compile(function: Callable[..., Any], example: Sequence[Tensor]) -> Callabl
     graph = trace(function, example)
     is_on_cpu = example[0].is_cpu
     _rewrite(graph, is_on_cpu)
-    # A sum over a kernel's positions and channels reads many numbers. By default Inductor cuts the
-    # sum into parts, and writes and reads their results: on a CPU this takes a fifth more time.
+    # A sum over the positions and channels of a kernel reads many numbers. By default Inductor cuts
+    # the sum into parts, and writes and reads the result of each. On a CPU that takes a fifth more
+    # time.
     patches = {"realize_acc_reads_threshold": 100} if is_on_cpu else {}
     try:
         return compile_graph(graph, example, patches)
@@ -72,14 +73,14 @@ def _rewrite(graph: torch.fx.GraphModule, is_on_cpu: bool) -> None:
     """Replace operations that Inductor cannot compile, or that are slow."""
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
-        # Inductor may change the layout of a tensor, and then a view of it needs a copy.
+        # Inductor may change the layout of a tensor. Then a view of the tensor needs a copy.
         if is_view(node):
             node.target = aten.reshape.default
-        # Inductor would repeat the end of the hash at each place that reads an image or a label.
+        # Inductor would compute the end of the hash again wherever an image or a label is read.
         if is_on_cpu and node.target is aten.mul.Tensor and node.args[1] == RESOLUTION:
             _store(graph, node)
-        # MKL multiplies matrices in half the time if the last side is a multiple of a register:
-        # A B = (B' A')'.
+        # MKL multiplies matrices in half the time if the last side is a multiple of a register. So
+        # A B is computed as (B' A')'.
         if is_on_cpu and node.target is aten.bmm.default:
             a, b = node.args
             if traced_shape(a)[1] % REGISTER == 0 < traced_shape(b)[2] % REGISTER:

@@ -26,7 +26,7 @@ BLOCK = 500  # steps between two writes, at most
 
 
 class Blocks:
-    """The steps from `first` up to `last`, without it, in blocks: (first, last) of each."""
+    """The steps from `first` to `last` (not included), in blocks: (first, last) of each block."""
 
     def __init__(self, first: int, last: int, block: int) -> None:
         self.first, self.last, self.block = first, last, block
@@ -52,7 +52,7 @@ def train_compiled(plan: Plan) -> Reached:
     """Train one run by a compiled step.
 
     Raises:
-        NotStackable: it needs the ordinary step.
+        NotStackable: the run needs the ordinary step.
     """
     check_plan(plan)
     member = make_member(plan)
@@ -66,14 +66,14 @@ def fit(members: Sequence[Member], losses: LossSet, plan: Plan) -> None:
 
     Args:
         members, losses: see `StackedModule`.
-        plan: of one of the members. They share its options of Lightning's Trainer, where steps are
-            those of each run, its threads, its probe, and whether the step is compiled.
+        plan: of one of the members. All of them have the same options of Lightning's Trainer (steps
+            count for each run), threads, probe, and `compile`.
 
     Raises:
-        NotStackable: they cannot be trained as a stack.
+        NotStackable: the members cannot be trained as a stack.
     """
     settings, options, steps = plan.settings, plan.options, plan.steps
-    # After an error, too: the next attempt cuts the event files to the last checkpoint.
+    # The logs are closed after an error, too. The next attempt cuts them to the last checkpoint.
     with ExitStack() as logs, run_process(members[0].net, settings.threads):
         for member in members:
             logs.enter_context(member.logger)

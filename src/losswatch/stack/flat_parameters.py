@@ -1,4 +1,4 @@
-"""The trained parameters of a network as one vector, to be stacked over runs."""
+"""The trained parameters of a network as one vector, which can be stacked over runs."""
 
 from __future__ import annotations
 

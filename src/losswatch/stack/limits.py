@@ -1,4 +1,4 @@
-"""What cannot be trained as a stack."""
+"""Checks that runs can be trained as a stack."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from losswatch.run.plan import Plan
 from losswatch.stack.member import Member
 from losswatch.stack.refusal import NotStackable
 
-# Options of Lightning's Trainer that a stack does not have, and the value that changes nothing.
+# Options of Lightning's Trainer that a stack does not support, and the value that changes nothing.
 _NEEDED = {
     "precision": "32-true",
     "gradient_clip_val": None,
     "accumulate_grad_batches": 1,
     "devices": 1,
     "num_nodes": 1,
-    "max_time": None,  # a limit of each single run
+    "max_time": None,  # is a limit for one run
     "profiler": None,
 }
 
 
 def check_plan(plan: Plan) -> None:
-    """Check that a run asks for nothing that a stack does not have.
+    """Check that a run asks for nothing that a stack does not support.
 
     Raises:
         NotStackable: a setting needs the ordinary step.
@@ -47,7 +47,7 @@ def check_traits(members: Sequence[Member], losses: LossSet) -> None:
     """Check that network and losses are pure functions of what is stacked.
 
     Raises:
-        NotStackable: the message says what is in the way.
+        NotStackable: the network or a loss is not; the message says why.
     """
     net = members[0].net
     named = list(net.named_parameters(remove_duplicate=False))
@@ -59,11 +59,11 @@ def check_traits(members: Sequence[Member], losses: LossSet) -> None:
         if any(True for _ in losses.losses[losses.names.index(name)].parameters()):
             raise NotStackable(f"loss {name} has parameters of its own to train")
     for member in members:
-        for name in member.traits.random:
-            raise NotStackable(f"{_called(name)} draws random numbers")
-        for name in member.traits.stateful:
-            raise NotStackable(f"{_called(name)} keeps a state of its own")
+        for name in member.traits.draws_random:
+            raise NotStackable(f"{_display_name(name)} draws random numbers")
+        for name in member.traits.keeps_state:
+            raise NotStackable(f"{_display_name(name)} keeps a state of its own")
 
 
-def _called(name: str) -> str:
+def _display_name(name: str) -> str:
     return "the network" if name == "model" else f"loss {name}"

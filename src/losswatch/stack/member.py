@@ -1,4 +1,4 @@
-"""One run of a stack, and what became of it."""
+"""One run of a stack, and how it ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from losswatch.checks.first_step import Traits
 from losswatch.data.random import ThresholdedImages
 from losswatch.disk.checkpoint import load_net, load_optimizer
-from losswatch.disk.checkpoint_files import load
+from losswatch.disk.checkpoint_files import load_checkpoint
 from losswatch.disk.event_log import EventLog, open_log
 from losswatch.disk.resume import find_start
 from losswatch.run.build import make_net, make_optimizer
@@ -26,24 +26,24 @@ class Member:
     """One run of a stack."""
 
     folder: Path
-    net: nn.Module  # holds the initial weights, and the trained ones at the end
+    net: nn.Module  # holds the initial weights, and at the end the trained ones
     data: ThresholdedImages
     trained: str  # the name of the trained loss
-    optimizer: torch.optim.Optimizer  # of `net`; it holds the settings and moments, and never steps
+    optimizer: torch.optim.Optimizer  # of `net`; holds settings and moments, and never steps
     logger: EventLog
-    config: dict[str, Any]  # kept in its checkpoints
-    traits: Traits  # what its first step has shown
-    start: int = 0  # steps done by an earlier attempt, whose state net and optimizer hold
+    config: dict[str, Any]  # its checkpoints hold it
+    traits: Traits  # what its first step showed
+    start: int = 0  # steps done by an earlier attempt; net and optimizer then hold its state
     notice: str | None = None  # what of that attempt is damaged or missing
     metrics: dict[str, float] = field(default_factory=dict)
-    error: str | None = None  # why it counts as failed
+    error: str | None = None  # why the run counts as failed
     seconds: float = 0.0  # its share of the stack's time
 
     def result(self) -> dict[str, float]:
         """The final metrics.
 
         Raises:
-            FloatingPointError: something became NaN or infinite; says what and when.
+            FloatingPointError: something became NaN or infinite; the message says what and when.
         """
         if self.error:
             raise FloatingPointError(self.error)
@@ -59,7 +59,11 @@ class Failure:
     seconds: float = 0.0
 
     def result(self) -> dict[str, float]:
-        """Raise the run's error."""
+        """Raise the error of the run.
+
+        Raises:
+            Exception: always.
+        """
         raise self.error
 
 
@@ -67,7 +71,7 @@ def make_member(plan: Plan) -> Member:
     """A run, in the state of its newest checkpoint if its folder holds one.
 
     Raises:
-        NotStackable: that is its last one.
+        NotStackable: the checkpoint is that of the last step.
     """
     settings, folder, data, net = plan.settings, plan.folder, plan.make_data(), make_net(plan)
     assert isinstance(data, ThresholdedImages)  # `limits.check_plan`
@@ -77,7 +81,7 @@ def make_member(plan: Plan) -> Member:
     if start.step >= plan.steps:
         raise NotStackable("no step is left, only the test")
     if start.path:
-        checkpoint = load(start.path)
+        checkpoint = load_checkpoint(start.path)
         load_net(net, checkpoint)
         load_optimizer(optimizer, checkpoint)
     return Member(

@@ -1,4 +1,4 @@
-"""Runs trained as one: their parameters are stacked, and one step serves all of them."""
+"""Trains runs as one: their parameters are stacked, and one step trains all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.func import functional_call, vmap
 from losswatch import compat
 from losswatch.data.random import VAL, draw
 from losswatch.disk.checkpoint import add_record, make_checkpoint
-from losswatch.disk.checkpoint_files import save
+from losswatch.disk.checkpoint_files import save_checkpoint
 from losswatch.disk.event_log import side_by_side
 from losswatch.events.tags import GRAD_NORM, LOSS, PICTURES, watched_tags
 from losswatch.losses import LossSet
@@ -37,32 +37,32 @@ from losswatch.text import number_of, one_line
 log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 10  # between checkpoints, at least; with a hundred members each takes a while
-# Members whose step is one call, at most. With more of them a call costs less for each, but their
-# numbers do not stay in the cache.
+# The largest number of members whose step is one call. With more members a call costs less for
+# each, but their numbers do not stay in the cache.
 CHUNK = 9
 
 
 class Chunk(NamedTuple):
-    """The state of R members whose step is one call."""
+    """The state of R members that one call of the step trains."""
 
     parameters: Tensor  # [R, P], the trained ones
-    buffers: State  # name -> [R, ...], what of the network is not trained
-    moments: tuple[Tensor, ...]  # [R, P] each, of the optimiser
+    buffers: State  # name -> [R, ...], the parts of the network that are not trained
+    moments: tuple[Tensor, ...]  # of the optimiser, [R, P] each
     numbers: State  # name -> [R, ...], see `step.make_gradient`
     rates: State  # name -> [R], the optimiser's settings
 
 
 class StackedModule(pl.LightningModule):
-    """Trains many runs at once; all but `Member` is common to them.
+    """Trains many runs at once. What a `Member` does not hold is the same for all of them.
 
-    A batch of its training is a block of steps, done without returning to Lightning in between.
+    A batch for Lightning is a block of steps here.
 
     Args:
         members: runs of one architecture, image shape, kind of optimiser and number of classes, all
             at the same step.
         losses: the losses watched.
-        every_n_steps, cosines: as of `Watch`; 0 observes nothing.
-        compile: whether to compile the step; otherwise torch.vmap runs it eagerly.
+        every_n_steps, cosines: see `Watch`; every_n_steps=0 observes nothing.
+        compile: whether to compile the step; if not, torch.vmap runs it eagerly.
 
     Raises:
         NotStackable: the network, the losses or the optimiser need the ordinary step.
@@ -106,7 +106,7 @@ class StackedModule(pl.LightningModule):
         self.shown = ProgressSink()
 
     def configure_optimizers(self) -> None:
-        """None: `update` is the optimiser."""
+        """Give Lightning no optimiser: `update` is the optimiser."""
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class StackedModule(pl.LightningModule):
         count = len(self.members)
         pieces = -(-count // CHUNK) if self.device.type == "cpu" else 1
         self.chunk_size = -(-count // pieces)
-        # The step is compiled for one shape, which all chunks have: the last one repeats a member.
+        # The step is compiled for one shape, so all chunks have it: the last one repeats a member.
         index = torch.arange(pieces * self.chunk_size).clamp_max(count - 1)
         self.chunks: list[Chunk] = [
             compat.tree_map(lambda t, part=part: t[part].to(self.device), self.initial)  # type: ignore[misc]
@@ -125,10 +125,10 @@ class StackedModule(pl.LightningModule):
         self._try()
 
     def _try(self) -> None:
-        """Do all that training does once, on one chunk: torch.func maps it, the compiler runs.
+        """Do everything that training does, once and on one chunk, so that the step is compiled.
 
-        The ordinary step of these runs has been tried before. So a RuntimeError here is most often
-        that of an operation that torch.func cannot map over runs: torch.func has no error of its
+        The ordinary step of these runs has been tried before. So a RuntimeError here mostly comes
+        from an operation that torch.func cannot map over runs. torch.func has no error class of its
         own.
 
         Raises:
@@ -172,7 +172,7 @@ class StackedModule(pl.LightningModule):
             self.chunks[i] = chunk._replace(parameters=parameters, buffers=buffers, moments=moments)
             if seen:
                 self._write(i, observed, torch.stack(seen, dim=1).cpu().numpy())
-            # The only check of steps that are not observed.
+            # Steps that are not observed have only this check.
             finite = parameters.isfinite().all(dim=1).tolist()
             for member, is_finite in zip(members, finite, strict=False):
                 if not is_finite:
@@ -184,7 +184,7 @@ class StackedModule(pl.LightningModule):
         return self.members[chunk * self.chunk_size : (chunk + 1) * self.chunk_size]
 
     def _write(self, chunk: int, steps: np.ndarray, values: np.ndarray) -> None:
-        """Write what was observed, values [R, steps, tags], and look whether it is finite."""
+        """Write the observations, values [R, steps, tags], and check that they are finite."""
         for member, block in zip(self._members_of(chunk), values, strict=False):
             names = [f"{LOSS}{member.trained}", f"{GRAD_NORM}{member.trained}"]
             own = block[:, [self.tags.index(name) for name in names]]
@@ -193,7 +193,7 @@ class StackedModule(pl.LightningModule):
             member.logger.write_curves(self.tags, steps, block)
 
     def _fail(self, member: Member, what: str, step: int) -> None:
-        """Mark a member as failed, for the first reason; the others go on."""
+        """Mark a member as failed, unless it is. Its first error stays; the other members go on."""
         if member.error is None:
             member.error = f"trained with {member.trained}, step {step}: {what}"
             log.warning("%s: %s", member.folder.name, member.error)
@@ -216,17 +216,17 @@ class StackedModule(pl.LightningModule):
                 add_record(
                     checkpoint, member.config, member.logger.sizes(), metrics=dict(member.metrics)
                 )
-                save(checkpoint, member.folder)
+                save_checkpoint(checkpoint, member.folder)
         self.saved = time.monotonic()
 
     def _unstack(self, chunk: Chunk, k: int, member: Member, step: int) -> None:
-        """Copy the state number k of a chunk into the member's network and optimiser."""
+        """Copy state number k of a chunk into the network and the optimiser of its member."""
         split = splitter(self.net)
         buffers = {name: buffer[k] for name, buffer in chunk.buffers.items()}
         member.net.load_state_dict(buffers | split(chunk.parameters[k]))
         is_sgd = self.moment_names == ["momentum_buffer"]
         if is_sgd and not member.optimizer.param_groups[0]["momentum"]:
-            return  # torch.optim.SGD then keeps nothing
+            return  # without momentum torch.optim.SGD keeps no state
         moments = [split(moment[k].clone()) for moment in chunk.moments]
         for name, p in trained_parameters(member.net).items():
             kept = {n: m[name] for n, m in zip(self.moment_names, moments, strict=True)}
@@ -237,7 +237,7 @@ class StackedModule(pl.LightningModule):
     # -- evaluation --------------------------------------------------------------------------------
 
     def evaluate(self, split: int, size: int) -> list[dict[str, float]]:
-        """Metrics and losses of each member on `size` fixed images of its own."""
+        """Metrics and losses of each member, each on its own `size` fixed images."""
         batch = self.members[0].data.eval_batch_size
         names = self.losses.names
         results: list[dict[str, float]] = []
@@ -263,11 +263,11 @@ class StackedModule(pl.LightningModule):
             state = split_parameters(parameters) | buffers
             return tally(functional_call(self.net, state, (image,)), label, self.losses)
 
-        with onednn(True):  # together the members are a wide network
+        with onednn(True):  # the members together are a wide network
             return vmap(evaluate)(chunk.parameters, chunk.buffers, chunk.numbers)
 
     def show_images(self) -> None:
-        """Log what callbacks.Images does, once: stacks are for runs by the hundred."""
+        """Log the pictures of `callbacks.Images`, once: a stack may have hundreds of runs."""
         count = min(Images.COUNT, self.members[0].data.val_size)
         split, first = splitter(self.net), torch.tensor(0, device=self.device)
         self.net.eval()
@@ -298,7 +298,7 @@ class StackedModule(pl.LightningModule):
 
 
 def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[str]) -> Chunk:
-    """The initial state of all members; `losses` are the names of the losses watched."""
+    """The initial state of all members; `losses` are the names of the watched losses."""
     names = trained_parameters(members[0].net)
     states = [member.net.state_dict() for member in members]
     datas = [member.data for member in members]
@@ -328,7 +328,7 @@ def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[st
 
 
 def _moment(member: Member, name: str) -> Tensor:
-    """[P], what the optimiser keeps of each parameter; 0 before its first step."""
+    """One moment of the optimiser for all parameters, [P]; 0 before the first step."""
     state = member.optimizer.state
     kept = [(state.get(p, {}).get(name), p) for p in trained_parameters(member.net).values()]
     return torch.cat([torch.zeros_like(p).flatten() if m is None else m.flatten() for m, p in kept])

@@ -1,6 +1,6 @@
-"""The rules of torch's optimisers as pure functions, to be mapped over stacked runs.
+"""The rules of torch's optimisers as pure functions, which can be mapped over stacked runs.
 
-A rule and the gradient are compiled separately. The gradient, which takes long to compile, is then
+A rule and the gradient are compiled separately. So the gradient, which takes long to compile, is
 the same for all optimisers, and later runs find it in the compiler's cache.
 """
 

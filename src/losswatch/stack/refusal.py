@@ -1,9 +1,9 @@
-"""Runs that need the ordinary step: the one error for them."""
+"""The error about runs that need the ordinary step."""
 
 
 class NotStackable(Exception):
-    """These runs cannot be trained as a stack, or compiled; the message says in one line why.
+    """These runs cannot be trained as a stack or compiled; the message says why, in one line.
 
-    They are then trained one by one. An error of somebody's code that was taken for this one is
-    raised there again, and ends its own run.
+    They are then trained one by one. If the true cause was an error in the user's code, that
+    training raises the error again, and only its own run ends.
     """

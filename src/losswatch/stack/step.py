@@ -1,4 +1,4 @@
-"""The gradient of one training step as a pure function, to be stacked over runs and compiled.
+"""The gradient of one training step as a pure function, for stacks of runs and the compiler.
 
 The step uses the network, the losses and the observation of an ordinary run (run/module.py,
 watch/lightning.py). Three things differ. The images are drawn inside the step. The backward passes
@@ -33,16 +33,16 @@ def make_gradient(
     """The step up to the optimiser, as a pure function of one run's tensors.
 
     Args:
-        net, losses: those of the run.
-        shape: that of its images, [N, 1, *space].
+        net, losses: of the run.
+        shape: of its images, [N, 1, *space].
         observed: whether the function returns an observation.
         cosines: whether the observation has cosines.
 
     The function takes
 
-        parameters: [P], those that require a gradient, one after another.
+        parameters: [P], the parameters that require a gradient, as one vector.
         buffers: name -> tensor; batch norm's statistics and frozen parameters.
-        numbers: those of `data.random.draw` for the run, and `trained` [K], 1 at the trained loss
+        numbers: the run's numbers for `data.random.draw`; and `trained` [K], 1 at the trained loss
             and 0 elsewhere.
         step: int64 scalar, the number of finished steps.
 

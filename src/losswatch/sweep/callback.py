@@ -40,21 +40,21 @@ class SweepCallback(Callback):
         if is_search and (line := _wrong_direction(config)):
             say(f"losswatch: {line}")
             raise SystemExit(2)
-        # For ${hydra:...} in folders' names. A copy, because `set_config` makes it read-only.
+        # For ${hydra:...} in the names of folders. A copy, because `set_config` makes it read-only.
         HydraConfig.instance().set_config(copy.deepcopy(config))
         if is_search:
             say(f"a search; table and runs go to {config.hydra.sweep.dir}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Let go of the configs of a run, which take 0.2 MB.
+        """Drop the configs of a run, which take 0.2 MB.
 
-        Launchers keep what jobs return until the sweep ends, and nobody reads these.
+        Launchers keep what jobs return until the sweep ends, and nobody reads these configs.
         """
         job_return.cfg = job_return.hydra_cfg = None
 
 
 def _wrong_direction(config: DictConfig) -> str | None:
-    """A line about a search, such as optuna's, that goes to the worse end of its metric."""
+    """A line about a search, such as optuna's, whose direction is the wrong one for its metric."""
     metric = parse_overrides(config.hydra.overrides.task).get("metric", config.metric)
     wanted = {"max": "maximize", "min": "minimize"}[mode_of(metric)]
     found = config.hydra.sweeper.get("direction")
@@ -64,17 +64,17 @@ def _wrong_direction(config: DictConfig) -> str | None:
     return None
 
 
-@functools.cache  # one thread a process
+@functools.cache  # starts one thread in each process
 def end_in_time() -> None:
-    """End this process, if joblib started it, by SIGTERM, or when its parent ends, even by kill -9.
+    """Let this process end at SIGTERM, or when its parent has ended, if joblib started it.
 
-    Otherwise it would go on training and keep its runs locked. The jobs of other launchers are
-    meant to outlive the command, or their launcher ends them.
+    Otherwise, after a kill -9 of the parent, the process would go on training and keep its runs
+    locked. The jobs of other launchers may outlive the command, or their launcher ends them.
     """
     if (parent := multiprocessing.parent_process()) is None:
         return
-    # At once: Lightning, in the place of the default handler, would let the batch end, and a worker
-    # of the loader that the signal ended, too, would make the run a failed one.
+    # The process ends at once. Lightning's own handler would finish the batch first. Then a worker
+    # of the loader, which the same signal has ended, would make the run a failed one.
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
     def watch() -> None:

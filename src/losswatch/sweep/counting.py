@@ -1,4 +1,4 @@
-"""Steps of groups of runs, counted in processes of their own, for one bar."""
+"""Counts the steps of groups of runs, each in its own process, for one bar."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from losswatch.terminal import REDRAW_SECONDS, ProgressSink
 
 
 class Counted(ProgressSink):
-    """Steps of one group of runs: number `index` in a file that another process collects.
+    """Counts the steps of one group of runs in row `index` of a file, which another process reads.
 
-    A group that begins again, because its process was killed, counts from 0.
+    A group that starts again, because its process was killed, counts from 0.
     """
 
     def __init__(self, file: Path, index: int) -> None:
@@ -32,7 +32,7 @@ class Counted(ProgressSink):
 
 @contextmanager
 def collected(into: ProgressSink, count: int) -> Iterator[Path]:
-    """A file in which the steps of `count` groups are counted (`Counted`); `into` shows the sum."""
+    """A file in which `count` groups count their steps (`Counted`); `into` shows the sum."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "steps")
         counts, ended = np.memmap(file, np.int64, "w+", shape=(count, 2)), threading.Event()

@@ -42,7 +42,7 @@ EXTRAS = ("joblib", "submitit", "ray", "optuna")  # of pyproject.toml
 
 @contextmanager
 def clear_errors(command: Command, given: Mapping[str, str]) -> Iterator[None]:
-    """Around a command: an error becomes one line and an exit status; a sweep gets its table.
+    """Ends a command: an error becomes one line and an exit status; a sweep prints its table.
 
     If HYDRA_FULL_ERROR is set, errors keep their traceback.
 
@@ -83,7 +83,7 @@ def _end(command: Command, line: str, status: int, is_verbose: bool) -> None:
         except Exception as error:
             if is_verbose:
                 raise
-            # What ended the sweep comes first: it is often the cause of this error, too.
+            # The error that ended the sweep is shown first: it is often the cause of this one.
             line = line or f"the sweep's summary cannot be written: {one_line(error)}"
         status = status or int(command.lacks_runs or not all_done)
     if failure := flush(sys.stdout):
@@ -98,8 +98,8 @@ def _end(command: Command, line: str, status: int, is_verbose: bool) -> None:
 def _sweep_folder(command: Command) -> Path | None:
     """The folder of the command's sweep, if its runs may have started.
 
-    A sweeper that searches knows nothing of the command. Hydra's own record of the config, which
-    `SweepCallback` sets, names its folder.
+    A sweeper that searches does not tell the command its folder. Hydra's record of the config,
+    which `SweepCallback` sets, names the folder.
     """
     if command.folder is None and HydraConfig.initialized():
         hydra = HydraConfig.get()
@@ -116,18 +116,18 @@ def verdict(
     Args:
         given: see `clear_errors`.
     """
-    if command.is_terminated:  # the signal often is the cause of another error
+    if command.is_terminated:  # the signal often causes another error
         return "terminated", 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, SystemExit):
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits after Ctrl-C
             return "interrupted", 130
-        # Of Hydra, which has printed its line, or of somebody's `sys.exit("a line")`.
+        # Hydra raises it after it has printed a line; other code may call `sys.exit("a line")`.
         code = error.code
         return ("", code or 0) if isinstance(code, int | None) else (str(code), 1)
     cause: BaseException | None = error
-    while isinstance(cause, InterpolationResolutionError):  # of the name of a folder
+    while isinstance(cause, InterpolationResolutionError):  # in the name of a folder
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, ConfigError):
         return str(cause), 2
@@ -139,14 +139,14 @@ def verdict(
     if isinstance(error, ValueError) and str(error).startswith(compat.NOT_A_CHOICE):
         return "a group, such as loss or model, takes the name of one of its files, as text", 2
     if _sweep_folder(command) is not None and isinstance(error, Exception):
-        # An error of a launcher or a sweeper: those of the runs are in their results. Cut, because
-        # submitit's error holds the whole log of a job.
+        # This is an error of a launcher or a sweeper: those of the runs are in their results. It is
+        # cut, because an error of submitit holds the whole log of a job.
         return f"the sweep ended early: {one_line(error)[:300]}", 1
     return None
 
 
 def explain(error: Exception, given: Mapping[str, str]) -> str:
-    """One line from Hydra's or OmegaConf's error about an override or a file: what is allowed.
+    """One line about an error of Hydra or OmegaConf: the override or the file, and what is allowed.
 
     Args:
         given: see `clear_errors`.
@@ -155,7 +155,7 @@ def explain(error: Exception, given: Mapping[str, str]) -> str:
         return yaml_errors.describe(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        # Hydra gives no names for a choice in a list.
+        # If the choice is one of a list, Hydra does not name the choices.
         known = ", ".join(error.options or [])
         allowed = f"{group} is one of {known}" if known else f"--help lists those of {group}"
         extra = choice.partition("_")[0]  # submitit_slurm comes with submitit

@@ -1,4 +1,4 @@
-"""The runs of a sweep over a grid, each of them checked before the first one starts."""
+"""Checks all runs of a sweep over a grid before the first one starts."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def check_grid(
         is_here: see `Planner`.
 
     Raises:
-        ConfigError: a run cannot work, is given twice, or its folder holds another run or a run
-            that another process is training.
+        ConfigError: a run cannot work or is given twice, its folder holds another run, or another
+            process is training it.
         HydraException, OmegaConfBaseException, YAMLError: a config cannot be composed.
     """
     names = [run_name(overrides) for overrides in runs]
@@ -65,10 +65,10 @@ def check_grid(
 
 
 def _check_folder(run: Run) -> None:
-    """Check that the folder of a run holds no other one.
+    """Check that the folder of a run holds no other run.
 
     Raises:
-        ConfigError: the folder holds another run, or one that another process is training.
+        ConfigError: the folder holds another run, or another process is training the run.
     """
     # Imported late: PyTorch takes seconds, and the command imports this file at its start.
     from losswatch.disk.locks import hold

@@ -1,4 +1,4 @@
-"""Which runs of a sweep can be trained together, as one stack (losswatch.stack)."""
+"""Finds the runs of a sweep that can be trained together, as one stack (losswatch.stack)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from losswatch.sweep.jobs import Run
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[str]]:
-    """The runs in groups that can each be one stack, and the keys in which the groups differ.
+    """Groups of runs that can each be one stack, and the keys in which the groups differ.
 
     Groups are in the order of their first runs.
     """
@@ -29,17 +29,17 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[str]]:
 
 
 def order_groups(groups: Sequence[list[Run]]) -> list[list[Run]]:
-    """The groups in the order in which to start them, several at once.
+    """The groups in the order in which to start them.
 
     Groups that differ only in the optimiser share the compiled step (losswatch.stack.step). They
-    start apart, so that the later one finds the step in the compiler's cache. Of the others the
-    last one starts first: a grid often names its larger values last, which take longer.
+    do not start together, so that the later one finds the step in the compiler's cache. The other
+    groups start in reverse: a grid often names larger values last, and those take longer.
     """
     return sorted(reversed(groups), key=lambda group: group[0].config.optimizer._target_)
 
 
 def _common_settings(run: Run) -> dict[str, Any]:
-    """What must be equal in all runs of a stack, by name."""
+    """The settings that must be equal in all runs of a stack, by name."""
     settings = run.settings
     assert settings is not None
     config = settings.as_config()
@@ -50,8 +50,8 @@ def _common_settings(run: Run) -> dict[str, Any]:
     config["data"] = {k: v for k, v in config["data"].items() if k not in of_run}
     if settings.theta is not None:
         config["theta"] = f"{len(thresholds(settings.theta)) + 1} classes"
-    # A stack watches the losses of all its runs. A trained loss that the command line has changed
-    # is another one than the watched loss of the same name.
+    # A stack watches the losses of all its runs. If the command line has changed the trained loss,
+    # it differs from the watched loss of the same name.
     loss = config.pop("loss")
     config["watched"] = sorted({*config.pop("watch"), settings.trained})
     config["changed loss"] = loss if settings.has_own_loss else None
@@ -60,7 +60,7 @@ def _common_settings(run: Run) -> dict[str, Any]:
 
 
 def _value(settings: dict[str, Any], name: str, key: str | None) -> Any:
-    """The setting `name`, or its value under `key`; None where that is absent."""
+    """The setting `name`, or its value under `key`; None if it has no such key."""
     value = settings[name]
     if key is None:
         return value

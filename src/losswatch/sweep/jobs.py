@@ -1,4 +1,4 @@
-"""One run of a sweep: its config, composed once, and what follows from it."""
+"""One run of a sweep: its config, composed once, with its settings and its plan."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Run:
     """One run of a sweep.
 
     Attributes:
-        index: its number in the sweep, from 0.
+        index: the number of the run in the sweep, from 0.
         config: with the section `hydra`.
         folder: where the run writes everything; absolute.
-        settings, plan: of the run, as far as this process has made them.
+        settings, plan: of the run; None if this process has not made them.
     """
 
     index: int
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """The run's."""
+        """The overrides of the run."""
         return task_overrides(self.config.hydra)
 
     def prepare(self, command: Command, is_here: bool = True) -> None:
@@ -63,8 +63,8 @@ def compose_run(
     """Compose a run of a sweep.
 
     Args:
-        index: its number in the sweep.
-        overrides: the run's.
+        index: the number of the run in the sweep.
+        overrides: those of the run.
         loader: Hydra's.
         multirun: the config of the sweep.
 
@@ -75,7 +75,7 @@ def compose_run(
     with open_dict(config):
         config.hydra.job.id = str(index)
         config.hydra.job.num = index
-        # As resolved for the sweep: another process would take another time for its name.
+        # The name that was resolved for the sweep; another process would use another time.
         config.hydra.sweep.dir = multirun.hydra.sweep.dir
     HydraConfig.instance().set_config(config)  # for ${hydra:...} in the folder's name
     OmegaConf.set_readonly(config.hydra, None)  # `set_config` protects it; launchers change it
@@ -83,9 +83,9 @@ def compose_run(
 
 
 class ComposedOnce:
-    """A config loader that gives a launcher the configs with which the runs were checked.
+    """A config loader that gives a launcher the configs that were checked.
 
-    It stands in for Hydra's, for launchers of this process: to compose a config takes 70 ms.
+    For launchers of this process it replaces Hydra's loader, which takes 70 ms for each config.
     """
 
     def __init__(self, loader: ConfigLoader, runs: dict[tuple[str, ...], Run]) -> None:
@@ -99,5 +99,5 @@ class ComposedOnce:
         return getattr(self.loader, name)
 
     def __reduce__(self) -> tuple:
-        """Another process composes its own."""
+        """Another process composes its own configs."""
         return ComposedOnce, (self.loader, {})

@@ -1,8 +1,8 @@
-"""The fused launcher's work: it trains the runs of a sweep in groups.
+"""The work of the fused launcher: it trains the runs of a sweep in groups.
 
-A group is trained as one stack (losswatch.stack). Then each of its runs goes through Hydra's
-`run_job`, with a task function that writes its result. A run that cannot be stacked goes through
-`run_job` with the command, which trains it.
+A group is trained as one stack (losswatch.stack). Then Hydra's `run_job` is called for each of its
+runs, with a task function that writes the result. For a run that cannot be stacked the task
+function is the command, which trains it.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Returned = tuple[int, JobReturn]  # a run's number, and what its job returned
-Outcomes = dict[Path, Member | Failure]  # what became of runs of a stack, by folder
+Outcomes = dict[Path, Member | Failure]  # how runs of a stack ended, by folder
 
-OUTER_MEMBERS = 32  # runs a group for another launcher, whose machines are not known here
-KILLED = "the process that trained it was killed, for want of memory or by a crash in native code"
+OUTER_MEMBERS = 32  # runs in a group for another launcher, whose machines are unknown here
+KILLED = "the process that trained it was killed, because it lacked memory or native code crashed"
 
 
 class Context(NamedTuple):
@@ -131,9 +131,9 @@ def launch(
 
 
 def _find_run(index: int, overrides: Sequence[str], context: Context, is_here: bool) -> Run:
-    """A run as it was checked before; or composed now, of a search or in another process.
+    """A run that was checked before. In a search or another process it is composed now.
 
-    A run of a search whose settings cannot work has none.
+    If the settings of a run of a search cannot work, `settings` is None.
     """
     command = context.command
     if run := command.runs.pop(tuple(overrides), None):
@@ -155,11 +155,13 @@ def split(runs: list[Run], size: int) -> list[list[Run]]:
 def _run_here(
     parts: Sequence[Sequence[Run]], context: Context, at_once: int, bar: terminal.ProgressSink
 ) -> list[Returned]:
-    """On this machine: several groups at once, each in a process of its own; `bar` shows the steps.
+    """Train groups on this machine, several at once, each in its own process.
 
-    A process that is killed, for want of memory or by a crash in native code, takes the others with
-    it, since joblib stops them. It trained one of the first `at_once` groups that did not return.
-    Each of these goes on alone, so that only the runs of the killer fail; then come the others.
+    `bar` shows the steps.
+
+    If a process is killed, because it lacks memory or native code crashes, joblib stops the others,
+    too. The killed one trained one of the first `at_once` groups that have not returned. Each of
+    these is then trained alone, so that only the runs of one group fail. The other groups follow.
     """
     if at_once == 1 or len(parts) == 1:
         return [returned for part in parts for returned in run_group(part, context)]
@@ -185,7 +187,7 @@ def _run_here(
 
 @dataclass
 class _Group:
-    """A group of runs for a process of its own."""
+    """A group of runs that its own process trains."""
 
     runs: Sequence[Run]
     file: Path  # where the process counts its steps
@@ -201,7 +203,7 @@ class _Group:
 
 
 def _in_processes(groups: Sequence[_Group], at_once: int) -> Iterator[list[Returned]]:
-    """What `run_group` returns for each group, as soon as it is there.
+    """What `run_group` returns for each group, as soon as it returns.
 
     Raises:
         BrokenProcessPool: one of the processes was killed.
@@ -235,13 +237,13 @@ class OuterTask:
 
 
 def _outer_launcher(outer: Any, parts: Sequence[Sequence[Run]], context: Context) -> Launcher:
-    """The launcher whose jobs are the groups, set up with them.
+    """The launcher whose jobs are the groups.
 
     Args:
-        outer: its name, or its config.
+        outer: the name or the config of the launcher.
 
     Raises:
-        ConfigError: `outer` names no other launcher.
+        ConfigError: `outer` does not name another launcher.
         MissingConfigException: there is no launcher of that name.
     """
     multirun = context.multirun
@@ -259,7 +261,7 @@ def _outer_launcher(outer: Any, parts: Sequence[Sequence[Run]], context: Context
         config.hydra.launcher = outer
     runs = [[(run.index, run.overrides) for run in part] for part in parts]
     return Plugins.instance().instantiate_launcher(
-        # The callbacks are called for each run of a group, and not for the group.
+        # The callbacks are called for each run of a group, not for the group.
         hydra_context=replace(context.hydra, callbacks=compat.no_callbacks()),
         task_function=OuterTask(runs, context),
         config=config,
@@ -267,10 +269,10 @@ def _outer_launcher(outer: Any, parts: Sequence[Sequence[Run]], context: Context
 
 
 def _run_by(launcher: Launcher, count: int) -> list[Returned]:
-    """By another launcher: each group is one of its jobs.
+    """Train groups by another launcher, each as one of its jobs.
 
-    Their folder is that of the sweep, and they write no config there: of a group only the folders
-    of its runs remain.
+    The folder of each job is that of the sweep, and the job writes no config there. So a group
+    leaves only the folders of its runs.
     """
     overrides = ["hydra.sweep.subdir=.", "hydra.output_subdir=null"]
     finished = launcher.launch([overrides] * count, initial_job_idx=0)
@@ -283,7 +285,7 @@ def _run_by(launcher: Launcher, count: int) -> list[Returned]:
 def run_group(runs: Sequence[Run], context: Context) -> list[Returned]:
     """Train the runs of a group that are not done, and write the results of all.
 
-    An error is that of the runs that it stops, and is in their results: other runs go on.
+    The results of the runs that an error stops hold the error. Other runs go on.
     """
     outcomes: Outcomes = {}
     with quiet(), ExitStack() as locks:
@@ -301,10 +303,10 @@ def run_group(runs: Sequence[Run], context: Context) -> list[Returned]:
 
 
 def _lock(run: Run, locks: ExitStack) -> bool:
-    """Whether the run is ours to train; then it is locked until `locks` is closed.
+    """Whether this process trains the run. If so, the run is locked until `locks` is closed.
 
-    It is not if it cannot be planned, is done, if another process trains it, or if its folder
-    cannot be made. The command or Hydra finds the same later, and says so.
+    It does not train a run that cannot be planned or is done, that another process trains, or whose
+    folder cannot be made. The command or Hydra finds the same later, and says so.
     """
     if run.plan is None or finished(run.folder):
         return False
@@ -320,7 +322,7 @@ def _train(runs: Sequence[Run], outcomes: Outcomes) -> None:
     """Train runs as one stack, or in halves of it if they do not fit into memory.
 
     Args:
-        outcomes: gets what became of them.
+        outcomes: gets how the runs ended.
 
     Raises:
         NotStackable: the runs need the ordinary training loop.
@@ -341,7 +343,7 @@ def _train(runs: Sequence[Run], outcomes: Outcomes) -> None:
             outcomes[run.folder] = Failure(error)
     if not members:
         return
-    if start := members[0].start:  # the same in all of a group
+    if start := members[0].start:  # the same for all runs of a group
         say(f"{number_of(len(members), 'run')} resumed from step {start}")
     try:
         fit(members, losses, plan)
@@ -359,8 +361,8 @@ def _train(runs: Sequence[Run], outcomes: Outcomes) -> None:
 def _describe(run: Run) -> None:
     """Write a run's config before it is trained.
 
-    Hydra writes the same files when the run is finished. A run that is cut off needs them to be
-    known by its settings.
+    Hydra writes the same files when the run is finished. If the run is killed before that, these
+    files tell its settings.
     """
     if (name := run.config.hydra.output_subdir) is None:
         return
@@ -372,9 +374,10 @@ def _describe(run: Run) -> None:
 
 
 def _finish(run: Run, context: Context, outcome: Member | Failure | None) -> JobReturn:
-    """Let Hydra call what writes the result of a run, or trains it if there is no outcome.
+    """Let Hydra call the task function of a run, which writes its result.
 
-    The job has failed, with no return value, if Hydra cannot write the run's folder or its config.
+    If there is no outcome, the task function trains the run. The job fails and returns nothing if
+    Hydra cannot write the run's folder or config.
     """
     task: TaskFunction = context.command
     if outcome is None:

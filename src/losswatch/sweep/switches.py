@@ -1,4 +1,4 @@
-"""The switches of the process that one command sets, and puts back at its end."""
+"""The switches of the process that one command sets, and restores on exit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def command_switches() -> Iterator[bool]:
-    """Set the switches of one command; restore them on exit.
+    """Sets the switches of one command; restores them on exit.
 
     Yields:
         whether the user asks for tracebacks, by HYDRA_FULL_ERROR.
@@ -36,10 +36,10 @@ def command_switches() -> Iterator[bool]:
 
 @contextmanager
 def ended_by_sigterm(command: Command) -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does; restore its handler on exit.
+    """Lets SIGTERM end the command as Ctrl-C does; restores the handler on exit.
 
-    `timeout`, schedulers and containers send it, some of them to all processes of the command and
-    more than once. A handler that is there already stays.
+    `timeout`, schedulers and containers send SIGTERM. Some send it to all processes of the command,
+    and more than once. If there is another handler already, it stays.
     """
     process, earlier = os.getpid(), {}
 
@@ -49,7 +49,7 @@ def ended_by_sigterm(command: Command) -> Iterator[None]:
             os.kill(os.getpid(), number)
         elif not command.is_terminated:
             command.is_terminated = True
-            # PyTorch would raise an error for each worker of a loader that the signal ended, too.
+            # PyTorch would raise an error for each worker of a loader that the signal has ended.
             if hasattr(signal, "SIGCHLD"):
                 earlier[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
             raise KeyboardInterrupt
@@ -66,7 +66,7 @@ def ended_by_sigterm(command: Command) -> Iterator[None]:
 
 @contextmanager
 def quiet_logging() -> Iterator[None]:
-    """Print no traceback for a log that cannot be written (`silence_logging`); restore on exit."""
+    """Prints no traceback if a log cannot be written (`silence_logging`); restores this on exit."""
     earlier = logging.raiseExceptions, sys.unraisablehook
     silence_logging()
     try:
@@ -76,10 +76,10 @@ def quiet_logging() -> Iterator[None]:
 
 
 def silence_logging() -> None:
-    """From now on a log that cannot be written prints no traceback.
+    """Print no traceback if a log cannot be written, from now on.
 
-    On a full disk a run fails and its error is shown. Python would print 40 lines more for each
-    line of the log, and since version 3.13 some for each log file that it closes.
+    On a full disk a run fails and shows its error. Python would print 40 lines more for each line
+    of the log. Since version 3.13 it also prints some for each log file that it closes.
     """
     logging.raiseExceptions = False
     show = sys.unraisablehook
@@ -93,7 +93,7 @@ def silence_logging() -> None:
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable, which child processes inherit; restore it on exit."""
+    """Sets an environment variable, which child processes inherit; restores it on exit."""
     earlier = os.environ.get(name)
     os.environ[name] = value
     try:

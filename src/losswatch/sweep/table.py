@@ -17,7 +17,8 @@ def show_table(folder: Path) -> bool:
     """Write summary.csv and print the table of a sweep's runs; return whether all are done.
 
     Raises:
-        OSError: the summary cannot be written, or the table cannot be printed. The other is.
+        OSError: the summary cannot be written, or the table cannot be printed. One failure does
+            not prevent the other of the two.
     """
     # Imported late: it takes a second, and train.py imports this file at its start.
     from losswatch.report.runs import read_runs
@@ -35,9 +36,9 @@ def show_table(folder: Path) -> bool:
     }
     if not all_done:
         places["Resume"] = resume_command("hydra.sweep.dir", nearby(folder))
-    # Where the output is no terminal, rich would fold the table at 80 columns.
+    # If the output is not a terminal, rich would fold the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 160)
-    with console.capture() as printed:  # on a closed pipe rich would exit by itself
+    with console.capture() as printed:  # if the pipe is closed, rich would end the process
         console.print()
         console.print(summary_table(runs, console.width))
         console.print()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
-from losswatch.run.epoch_loader import Passes
+from losswatch.run.epoch_loader import EpochLoader
 
 
 class Numbers(Dataset):
@@ -24,10 +24,10 @@ class Numbers(Dataset):
 def batches(load=None, done=0, steps=12, accumulate=1, seed=3):
     trainer = SimpleNamespace(max_steps=steps, global_step=done, accumulate_grad_batches=accumulate)
     load = load or (lambda: DataLoader(Numbers(), batch_size=3, shuffle=True))
-    passes = Passes(load, trainer, seed)
-    assert len(passes) == steps * accumulate
+    loader = EpochLoader(load, trainer, seed)
+    assert len(loader) == steps * accumulate
     found = []
-    for batch in passes:
+    for batch in loader:
         torch.rand(3), np.random.rand(), random.random()  # the training draws, too
         found.append([torch.as_tensor(part).tolist() for part in batch])
     return found
