@@ -48,8 +48,13 @@ def test_a_lightning_module(tmp_path):
 @pytest.mark.slow
 def test_monais_trainer(tmp_path):
     done = run("monai_trainer", tmp_path, "3")
-    assert re.search(r"\{'cce': 0\.\d+, 'dice': 0\.\d+, 'dice_monai': 0\.\d+\}", done.stdout)
+    names = ("cce", "dice", "dice_monai", "DiceLoss")  # the last one is the loss that trains
+    assert re.search(r"\{" + ", ".join(rf"'{name}': 0\.\d+" for name in names), done.stdout)
     curves = read_tensorboard(tmp_path / "outputs/examples/monai")
+    for (_, norm), (_, trained) in zip(
+        curves["grad_norm/dice_monai"], curves["grad_norm/DiceLoss"], strict=True
+    ):
+        assert trained == pytest.approx(norm, rel=1e-5)
     assert [step for step, _ in curves["grad_norm/dice_monai"]] == [0, 10, 20]
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, to_json
 
 from losswatch.config.errors import ConfigError
 
@@ -127,14 +127,14 @@ def _allowed(kind: Any, value: Any) -> str | None:
     return " or ".join(dict.fromkeys(words))
 
 
-def _errors(adapter: TypeAdapter[Any], value: Any) -> list[ErrorDetails]:
+def _errors(adapter: TypeAdapter[Any], value: Any) -> list[Any]:
     """The errors that pydantic finds in a value of a config; empty if the value fits.
 
     In JSON a list may stand for a tuple, and a whole number for a float. Values that JSON does not
     have, such as a path, and types that only `isinstance` knows, need Python's own value.
     """
     try:
-        adapter.validate_json(to_json(value, fallback=str, inf_nan_mode="constants"), strict=True)
+        adapter.validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         try:
             adapter.validate_python(value, strict=True)
@@ -143,7 +143,7 @@ def _errors(adapter: TypeAdapter[Any], value: Any) -> list[ErrorDetails]:
     return []
 
 
-def _describe(error: ErrorDetails) -> str:
+def _describe(error: Mapping[str, Any]) -> str:
     word = _WORDS.get(error["type"]) or error["msg"].removeprefix("Input should be ")
     is_in_list = any(isinstance(part, int) for part in error["loc"])
     return f"a list, each {word}" if is_in_list and error["type"] != "missing" else word
