@@ -10,6 +10,7 @@ import multiprocessing
 import socket
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from losswatch.checks.machine import check_machine, ranks_of
 from losswatch.checks.metrics import Metrics, check_callbacks
 from losswatch.checks.schedule import check_scheduler
 from losswatch.config.errors import ConfigError
-from losswatch.config.ranges import check_values
 from losswatch.config.settings import Settings
 from losswatch.config.sources import Sources
 from losswatch.data.folder import FolderImages
@@ -156,8 +156,12 @@ class Planner:
         self._passed: set[str] = set()  # callbacks that work
         self._said: set[str] = set()
 
-    def plan(self, settings: Settings) -> Plan:
+    def plan(self, settings: Settings, read: Callable[..., Settings]) -> Plan:
         """The plan of a run.
+
+        Args:
+            settings: the run's.
+            read: makes the settings anew for a training of so many `steps`.
 
         Raises:
             ConfigError: the run cannot work; with one line for the user.
@@ -173,7 +177,7 @@ class Planner:
                 unlabelled = make_unlabelled(settings, form)
                 return Plan(settings, form, options, data=unlabelled, checkpoint=checkpoint)
             images, data = self._look(settings, ranks, options)
-            settings = self._of_length(settings, images)
+            settings = self._of_length(settings, read, images)
             plan = Plan(
                 settings, images.form, self._options(settings), data=data, checkpoint=checkpoint
             )
@@ -257,7 +261,9 @@ class Planner:
         for split, name in data.missing:
             log.warning("no image of %s has class %s; its metrics leave the class out", split, name)
 
-    def _of_length(self, settings: Settings, images: Images) -> Settings:
+    def _of_length(
+        self, settings: Settings, read: Callable[..., Settings], images: Images
+    ) -> Settings:
         """The settings with the steps of `max_epochs`, where these are given.
 
         From then on `max_steps` alone says how long the training is.
@@ -273,8 +279,7 @@ class Planner:
                 "these data do not have; set trainer.max_steps"
             )
         accumulated = settings.trainer["accumulate_grad_batches"]
-        settings = settings.of_length(math.ceil(epochs * images.batches / accumulated))
-        check_values(settings.as_config())
+        settings = read(steps=math.ceil(epochs * images.batches / accumulated))
         length = (
             f"trainer.max_epochs={epochs} sets trainer.max_steps={settings.trainer['max_steps']}"
         )
