@@ -169,6 +169,10 @@ class Settings:
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         with open_dict(cfg):
             for group, keys in LATER.items():
+                if group in cfg:
+                    raise ConfigError(
+                        f"unknown setting {group}; losswatch sets the values of ${{{group}...}}"
+                    )
                 cfg[group] = keys
         if steps is not None:
             cfg.trainer.max_steps = steps
