@@ -95,6 +95,7 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
     except ConfigError as error:
         if job.is_sweep:
             log.error("%s", error)  # the grid was valid when the sweep started
+            command.status = 1
         else:
             command.refuse(str(error))
         return None

@@ -81,6 +81,10 @@ def test_what_is_said(six):
     [
         ("theta=0.5,0.6,1.5", r"theta must be .*got 1\.5 \(in the run .*theta=1\.5"),
         ("seed=1,2,1", "the run experiment=smoke seed=1 is asked for twice"),
+        (
+            "seed=1,2 hydra.sweep.subdir=a",
+            r"another run has the same folder, .*/a \(in the run experiment=smoke seed=2",
+        ),
     ],
 )
 def test_grid_is_checked_before_the_first_run(tmp_path, arguments, message):
