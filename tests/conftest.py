@@ -94,13 +94,14 @@ class Composed:
     planner: Planner
     folder: Path  # of the run, where a test names none
 
-    def settings(self, folder=None, is_sweep=False, recall=settings_to_keep) -> Settings:
+    def settings(self, folder=None, is_sweep=False, recall=settings_to_keep, steps=None):
         job = Job.read(self.cfg.hydra, (), folder or self.folder)
         job = dataclasses.replace(job, is_sweep=is_sweep)
-        return Settings.read(self.cfg, job, self.planner.sources, recall)
+        return Settings.read(self.cfg, job, self.planner.sources, recall, steps)
 
     def plan(self, folder=None, is_sweep=False) -> Plan:
-        return self.planner.plan(self.settings(folder, is_sweep))
+        read = functools.partial(self.settings, folder, is_sweep)
+        return self.planner.plan(read(), read)
 
 
 @functools.cache

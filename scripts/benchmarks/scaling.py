@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 import tempfile
@@ -42,7 +43,8 @@ def measure(steps: int, counts: list[int], figure: Path) -> None:
             own = [f"seed={seed}", f"trainer.max_steps={length}"]
             cfg = compose("config", [*overrides, *own], return_hydra_config=True)
             job = Job.read(cfg.hydra, (), folder)
-            return planner.plan(Settings.read(cfg, job, planner.sources, settings_to_keep))
+            read = functools.partial(Settings.read, cfg, job, planner.sources, settings_to_keep)
+            return planner.plan(read(), read)
 
         _measure(plan, steps, counts, figure)
 

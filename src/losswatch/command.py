@@ -90,19 +90,23 @@ class Command:
             self._planner = Planner(Sources(job.search_path), self.facts.found, is_here)
         return self._planner
 
-    def read(self, cfg: DictConfig, job: Job, is_here: bool = True) -> Settings:
+    def read(
+        self, cfg: DictConfig, job: Job, is_here: bool = True, steps: int | None = None
+    ) -> Settings:
         """The settings of a composed config.
 
         Args:
             job: what Hydra knows of the run.
             is_here: see `Planner`.
+            steps: see `Settings.read`.
 
         Raises:
             ConfigError: a value is not allowed, or a loss or a checkpoint does not exist.
         """
         from losswatch.disk.checkpoint_files import settings_to_keep  # imported late, as above
 
-        return Settings.read(cfg, job, self.planner(job, is_here).sources, settings_to_keep)
+        sources = self.planner(job, is_here).sources
+        return Settings.read(cfg, job, sources, settings_to_keep, steps)
 
     def begin_sweep(self, folder: Path, runs: dict[tuple[str, ...], Run]) -> None:
         """Let the runs of a sweep start.

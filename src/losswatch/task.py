@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -70,10 +71,11 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
     plan, settings = (checked.plan, checked.settings) if checked else (None, None)
     try:
         if plan is None:
-            settings = command.read(cfg, job)
+            read = functools.partial(command.read, cfg, job)
+            settings = read()
             if settings.resume:
                 check_run(Path(settings.resume))
-            plan = command.planner(job).plan(settings)
+            plan = command.planner(job).plan(settings, read)
     except ConfigError as error:
         if not job.is_sweep:
             command.refuse(str(error))
@@ -93,6 +95,7 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
     except ConfigError as error:
         if job.is_sweep:
             log.error("%s", error)  # the grid was valid when the sweep started
+            command.status = 1
         else:
             command.refuse(str(error))
         return None

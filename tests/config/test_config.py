@@ -39,6 +39,11 @@ def test_good_input_passes(compose, overrides):
     compose(*overrides.split()).plan()
 
 
+def test_a_schedule_is_as_long_as_the_epochs(compose):
+    plan = compose("data.batches=3", "trainer.max_epochs=4", "scheduler=cosine").plan()
+    assert (plan.steps, plan.settings.scheduler["T_max"]) == (12, 12)
+
+
 def test_every_loss_of_conf_passes_with_two_classes(compose):
     names = compose().planner.sources.losses
     assert {"cce", "dice", "dice_fg", "dice_square", "dice_fg_square"} <= set(names)

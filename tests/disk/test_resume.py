@@ -39,6 +39,7 @@ from losswatch.disk.checkpoint_files import (
     save_checkpoint,
 )
 from losswatch.disk.curves import read_curves
+from losswatch.disk.growing_files import event_files
 from losswatch.disk.locks import hold
 from losswatch.disk.result import Result, finished
 from losswatch.disk.resume import check_folder, check_run, find_start
@@ -1211,6 +1212,24 @@ def test_a_checkpoint_of_another_shape(whole, compose, overrides, said, tmp_path
     composed = compose("mode=test", f"checkpoint={whole}", *overrides)
     with pytest.raises(ConfigError, match=said):
         ordinary.test(composed.plan(tmp_path))
+
+
+def test_a_test_that_was_cut_off_is_given_again(whole, compose, tmp_path, monkeypatch):
+    """Its folder is not taken for one of an older version, and its log is begun anew."""
+    composed = compose("mode=test", f"checkpoint={whole}", "model=convnet")
+    plan = composed.plan(tmp_path)
+
+    def cut_off(*_):
+        raise RuntimeError("cut off")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="cut off"):
+        patched.setattr(SegmentationModule, "test_step", cut_off)
+        ordinary.test(plan)
+    check_folder(tmp_path, plan.settings.as_config())
+    metrics = ordinary.test(plan).metrics
+    expected = read_result(whole)["metrics"]
+    assert metrics == pytest.approx({tag: expected[tag] for tag in metrics}, rel=1e-5)
+    assert len(event_files(tmp_path)) == 1
 
 
 def test_a_checkpoints_config_is_only_numbers(compose):

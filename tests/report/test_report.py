@@ -237,6 +237,19 @@ def test_a_run_without_a_config_sweeps_nothing(tmp_path):
     assert swept(runs) == ["seed"]
 
 
+def test_a_run_whose_settings_were_refused_has_those_of_its_config(tmp_path):
+    """As a search can have: its `result.json` says why, and holds no config."""
+    refused = {"config": {}, "metrics": {}, "status": "failed", "error": "x"}
+    for number in (1, 2):
+        write_result(tmp_path / f"{number}", overrides=["optimizer.lr=-1"], **refused)
+    (tmp_path / "1" / ".hydra").mkdir()
+    (tmp_path / "1" / ".hydra" / "config.yaml").write_text("theta: 0.7\noptimizer: {lr: -1}\n")
+    runs = read_runs(tmp_path)
+    assert list(runs["status"]) == ["failed", "failed"]
+    assert list(runs["error"]) == ["x", "x"]
+    assert (runs["theta"][0], runs["lr"][0]) == (0.7, -1)
+
+
 def test_strings_from_disk_are_shown_as_text(tmp_path):
     evil = "[red]x[/red]|<b>\x1b[2J\x1b]0;title\x07\r\nnext"
     write_result(tmp_path / "a", loss=evil, error=evil, status="failed")

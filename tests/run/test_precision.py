@@ -33,7 +33,7 @@ def test_float16_is_refused_on_a_cpu(compose, precision):
 def unchecked(composed, folder):
     """The plan of a run whose first step has not been tried."""
     planner = Planner(composed.planner.sources, is_here=False)
-    return planner.plan(composed.settings(folder))
+    return planner.plan(composed.settings(folder), composed.settings)
 
 
 @pytest.mark.parametrize(

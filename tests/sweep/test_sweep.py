@@ -81,13 +81,29 @@ def test_what_is_said(six):
     [
         ("theta=0.5,0.6,1.5", r"theta must be .*got 1\.5 \(in the run .*theta=1\.5"),
         ("seed=1,2,1", "the run experiment=smoke seed=1 is asked for twice"),
+        (
+            "seed=1,2 hydra.sweep.subdir=a",
+            r"another run has the same folder, .*/a \(in the run experiment=smoke seed=2",
+        ),
     ],
 )
 def test_grid_is_checked_before_the_first_run(tmp_path, arguments, message):
     done = run_train("-m", "experiment=smoke", *arguments.split(), cwd=tmp_path, status=2)
     [line] = (done.stdout + done.stderr).splitlines()
     assert re.match(f"losswatch: .*{message}.*nothing was started", line)
-    assert not list(tmp_path.glob("outputs/*/*/"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_sweep_leaves_its_folder_as_it_was(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "multirun.yaml").write_text("earlier")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").touch()
+    for folder in ("s", "other", "new/deep"):
+        run_train("-m", "theta=0.5,1.5", f"hydra.sweep.dir={folder}", cwd=tmp_path, status=2)
+    assert (tmp_path / "s" / "multirun.yaml").read_text() == "earlier"
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes"]
+    assert not (tmp_path / "new").exists()
 
 
 # --- What cannot be written ----------------------------------------------------------------------

@@ -36,23 +36,33 @@ class CheckedSweeper(BasicSweeper):
         context = dataclasses.replace(hydra_context, config_loader=composed)
         super().setup(hydra_context=context, task_function=task_function, config=config)
 
+    def sweep(self, arguments: list[str]) -> Any:
+        """Check and launch the runs. A sweep that is refused leaves its folder as it was."""
+        folder = Path(self.config.hydra.sweep.dir)
+        record = folder / "multirun.yaml"  # Hydra writes it before the check
+        earlier = record.read_bytes() if record.exists() else None
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        if folder.parent == Path("outputs"):  # `sweep_name` has made both
+            made = [folder, folder.parent]
+        try:
+            return super().sweep(arguments)
+        except BaseException:
+            if self.command.folder is None:
+                _restore(record, earlier, made)
+            raise
+
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Check all runs of the sweep, before its first batch. Hydra calls this for each batch.
 
         Raises:
-            Exception: a run cannot work; see `check_grid`. Hydra has made the sweep's folder by
-                then; it is removed if it holds no run.
+            Exception: a run cannot work; see `check_grid`.
         """
         if self.command.folder is not None:
             return
         runs = [overrides for part in self.overrides for overrides in part]
-        folder = Path(self.config.hydra.sweep.dir)
         is_here = _trains_here(self.config.hydra.launcher)
-        try:
-            checked = check_grid(runs, self.command, self.loader, self.config, is_here)
-        except BaseException:
-            _discard(folder)
-            raise
+        checked = check_grid(runs, self.command, self.loader, self.config, is_here)
+        folder = Path(self.config.hydra.sweep.dir)
         self.command.begin_sweep(folder, checked)
         say(f"{number_of(len(runs), 'run')}; table and runs go to {folder}")
 
@@ -65,11 +75,12 @@ def _trains_here(launcher: DictConfig) -> bool:
     return name in ("BasicLauncher", "JoblibLauncher")
 
 
-def _discard(folder: Path) -> None:
-    """Remove the folder of a sweep that was refused, unless it holds an earlier sweep's runs."""
-    if [file.name for file in folder.iterdir()] == ["multirun.yaml"]:
-        with suppress(OSError):
-            (folder / "multirun.yaml").unlink()
+def _restore(file: Path, content: bytes | None, made: Sequence[Path]) -> None:
+    """Give a file its earlier content; remove it if there was none, and then the folders `made`."""
+    with suppress(OSError):  # a folder is not empty
+        if content is not None:
+            file.write_bytes(content)
+            return
+        file.unlink(missing_ok=True)
+        for folder in made:
             folder.rmdir()
-            if folder.parent == Path("outputs"):
-                folder.parent.rmdir()  # if it is empty

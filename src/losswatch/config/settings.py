@@ -149,6 +149,7 @@ class Settings:
         job: Job,
         sources: Sources,
         recall: Callable[[str], Mapping[str, Any]],
+        steps: int | None = None,
     ) -> Settings:
         """The settings of a composed config.
 
@@ -158,6 +159,8 @@ class Settings:
             sources: the files of losses.
             recall: gives for `checkpoint` the settings of the trained network by dotted key. They
                 hold unless the command gives others (`disk.checkpoint_files.settings_to_keep`).
+            steps: the length of the training in the place of the config's, also for settings that
+                name it, such as those of a schedule.
 
         Raises:
             ConfigError: a value is not allowed, or a loss does not exist.
@@ -166,7 +169,13 @@ class Settings:
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         with open_dict(cfg):
             for group, keys in LATER.items():
+                if group in cfg:
+                    raise ConfigError(
+                        f"unknown setting {group}; losswatch sets the values of ${{{group}...}}"
+                    )
                 cfg[group] = keys
+        if steps is not None:
+            cfg.trainer.max_steps = steps
         if cfg.checkpoint is not None:
             _keep(cfg, recall(cfg.checkpoint), given=parse_overrides(job.overrides))
         trained = job.choices.get("loss") or ""
@@ -186,10 +195,6 @@ class Settings:
         for key in ("trained", "losses", "job", "has_own_loss"):
             del config[key]
         return config
-
-    def of_length(self, steps: int) -> Settings:
-        """The same settings for a training of this many steps."""
-        return dataclasses.replace(self, trainer=self.trainer | {"max_steps": steps})
 
     def chosen(self, group: str) -> dict[str, Node]:
         """The chosen nodes of `logger` or `callbacks`, by name."""

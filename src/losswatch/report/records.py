@@ -19,18 +19,22 @@ METRICS = ["accuracy", "dice", "iou"]
 
 
 def read_record(run_dir: Path) -> Result:
-    """A run's `result.json`, or what its configuration alone tells where there is none.
+    """A run's `result.json`, and what its configuration tells where that says nothing.
 
     A run without `result.json` is still running or was killed: its status is "unfinished". A run
     whose `result.json` is damaged counts as unfinished, too, with a warning.
     """
+    result = None
     try:
-        if result := Result.read(run_dir):
-            return result
+        result = Result.read(run_dir)
     except ValueError as error:
         log.warning("%s; counted as unfinished", error)
+    if result and result.config:
+        return result
     path = run_dir / ".hydra"
     try:
+        if result:  # of a run whose settings were refused
+            return Result.of(vars(result) | {"config": _read_yaml(path / "config.yaml")})
         return Result.of({
             "status": "unfinished",
             "overrides": _read_yaml(path / "overrides.yaml"),
@@ -40,7 +44,7 @@ def read_record(run_dir: Path) -> Result:
         })  # fmt: skip
     except ValueError as error:
         log.warning("%s: unreadable, settings left out (%s)", printable(path), reason(error))
-        return Result()
+        return result or Result()
 
 
 def _read_yaml(path: Path) -> Any:

@@ -10,6 +10,7 @@ import multiprocessing
 import socket
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from losswatch.checks.machine import check_machine, ranks_of
 from losswatch.checks.metrics import Metrics, check_callbacks
 from losswatch.checks.schedule import check_scheduler
 from losswatch.config.errors import ConfigError
-from losswatch.config.ranges import check_values
 from losswatch.config.settings import Settings
 from losswatch.config.sources import Sources
 from losswatch.data.folder import FolderImages
@@ -157,8 +157,12 @@ class Planner:
         self._passed: set[str] = set()  # callbacks that were checked
         self._said: set[str] = set()  # lines that were printed
 
-    def plan(self, settings: Settings) -> Plan:
+    def plan(self, settings: Settings, read: Callable[..., Settings]) -> Plan:
         """The plan of a run.
+
+        Args:
+            settings: the run's.
+            read: makes the settings anew for a training of so many `steps`.
 
         Raises:
             ConfigError: the run cannot work. The message is one line for the user.
@@ -176,7 +180,7 @@ class Planner:
                 unlabelled = make_unlabelled(settings, form)
                 return Plan(settings, form, options, data=unlabelled, checkpoint=checkpoint)
             facts, data = self._facts_of(settings, ranks, options)
-            settings = self._of_length(settings, facts)
+            settings = self._of_length(settings, read, facts)
             plan = Plan(
                 settings, facts.form, self._options(settings), data=data, checkpoint=checkpoint
             )
@@ -260,7 +264,9 @@ class Planner:
         for split, name in data.missing:
             log.warning("no image of %s has class %s; its metrics leave the class out", split, name)
 
-    def _of_length(self, settings: Settings, facts: DataFacts) -> Settings:
+    def _of_length(
+        self, settings: Settings, read: Callable[..., Settings], facts: DataFacts
+    ) -> Settings:
         """The settings, with `max_steps` computed from `max_epochs` if that is given.
 
         From then on `max_steps` alone says how long the training is.
@@ -276,8 +282,7 @@ class Planner:
                 "these data do not have; set trainer.max_steps"
             )
         accumulated = settings.trainer["accumulate_grad_batches"]
-        settings = settings.of_length(math.ceil(epochs * facts.batches / accumulated))
-        check_values(settings.as_config())
+        settings = read(steps=math.ceil(epochs * facts.batches / accumulated))
         length = (
             f"trainer.max_epochs={epochs} sets trainer.max_steps={settings.trainer['max_steps']}"
         )

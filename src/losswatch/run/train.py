@@ -19,6 +19,7 @@ from losswatch.data.random import ThresholdedImages
 from losswatch.disk.checkpoint import data_of, load_loss_state, load_net, step_of
 from losswatch.disk.checkpoint_files import AtomicCheckpoints
 from losswatch.disk.event_log import EventLog, log_survey, open_log
+from losswatch.disk.growing_files import rewind
 from losswatch.disk.resume import find_start, log_resume
 from losswatch.run.build import (
     make_callbacks,
@@ -92,6 +93,8 @@ def test(plan: Plan) -> Reached:
     with run_process(net, settings.threads, settings.seed):
         module = _make_module(plan, net, data)
         load_loss_state(module.loss, content)
+        if compat.process_rank() == 0:
+            rewind(plan.folder, {})  # a test that was cut off leaves a part of its log
         with EventLog(str(plan.folder)) as logger:
             trainer = _make_tester(plan, logger)
             if isinstance(data, FolderImages):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.config_loader import ConfigLoader
@@ -35,8 +36,8 @@ def check_grid(
         is_here: see `Planner`.
 
     Raises:
-        ConfigError: a run cannot work or is given twice, its folder holds another run, or another
-            process is training it.
+        ConfigError: a run cannot work, is given twice, or its folder is that of another run, holds
+            another run or a run that another process is training.
         HydraException, OmegaConfBaseException, YAMLError: a config cannot be composed.
     """
     names = [run_name(overrides) for overrides in runs]
@@ -51,10 +52,14 @@ def check_grid(
             "resume=... is for one run; a sweep is resumed by hydra.sweep.dir=<its folder>"
         )
     say_for_now(f"checking {number_of(len(runs), 'run')}")
-    checked = {}
+    checked: dict[tuple[str, ...], Run] = {}
+    folders: set[Path] = set()
     for index, overrides in enumerate(runs):
         run = compose_run(index, overrides, loader, multirun)
         try:
+            if run.folder in folders:
+                raise ConfigError(f"another run has the same folder, {run.folder}")
+            folders.add(run.folder)
             run.prepare(command, is_here)
             _check_folder(run)
         except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,9 @@ class Run:
             ConfigError: the run cannot work.
         """
         job = Job.read(self.config.hydra, command.facts.overrides, self.folder)
-        self.settings = command.read(self.config, job, is_here)
-        plan = command.planner(job, is_here).plan(self.settings)
+        read = functools.partial(command.read, self.config, job, is_here)
+        self.settings = read()
+        plan = command.planner(job, is_here).plan(self.settings, read)
         self.settings = plan.settings
         self.plan = plan if is_here else None  # the process that trains the run plans it
 
