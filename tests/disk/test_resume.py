@@ -25,7 +25,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.config.errors import ConfigError
-from losswatch.config.ranges import RANDOM
 from losswatch.data.form import Form
 from losswatch.disk import checkpoint_files as checkpoints
 from losswatch.disk.checkpoint import load_net, to_keep
@@ -840,7 +839,7 @@ def test_a_checkpoint_without_what_stands_beside_it(tmp_path, change):
     assert found.step == 20 and found.path == checkpoint_path(tmp_path, 20)
     assert f"{path} cannot be read (" in found.notice and "\n" not in found.notice
     assert found.notice.endswith("training goes on from step=20.ckpt")
-    same = {"theta": 0.5, "data": {"_target_": RANDOM}}
+    same = {"theta": 0.5}
     check_folder(tmp_path, same)
     with pytest.raises(ConfigError, match="theta was 0.5, now 0.3"):
         check_folder(tmp_path, same | {"theta": 0.3})
