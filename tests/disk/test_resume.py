@@ -1192,6 +1192,10 @@ def test_mode_test(whole, tmp_path):
     assert max(found.values()) < wanted["test/accuracy"]
     summary = pd.read_csv(tmp_path / "other" / "summary.csv")
     assert dict(zip(summary.run, summary.accuracy, strict=True)) == pytest.approx(found)
+    run_train("-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9", "seed=7",
+              "hydra.sweep.dir=fused", "hydra/launcher=fused", cwd=tmp_path)  # fmt: skip
+    fused = [read_result(file.parent) for file in tmp_path.glob("fused/*/result.json")]
+    assert {r["run"]: r["metrics"]["test/accuracy"] for r in fused} == found
 
 
 @pytest.mark.parametrize(
