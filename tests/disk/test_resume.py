@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.config.errors import ConfigError
+from losswatch.config.names import run_folder
 from losswatch.config.ranges import RANDOM
 from losswatch.data.form import Form
 from losswatch.disk import checkpoint_files as checkpoints
@@ -554,6 +555,8 @@ def test_another_config_is_refused(whole, tmp_path):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     done = run_train(*RUN, "resume=nowhere", cwd=tmp_path, status=2)
     assert done.stderr == "losswatch: resume=nowhere: there is no such run folder\n"
+    with pytest.raises(ConfigError, match="^resume=: there is no such run folder$"):
+        run_folder("", [])  # of a shell's variable that is not set
     done = run_train("-m", *RUN, "resume=run", cwd=tmp_path, status=2)
     assert "hydra.sweep.dir=" in done.stderr
 
