@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import locale
 import os
 import pickle
 import re
@@ -81,6 +82,14 @@ def device(request, monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def locale_of_python():
+    """SimpleITK sets the locale "C" when a test writes DICOM; text would then be ASCII."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
 
 
 # --- Configs -------------------------------------------------------------------------------------

@@ -110,6 +110,7 @@ SMOKE = [
 # After a smoke run of twelve steps and three validations.
 QUICK = [
     ("+note=1", "^unknown setting note; the config has theta, seed, "),
+    *((f"~{key}", f"^{key} was removed from the config, ") for key in ("tags", "mode", "trainer")),
     ("+form.channels=1", "^unknown setting form; losswatch sets the values of "),
     ("+data.x=1", "^unknown setting data.x; data has .*image_size, "),
     ("+probe.x=1", "^unknown setting probe.x; probe has every_n_steps, cosines"),

@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch.config.errors import ConfigError
+from losswatch.config.names import run_folder
 from losswatch.data.form import Form
 from losswatch.disk import checkpoint_files as checkpoints
 from losswatch.disk.checkpoint import load_net, to_keep
@@ -555,6 +556,8 @@ def test_another_config_is_refused(whole, tmp_path):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     done = run_train(*RUN, "resume=nowhere", cwd=tmp_path, status=2)
     assert done.stderr == "losswatch: resume=nowhere: there is no such run folder\n"
+    with pytest.raises(ConfigError, match="^resume=: there is no such run folder$"):
+        run_folder("", [])  # of a shell's variable that is not set
     done = run_train("-m", *RUN, "resume=run", cwd=tmp_path, status=2)
     assert "hydra.sweep.dir=" in done.stderr
 
@@ -1197,6 +1200,10 @@ def test_mode_test(whole, tmp_path):
     assert max(found.values()) < wanted["test/accuracy"]
     summary = pd.read_csv(tmp_path / "other" / "summary.csv")
     assert dict(zip(summary.run, summary.accuracy, strict=True)) == pytest.approx(found)
+    run_train("-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9", "seed=7",
+              "hydra.sweep.dir=fused", "hydra/launcher=fused", cwd=tmp_path)  # fmt: skip
+    fused = [read_result(file.parent) for file in tmp_path.glob("fused/*/result.json")]
+    assert {r["run"]: r["metrics"]["test/accuracy"] for r in fused} == found
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def run_folder(resume: str | None, overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: the folder to resume does not exist.
     """
-    if resume and not Path(resume).is_dir():
+    if resume is not None and not (resume and Path(resume).is_dir()):
         raise ConfigError(f"resume={resume}: there is no such run folder")
     return resume or str(Path("outputs", sweep_name(), run_name(overrides)))
 

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from losswatch.config import schema
 from losswatch.config.errors import ConfigError
 from losswatch.config.ranges import FOLDER, RANDOM, check_values
 from losswatch.config.sources import Sources
@@ -167,6 +168,9 @@ class Settings:
             OmegaConfBaseException: the config cannot be resolved.
         """
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        for field in dataclasses.fields(schema.Config):
+            if field.name not in cfg and field.name != "loss":  # `watched` lists the losses
+                raise ConfigError(f"{field.name} was removed from the config, which needs it")
         with open_dict(cfg):
             for group, keys in LATER.items():
                 if group in cfg:

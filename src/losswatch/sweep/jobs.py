@@ -56,7 +56,8 @@ class Run:
         self.settings = read()
         plan = command.planner(job, is_here).plan(self.settings, read)
         self.settings = plan.settings
-        self.plan = plan if is_here else None  # the process that trains the run plans it
+        # Otherwise the process that works on the run plans it: a plan to test holds the network.
+        self.plan = plan if is_here and self.settings.mode == "train" else None
 
 
 def compose_run(
