@@ -1,6 +1,5 @@
 """Values of masks: how they are written, that they are read back; files that change."""
 
-import locale
 import shutil
 import sqlite3
 
@@ -20,7 +19,6 @@ from losswatch.data import folder as module
 from losswatch.data.coding import check_classes, values_of
 from losswatch.data.folder import FolderImages
 from losswatch.data.labels import Coding, members, owners
-from losswatch.data.reading import read
 from losswatch.data.writing import write_mask
 
 
@@ -453,12 +451,3 @@ def test_lists_count_where_they_are_the_split_alone(tmp_path):
     write_lists(tmp_path / "b", train=NAMES[:1], val=NAMES[1:2])
     notes = FolderImages(str(tmp_path / "b"), patch_size=4).survey.notes
     assert notes == ("not used: 2 files (2 .txt), train.txt is the first",)
-
-
-def test_reading_dicom_leaves_the_locale_as_it_was(tmp_path):
-    """Otherwise Python reads text of files and of other programs as ASCII from then on."""
-    before = locale.setlocale(locale.LC_CTYPE)
-    write_series(tmp_path / "scan", scene(0, SMALL, 3)[0][0].astype(np.int16))
-    locale.setlocale(locale.LC_CTYPE, before)
-    assert read(tmp_path / "scan", is_mask=False, is_volume=True)[0].ndim == 4
-    assert locale.setlocale(locale.LC_CTYPE) == before

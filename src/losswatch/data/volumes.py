@@ -6,17 +6,12 @@ and upwards (RAS).
 
 from __future__ import annotations
 
-import locale
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from losswatch.data.formats import NIFTI, File, Unusable, suffix_of
-
-# SimpleITK sets the locale of the process to "C" when it reads DICOM. Python would then take text
-# of files and of other programs for ASCII.
-_LOCALE = locale.setlocale(locale.LC_CTYPE)
 
 TO_RAS = np.diag([-1.0, -1, 1, 1])  # from the coordinates of ITK (LPS)
 
@@ -54,10 +49,7 @@ def read_itk(path: Path, is_volume: bool = False) -> File:
     """
     import SimpleITK as sitk
 
-    try:
-        image = _open(path)
-    finally:
-        locale.setlocale(locale.LC_CTYPE, _LOCALE)
+    image = _open(path)
     dims = image.GetDimension()
     if dims not in (2, 3):
         raise Unusable(f"an image has 2 or 3 dimensions, it has {dims}: split it")
