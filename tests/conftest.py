@@ -46,7 +46,8 @@ from losswatch.nets import ConvNet, UNet
 from losswatch.presets import load_loss
 from losswatch.run import build
 from losswatch.run.module import SegmentationModule
-from losswatch.run.plan import Plan, Planner
+from losswatch.run.plan import Plan
+from losswatch.run.planner import Planner
 from losswatch.sweep.exit import verdict
 from losswatch.watch import record
 from losswatch.watch.lightning import Watch

@@ -24,7 +24,8 @@ from losswatch.config.settings import Job, Settings
 from losswatch.config.sources import Sources
 from losswatch.disk.checkpoint_files import settings_to_keep
 from losswatch.run.build import make_losses
-from losswatch.run.plan import Plan, Planner
+from losswatch.run.plan import Plan
+from losswatch.run.planner import Planner
 from losswatch.stack.fit import fit
 from losswatch.stack.member import make_member
 

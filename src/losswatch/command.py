@@ -29,7 +29,7 @@ from losswatch.sweep.switches import silence_logging
 from losswatch.terminal import open_streams
 
 if TYPE_CHECKING:
-    from losswatch.run.plan import Found, Planner
+    from losswatch.run.planner import Found, Planner
     from losswatch.sweep.jobs import Run
 
 schema.register()
@@ -84,7 +84,7 @@ class Command:
             is_here: see `Planner`.
         """
         # Imported late: PyTorch takes seconds, and --help or a misspelt key needs none of it.
-        from losswatch.run.plan import Planner
+        from losswatch.run.planner import Planner
 
         if self._planner is None:
             self._planner = Planner(Sources(job.search_path), self.facts.found, is_here)

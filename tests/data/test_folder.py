@@ -521,7 +521,7 @@ def test_training_values_and_norms(tmp_path, kind, compose):
         *SHORT, "data.patch_size=null", f"data.root={root}", f"data.target={target}", "loss=dice",
         "watch=[cce_stable,dice]",
     ).plan()  # fmt: skip
-    images, labels = plan.make_data().first_batch()
+    images, labels = plan.data.first_batch()
     net, losses = build.make_net(plan).double(), build.make_losses(plan)
     optimizer = build.make_optimizer(plan.settings)
     module = SegmentationModule(net, losses, "dice", optimizer, plan.form)

@@ -30,7 +30,7 @@ for place in (
     "torch.optim:Adam:__init__",
     "losswatch.data.random:ThresholdedImages:__init__",
     "losswatch.config.settings:Settings:read",
-    "losswatch.run.plan:Planner:plan",
+    "losswatch.run.planner:Planner:plan",
     "losswatch.disk.result:Result:write",
     "hydra._internal.config_loader_impl:ConfigLoaderImpl:load_sweep_config",
 ):

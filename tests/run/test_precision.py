@@ -19,7 +19,7 @@ from losswatch.nets import ConvNet, UNet
 from losswatch.nets.cpu import fast_on_cpu
 from losswatch.run import train as run
 from losswatch.run.module import SegmentationModule
-from losswatch.run.plan import Planner
+from losswatch.run.planner import Planner
 from losswatch.watch.lightning import Watch
 
 

@@ -277,7 +277,7 @@ def test_checkpoint_resumes_in_an_ordinary_run(both, tmp_path, optimizer):
                 enable_checkpointing=False, enable_model_summary=False,
             )  # fmt: skip
             with quiet(), fast_on_cpu(net):
-                trainer.fit(module, plan.make_data(), ckpt_path=file, weights_only=True)
+                trainer.fit(module, plan.data, ckpt_path=file, weights_only=True)
             trainer.logger.close()
             assert trainer.global_step == 40
             ended.append((read_curves(rest), module.state_dict()))

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 import pytorch_lightning as pl
@@ -26,11 +26,9 @@ from losswatch.data.folder import UnlabelledImages
 from losswatch.data.form import IGNORED, Form
 from losswatch.losses import CrossEntropy, Dice, LossSet, Sum
 from losswatch.presets import load_loss
+from losswatch.run.plan import Plan
 from losswatch.run.randomness import seed_everything
 from losswatch.watch.outputs import input_kind, of_each_channel
-
-if TYPE_CHECKING:
-    from losswatch.run.plan import Plan
 
 # --- Nodes ---------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from losswatch.disk.growing_files import rewind
 from losswatch.disk.resume import find_start, log_resume
 from losswatch.run.build import (
     make_callbacks,
+    make_data,
     make_loggers,
     make_losses,
     make_net,
@@ -59,7 +60,7 @@ def train(plan: Plan) -> Reached:
     settings, folder = plan.settings, plan.folder
     start = find_start(folder)
     log_resume(start.notice, start.step)
-    data, net = plan.make_data(), make_net(plan)
+    data, net = plan.data or make_data(settings), make_net(plan)
     with run_process(net, settings.threads, settings.seed):
         module = _make_module(plan, net, data)
         if not is_ours(data):
@@ -87,7 +88,8 @@ def train(plan: Plan) -> Reached:
 
 def test(plan: Plan) -> Reached:
     """Test the network of `plan.checkpoint`; nothing is trained."""
-    content, settings, data, net = plan.checkpoint, plan.settings, plan.make_data(), make_net(plan)
+    content, settings, net = plan.checkpoint, plan.settings, make_net(plan)
+    data = plan.data or make_data(settings)
     assert content is not None
     load_net(net, content)
     with run_process(net, settings.threads, settings.seed):

@@ -15,7 +15,7 @@ from losswatch.disk.checkpoint import load_net, load_optimizer
 from losswatch.disk.checkpoint_files import load_checkpoint
 from losswatch.disk.event_log import EventLog, open_log
 from losswatch.disk.resume import find_start
-from losswatch.run.build import make_net, make_optimizer
+from losswatch.run.build import make_data, make_net, make_optimizer
 from losswatch.run.plan import Plan
 from losswatch.stack.flat_parameters import trained_parameters
 from losswatch.stack.refusal import NotStackable
@@ -73,7 +73,8 @@ def make_member(plan: Plan) -> Member:
     Raises:
         NotStackable: the checkpoint is that of the last step.
     """
-    settings, folder, data, net = plan.settings, plan.folder, plan.make_data(), make_net(plan)
+    settings, folder, net = plan.settings, plan.folder, make_net(plan)
+    data = plan.data or make_data(settings)
     assert isinstance(data, ThresholdedImages)  # `limits.check_plan`
     assert plan.traits is not None  # the first step was tried
     optimizer = make_optimizer(settings)(list(trained_parameters(net).values()))
