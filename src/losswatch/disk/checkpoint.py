@@ -231,7 +231,7 @@ def load_net(net: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             settings = ", ".join(
                 f"{shortened(key.removeprefix('model.'))}={shortened(value)}"
                 for key, value in flatten_keys(config_of(dict(checkpoint)))
-                if key.startswith("model.")
+                if key.startswith("model.") and "${form." not in str(value)
             )
             raise ConfigError(
                 f"checkpoint: {shortened(name)} is {there} there and {here} in this model; it was "
