@@ -30,7 +30,7 @@ from torch.func import vmap
 
 from losswatch.checks.first_step import try_step
 from losswatch.config.errors import ConfigError
-from losswatch.config.settings import Probe
+from losswatch.config.schema import Probe
 from losswatch.data.random import TRAIN, ThresholdedImages
 from losswatch.disk.checkpoint_files import find_checkpoint
 from losswatch.disk.curves import read_curves

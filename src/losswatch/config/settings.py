@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from losswatch.config import schema
 from losswatch.config.errors import ConfigError
 from losswatch.config.ranges import FOLDER, RANDOM, check_values
+from losswatch.config.schema import Probe
 from losswatch.config.sources import Sources
 from losswatch.text import parse_overrides, shortened
 
@@ -94,14 +95,6 @@ class Job:
 def task_overrides(hydra: DictConfig) -> tuple[str, ...]:
     """The overrides of a run, as they stand: their text may hold `${run.folder}`."""
     return tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """How a run is watched; see conf/config.yaml."""
-
-    every_n_steps: int
-    cosines: bool
 
 
 @dataclass(frozen=True)
