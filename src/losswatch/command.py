@@ -159,6 +159,11 @@ def main() -> None:
 
         print_losses(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["diagnose"]:
+        from losswatch.doctor.on_disk import print_findings
+
+        print_findings(sys.argv[2:])
+        return
     typed = sys.argv[1:]
     sys.argv[1:] = map(quoted, typed)
     schema.use_checked_sweeper()

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ from losswatch.disk.curves import last_watched, read_curves
 from losswatch.disk.growing_files import event_files
 from losswatch.disk.result import Result, finished
 from losswatch.disk.resume import check_folder, check_run, log_resume
+from losswatch.doctor.findings import Finding
+from losswatch.doctor.on_disk import as_dicts, findings_of
 from losswatch.events.encode import append_picture
 from losswatch.events.tags import CURVES
 from losswatch.run import train as run
@@ -158,7 +160,7 @@ def _skip(result: Result, plan: Plan) -> float:
     log.info("done before, skipped: %s", _display_name(plan.settings.job))
     is_trained = compat.process_rank() == 0 and plan.settings.mode == "train"
     if is_trained and not (plan.folder / PICTURE).exists():
-        _draw_curves(plan, result.steps or 0)
+        _draw_curves(plan, result.steps or 0, result.findings)
     return result.score(plan.settings.metric)
 
 
@@ -193,12 +195,14 @@ def _attempt(
     result.write(plan.folder)
     if settings.mode == "train":
         checkpoint_files.finish(plan.folder, reached.steps)
-        _draw_curves(plan, reached.steps)
+        _draw_curves(plan, reached.steps, result.findings)
     what = "predicted"
     if settings.mode != "predict":
         stage = "val" if settings.mode == "train" else "test"
         what = f"{stage} accuracy {reached.metrics.get(f'{stage}/accuracy', float('nan')):.4f}"
     log.info("%s in %.1f s: %s", what, seconds, _display_name(settings.job))
+    for finding in result.findings:
+        log.warning("%s", Finding(**finding).line())
     return result.score(settings.metric)
 
 
@@ -242,7 +246,20 @@ def _result(
         seconds=seconds,
         metrics=reached.metrics if reached else {},
         watched=last_watched(job.folder),
+        findings=as_dicts(_findings(settings)),
     )
+
+
+def _findings(settings: Settings | None) -> list[Finding]:
+    """What is wrong with a training, from its record."""
+    if settings is None or settings.mode != "train":
+        return []
+    try:
+        return findings_of(settings.job.folder, settings.trained)
+    except Exception as error:
+        log.warning("no findings: %s", one_line(error))
+        log.debug("", exc_info=True)
+        return []
 
 
 def _fail(
@@ -284,7 +301,7 @@ def _stop_early(command: Command, plan: Plan, result: Result) -> None:
     """Record that the time was up before the last step."""
     what = f"after {result.steps} of {plan.steps} steps"
     dataclasses.replace(result, error=what).write(plan.folder)
-    _draw_curves(plan, result.steps or 0)
+    _draw_curves(plan, result.steps or 0, result.findings)
     log.warning("unfinished %s: %s", what, _display_name(plan.settings.job))
     _say_how_to_resume(plan)
     command.status = 1
@@ -302,7 +319,7 @@ def _display_name(job: Job, file: str = "") -> str:
     return nearby(job.folder / file, job.base)
 
 
-def _draw_curves(plan: Plan, step: int) -> None:
+def _draw_curves(plan: Plan, step: int, findings: Sequence[Mapping[str, Any]] = ()) -> None:
     """Draw the run's curves: into its folder, and for TensorBoard, whose charts colour by run.
 
     An error becomes a warning: it does not make the run a failed one.
@@ -313,7 +330,8 @@ def _draw_curves(plan: Plan, step: int) -> None:
         from losswatch.report.figures import plot_curves
 
         curves = read_curves(plan.folder)
-        plot_curves(curves, file, title=plan.folder.name, trained=plan.settings.trained)
+        trained = plan.settings.trained
+        plot_curves(curves, file, title=plan.folder.name, trained=trained, findings=findings)
         if events := event_files(plan.folder):
             append_picture(max(events), CURVES, file.read_bytes(), step)
     except Exception as error:

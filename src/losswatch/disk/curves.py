@@ -4,6 +4,8 @@
                    little-endian
     curves.json    the names of the K columns, as a list of {"start": byte, "columns": [tag, ...]}:
                    an attempt that observes other losses than the one before begins a new part
+    signs.f32, signs.json
+                   likewise, what the doctor sees (doctor/signs.py), at fewer steps
     metrics.jsonl  a line for each validation and test: {"step": 100, "val/accuracy": 0.97, ...};
                    null stands for NaN and infinity
 
@@ -32,6 +34,7 @@ from losswatch.text import printable, reason
 log = logging.getLogger(__name__)
 
 ROWS_FILE, COLUMNS_FILE, METRICS_FILE = "curves.f32", "curves.json", "metrics.jsonl"
+SIGNS_FILE, SIGN_COLUMNS_FILE = "signs.f32", "signs.json"
 
 
 def _row_type(columns: int) -> np.dtype:
@@ -43,10 +46,13 @@ class Curves:
 
     Args:
         folder: of the run.
+        rows, columns: the names of the two files.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, rows: str = ROWS_FILE, columns: str = COLUMNS_FILE
+    ) -> None:
+        self.folder, self.rows_file, self.columns_file = folder, rows, columns
         self.columns: list[str] = []  # of the rows that are being appended
 
     def append(self, tags: Sequence[str], steps: np.ndarray, values: np.ndarray) -> None:
@@ -61,17 +67,17 @@ class Curves:
             self._begin_part(list(tags))
         rows = np.empty(len(steps), _row_type(len(tags)))
         rows["step"], rows["values"] = steps, values
-        append(self.folder / ROWS_FILE, rows.tobytes())
+        append(self.folder / self.rows_file, rows.tobytes())
 
     def _begin_part(self, columns: list[str]) -> None:
-        path = self.folder / ROWS_FILE
+        path = self.folder / self.rows_file
         size = path.stat().st_size if path.exists() else 0
-        earlier = _read_parts(self.folder)
+        earlier = _read_parts(self.folder / self.columns_file)
         parts = [part for part in earlier if part["start"] < size]  # a resume cut off the others
         if not parts or parts[-1]["columns"] != columns:
             parts.append({"start": size, "columns": columns})
         if parts != earlier:
-            replace_file(self.folder / COLUMNS_FILE, json.dumps(parts))
+            replace_file(self.folder / self.columns_file, json.dumps(parts))
         self.columns = columns
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -87,10 +93,7 @@ def read_curves(run_dir: str | Path) -> pd.DataFrame:
     empty if there are no values.
     """
     folder = Path(run_dir)
-    frames = [
-        pd.DataFrame(rows["values"].astype(np.float64), rows["step"], columns)
-        for columns, rows in _read_rows(folder)
-    ]
+    frames = _frames(folder, ROWS_FILE, COLUMNS_FILE)
     lines = _read_metrics(folder)
     frames.append(pd.DataFrame(lines, [line.pop("step") for line in lines], dtype=np.float64))
     frame = pd.concat([frame for frame in frames if len(frame)] or frames)
@@ -100,9 +103,25 @@ def read_curves(run_dir: str | Path) -> pd.DataFrame:
     return frame.groupby("step").last()
 
 
+def read_signs(run_dir: str | Path) -> pd.DataFrame:
+    """What the doctor saw of a run, as `read_curves` gives the curves; may be empty."""
+    frames = _frames(Path(run_dir), SIGNS_FILE, SIGN_COLUMNS_FILE)
+    frame = pd.concat(frames) if frames else pd.DataFrame()
+    frame.index = pd.Index(frame.index, dtype=np.int64, name="step")
+    return frame.groupby("step").last()
+
+
+def _frames(folder: Path, rows_file: str, columns_file: str) -> list[pd.DataFrame]:
+    return [
+        pd.DataFrame(rows["values"].astype(np.float64), rows["step"], columns)
+        for columns, rows in _read_rows(folder / rows_file, folder / columns_file)
+    ]
+
+
 def last_watched(run_dir: str | Path) -> dict[str, float]:
     """Values and gradient norms of the last step with a number, by tag; empty if there is none."""
-    for columns, rows in reversed(_read_rows(Path(run_dir))):
+    folder = Path(run_dir)
+    for columns, rows in reversed(_read_rows(folder / ROWS_FILE, folder / COLUMNS_FILE)):
         tags = [tag for tag in columns if not tag.startswith(GRAD_COSINE)]
         values = rows["values"][:, [columns.index(tag) for tag in tags]]
         with_number = np.flatnonzero((~np.isnan(values)).any(1))
@@ -120,14 +139,14 @@ def was_written_by_0_1(folder: Path) -> bool:
     return not has_record and any(folder.glob(f"{PREFIX}*{SUFFIX}"))
 
 
-def _read_rows(folder: Path) -> list[tuple[list[str], np.ndarray]]:
+def _read_rows(rows_file: Path, columns_file: Path) -> list[tuple[list[str], np.ndarray]]:
     """The columns and the rows of each part."""
-    if not (parts := _read_parts(folder)):
+    if not (parts := _read_parts(columns_file)):
         return []
     try:
-        data = read_file(folder / ROWS_FILE)
+        data = read_file(rows_file)
     except OSError as error:
-        _warn(folder / ROWS_FILE, error)
+        _warn(rows_file, error)
         return []
     ends = [*(part["start"] for part in parts[1:]), len(data)]
     found = []
@@ -138,9 +157,8 @@ def _read_rows(folder: Path) -> list[tuple[list[str], np.ndarray]]:
     return found
 
 
-def _read_parts(folder: Path) -> list[dict[str, Any]]:
+def _read_parts(path: Path) -> list[dict[str, Any]]:
     """The parts of the rows, in order: where each starts, and its columns."""
-    path = folder / COLUMNS_FILE
     try:
         parts = json.loads(read_file(path))
         for part in parts:

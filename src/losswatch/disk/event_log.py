@@ -15,7 +15,7 @@ from torch import Tensor
 from losswatch.compat import process_rank
 from losswatch.config.settings import Settings
 from losswatch.data.survey import Survey
-from losswatch.disk.curves import Curves
+from losswatch.disk.curves import SIGN_COLUMNS_FILE, SIGNS_FILE, Curves
 from losswatch.disk.growing_files import file_sizes, rewind
 from losswatch.disk.hparams import add_hparams
 from losswatch.events.charts import add_charts
@@ -36,11 +36,17 @@ class EventLog(TensorBoardLogger):
             folder, name=None, version="", default_hp_metric=False, filename_suffix=SUFFIX
         )
         self.curves = Curves(Path(folder))
+        self.signs = Curves(Path(folder), SIGNS_FILE, SIGN_COLUMNS_FILE)
 
     def write_curves(self, tags: Sequence[str], steps: np.ndarray, values: np.ndarray) -> None:
         """Write a block of observations; see `Curves.append`."""
         write_scalars(self.experiment, tags, steps, values)
         self.curves.append(tags, steps, values)
+
+    def write_signs(self, tags: Sequence[str], steps: np.ndarray, values: np.ndarray) -> None:
+        """Write what the doctor saw, into the run's record alone."""
+        if len(steps):
+            self.signs.append(tags, steps, values)
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a validation or a test, by tag."""

@@ -12,12 +12,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from losswatch.disk.curves import METRICS_FILE, ROWS_FILE
+from losswatch.disk.curves import METRICS_FILE, ROWS_FILE, SIGNS_FILE
 from losswatch.events.layout import PREFIX, SUFFIX
 from losswatch.files import sync
 from losswatch.text import printable, shortened
 
 log = logging.getLogger(__name__)
+
+RECORD = ROWS_FILE, SIGNS_FILE, METRICS_FILE
 
 
 def event_files(folder: Path) -> list[Path]:
@@ -27,7 +29,7 @@ def event_files(folder: Path) -> list[Path]:
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of each growing file by name. The record is first synchronised with the disk."""
-    record = [path for name in (ROWS_FILE, METRICS_FILE) if (path := folder / name).exists()]
+    record = [path for name in RECORD if (path := folder / name).exists()]
     for path in record:
         sync(path)
     return {path.name: path.stat().st_size for path in [*record, *event_files(folder)]}
@@ -38,7 +40,7 @@ def what_is_lost(folder: Path, sizes: Mapping[str, int]) -> str | None:
 
     Only TensorBoard reads the event files, so a run goes on even if these are damaged.
     """
-    for name in (ROWS_FILE, METRICS_FILE):
+    for name in RECORD:
         path, size = folder / name, sizes.get(name, 0)
         if not path.exists():
             if size:
@@ -54,7 +56,7 @@ def rewind(folder: Path, sizes: Mapping[str, int]) -> None:
     Event files of other programs are left alone, with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (ROWS_FILE, METRICS_FILE):
+    for name in RECORD:
         path = folder / name
         path.touch()
         os.truncate(path, sizes.get(name, 0))

@@ -25,6 +25,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "seconds": _NUMBER,
     "metrics": (dict,),
     "watched": (dict,),
+    "findings": (list,),
 }
 
 
@@ -43,6 +44,8 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)  # of last validation and test, by tag
     # Values and gradient norms of the last observation, by tag.
     watched: dict[str, float] = field(default_factory=dict)
+    # What is wrong with the training: name, step, text and remedy of each (doctor/README.md).
+    findings: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_done(self) -> bool:

@@ -35,15 +35,33 @@ PER_ROW = 3  # columns, as in the study; more would not be readable on the width
 
 
 def plot_curves(
-    scalars: pd.DataFrame, path: str | Path, *, title: str = "", trained: str | None = None
+    scalars: pd.DataFrame,
+    path: str | Path,
+    *,
+    title: str = "",
+    trained: str | None = None,
+    findings: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Draw one run into the file `path`, with axes that fit it.
 
     Args:
         scalars: those of the run, from `read_curves`.
         trained: the name of the trained loss.
+        findings: of the run, each with a name and a step that is marked.
     """
-    save(draw({trained or "": [scalars]}, title=title), path)
+    figure = draw({trained or "": [scalars]}, title=title)
+    above = figure.axes[0]
+    for i, finding in enumerate(findings):
+        step, name = finding["step"], str(finding["name"])
+        for ax in figure.axes[:2]:
+            ax.axvline(step, color="0.35", linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+        place = (step, 0.97 - 0.07 * i)
+        above.annotate(
+            f" {name}", place, xycoords=("data", "axes fraction"), fontsize=8, color="0.25",
+            va="top", parse_math=False,
+            ha="right" if step > 0.6 * max(scalars.index.max(), 1) else "left",
+        )  # fmt: skip
+    save(figure, path)
 
 
 # --- The figures of a sweep ----------------------------------------------------------------------

@@ -31,7 +31,7 @@ SETTINGS = {
     "batch_norm": "config.model.batch_norm",
     "seed": "config.seed",
 }
-OUTCOMES = [*METRICS, "seconds", "status", "error"]
+OUTCOMES = [*METRICS, "seconds", "status", "findings", "error"]
 
 # How columns are called where people read them.
 LABELS = {
@@ -113,7 +113,9 @@ def _row(record: Result, others: list[str], overrides: dict[str, str]) -> dict[s
     stage = "test" if record.config.get("mode") == "test" else "val"
     row |= {name: record.metrics.get(f"{stage}/{name}", np.nan) for name in METRICS}
     row["seconds"] = np.nan if record.seconds is None else record.seconds
-    return row | {"status": _plain(record.status), "error": _plain(record.error)}
+    found = [str(finding.get("name")) for finding in record.findings if isinstance(finding, dict)]
+    row |= {"status": _plain(record.status), "findings": _plain(" ".join(found) or None)}
+    return row | {"error": _plain(record.error)}
 
 
 def _other_metrics(record: Result) -> dict[str, float]:

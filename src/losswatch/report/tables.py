@@ -35,7 +35,7 @@ def run_table(runs: pd.DataFrame) -> pd.DataFrame:
     columns = [c for c in columns if c == "loss" or runs[c].notna().any()]
     columns += [c for c in swept(runs) if c not in columns]
     columns += [*METRICS, "seconds", "status"]
-    columns += ["error"] if runs["error"].notna().any() else []
+    columns += [c for c in ("findings", "error") if runs[c].notna().any()]
     digits = {**dict.fromkeys(METRICS, 4), "seconds": 1}
     return pd.DataFrame(
         {LABELS.get(c, c): [format_value(v, digits.get(c)) for v in runs[c]] for c in columns}

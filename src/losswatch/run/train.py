@@ -189,6 +189,7 @@ def _make_trainer(
             activation=module.activation,
             ignore_index=module.ignore_index,
             strict=True,
+            diagnose=True,
         )
         callbacks.insert(0, watch)
     if options["enable_progress_bar"]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from losswatch import compat
-from losswatch.data.random import VAL, draw
+from losswatch.data.random import TRAIN, VAL, draw
 from losswatch.disk.checkpoint import add_record, make_checkpoint
 from losswatch.disk.checkpoint_files import save_checkpoint
 from losswatch.disk.event_log import side_by_side
+from losswatch.doctor.doctor import Doctor
 from losswatch.events.tags import GRAD_NORM, LOSS, PICTURES, watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import onednn
@@ -33,9 +34,12 @@ from losswatch.stack.refusal import NotStackable
 from losswatch.stack.step import make_gradient
 from losswatch.terminal import ProgressSink, say
 from losswatch.text import number_of, one_line
+from losswatch.watch.outputs import WatchedLosses
 
 log = logging.getLogger(__name__)
 
+# The steps at which the doctor looks. A look takes about as long as a step.
+FIRST_SIGNS, SIGNS_EVERY = (0, 5, 10, 20, 50), 100
 SAVE_SECONDS = 10  # between checkpoints, at least; with a hundred members each takes a while
 # The largest number of members whose step is one call. With more members a call costs less for
 # each, but their numbers do not stay in the cache.
@@ -101,6 +105,8 @@ class StackedModule(pl.LightningModule):
             )
             for observed in (True, False)
         }
+        watched = WatchedLosses(losses, "softmax", None)
+        self.doctors = {m.folder: Doctor(watched, m.trained) for m in self.members}
         self.saved = time.monotonic()
         self.is_compiled = compile
         self.shown = ProgressSink()
@@ -161,6 +167,8 @@ class StackedModule(pl.LightningModule):
             parameters, buffers, moments, *_ = chunk
             members, seen = self._members_of(i), []
             for number, step in zip(numbers, steps, strict=True):
+                if self.every_n_steps and (number in FIRST_SIGNS or number % SIGNS_EVERY == 0):
+                    self._look(chunk._replace(parameters=parameters, buffers=buffers), i, number)
                 is_observed = self._is_observed(number)
                 gradient, buffers, values = self.gradient[is_observed](
                     parameters, buffers, chunk.numbers, step
@@ -178,6 +186,30 @@ class StackedModule(pl.LightningModule):
                 if not is_finite:
                     self._fail(member, "a weight is not finite", last - 1)
         compat.count_steps(self.trainer, last - first)
+
+    @torch.no_grad()
+    def _look(self, chunk: Chunk, i: int, number: int) -> None:
+        """Let the doctor of each member of chunk number i look at the batch of a step."""
+        step = torch.tensor(number, device=self.device)
+        split = splitter(self.net)
+
+        def look(parameters: Tensor, buffers: State, numbers: State) -> tuple[Tensor, ...]:
+            image, label = draw(numbers, TRAIN, step, self.shape)
+            state = split(parameters) | {name: b.clone() for name, b in buffers.items()}
+            logits = functional_call(self.net, state, (image,))
+            _, rows, coefficients = self.losses.rows(logits, label)
+            own = torch.where(numbers["trained"][:, None] > 0, coefficients, 0).sum(0)
+            own = own.view(-1, *[1] * logits.ndim)
+            return logits, label, torch.where(own != 0, own * rows, 0).sum(0)
+
+        found = vmap(look)(chunk.parameters, chunk.buffers, chunk.numbers)
+        for k, member in enumerate(self._members_of(i)):
+            doctor = self.doctors[member.folder]
+            logits, label, slope = (x[k] for x in found)
+            doctor.start()
+            doctor.look(logits, label, slope, is_first=not doctor.tags)
+            doctor.keep(number, self.losses.names, None, [chunk.parameters[k]], [])
+            member.logger.write_signs(*doctor.drain())
 
     def _members_of(self, chunk: int) -> list[Member]:
         """The members of a chunk by its number, without the repeated one at the end."""

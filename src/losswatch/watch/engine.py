@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,10 @@ from losswatch.watch.span import concat_spans
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from losswatch.doctor.findings import Finding
+
+log = logging.getLogger(__name__)
+
 
 class WatchHandler:
     """A handler that observes losses in the training of an engine, and changes nothing.
@@ -29,7 +34,7 @@ class WatchHandler:
 
     Args:
         losses, activation, ignore_index, heads: see `Observer`.
-        every_n_steps, cosines, strict: see `Watch`.
+        every_n_steps, cosines, strict, diagnose: see `Watch`.
         writer: gets the numbers, as loss/<name>, grad_norm/<name> and grad_cosine/<a>~<b>.
         network: the network, if the engine has no attribute `network`.
 
@@ -50,12 +55,14 @@ class WatchHandler:
         ignore_index: int | None = None,
         heads: str = "first",
         strict: bool = False,
+        diagnose: bool = False,
         writer: SummaryWriter | None = None,
         network: nn.Module | None = None,
     ) -> None:
         self.observer = Observer(
             losses, [torch.empty(0)], activation=activation, ignore_index=ignore_index, heads=heads
         )  # `attach` gives it the network of the engine
+        self.observer.doctor.is_on = diagnose
         self.record, self.strict = Record(every_n_steps, cosines), strict
         self.writer, self.network = writer, network
         self.kept: compat.KeptBuffers | None = None
@@ -108,6 +115,7 @@ class WatchHandler:
     def _observe(self, engine: Any) -> None:
         output, observer = engine.state.output, self.observer
         observer.forget()
+        self._see_trained(engine, output.get("loss"))
         span = observer.observe(output["pred"], output["label"])
         names = observer.names(len(span.values) // len(observer.watched.names))
         loss, criterion = output.get("loss"), getattr(engine, "loss_function", None)
@@ -119,10 +127,37 @@ class WatchHandler:
             span = concat_spans([span, observer.backward_values([loss], scale)])
             names = *names, unused_name(name, names)
         self.seen = Seen(names, *observer.values_norms_cosines(span))
+        observer.diagnose(self.record.step, names, self.seen[1:])
         if not self.record.tags:
             self.record.open(names, span.values.device, observer.explain)
         if self.record.add(*self.seen[1:], fault=observer.fault, failed=observer.failed):
             self.flush()
+        if observer.doctor.count == 1:  # what the first batch shows already
+            self._speak()
+
+    def _see_trained(self, engine: Any, loss: Any) -> None:
+        """Tell the doctor which loss trains."""
+        criterion, watched = getattr(engine, "loss_function", None), self.observer.watched
+        module = criterion if isinstance(criterion, nn.Module) else None
+        name = watched.name_of(module)
+        if name is None and isinstance(loss, Tensor):
+            other = "trained" if criterion is None else type(criterion).__name__
+            self.observer.doctor.see_trained(unused_name(other, watched.names), module, loss)
+        else:
+            self.observer.doctor.see_trained(name, module)
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the training, see `Observer.findings`. Needs `diagnose=True`."""
+        return self.observer.findings()
+
+    def _speak(self) -> None:
+        """Say the findings that are new: in the log, and in TensorBoard as a text."""
+        if not self.observer.doctor.is_on:
+            return
+        for finding in self.observer.doctor.news():
+            log.warning("losswatch: %s", finding.line())
+            if self.writer is not None:
+                self.writer.add_text("findings", finding.line(), finding.step)
 
     def flush(self) -> None:
         """Write the observations since the last flush."""
@@ -130,6 +165,7 @@ class WatchHandler:
             steps, values = self.record.drain()
             if len(steps) and self.writer is not None:
                 self.record.write(self.writer, steps, values)
+            self._speak()
         except Exception as error:
             self.record.give_up(error, self.strict)
 

@@ -33,6 +33,8 @@ from losswatch.watch.span import (
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from pytorch_lightning import Callback
+
+    from losswatch.doctor.findings import Finding
 else:
     # `from losswatch import Watch` must not import Lightning; `Watch.__new__` adds this class.
     Callback = object
@@ -77,6 +79,8 @@ class Watch(Callback):
             criterion before a backward pass counts as a head.
         strict: an error in watching ends the training. Otherwise one warning reports the error, and
             nothing is watched from then on.
+        diagnose: say what is wrong with the training as it shows: in the log, and as the text
+            "findings" in TensorBoard.
 
     Raises:
         ValueError, TypeError: an argument is not allowed.
@@ -96,10 +100,12 @@ class Watch(Callback):
         ignore_index: int | None = None,
         heads: str = "first",
         strict: bool = False,
+        diagnose: bool = False,
     ) -> None:
         self.observer = Observer(
             losses, [torch.empty(0)], activation=activation, ignore_index=ignore_index, heads=heads
         )  # `on_fit_start` gives it the network
+        self.observer.doctor.is_on = diagnose
         self.criterion, self.strict = criterion, strict
         self.record = Record(every_n_steps, cosines)
         self.module: nn.Module | None = None  # the criterion
@@ -258,6 +264,11 @@ class Watch(Callback):
         scale = None if scaler is None else scaler.scale(loss.new_ones(()))
         names, values = self._trained(trainer, calls, loss, scale)
         is_alone = len(heads) == len(names) == 1 and self._is_alone(trainer, calls[-1].value, loss)
+        self.observer.doctor.see_trained(
+            names[0] if len(names) == 1 else None,
+            None if self.order else self.module,  # it is asked about known answers
+            values[0] if len(names) == len(values) == 1 else None,
+        )
         skip_own_row = bool(is_alone and self.reuses_gradient)  # the training computes it
         with trainer.precision_plugin.forward_context():  # autocast, as for the trained loss
             own = self.observer.watched.name_of(self.module) if is_alone and not values else None
@@ -270,6 +281,7 @@ class Watch(Callback):
         there = [name for name in watched if not values or name not in names]
         every = [*watched, *(name for name in names if name not in watched)]
         span = reorder(concat_spans(spans), there + (names if values else []), every)
+        self.names = every
         if not self.record.tags:
             self.record.open(every, span.values.device, self.observer.explain)
             self._log_start(watched, span.values, names[-1] if values else None, calls[-1].value)
@@ -385,10 +397,27 @@ class Watch(Callback):
 
     def _keep(self, trainer: pl.Trainer, *seen: Tensor) -> None:
         values, norms, cosines = seen
+        doctor = self.observer.doctor
+        self.observer.diagnose(self.record.step, self.names, (values, norms, cosines))
         if self.record.add(
             values, norms, cosines, fault=self.observer.fault, failed=self.observer.failed
         ):
             self.flush(trainer)
+        if doctor.count == 1:  # what the first batch shows already
+            self._speak(trainer)
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the training, see `Observer.findings`. Needs `diagnose=True`."""
+        return self.observer.findings()
+
+    def _speak(self, trainer: pl.Trainer) -> None:
+        """Say the findings that are new: in the log, and in TensorBoard as a text."""
+        if not self.observer.doctor.is_on or not trainer.is_global_zero:
+            return
+        for finding in self.observer.doctor.news():
+            log.warning("losswatch: %s", finding.line())
+            for logger in self._tensorboards(trainer):
+                logger.experiment.add_text("findings", finding.line(), finding.step)
 
     def latest(self) -> dict[str, float]:
         """The values of the last observation, for a progress bar."""
@@ -398,6 +427,7 @@ class Watch(Callback):
         """Write the observations since the last flush to all loggers."""
         try:
             self._write(trainer)
+            self._speak(trainer)
         except Exception as error:
             self.record.give_up(error, self.strict)
 
@@ -409,6 +439,7 @@ class Watch(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "write_curves"):  # that of train.py: to the run's record, too
                 logger.write_curves(self.record.tags, steps, values)
+                logger.write_signs(*self.observer.doctor.drain())
             elif logger in tensorboards:
                 self.record.write(logger.experiment, steps, values)  # type: ignore
             else:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from losswatch import compat
+from losswatch.doctor.doctor import Doctor
 from losswatch.losses.inputs import first_fault
 from losswatch.losses.pixels import is_hard, wide
 from losswatch.losses.ranks import max_over_ranks, world_size
@@ -25,6 +26,7 @@ from losswatch.watch.span import (
     Row,
     blocks,
     by_loss,
+    combine,
     concat_spans,
     is_linear,
     norms_and_cosines,
@@ -33,6 +35,9 @@ from losswatch.watch.span import (
     without_autocast,
 )
 from losswatch.watch.unchanged import functions_in, unchanged
+
+if TYPE_CHECKING:
+    from losswatch.doctor.findings import Finding
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,7 @@ class Head(NamedTuple):
     """One output of a network, ready to be observed."""
 
     output: Tensor
+    target: Tensor
     parts: list[Part]
     fault: Tensor  # [3], see `losses.inputs`
 
@@ -72,6 +78,8 @@ class Observer:
         ignore_index: pixels with this label do not count in presets.
         heads: which tensors of a list of outputs (deep supervision) are observed: the "first", or
             "all" of them, each by itself; the names of the losses then end in the head's number.
+        trained: the name of the watched loss that trains; None: unknown. `findings` says more
+            where it is known.
 
     Raises:
         ValueError: there is no such preset, or an argument is not allowed.
@@ -92,11 +100,17 @@ class Observer:
         activation: str = "softmax",
         ignore_index: int | None = None,
         heads: str = "first",
+        trained: str | None = None,
     ) -> None:
         if heads not in ("first", "all"):
             raise ValueError(f"heads={heads!r}: allowed are first, all")
         self.heads = heads
         self.watched = WatchedLosses(losses, activation, ignore_index)
+        if trained is not None and trained not in self.watched.names:
+            raise ValueError(
+                f"trained={trained!r}: the watched losses are {', '.join(self.watched.names)}"
+            )
+        self.doctor = Doctor(self.watched, trained)
         self.network, self.parameters = network_or_parameters(parameters)
         self.criterion: nn.Module | None = None  # its parameters do not count as the network's
         self.strict = False  # whether later observations raise errors, too
@@ -113,12 +127,14 @@ class Observer:
         self.functions: set[type] = set()
         self.modules: list[nn.Module] = []
         self.trainable: list[Tensor] = []  # the parameters at the newest observation
+        self.doctor.begin()
         self.forget()
 
     def forget(self) -> None:
         """Start an observation: forget the faults and failures of the one before."""
         self.fault: Tensor | None = None  # of output and target, see `losses.inputs`
         self.failed: dict[str, str] = {}  # why losses failed, by name
+        self.doctor.start()
 
     def __call__(self, output: Any, target: Any) -> Seen:
         """Observe one batch. Call it before `backward()`, which frees the graph.
@@ -132,13 +148,15 @@ class Observer:
             ValueError: at the first observation, output, target and losses do not fit, or the graph
                 cannot be used.
         """
-        is_new, names = self.is_new, self.names(1)
+        is_new, names, step = self.is_new, self.names(1), self.doctor.count
         self.forget()
         try:
             outputs = tensors("output", output)
             names = self.names(1 if self.heads == "first" else len(outputs))
             seen = Seen(names, *self.values_norms_cosines(self.observe(output, target)))
         except Exception as error:
+            self.doctor.fail(step, error, output, target)
+            self.diagnose(step, names, None)
             if is_new or self.strict:
                 raise
             self._warn(f"nothing could be observed, so all is NaN: {reason(error)}")
@@ -150,7 +168,29 @@ class Observer:
             self.fault is not None and self.fault.is_cpu and self.fault[0]
         ):  # reading it would wait for a GPU
             self._warn(f"{self.explain(self.fault.tolist())}; {Record.SPOILT}")
+        self.diagnose(step, names, seen[1:])
         return seen
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the training, from all that has been observed so far.
+
+        The step of a finding is the number of observations before it. Reads numbers, so it waits
+        for a GPU.
+
+        Returns:
+            at most three findings, the cause before its consequences; none if all is well.
+        """
+        return self.doctor.findings()
+
+    def report(self, loss: Tensor) -> None:
+        """Tell the value that really trains at the newest observation, a scalar."""
+        self.doctor.report(loss)
+
+    def diagnose(
+        self, step: int, names: Sequence[str], seen: tuple[Tensor, Tensor, Tensor] | None
+    ) -> None:
+        """End an observation for the doctor; see `Doctor.keep`."""
+        self.doctor.keep(step, names, seen, self.trainable, self.modules)
 
     def observe(self, output: Any, target: Any) -> GradientSpan:
         """The gradients of all losses for output and target of one batch.
@@ -235,7 +275,7 @@ class Observer:
                 )
             if self.is_new:
                 check_outputs(output, self.watched.activation)
-            heads.append(Head(output, *self.watched.split(output, target, skip_loss)))
+            heads.append(Head(output, target, *self.watched.split(output, target, skip_loss)))
             self.channels = output.shape[1]
             self._add_fault(heads[-1].fault)
             if self.is_new and not output.is_meta and heads[-1].fault[0]:
@@ -294,7 +334,7 @@ class Observer:
         Raises:
             ValueError: the graph cannot be used, or a loss fails at the first observation.
         """
-        output, parts, fault = head
+        output, _, parts, fault = head
         self.own_row: int | None = None
         if not parts:  # the trained loss is the only watched one
             return GradientSpan(fault[:0], fault.new_zeros(0, 0), [])
@@ -304,6 +344,9 @@ class Observer:
         with unchanged(output.device, self.modules, self.watched.foreign, self.functions):
             try:
                 tables = [part.rows(failed) for part in parts]
+                if self.doctor.is_due:
+                    slope = self._slope(parts, tables)
+                    self.doctor.look(output, head.target, slope, is_first=self.is_new)
                 spans = self._send_back(parts, tables, trained, skip_own_row)
                 if self.is_linear is None:
                     self._test_linearity(parts, tables, spans)
@@ -349,6 +392,14 @@ class Observer:
         stacked = torch.stack([wide(value.detach()).reshape(()) for value in values])
         one = torch.eye(len(values), dtype=stacked.dtype, device=device)
         return GradientSpan(stacked, one if scale is None else one / scale, rows)
+
+    def _slope(self, parts: Sequence[Part], tables: Sequence[Table]) -> Tensor | None:
+        """The derivative of the trained loss by the output, or by the logits of two classes."""
+        for part, (_, rows, coefficients) in zip(parts, tables, strict=True):
+            if self.doctor.trained in part.losses.names:
+                own = coefficients[part.losses.names.index(self.doctor.trained)]
+                return combine(own[None], rows.flatten(1))[0].view_as(rows[0])
+        return None
 
     def _send_back(
         self,

@@ -280,7 +280,7 @@ class WatchedLosses:
     def __init__(self, losses: Losses, activation: str, ignore_index: int | None) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: allowed are {', '.join(ACTIVATIONS)}")
-        self.activation = activation
+        self.activation, self.ignore_index = activation, ignore_index
         self.losses = losses_by_name(losses, ignore_index)
         self.names = tuple(self.losses)
         self.foreign = [loss for loss in self.losses.values() if input_kind(loss) == "given"]
@@ -295,6 +295,18 @@ class WatchedLosses:
         reads_unchanged = loss in self.foreign or self.activation == "softmax"
         shares_no_rows = loss is not None and shared_recipe(loss) is None
         return self.name_of(loss) if shares_no_rows and reads_unchanged else None
+
+    def value(self, loss: nn.Module, output: Tensor, target: Tensor) -> Tensor:
+        """The value of one of the observed losses for output and target of the user."""
+        if (kind := input_kind(loss)) == "given":
+            return loss(output, target)
+        index = ignored_by(loss)
+        clean, _ = clean_target(target, output, self.activation, index)
+        if kind == "labels":
+            return loss(output, as_labels(clean, output, index))
+        if self.activation == "sigmoid" and output.shape[1] > 1:
+            return of_each_channel(loss)(output, as_labels(clean, output, index))
+        return loss(as_softmax(output, self.activation), as_target(clean, output, index))
 
     def split(
         self, output: Tensor, target: Tensor, skip_loss: str | None = None

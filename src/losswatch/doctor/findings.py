@@ -1,0 +1,652 @@
+"""The findings, as a list: each is one function from the record of a training to one sentence.
+
+RULES is in the order of cause and consequence, and the order in which findings are named. The page
+README.md beside this file says where each threshold comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from losswatch.doctor.history import History
+from losswatch.doctor.signs import ENDS
+
+MOST = 3  # findings that are named
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong."""
+
+    name: str
+    step: int  # since when
+    text: str  # one sentence with its numbers
+    remedy: str  # one sentence
+
+    def line(self) -> str:
+        """The finding as one line."""
+        return f"{self.name} (step {self.step}): {self.text} {self.remedy}"
+
+
+Rule = Callable[[History], Finding | None]
+
+
+def diagnose(history: History) -> list[Finding]:
+    """What is wrong with a training: at most MOST findings, the cause before its consequences."""
+    found: list[Finding] = []
+    if not len(history):
+        return found
+    with np.errstate(all="ignore"):
+        for rule in RULES:
+            if (finding := rule(history)) is not None and finding.name not in BECAUSE.get(
+                found[0].name if found else "", ()
+            ):
+                found.append(finding)
+            if len(found) == MOST:
+                break
+    return found
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+def since(h: History, is_so: np.ndarray) -> int | None:
+    """The first step at which something is so, or None."""
+    places = np.flatnonzero(is_so)
+    return int(h.steps[places[0]]) if len(places) else None
+
+
+def known(x: np.ndarray) -> np.ndarray:
+    """The numbers that are not NaN."""
+    return x[~np.isnan(x)]
+
+
+def holds(is_so: np.ndarray, x: np.ndarray, least: int = 1) -> bool:
+    """Whether something is so wherever x is known, which it is at least so often."""
+    there = ~np.isnan(x)
+    return bool(there.sum() >= least and is_so[there].all())
+
+
+def yard_norm(h: History, *kinds: str) -> np.ndarray:
+    """The largest norm [T] of the watched losses of this package that do not train."""
+    norms = [h.norm(name) for name in h.of_kind(*(kinds or ("ce", "dice", "dice_fg", "other")))]
+    if not norms:
+        return np.full(len(h), np.nan)
+    with np.errstate(all="ignore"):
+        return np.fmax.reduce(norms)
+
+
+def best_perfect(h: History) -> float:
+    """The value of the trained loss at a perfect answer, the smallest of three."""
+    values = [h.answer(name) for name in ("perfect", "perfect_half", "perfect_quarter")]
+    return min(values) if np.isfinite(values).all() else float("nan")
+
+
+def first_value(h: History) -> float:
+    """The first value of the trained loss."""
+    values = known(h.value(h.trained)) if h.trained else np.array([])
+    return float(values[0]) if len(values) else float("nan")
+
+
+def foreground(h: History, name: str, head: int = 0) -> np.ndarray:
+    """The share [T] of all classes but the background."""
+    return 1 - h.by_class(name, head)[:, 0]
+
+
+# -- labels ----------------------------------------------------------------------------------------
+
+
+def labels_outside(h: History) -> Finding | None:
+    for head in range(h.heads):
+        low, high = h.sign("label_min", head), h.sign("label_max", head)
+        largest = h.classes - 1
+        outside = (low < -1e-4) | (high > largest + 1e-4)
+        if (step := since(h, outside)) is not None:
+            text = (
+                f"The labels go from {np.nanmin(low):g} to {np.nanmax(high):g}, "
+                f"but {largest + 1} classes have labels from 0 to {largest}."
+            )
+            remedy = (
+                "Give the masks as class numbers (0/255 masks divided by 255), "
+                "and tell the loss and losswatch which label to ignore."
+            )
+            return Finding("labels-outside", step, text, remedy)
+        if holds((high > 0) & (high < 0.05), high):
+            text = f"The largest label is {np.nanmax(high):.3g}, so the labels were divided twice."
+            remedy = "Divide masks by 255 only where they hold 255."
+            return Finding("labels-outside", int(h.steps[0]), text, remedy)
+    for step, line in h.errors:
+        if "target: holds" in line:
+            return Finding("labels-outside", step, f"{line}.", "Give the masks as class numbers.")
+    return None
+
+
+def labels_overlap(h: History) -> Finding | None:
+    sums = h.sign("label_sum")
+    if h.activation == "sigmoid" or (step := since(h, sums > 1.01)) is None:
+        return None
+    text = f"The labels of a pixel add to up to {np.nanmax(sums):g}, but a softmax adds to 1."
+    remedy = "Let each channel have a sigmoid of its own (activation='sigmoid')."
+    return Finding("labels-overlap", step, text, remedy)
+
+
+def no_foreground(h: History) -> Finding | None:
+    share = foreground(h, "label")
+    is_multilabel = h.activation == "sigmoid" and h.classes > 2
+    share = h.by_class("label").sum(1) if is_multilabel else share
+    if not holds(share <= 0, share, least=5):
+        return None
+    text = f"None of the {len(known(share))} batches observed holds any foreground."
+    remedy = "Look at the masks: a wrong folder, a wrong threshold or patches without any object."
+    return Finding("no-foreground", int(h.steps[0]), text, remedy)
+
+
+# -- what the network returns ----------------------------------------------------------------------
+
+
+def activation_twice(h: History) -> Finding | None:
+    low, high, off, ends = (h.sign(n) for n in ("out_min", "out_max", "out_sum", "ends_in"))
+    several = h.sign("alike/1").size and h.sign("shift")
+    is_share = (low >= 0) & (high <= 1 + 1e-6) & (high - low > 1e-4)
+    adds = off < 1e-3
+    ends_so = known(ends)[:1]
+    shift = known(several)[:1] if several is not None else np.array([])
+    takes_softmax = len(shift) and shift[0] < 1e-4
+    by_graph = len(ends_so) and int(ends_so[0]) in (1, 2)
+    if h.activation == "none" and not (takes_softmax and holds(is_share & adds, low)):
+        return None
+    if not holds(is_share, low, least=1 if by_graph else 3):
+        return None
+    if h.trained and not np.isfinite(best_perfect(h)):
+        return None  # the loss takes no logits
+    what = ENDS[int(ends_so[0])] if by_graph else ("softmax" if holds(adds, off) else "sigmoid")
+    if what == "softmax" and len(shift) and not takes_softmax:
+        return None
+    text = (
+        f"The output is a probability already (from {np.nanmin(low):.3g} to {np.nanmax(high):.3g}"
+        f"{', adding to 1' if holds(adds, off) else ''}), and the loss applies its {what} again."
+    )
+    remedy = f"Return the logits: take the {what} out of the network, or out of the loss."
+    return Finding("activation-twice", int(h.steps[0]), text, remedy)
+
+
+def activation_missing(h: History) -> Finding | None:
+    for step, line in h.errors:
+        if "activation='none' is for probabilities" in line:
+            low, high = np.nanmin(h.sign("out_min")), np.nanmax(h.sign("out_max"))
+            text = f"The loss reads probabilities, but the output goes from {low:.3g} to {high:.3g}."
+            return Finding("activation-missing", step, text, "Apply softmax or sigmoid first.")
+    low, high = h.sign("out_min"), h.sign("out_max")
+    if not h.trained or holds((low >= 0) & (high <= 1), low):
+        return None
+    loud, half, opposite = (h.answer(n) for n in ("perfect", "perfect_half", "opposite"))
+    start, best = first_value(h), best_perfect(h)
+    if not np.isfinite([loud, half, opposite]).all():
+        return None
+    size = max(abs(opposite - best), abs(start - best), 1e-12)
+    is_loud = abs(loud - half) > 0.05 * size
+    shift = known(h.sign("shift"))[:1]
+    no_softmax = bool(len(shift) and shift[0] > 0.05) or h.classes == 2
+    outside = best > 1.05 or best < -1.05
+    is_wrong = best > min(start, h.answer("constant")) and outside and no_softmax
+    if not (is_loud or is_wrong):
+        return None
+    text = (
+        f"The loss takes the output as it is ({np.nanmin(low):.3g} to {np.nanmax(high):.3g}): a "
+        f"perfect answer has {half:.3g} with logits of 10 and {loud:.3g} with logits of 20."
+    )
+    remedy = "Apply the softmax or sigmoid that the loss needs."
+    return Finding("activation-missing", int(h.steps[0]), text, remedy)
+
+
+def output_limited(h: History) -> Finding | None:
+    if h.activation == "none":
+        return None
+    low, high, zeros = h.sign("out_min"), h.sign("out_max"), h.sign("zeros")
+    ends = known(h.sign("ends_in"))[:1]
+    end = int(ends[0]) if len(ends) else 0
+    step, remedy = int(h.steps[0]), "Let the network end in its last convolution."
+    if end == 3 or holds((low >= 0) & (zeros > 0.02), low, least=3):
+        text = (
+            f"The output is never below {max(0.0, np.nanmin(low)):.3g}, and {np.nanmean(zeros):.0%}"
+            " of it is exactly 0, so the loss cannot push a class down."
+        )
+        return Finding("output-limited", step, text, remedy)
+    largest = np.fmax(np.abs(low), np.abs(high))
+    length, centre = h.sign("out_length"), h.sign("out_centre")
+    several = holds(length < 1e-3, length)
+    if several:
+        text = "The outputs of each pixel have length 1, so no probability comes near 0 or 1."
+    elif end == 6 or holds(centre < 1e-3, centre, least=2):
+        text = "A normalisation stands after the last convolution, so each channel has mean 0."
+    elif end in (4, 5) or (holds(largest <= 1, largest, least=5) and np.nanmax(largest) > 0.98):
+        text = f"The output is limited to {-np.nanmax(largest):.3g} to {np.nanmax(largest):.3g}."
+    else:
+        return None
+    return Finding("output-limited", step, text, remedy)
+
+
+# -- numbers that are not finite -------------------------------------------------------------------
+
+
+def not_finite(h: History) -> Finding | None:
+    outputs = np.isnan(h.sign("out_max")) | np.isinf(h.sign("out_max")) | np.isinf(h.sign("out_min"))
+    outputs &= ~np.isnan(h.sign("bits"))
+    own = {n: (h.value(n), h.norm(n)) for n, kind in h.kinds.items()
+           if kind == "own" or n == h.trained}  # fmt: skip
+    bad = {name: ~np.isfinite(v) | ~np.isfinite(g) for name, (v, g) in own.items()}
+    # A batch that could not be observed has no numbers at all.
+    everything = np.all([~np.isfinite(h.value(n)) for n in h.kinds], axis=0)
+    first_output = since(h, outputs)
+    firsts = {name: step for name, is_bad in bad.items()
+              if (step := since(h, is_bad & ~everything)) is not None}  # fmt: skip
+    step = min(firsts.values(), default=None)
+    if step is not None and (first_output is None or step < first_output):
+        name = min(firsts, key=lambda n: (firsts[n], n != h.trained))
+        i = int(np.flatnonzero(h.steps == step)[0])
+        half = h.sign("bits")[i] == 16
+        value, norm = own[name][0][i], own[name][1][i]
+        what = f"value {value:.4g}, gradient norm {norm:.4g}"
+        text = f"{name} is not finite at step {step} ({what}), while the output is finite"
+        if half:
+            text += " and of half precision: its sums over pixels pass what 16 bits hold."
+            return Finding("half-precision", step, text, "Compute the loss in float32.")
+        text += "."
+        remedy = "Keep its logarithms, roots and powers away from 0: clamp their arguments."
+        return Finding("not-finite", step, text, remedy)
+    if first_output is None:
+        return None
+    half = np.nanmin(h.sign("bits")) == 16
+    text = f"The network's output is not finite from step {first_output} on."
+    if h.trained and np.isfinite(h.value(h.trained)[h.steps < first_output]).any():
+        last = known(h.value(h.trained))[-1]
+        text = text[:-1] + f"; before that {h.trained} was {last:.4g}."
+    remedy = "Lower the learning rate, and look at the loss where it is perfect or empty."
+    if half:
+        return Finding("half-precision", first_output, text, "Compute the loss in float32.")
+    return Finding("not-finite", first_output, text, remedy)
+
+
+# -- the trained loss beside the others ------------------------------------------------------------
+
+
+LOOK_AT = (
+    "Look at the axis of its softmax and of its sums, at masks applied before the sigmoid, and at "
+    "what it is given as target."
+)
+
+
+def dead_term(h: History) -> Finding | None:
+    yard = yard_norm(h)
+    names = [n for n, kind in h.kinds.items() if kind == "own" or n == h.trained]
+    names.sort(key=lambda n: n == h.trained)
+    for name in names:
+        norm = h.norm(name)
+        least = 1 if holds(h.sign("empty") < 1, h.sign("empty")) else 3
+        quiet = norm <= 1e-9 * np.fmax(np.nan_to_num(yard), 1e-3)
+        if not holds(quiet, norm, least) or not np.nan_to_num(yard[:1], nan=1.0)[0] > 1e-6:
+            continue
+        value = known(h.value(name))
+        text = f"{name} has no gradient at any of {len(known(norm))} observations"
+        text += f" (its value is {value[-1]:.4g})" if len(value) else ""
+        if len(known(yard)):
+            text += f", while the watched losses have norms up to {np.nanmax(yard):.3g}"
+        remedy = (
+            "Look for a threshold, an argmax, detach(), .item() or a softmax of one channel in it."
+        )
+        return Finding("dead-term", int(h.steps[0]), f"{text}.", remedy)
+    return None
+
+
+def ignored_counted(h: History) -> Finding | None:
+    counted = h.sign("counted")
+    if h.ignore_index is None or not h.trained or not np.nanmean(counted) < 0.98:
+        return None
+    pulled = h.sign("pull_ignored")
+    if holds(pulled > 1e-3, pulled):
+        text = (
+            f"{np.nanmean(pulled):.0%} of the gradient of {h.trained} comes from the "
+            f"{1 - np.nanmean(counted):.0%} of pixels that are to be ignored."
+        )
+        remedy = "Leave the ignored pixels out of all sums of the loss."
+        return Finding("ignored-counted", int(h.steps[0]), text, remedy)
+    for name in h.of_kind("ce"):
+        ratio = h.value(h.trained) / h.value(name)
+        if holds(
+            (np.abs(ratio / counted - 1) < 0.1) & (h.cosine(h.trained, name) > 0.999), ratio, 2
+        ):
+            text = (
+                f"{h.trained} is {np.nanmean(ratio):.3g} of {name}, which is the share of pixels "
+                f"that count ({np.nanmean(counted):.3g}): its mean runs over ignored pixels, too."
+            )
+            remedy = "Divide by the number of pixels that count."
+            return Finding("ignored-counted", int(h.steps[0]), text, remedy)
+    return None
+
+
+def absent_class(h: History) -> Finding | None:
+    return None
+
+
+def empty_masks(h: History) -> Finding | None:
+    empty, part = h.sign("empty"), h.sign("pull_empty")
+    early = (np.arange(len(h)) < 6) & (empty > 0) & (empty < 1) & ~np.isnan(part)
+    if early.sum() < 2:
+        return None
+    ratio = (part / empty / ((1 - part) / (1 - empty)))[early]
+    if not (ratio < 1e-3).all():
+        return None
+    text = (
+        f"{np.nanmean(empty):.0%} of the images hold no foreground, and {h.trained} sends them "
+        f"{np.max(ratio):.0e} of the gradient of other images: false positives there are free."
+    )
+    remedy = "Take the sums of the loss over the batch, or add cross entropy."
+    return Finding("empty-masks", int(h.steps[0]), text, remedy)
+
+
+def frozen(h: History) -> Finding | None:
+    moved = h.get("body/moved")
+    norm = np.fmax(yard_norm(h), h.norm(h.trained) if h.trained else np.nan)
+    if not holds(moved < 5e-5, moved, least=3) or not np.nanmax(norm) > 1e-6:
+        return None
+    text = (
+        f"The weights move by at most {np.nanmax(moved):.1e} of their size between observations, "
+        f"although there is a gradient (norm {np.nanmax(norm):.3g})."
+    )
+    remedy = (
+        "Look at the learning rate, at clipping before the scale of mixed precision is removed, "
+        "at zero_grad() between backward() and step(), and at what the optimiser was given."
+    )
+    return Finding("frozen", int(h.steps[0]), text, remedy)
+
+
+def opposed(h: History) -> Finding | None:
+    if not h.trained:
+        return None
+    perfect, opposite = best_perfect(h), h.answer("opposite")
+    apart = h.sign("apart")
+    prefers = opposite < perfect - 0.01 * abs(perfect)
+    cosines = {n: h.cosine(h.trained, n)[:3] for n in h.of_kind("ce", "dice")}
+    against = [n for n, c in cosines.items() if holds(c < -0.3, c)]
+    if not (prefers or (holds(apart[:3] < 0, apart[:3]) and against)):
+        return None
+    text = f"{h.trained} pulls the classes apart in the wrong direction"
+    if prefers:
+        text += f": the opposite of the labels has {opposite:.3g}, a perfect answer {perfect:.3g}"
+    if against:
+        text += f" (cosine with {against[0]} {np.nanmean(cosines[against[0]]):.2f})"
+    remedy = "Look at the sign of the loss, and at the order of the classes in labels and output."
+    return Finding("opposed", int(h.steps[0]), f"{text}.", remedy)
+
+
+def scale(h: History) -> Finding | None:
+    if not h.trained:
+        return None
+    norm = h.norm(h.trained)[:3]
+    large = norm / yard_norm(h, "ce")[:3]
+    small = norm / yard_norm(h, "dice", "dice_fg")[:3]
+    step = int(h.steps[0])
+    if holds(large > 50, large):
+        text = (
+            f"The gradient of {h.trained} is {np.nanmedian(large):.3g} times that of cross entropy"
+            f" (its value starts at {first_value(h):.4g})."
+        )
+        remedy = "Take the mean over the pixels instead of the sum, or divide the learning rate."
+        return Finding("scale", step, text, remedy)
+    if holds(small < 0.05, small):
+        text = f"The gradient of {h.trained} is {np.nanmedian(small):.2g} of that of Dice."
+        remedy = "Look at its smoothing, its weights and what it divides by; or add cross entropy."
+        return Finding("scale", step, text, remedy)
+    return None
+
+
+def out_of_range(h: History) -> Finding | None:
+    if not h.trained:
+        return None
+    values = h.value(h.trained)
+    if (step := since(h, values < -1.01)) is None:
+        return None
+    text = f"{h.trained} is {np.nanmin(values):.4g}, below what a mean of segmentation losses has."
+    return Finding("out-of-range", step, text, "Look at the labels, and at what it divides by.")
+
+
+def off_direction(h: History) -> Finding | None:
+    if not h.trained:
+        return None
+    start, best, constant = first_value(h), best_perfect(h), h.answer("constant")
+    step = int(h.steps[0])
+    if np.isfinite([start, best]).all() and start > 0 and best > 0.8 * min(start, constant):
+        text = f"Even a perfect answer leaves {h.trained} at {best:.3g}; it starts at {start:.3g}."
+        return Finding("off-direction", step, text, LOOK_AT)
+    return None
+
+
+def elsewhere(h: History) -> Finding | None:
+    cosines = [h.cosine(h.trained, n) for n in h.of_kind("ce", "dice")] if h.trained else []
+    if len(cosines) < 2 or len(h) < 5:
+        return None
+    # Where one class is predicted everywhere, the gradients are too small to compare.
+    share = foreground(h, "hard")
+    largest = np.where((share > 1e-3) & (share < 1 - 1e-3), np.fmax.reduce(cosines), np.nan)
+    late = known(largest)[-3:]
+    if len(known(largest)) < 5 or not np.mean(late) < 0.3:
+        return None
+    text = (
+        f"The gradient of {h.trained} points elsewhere than cross entropy and Dice: the larger "
+        f"cosine goes from {known(largest)[0]:.2f} to {late[-1]:.2f}."
+    )
+    return Finding("off-direction", int(h.steps[0]), text, LOOK_AT)
+
+
+def diverges(h: History) -> Finding | None:
+    if not h.trained:
+        return None
+    values = h.value(h.trained)
+    start = first_value(h)
+    if (step := since(h, values > 10 * max(abs(start), 1e-3))) is None:
+        return None
+    text = f"{h.trained} grows from {start:.4g} to {np.nanmax(values):.4g}."
+    return Finding("diverges", step, text, "Divide the learning rate by ten.")
+
+
+# -- several outputs, several modes, several terms -------------------------------------------------
+
+
+def head_labels(h: History) -> Finding | None:
+    first = h.sign("empty", 0)
+    for head in range(1, h.heads):
+        more = np.nanmean(h.sign("empty", head) - first)
+        if more > 0.1:
+            text = (
+                f"{np.nanmean(h.sign('empty', head)):.0%} of the images have no foreground in the "
+                f"labels of head {head}, but {np.nanmean(first):.0%} in those of head 0."
+            )
+            remedy = "Make coarse labels by max pooling, so that small objects stay."
+            return Finding("head-labels", int(h.steps[0]), text, remedy)
+    return None
+
+
+def head_idle(h: History) -> Finding | None:
+    names = h.of_kind("ce") or h.of_kind("dice")
+    if h.heads < 2 or not names or len(h) < 5:
+        return None
+    left = [known(h.value(names[0], head)) for head in range(h.heads)]
+    if min(map(len, left)) < 5:
+        return None
+    shares = [values[-1] / values[0] for values in left]
+    if max(shares) > 0.8 and min(shares) < 0.5:
+        head = int(np.argmax(shares))
+        text = (
+            f"{names[0]} of head {head} stays at {shares[head]:.0%} of its first value, that of "
+            f"head {int(np.argmin(shares))} falls to {min(shares):.0%}."
+        )
+        remedy = "Give each head its term in the trained loss, with its own target."
+        return Finding("head-idle", int(h.steps[0]), text, remedy)
+    return None
+
+
+def mode_gap(h: History) -> Finding | None:
+    shifted, moved = h.get("body/statistics_moved"), h.get("body/moved")
+    batches, momentum = h.get("body/batches"), h.get("body/momentum")
+    stands = holds(shifted <= 1e-7, shifted, least=2) and np.nanmax(moved) > 1e-4
+    left = (1 - momentum) ** batches
+    slow = len(known(left)) and known(left)[-1] > 0.5 and np.nanmax(batches) >= 50
+    if not stands and not slow:
+        return None
+    text = "The statistics of batch norm do not follow the training"
+    if stands:
+        text += f": they have not moved in {len(known(shifted))} observations"
+    else:
+        text += f": after {np.nanmax(batches):.0f} batches {known(left)[-1]:.0%} is their start"
+    text += ", so eval() gives another network than train()."
+    remedy = "Give batch norm a momentum of 0.1, or take group norm."
+    return Finding("mode-gap", int(h.steps[0]), text, remedy)
+
+
+def terms_opposed(h: History) -> Finding | None:
+    for i, a in enumerate(h.terms):
+        for b in h.terms[i + 1 :]:
+            cosine = h.cosine(a, b)
+            late = known(cosine)[len(known(cosine)) // 2 :]
+            if len(late) >= 4 and (late < -0.5).mean() > 0.8:
+                text = (
+                    f"{a} and {b} pull against each other: the cosine of their gradients is "
+                    f"{np.mean(late):.2f} in the second half."
+                )
+                remedy = "Train with one of them, or fade one out."
+                return Finding("terms-opposed", since(h, cosine < -0.5) or 0, text, remedy)
+    return None
+
+
+def terms_unbalanced(h: History) -> Finding | None:
+    if not h.trained or len(h.terms) < 2:
+        return None
+    for a in h.terms:
+        others = [b for b in h.terms if b != a and np.nanmax(h.norm(b)) > 0]
+        own = h.cosine(h.trained, a)
+        apart = [b for b in others if np.nanmin(np.abs(h.cosine(a, b))) < 0.9]
+        if apart and holds(own > 0.9999, own, least=4):
+            text = (
+                f"{a} does all the work: the cosine of its gradient with that of {h.trained} is "
+                f"at least {np.nanmin(own):.5f}, and {apart[0]} changes nothing."
+            )
+            remedy = f"Raise the weight of {apart[0]}, or leave it out."
+            return Finding("terms-unbalanced", int(h.steps[0]), text, remedy)
+    return None
+
+
+# -- where the training has gone -------------------------------------------------------------------
+
+
+def constant_since(h: History) -> tuple[int, int] | None:
+    """The class that is predicted everywhere at the end, and the first observation of that."""
+    hard, label = h.by_class("hard"), h.by_class("label")
+    is_multilabel = h.activation == "sigmoid" and h.classes > 2
+    if is_multilabel or len(h) < 5:
+        return None
+    there = ~np.isnan(hard[:, 0])
+    if there.sum() < 5 or not there[-1]:
+        return None
+    c = int(np.nanargmax(hard[-1]))
+    alone = (hard[:, c] > 0.9999) & (label[:, c] < 0.9999)
+    places = np.flatnonzero(~alone & there & (label[:, c] < 0.9999))
+    begin = int(places[-1]) + 1 if len(places) else 0
+    if len(h) - begin < 3 or not alone[-3:].any():
+        return None
+    return c, begin
+
+
+def collapsed(h: History) -> Finding | None:
+    if (found := constant_since(h)) is None:
+        return None
+    c, begin = found
+    # A network that starts to learn often predicts one class for a while.
+    if not h.is_over and h.steps[-1] - h.steps[begin] < max(300, h.steps[-1] / 2):
+        return None
+    label = h.by_class("label")[begin:, c]
+    what = ("background" if c == 0 else "foreground") if h.classes == 2 else f"class {c}"
+    text = (
+        f"Every pixel is predicted as {what} since step {h.steps[begin]}, although "
+        f"{1 - np.nanmean(label):.2%} of the labels are something else"
+    )
+    constant = h.answer("constant")
+    if h.trained and np.isfinite(constant):
+        text += (
+            f"; {h.trained} is {known(h.value(h.trained))[-1]:.4g}, the best constant answer has "
+            f"{constant:.4g}"
+        )
+    remedy = (
+        "Use batch norm, class weights or a Dice with squared denominator, or add cross entropy."
+    )
+    return Finding("collapsed", int(h.steps[begin]), f"{text}.", remedy)
+
+
+def saturated(h: History) -> Finding | None:
+    flat, wrong = h.sign("saturated"), h.sign("wrong")
+    late = (flat > 0.99) & (wrong > 0.02)
+    if len(known(flat)) < 5 or not holds(late[-3:], flat[-3:], least=3):
+        return None
+    places = np.flatnonzero(~late & ~np.isnan(flat))
+    begin = int(places[-1]) + 1 if len(places) else 0
+    text = (
+        f"The softmax has no slope left at {flat[-1]:.1%} of the pixels since step "
+        f"{h.steps[begin]}, while the mean error is {wrong[-1]:.3f}: no gradient leads back."
+    )
+    remedy = "Start again with a smaller learning rate, batch norm, or cross entropy added."
+    return Finding("saturated", int(h.steps[begin]), text, remedy)
+
+
+def floor(h: History) -> Finding | None:
+    if not h.trained:
+        return None
+    values, norms = known(h.value(h.trained)), known(h.norm(h.trained))
+    if len(values) < 8 or values[0] <= 0 or len(norms) < 8:
+        return None
+    if not h.is_over and h.steps[-1] < 300:
+        return None
+    if not (values[-3:].min() > 0.9 * values[0] and norms[-3:].max() < 0.05 * norms[0]):
+        return None
+    text = (
+        f"{h.trained} stands at {values[-1]:.4g} of {values[0]:.4g} at the start, and its gradient "
+        f"has fallen to {norms[-1] / norms[0]:.1%}."
+    )
+    remedy = "Compare its value at a perfect answer; add cross entropy, or change the smoothing."
+    return Finding("floor", int(h.steps[0]), text, remedy)
+
+
+RULES: tuple[Rule, ...] = (
+    labels_outside,
+    labels_overlap,
+    no_foreground,
+    activation_twice,
+    activation_missing,
+    output_limited,
+    not_finite,
+    dead_term,
+    ignored_counted,
+    opposed,
+    absent_class,
+    empty_masks,
+    head_labels,
+    head_idle,
+    off_direction,
+    scale,
+    elsewhere,
+    out_of_range,
+    frozen,
+    diverges,
+    mode_gap,
+    terms_opposed,
+    terms_unbalanced,
+    collapsed,
+    saturated,
+    floor,
+)
+# Findings that follow from the first one, and are not named after it.
+BECAUSE: dict[str, tuple[str, ...]] = {
+    "activation-twice": ("output-limited", "off-direction"),
+    "ignored-counted": ("scale",),
+    "dead-term": ("scale", "frozen"),
+}

@@ -1,0 +1,100 @@
+"""The findings of a run that stands on the disk, and the command that prints them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from losswatch.data.form import IGNORED
+from losswatch.disk.curves import SIGNS_FILE, read_curves, read_signs, was_written_by_0_1
+from losswatch.disk.result import Result
+from losswatch.doctor.doctor import kind_of, terms_of
+from losswatch.doctor.findings import Finding, diagnose
+from losswatch.doctor.history import SIGN, History
+from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS
+from losswatch.presets import list_losses, load_loss
+from losswatch.text import printable
+
+FOUND = 3  # the exit status of `losswatch diagnose` if something was found
+
+
+def findings_of(folder: Path, trained: str | None) -> list[Finding]:
+    """The findings from the record in a run's folder; none if it holds no signs.
+
+    Args:
+        trained: the name of the loss that trains.
+    """
+    signs, curves = read_signs(folder), read_curves(folder)
+    if signs.empty:
+        return []
+    watched = (LOSS, GRAD_NORM, GRAD_COSINE)
+    table = signs.join(curves[[tag for tag in curves if tag.startswith(watched)]])
+    names = [tag.removeprefix(LOSS) for tag in table if tag.startswith(LOSS)]
+    presets = set(list_losses())
+    losses = {name: load_loss(name) for name in names if name in presets}
+    heads = [tag for tag in signs if tag.startswith(f"{SIGN}out_min.")]
+    classes = [tag for tag in signs if tag.startswith(f"{SIGN}soft/") and tag.endswith(".0")]
+    history = History(
+        steps=table.index.to_numpy(),
+        numbers={tag: table[tag].to_numpy(np.float64) for tag in table},
+        kinds={name: kind_of(losses[name]) if name in losses else "own" for name in names},
+        trained=trained,
+        terms=terms_of(losses, trained) if trained in losses else (),
+        activation="sigmoid" if signs[f"{SIGN}multilabel.0"].max() == 1 else "softmax",
+        ignore_index=IGNORED,
+        heads=len(heads),
+        classes=len(classes),
+    )
+    return diagnose(history)
+
+
+def as_dicts(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Findings as result.json holds them."""
+    return [finding._asdict() for finding in findings]
+
+
+def print_findings(arguments: Sequence[str]) -> None:
+    """`losswatch diagnose RUN ...`: print what is wrong with runs.
+
+    Raises:
+        SystemExit: with status 2 if a folder holds no run that can be read, else 3 if something
+            was found.
+    """
+    if not arguments or any(a.startswith("-") for a in arguments):
+        print("usage: losswatch diagnose outputs/<sweep>/<run> ...")
+        raise SystemExit(0 if set(arguments) & {"-h", "--help"} else 2)
+    status = 0
+    for argument in arguments:
+        folder = Path(argument)
+        if (line := _why_not(folder)) is not None:
+            print(f"{printable(folder)}: {line}", file=sys.stderr)
+            status = 2
+            continue
+        result = Result.read(folder)
+        found = findings_of(folder, result.choices.get("loss")) if result else []
+        print(f"{printable(folder)}: {len(found) or 'nothing'} found")
+        for finding in found:
+            print(f"  {finding.name}, since step {finding.step}: {finding.text}")
+            print(f"    {finding.remedy}")
+        status = max(status, FOUND) if found and status != 2 else status
+    if status:
+        raise SystemExit(status)
+
+
+def _why_not(folder: Path) -> str | None:
+    """Why a folder cannot be diagnosed, or None."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        result = Result.read(folder)
+    except ValueError as error:
+        return str(error)
+    if result is None or not result.config:
+        return "holds no run of losswatch that has begun; give outputs/<sweep>/<run>"
+    if was_written_by_0_1(folder) or not (folder / SIGNS_FILE).exists():
+        return "holds no signs: the run was trained before 0.3, or with probe.every_n_steps=0"
+    return None
