@@ -27,8 +27,8 @@ from losswatch.disk.result import Result, finished
 from losswatch.disk.resume import check_folder, check_run, log_resume
 from losswatch.doctor.findings import Finding
 from losswatch.doctor.on_disk import as_dicts, findings_of
-from losswatch.events.encode import append_picture
-from losswatch.events.tags import CURVES
+from losswatch.events.encode import append_picture, append_text
+from losswatch.events.tags import CURVES, FINDINGS
 from losswatch.run import train as run
 from losswatch.run.plan import Plan
 from losswatch.run.process import only_errors, quiet
@@ -320,7 +320,7 @@ def _display_name(job: Job, file: str = "") -> str:
 
 
 def _draw_curves(plan: Plan, step: int, findings: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Draw the run's curves: into its folder, and for TensorBoard, whose charts colour by run.
+    """Draw the run's curves with its findings: into its folder, and for TensorBoard.
 
     An error becomes a warning: it does not make the run a failed one.
     """
@@ -334,6 +334,9 @@ def _draw_curves(plan: Plan, step: int, findings: Sequence[Mapping[str, Any]] = 
         plot_curves(curves, file, title=plan.folder.name, trained=trained, findings=findings)
         if events := event_files(plan.folder):
             append_picture(max(events), CURVES, file.read_bytes(), step)
+            if findings:
+                text = "\n\n".join(Finding(**finding).line() for finding in findings)
+                append_text(max(events), FINDINGS, text, step)
     except Exception as error:
         name = _display_name(plan.settings.job, PICTURE)
         log.warning("%s cannot be drawn: %s", name, one_line(error))

@@ -49,9 +49,7 @@ class Curves:
         rows, columns: the names of the two files.
     """
 
-    def __init__(
-        self, folder: Path, rows: str = ROWS_FILE, columns: str = COLUMNS_FILE
-    ) -> None:
+    def __init__(self, folder: Path, rows: str = ROWS_FILE, columns: str = COLUMNS_FILE) -> None:
         self.folder, self.rows_file, self.columns_file = folder, rows, columns
         self.columns: list[str] = []  # of the rows that are being appended
 

@@ -16,7 +16,9 @@ ANSWERS = (
     "perfect",  # its value at logits of 20 for the true class against the others
     "perfect_half",  # the same at logits of 10
     "perfect_quarter",  # the same at logits of 5
-    "opposite",  # at logits of 20 for a wrong class
+    "opposite",  # at logits of 20 for the wrong classes
+    "opposite_half",  # the same at logits of 10
+    "background",  # at logits of 20 for the background everywhere
     "constant",  # the smallest value of a constant answer
     "constant_share",  # the foreground's probability in that answer
 )
@@ -47,11 +49,14 @@ def ask(
         return loss(answer.to(output.dtype), target).detach().float().reshape(())
 
     sure = 2 * y - 1
-    known = [value(factor * sure) for factor in (10, 5, 2.5, -10)]
+    known = [value(factor * sure) for factor in (10, 5, 2.5, -10, -5)]
+    nothing = torch.zeros_like(y)
+    nothing[:, 0] = 20
+    known.append(value(nothing))
     constants, shares = _constants(y)
     values = torch.stack([value(z.expand_as(y)) for z in constants])
-    best = values.nan_to_num(torch.inf).argmin()
-    return torch.stack([*known, values[best], shares[best]])
+    best = values.nan_to_num(torch.inf).argmin(keepdim=True)  # as a tensor: reading it would wait
+    return torch.cat([torch.stack(known), values.gather(0, best), shares.gather(0, best)])
 
 
 def _constants(y: Tensor) -> tuple[list[Tensor], Tensor]:

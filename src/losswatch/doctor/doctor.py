@@ -209,9 +209,10 @@ class Doctor:
                 and m.training and m.running_mean is not None
             ]  # fmt: skip
             shifted, self.statistics = _moved(
-                self.statistics, [x for m in norms for x in (m.running_mean, m.running_var)]
+                self.statistics,
+                [x for m in norms for x in (m.running_mean, m.running_var) if x is not None],
             )
-            tracked = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+            tracked = [c for m in norms if (c := m.num_batches_tracked) is not None]
             batches = torch.stack(tracked).amax().float() if tracked else nothing
             momenta = [m.momentum for m in norms if m.momentum is not None]
             momentum = nothing.new_full((), min(momenta)) if momenta else nothing

@@ -15,6 +15,10 @@ from losswatch.doctor.history import History
 from losswatch.doctor.signs import ENDS
 
 MOST = 3  # findings that are named
+COLLAPSE = 100.0  # the score above which a collapse is foreseen
+AGAINST_COLLAPSE = (
+    "Use batch norm, class weights or a Dice with squared denominator, or add cross entropy."
+)
 
 
 class Finding(NamedTuple):
@@ -59,8 +63,33 @@ def since(h: History, is_so: np.ndarray) -> int | None:
 
 
 def known(x: np.ndarray) -> np.ndarray:
-    """The numbers that are not NaN."""
+    """The numbers of x, of any shape, that are not NaN."""
     return x[~np.isnan(x)]
+
+
+def first(x: np.ndarray) -> float:
+    """The first number that is not NaN; NaN if there is none."""
+    return float(known(x)[0]) if len(known(x)) else float("nan")
+
+
+def lowest(x: np.ndarray) -> float:
+    """The smallest number that is not NaN; NaN if there is none."""
+    return float(known(x).min()) if len(known(x)) else float("nan")
+
+
+def highest(x: np.ndarray) -> float:
+    """The largest number that is not NaN; NaN if there is none."""
+    return float(known(x).max()) if len(known(x)) else float("nan")
+
+
+def average(x: np.ndarray) -> float:
+    """The mean of the numbers that are not NaN; NaN if there are none."""
+    return float(known(x).mean()) if len(known(x)) else float("nan")
+
+
+def middle(x: np.ndarray) -> float:
+    """The median of the numbers that are not NaN; NaN if there are none."""
+    return float(np.median(known(x))) if len(known(x)) else float("nan")
 
 
 def holds(is_so: np.ndarray, x: np.ndarray, least: int = 1) -> bool:
@@ -86,8 +115,7 @@ def best_perfect(h: History) -> float:
 
 def first_value(h: History) -> float:
     """The first value of the trained loss."""
-    values = known(h.value(h.trained)) if h.trained else np.array([])
-    return float(values[0]) if len(values) else float("nan")
+    return first(h.value(h.trained)) if h.trained else float("nan")
 
 
 def foreground(h: History, name: str, head: int = 0) -> np.ndarray:
@@ -105,7 +133,7 @@ def labels_outside(h: History) -> Finding | None:
         outside = (low < -1e-4) | (high > largest + 1e-4)
         if (step := since(h, outside)) is not None:
             text = (
-                f"The labels go from {np.nanmin(low):g} to {np.nanmax(high):g}, "
+                f"The labels go from {lowest(low):g} to {highest(high):g}, "
                 f"but {largest + 1} classes have labels from 0 to {largest}."
             )
             remedy = (
@@ -114,7 +142,7 @@ def labels_outside(h: History) -> Finding | None:
             )
             return Finding("labels-outside", step, text, remedy)
         if holds((high > 0) & (high < 0.05), high):
-            text = f"The largest label is {np.nanmax(high):.3g}, so the labels were divided twice."
+            text = f"The largest label is {highest(high):.3g}, so the labels were divided twice."
             remedy = "Divide masks by 255 only where they hold 255."
             return Finding("labels-outside", int(h.steps[0]), text, remedy)
     for step, line in h.errors:
@@ -127,7 +155,7 @@ def labels_overlap(h: History) -> Finding | None:
     sums = h.sign("label_sum")
     if h.activation == "sigmoid" or (step := since(h, sums > 1.01)) is None:
         return None
-    text = f"The labels of a pixel add to up to {np.nanmax(sums):g}, but a softmax adds to 1."
+    text = f"The labels of a pixel add to up to {highest(sums):g}, but a softmax adds to 1."
     remedy = "Let each channel have a sigmoid of its own (activation='sigmoid')."
     return Finding("labels-overlap", step, text, remedy)
 
@@ -147,26 +175,24 @@ def no_foreground(h: History) -> Finding | None:
 
 
 def activation_twice(h: History) -> Finding | None:
-    low, high, off, ends = (h.sign(n) for n in ("out_min", "out_max", "out_sum", "ends_in"))
-    several = h.sign("alike/1").size and h.sign("shift")
+    low, high, off = h.sign("out_min"), h.sign("out_max"), h.sign("out_sum")
+    end, shift = first(h.sign("ends_in")), first(h.sign("shift"))
     is_share = (low >= 0) & (high <= 1 + 1e-6) & (high - low > 1e-4)
-    adds = off < 1e-3
-    ends_so = known(ends)[:1]
-    shift = known(several)[:1] if several is not None else np.array([])
-    takes_softmax = len(shift) and shift[0] < 1e-4
-    by_graph = len(ends_so) and int(ends_so[0]) in (1, 2)
-    if h.activation == "none" and not (takes_softmax and holds(is_share & adds, low)):
-        return None
+    adds, by_graph = holds(off < 1e-3, off), end in (1, 2)
+    takes_softmax = shift < 1e-4
+    if h.activation == "none" and not (takes_softmax and adds):
+        return None  # the loss reads probabilities, as it should
     if not holds(is_share, low, least=1 if by_graph else 3):
         return None
     if h.trained and not np.isfinite(best_perfect(h)):
         return None  # the loss takes no logits
-    what = ENDS[int(ends_so[0])] if by_graph else ("softmax" if holds(adds, off) else "sigmoid")
-    if what == "softmax" and len(shift) and not takes_softmax:
-        return None
+    what = ENDS[int(end)] if by_graph else "softmax" if adds else "sigmoid"
+    if what == "softmax" and shift >= 1e-4:
+        return None  # the trained loss takes no softmax; only the presets do
+    sums = ", adding to 1" if adds else ""
     text = (
-        f"The output is a probability already (from {np.nanmin(low):.3g} to {np.nanmax(high):.3g}"
-        f"{', adding to 1' if holds(adds, off) else ''}), and the loss applies its {what} again."
+        f"The output is a probability already (from {lowest(low):.3g} to {highest(high):.3g}{sums})"
+        f", and the loss applies its {what} again."
     )
     remedy = f"Return the logits: take the {what} out of the network, or out of the loss."
     return Finding("activation-twice", int(h.steps[0]), text, remedy)
@@ -175,11 +201,13 @@ def activation_twice(h: History) -> Finding | None:
 def activation_missing(h: History) -> Finding | None:
     for step, line in h.errors:
         if "activation='none' is for probabilities" in line:
-            low, high = np.nanmin(h.sign("out_min")), np.nanmax(h.sign("out_max"))
-            text = f"The loss reads probabilities, but the output goes from {low:.3g} to {high:.3g}."
+            low, high = lowest(h.sign("out_min")), highest(h.sign("out_max"))
+            text = (
+                f"The loss reads probabilities, but the output goes from {low:.3g} to {high:.3g}."
+            )
             return Finding("activation-missing", step, text, "Apply softmax or sigmoid first.")
-    low, high = h.sign("out_min"), h.sign("out_max")
-    if not h.trained or holds((low >= 0) & (high <= 1), low):
+    least, most = h.sign("out_min"), h.sign("out_max")
+    if not h.trained or holds((least >= 0) & (most <= 1), least):
         return None
     loud, half, opposite = (h.answer(n) for n in ("perfect", "perfect_half", "opposite"))
     start, best = first_value(h), best_perfect(h)
@@ -187,14 +215,13 @@ def activation_missing(h: History) -> Finding | None:
         return None
     size = max(abs(opposite - best), abs(start - best), 1e-12)
     is_loud = abs(loud - half) > 0.05 * size
-    shift = known(h.sign("shift"))[:1]
-    no_softmax = bool(len(shift) and shift[0] > 0.05) or h.classes == 2
+    no_softmax = first(h.sign("shift")) > 0.05 or h.classes == 2
     outside = best > 1.05 or best < -1.05
     is_wrong = best > min(start, h.answer("constant")) and outside and no_softmax
     if not (is_loud or is_wrong):
         return None
     text = (
-        f"The loss takes the output as it is ({np.nanmin(low):.3g} to {np.nanmax(high):.3g}): a "
+        f"The loss takes the output as it is ({lowest(least):.3g} to {highest(most):.3g}): a "
         f"perfect answer has {half:.3g} with logits of 10 and {loud:.3g} with logits of 20."
     )
     remedy = "Apply the softmax or sigmoid that the loss needs."
@@ -205,12 +232,11 @@ def output_limited(h: History) -> Finding | None:
     if h.activation == "none":
         return None
     low, high, zeros = h.sign("out_min"), h.sign("out_max"), h.sign("zeros")
-    ends = known(h.sign("ends_in"))[:1]
-    end = int(ends[0]) if len(ends) else 0
+    end = first(h.sign("ends_in"))
     step, remedy = int(h.steps[0]), "Let the network end in its last convolution."
     if end == 3 or holds((low >= 0) & (zeros > 0.02), low, least=3):
         text = (
-            f"The output is never below {max(0.0, np.nanmin(low)):.3g}, and {np.nanmean(zeros):.0%}"
+            f"The output is never below {max(0.0, lowest(low)):.3g}, and {average(zeros):.0%}"
             " of it is exactly 0, so the loss cannot push a class down."
         )
         return Finding("output-limited", step, text, remedy)
@@ -221,8 +247,8 @@ def output_limited(h: History) -> Finding | None:
         text = "The outputs of each pixel have length 1, so no probability comes near 0 or 1."
     elif end == 6 or holds(centre < 1e-3, centre, least=2):
         text = "A normalisation stands after the last convolution, so each channel has mean 0."
-    elif end in (4, 5) or (holds(largest <= 1, largest, least=5) and np.nanmax(largest) > 0.98):
-        text = f"The output is limited to {-np.nanmax(largest):.3g} to {np.nanmax(largest):.3g}."
+    elif end in (4, 5) or (holds(largest <= 1, largest, least=5) and highest(largest) > 0.98):
+        text = f"The output is limited to {-highest(largest):.3g} to {highest(largest):.3g}."
     else:
         return None
     return Finding("output-limited", step, text, remedy)
@@ -232,7 +258,9 @@ def output_limited(h: History) -> Finding | None:
 
 
 def not_finite(h: History) -> Finding | None:
-    outputs = np.isnan(h.sign("out_max")) | np.isinf(h.sign("out_max")) | np.isinf(h.sign("out_min"))
+    outputs = (
+        np.isnan(h.sign("out_max")) | np.isinf(h.sign("out_max")) | np.isinf(h.sign("out_min"))
+    )
     outputs &= ~np.isnan(h.sign("bits"))
     own = {n: (h.value(n), h.norm(n)) for n, kind in h.kinds.items()
            if kind == "own" or n == h.trained}  # fmt: skip
@@ -248,7 +276,7 @@ def not_finite(h: History) -> Finding | None:
         i = int(np.flatnonzero(h.steps == step)[0])
         half = h.sign("bits")[i] == 16
         value, norm = own[name][0][i], own[name][1][i]
-        what = f"value {value:.4g}, gradient norm {norm:.4g}"
+        what = f"value {value:.4g}, gradient norm {norm:.4g}".replace("nan", "NaN")
         text = f"{name} is not finite at step {step} ({what}), while the output is finite"
         if half:
             text += " and of half precision: its sums over pixels pass what 16 bits hold."
@@ -258,7 +286,7 @@ def not_finite(h: History) -> Finding | None:
         return Finding("not-finite", step, text, remedy)
     if first_output is None:
         return None
-    half = np.nanmin(h.sign("bits")) == 16
+    half = lowest(h.sign("bits")) == 16
     text = f"The network's output is not finite from step {first_output} on."
     if h.trained and np.isfinite(h.value(h.trained)[h.steps < first_output]).any():
         last = known(h.value(h.trained))[-1]
@@ -292,7 +320,7 @@ def dead_term(h: History) -> Finding | None:
         text = f"{name} has no gradient at any of {len(known(norm))} observations"
         text += f" (its value is {value[-1]:.4g})" if len(value) else ""
         if len(known(yard)):
-            text += f", while the watched losses have norms up to {np.nanmax(yard):.3g}"
+            text += f", while the watched losses have norms up to {highest(yard):.3g}"
         remedy = (
             "Look for a threshold, an argmax, detach(), .item() or a softmax of one channel in it."
         )
@@ -302,13 +330,13 @@ def dead_term(h: History) -> Finding | None:
 
 def ignored_counted(h: History) -> Finding | None:
     counted = h.sign("counted")
-    if h.ignore_index is None or not h.trained or not np.nanmean(counted) < 0.98:
+    if h.ignore_index is None or not h.trained or not average(counted) < 0.98:
         return None
     pulled = h.sign("pull_ignored")
     if holds(pulled > 1e-3, pulled):
         text = (
-            f"{np.nanmean(pulled):.0%} of the gradient of {h.trained} comes from the "
-            f"{1 - np.nanmean(counted):.0%} of pixels that are to be ignored."
+            f"{average(pulled):.0%} of the gradient of {h.trained} comes from the "
+            f"{1 - average(counted):.0%} of pixels that are to be ignored."
         )
         remedy = "Leave the ignored pixels out of all sums of the loss."
         return Finding("ignored-counted", int(h.steps[0]), text, remedy)
@@ -318,8 +346,8 @@ def ignored_counted(h: History) -> Finding | None:
             (np.abs(ratio / counted - 1) < 0.1) & (h.cosine(h.trained, name) > 0.999), ratio, 2
         ):
             text = (
-                f"{h.trained} is {np.nanmean(ratio):.3g} of {name}, which is the share of pixels "
-                f"that count ({np.nanmean(counted):.3g}): its mean runs over ignored pixels, too."
+                f"{h.trained} is {average(ratio):.3g} of {name}, which is the share of pixels "
+                f"that count ({average(counted):.3g}): its mean runs over ignored pixels, too."
             )
             remedy = "Divide by the number of pixels that count."
             return Finding("ignored-counted", int(h.steps[0]), text, remedy)
@@ -327,7 +355,46 @@ def ignored_counted(h: History) -> Finding | None:
 
 
 def absent_class(h: History) -> Finding | None:
-    return None
+    if not h.trained or h.classes < 3:
+        return None
+    best, loud, half = best_perfect(h), h.answer("perfect"), h.answer("perfect_half")
+    start = min(first_value(h), h.answer("constant"))
+    label = h.by_class("label")
+    absent = h.sign("pull_absent")
+    if not (start > 0 and best > 0.3 * start and abs(loud - half) < 0.02):
+        return None
+    if not (np.nan_to_num(label) <= 0).any() and not highest(absent) > 0.1:
+        return None
+    text = (
+        f"Even a perfect answer leaves {h.trained} at {best:.3g} (it starts at "
+        f"{first_value(h):.3g}), because images lack some of the {h.classes} classes"
+    )
+    if highest(absent) > 0.01:
+        text += f"; up to {highest(absent):.0%} of its gradient comes from classes that are absent"
+    remedy = (
+        "Leave absent classes out of the mean and of the weights, or take the sums over the batch."
+    )
+    return Finding("absent-class", int(h.steps[0]), f"{text}.", remedy)
+
+
+def smoothing(h: History) -> Finding | None:
+    if not h.trained:
+        return None
+    best, opposite = best_perfect(h), h.answer("opposite")
+    size = opposite - best
+    is_bounded = abs(opposite - h.answer("opposite_half")) < 0.05 * size
+    nothing = (h.answer("background") - best) / size if size else float("nan")
+    share = average(foreground(h, "label")[:3])
+    norm = h.norm(h.trained)[:3] / yard_norm(h, "dice_fg", "dice")[:3]
+    if not (is_bounded and nothing < 0.3 and 0 < share < 0.3 and holds(norm < 0.2, norm)):
+        return None
+    text = (
+        f"An answer without any foreground has {h.answer('background'):.3g} of {h.trained}, the "
+        f"opposite of the labels {opposite:.3g}, and the gradient is {middle(norm):.2g} of that of "
+        "Dice: the smoothing is larger than the sums over the pixels."
+    )
+    remedy = "Take a smoothing of 1e-5 to 1, or the sums over the batch."
+    return Finding("smoothing", int(h.steps[0]), text, remedy)
 
 
 def empty_masks(h: History) -> Finding | None:
@@ -339,7 +406,7 @@ def empty_masks(h: History) -> Finding | None:
     if not (ratio < 1e-3).all():
         return None
     text = (
-        f"{np.nanmean(empty):.0%} of the images hold no foreground, and {h.trained} sends them "
+        f"{average(empty):.0%} of the images hold no foreground, and {h.trained} sends them "
         f"{np.max(ratio):.0e} of the gradient of other images: false positives there are free."
     )
     remedy = "Take the sums of the loss over the batch, or add cross entropy."
@@ -349,11 +416,11 @@ def empty_masks(h: History) -> Finding | None:
 def frozen(h: History) -> Finding | None:
     moved = h.get("body/moved")
     norm = np.fmax(yard_norm(h), h.norm(h.trained) if h.trained else np.nan)
-    if not holds(moved < 5e-5, moved, least=3) or not np.nanmax(norm) > 1e-6:
+    if not holds(moved < 5e-5, moved, least=3) or not highest(norm) > 1e-6:
         return None
     text = (
-        f"The weights move by at most {np.nanmax(moved):.1e} of their size between observations, "
-        f"although there is a gradient (norm {np.nanmax(norm):.3g})."
+        f"The weights move by at most {highest(moved):.1e} of their size between observations, "
+        f"although there is a gradient (norm {highest(norm):.3g})."
     )
     remedy = (
         "Look at the learning rate, at clipping before the scale of mixed precision is removed, "
@@ -376,7 +443,7 @@ def opposed(h: History) -> Finding | None:
     if prefers:
         text += f": the opposite of the labels has {opposite:.3g}, a perfect answer {perfect:.3g}"
     if against:
-        text += f" (cosine with {against[0]} {np.nanmean(cosines[against[0]]):.2f})"
+        text += f" (cosine with {against[0]} {average(cosines[against[0]]):.2f})"
     remedy = "Look at the sign of the loss, and at the order of the classes in labels and output."
     return Finding("opposed", int(h.steps[0]), f"{text}.", remedy)
 
@@ -390,13 +457,13 @@ def scale(h: History) -> Finding | None:
     step = int(h.steps[0])
     if holds(large > 50, large):
         text = (
-            f"The gradient of {h.trained} is {np.nanmedian(large):.3g} times that of cross entropy"
+            f"The gradient of {h.trained} is {middle(large):.3g} times that of cross entropy"
             f" (its value starts at {first_value(h):.4g})."
         )
         remedy = "Take the mean over the pixels instead of the sum, or divide the learning rate."
         return Finding("scale", step, text, remedy)
     if holds(small < 0.05, small):
-        text = f"The gradient of {h.trained} is {np.nanmedian(small):.2g} of that of Dice."
+        text = f"The gradient of {h.trained} is {middle(small):.2g} of that of Dice."
         remedy = "Look at its smoothing, its weights and what it divides by; or add cross entropy."
         return Finding("scale", step, text, remedy)
     return None
@@ -408,7 +475,7 @@ def out_of_range(h: History) -> Finding | None:
     values = h.value(h.trained)
     if (step := since(h, values < -1.01)) is None:
         return None
-    text = f"{h.trained} is {np.nanmin(values):.4g}, below what a mean of segmentation losses has."
+    text = f"{h.trained} is {lowest(values):.4g}, below what a mean of segmentation losses has."
     return Finding("out-of-range", step, text, "Look at the labels, and at what it divides by.")
 
 
@@ -443,12 +510,19 @@ def elsewhere(h: History) -> Finding | None:
 def diverges(h: History) -> Finding | None:
     if not h.trained:
         return None
-    values = h.value(h.trained)
+    values, moved = h.value(h.trained), h.get("body/moved")
     start = first_value(h)
-    if (step := since(h, values > 10 * max(abs(start), 1e-3))) is None:
-        return None
-    text = f"{h.trained} grows from {start:.4g} to {np.nanmax(values):.4g}."
-    return Finding("diverges", step, text, "Divide the learning rate by ten.")
+    remedy = "Divide the learning rate by ten."
+    if (step := since(h, values > 10 * max(abs(start), 1e-3))) is not None:
+        text = f"{h.trained} grows from {start:.4g} to {highest(values):.4g}."
+        return Finding("diverges", step, text, remedy)
+    if (step := since(h, moved > 0.9)) is not None:
+        text = (
+            f"The weights move by up to {highest(moved):.2f} of their size between two "
+            "observations: the steps replace the network instead of changing it."
+        )
+        return Finding("diverges", step, text, remedy)
+    return None
 
 
 # -- several outputs, several modes, several terms -------------------------------------------------
@@ -457,11 +531,11 @@ def diverges(h: History) -> Finding | None:
 def head_labels(h: History) -> Finding | None:
     first = h.sign("empty", 0)
     for head in range(1, h.heads):
-        more = np.nanmean(h.sign("empty", head) - first)
+        more = average(h.sign("empty", head) - first)
         if more > 0.1:
             text = (
-                f"{np.nanmean(h.sign('empty', head)):.0%} of the images have no foreground in the "
-                f"labels of head {head}, but {np.nanmean(first):.0%} in those of head 0."
+                f"{average(h.sign('empty', head)):.0%} of the images have no foreground in the "
+                f"labels of head {head}, but {average(first):.0%} in those of head 0."
             )
             remedy = "Make coarse labels by max pooling, so that small objects stay."
             return Finding("head-labels", int(h.steps[0]), text, remedy)
@@ -490,16 +564,19 @@ def head_idle(h: History) -> Finding | None:
 def mode_gap(h: History) -> Finding | None:
     shifted, moved = h.get("body/statistics_moved"), h.get("body/moved")
     batches, momentum = h.get("body/batches"), h.get("body/momentum")
-    stands = holds(shifted <= 1e-7, shifted, least=2) and np.nanmax(moved) > 1e-4
+    stands = holds(shifted <= 1e-7, shifted, least=2) and highest(moved) > 1e-4
     left = (1 - momentum) ** batches
-    slow = len(known(left)) and known(left)[-1] > 0.5 and np.nanmax(batches) >= 50
-    if not stands and not slow:
+    slow = len(known(left)) and known(left)[-1] > 0.5 and highest(batches) >= 50
+    newest = holds(momentum >= 0.9, momentum, least=3)
+    if not stands and not slow and not newest:
         return None
     text = "The statistics of batch norm do not follow the training"
-    if stands:
+    if newest:
+        text += f": with momentum {lowest(momentum):g} they are those of the last batch"
+    elif stands:
         text += f": they have not moved in {len(known(shifted))} observations"
     else:
-        text += f": after {np.nanmax(batches):.0f} batches {known(left)[-1]:.0%} is their start"
+        text += f": after {highest(batches):.0f} batches {known(left)[-1]:.0%} is their start"
     text += ", so eval() gives another network than train()."
     remedy = "Give batch norm a momentum of 0.1, or take group norm."
     return Finding("mode-gap", int(h.steps[0]), text, remedy)
@@ -524,13 +601,13 @@ def terms_unbalanced(h: History) -> Finding | None:
     if not h.trained or len(h.terms) < 2:
         return None
     for a in h.terms:
-        others = [b for b in h.terms if b != a and np.nanmax(h.norm(b)) > 0]
+        others = [b for b in h.terms if b != a and highest(h.norm(b)) > 0]
         own = h.cosine(h.trained, a)
-        apart = [b for b in others if np.nanmin(np.abs(h.cosine(a, b))) < 0.9]
+        apart = [b for b in others if lowest(np.abs(h.cosine(a, b))) < 0.9]
         if apart and holds(own > 0.9999, own, least=4):
             text = (
                 f"{a} does all the work: the cosine of its gradient with that of {h.trained} is "
-                f"at least {np.nanmin(own):.5f}, and {apart[0]} changes nothing."
+                f"at least {lowest(own):.5f}, and {apart[0]} changes nothing."
             )
             remedy = f"Raise the weight of {apart[0]}, or leave it out."
             return Finding("terms-unbalanced", int(h.steps[0]), text, remedy)
@@ -549,7 +626,7 @@ def constant_since(h: History) -> tuple[int, int] | None:
     there = ~np.isnan(hard[:, 0])
     if there.sum() < 5 or not there[-1]:
         return None
-    c = int(np.nanargmax(hard[-1]))
+    c = int(np.argmax(hard[-1]))
     alone = (hard[:, c] > 0.9999) & (label[:, c] < 0.9999)
     places = np.flatnonzero(~alone & there & (label[:, c] < 0.9999))
     begin = int(places[-1]) + 1 if len(places) else 0
@@ -569,7 +646,7 @@ def collapsed(h: History) -> Finding | None:
     what = ("background" if c == 0 else "foreground") if h.classes == 2 else f"class {c}"
     text = (
         f"Every pixel is predicted as {what} since step {h.steps[begin]}, although "
-        f"{1 - np.nanmean(label):.2%} of the labels are something else"
+        f"{1 - average(label):.2%} of the labels are something else"
     )
     constant = h.answer("constant")
     if h.trained and np.isfinite(constant):
@@ -577,10 +654,37 @@ def collapsed(h: History) -> Finding | None:
             f"; {h.trained} is {known(h.value(h.trained))[-1]:.4g}, the best constant answer has "
             f"{constant:.4g}"
         )
-    remedy = (
-        "Use batch norm, class weights or a Dice with squared denominator, or add cross entropy."
+    return Finding("collapsed", int(h.steps[begin]), f"{text}.", AGAINST_COLLAPSE)
+
+
+def score_of_collapse(h: History) -> tuple[float, int]:
+    """How strongly a collapse is foreseen from the first batch, and the class that it goes to.
+
+    The pull on all pixels alike over the pull apart, divided by slope^0.25, where slope = p(1 - p)
+    at the best constant answer, at least 1e-7. NaN where it is not known.
+    """
+    alike, apart = h.by_class("alike")[0], h.sign("apart")[0] / 2
+    share = h.answer("constant_share")
+    slope = max(share * (1 - share), 1e-7)
+    c = int(share > 0.5)
+    if h.classes != 2 or not np.isfinite([alike[1], apart, share]).all() or not alike[c] > 0:
+        return float("nan"), c
+    return float(abs(alike[1] / apart) / slope**0.25), c
+
+
+def collapse_ahead(h: History) -> Finding | None:
+    if not h.trained or h.is_over or len(h) > 3:
+        return None
+    score, c = score_of_collapse(h)
+    if not score > COLLAPSE:
+        return None
+    what = ("background", "foreground")[c]
+    text = (
+        f"{h.trained} pulls all pixels towards {what} far more than it pulls the classes apart, "
+        f"and the softmax has little slope there (score {score:.3g}, collapses were seen above "
+        f"{COLLAPSE:g})."
     )
-    return Finding("collapsed", int(h.steps[begin]), f"{text}.", remedy)
+    return Finding("collapse-ahead", int(h.steps[0]), text, AGAINST_COLLAPSE)
 
 
 def saturated(h: History) -> Finding | None:
@@ -632,6 +736,7 @@ RULES: tuple[Rule, ...] = (
     head_labels,
     head_idle,
     off_direction,
+    smoothing,
     scale,
     elsewhere,
     out_of_range,
@@ -640,6 +745,7 @@ RULES: tuple[Rule, ...] = (
     mode_gap,
     terms_opposed,
     terms_unbalanced,
+    collapse_ahead,
     collapsed,
     saturated,
     floor,

@@ -11,7 +11,7 @@ import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -113,13 +113,24 @@ def write_scalars(
 def append_picture(file: Path, tag: str, png: bytes, step: int) -> None:
     """Append a picture to an event file that is closed; `png` is the content of a PNG file."""
     # Imported late: `from losswatch import Watch` needs nothing but PyTorch.
-    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
 
     width, height = struct.unpack(">II", png[16:24])  # of every PNG
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
-    summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+    _append(file, Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def append_text(file: Path, tag: str, text: str, step: int) -> None:
+    """Append a text (Markdown) to an event file that is closed."""
+    from torch.utils.tensorboard.summary import text as text_summary
+
+    _append(file, text_summary(tag, text), step)
+
+
+def _append(file: Path, summary: Any, step: int) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
     event = Event(wall_time=time.time(), step=step, summary=summary)
     with file.open("ab") as events:
         RecordWriter(events).write(event.SerializeToString())

@@ -13,6 +13,7 @@ LOSS, GRAD_NORM, GRAD_COSINE = "loss/", "grad_norm/", "grad_cosine/"
 WATCHED = (LOSS, GRAD_NORM, GRAD_COSINE)
 
 PICTURES = "images/input_label_prediction"  # of each validation
+FINDINGS = "findings"  # a text, see doctor/README.md
 CURVES = "images/curves"  # of the whole run: each loss in a colour of its own
 
 

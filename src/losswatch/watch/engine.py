@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
+from losswatch.events.tags import FINDINGS
 from losswatch.watch.observer import Observer, Seen
 from losswatch.watch.outputs import Losses, unused_name
 from losswatch.watch.record import Record
@@ -157,7 +158,7 @@ class WatchHandler:
         for finding in self.observer.doctor.news():
             log.warning("losswatch: %s", finding.line())
             if self.writer is not None:
-                self.writer.add_text("findings", finding.line(), finding.step)
+                self.writer.add_text(FINDINGS, finding.line(), finding.step)
 
     def flush(self) -> None:
         """Write the observations since the last flush."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
+from losswatch.events.tags import FINDINGS
 from losswatch.losses.ranks import max_over_ranks
 from losswatch.watch.criterion import find_criterion, output_and_target
 from losswatch.watch.library import as_callback, have_hooks_around_backward, library
@@ -417,7 +418,7 @@ class Watch(Callback):
         for finding in self.observer.doctor.news():
             log.warning("losswatch: %s", finding.line())
             for logger in self._tensorboards(trainer):
-                logger.experiment.add_text("findings", finding.line(), finding.step)
+                logger.experiment.add_text(FINDINGS, finding.line(), finding.step)
 
     def latest(self) -> dict[str, float]:
         """The values of the last observation, for a progress bar."""
@@ -439,7 +440,7 @@ class Watch(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "write_curves"):  # that of train.py: to the run's record, too
                 logger.write_curves(self.record.tags, steps, values)
-                logger.write_signs(*self.observer.doctor.drain())
+                logger.write_signs(*self.observer.doctor.drain())  # type: ignore
             elif logger in tensorboards:
                 self.record.write(logger.experiment, steps, values)  # type: ignore
             else:

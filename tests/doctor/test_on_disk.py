@@ -1,0 +1,149 @@
+"""Findings of runs: said at the start and at the end, in result.json, the table, TensorBoard and
+the command `losswatch diagnose`."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import run_train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from losswatch.disk.curves import read_signs
+from losswatch.disk.result import Result
+from losswatch.doctor.on_disk import FOUND, findings_of, print_findings
+
+COLLAPSE = (
+    "model=convnet", "model.batch_norm=false", "theta=0.05", "data.image_size=16",
+    "data.val_size=8", "data.test_size=8", "trainer.max_steps=400", "trainer.val_check_interval=400",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A run that collapses and one that does not, as a stack and one by one."""
+    folder = tmp_path_factory.mktemp("doctor")
+    done = {}
+    for launcher in ("basic", "fused"):
+        done[launcher] = run_train(
+            "-m", "loss=dice_fg,dice_square", *COLLAPSE, f"hydra/launcher={launcher}",
+            f"hydra.sweep.dir={launcher}", cwd=folder,
+        )  # fmt: skip
+    return folder, done
+
+
+def runs(folder):
+    return {Result.read(path.parent).choices["loss"]: path.parent
+            for path in folder.glob("*/result.json")}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["basic", "fused"])
+def test_a_collapse_is_named_in_every_place(sweep, launcher, capsys):
+    folder, done = sweep
+    output = done[launcher].stdout + done[launcher].stderr
+    assert "collapsed (step" in output
+    if launcher == "basic":
+        assert "losswatch: collapse-ahead (step 0): dice_fg pulls all pixels" in output
+    found = runs(folder / launcher)
+    result = json.loads((found["dice_fg"] / "result.json").read_text())
+    [collapsed, *_] = result["findings"]
+    assert collapsed["name"] == "collapsed" and 0 <= collapsed["step"] < 300
+    assert "Every pixel is predicted as foreground since step" in collapsed["text"]
+    assert set(collapsed) == {"name", "step", "text", "remedy"}
+    assert json.loads((found["dice_square"] / "result.json").read_text())["findings"] == []
+
+    summary = pd.read_csv(folder / launcher / "summary.csv").set_index("loss")["findings"]
+    assert summary["dice_fg"].split()[0] == "collapsed" and pd.isna(summary["dice_square"])
+    assert "collapsed" in output[output.index("findings") :]  # the table
+
+    with pytest.raises(SystemExit) as status:
+        print_findings([str(found["dice_fg"])])
+    assert status.value.code == FOUND == 3
+    assert "collapsed, since step" in capsys.readouterr().out
+    print_findings([str(found["dice_square"])])
+    assert "nothing found" in capsys.readouterr().out
+
+    events = EventAccumulator(str(found["dice_fg"]))
+    events.Reload()
+    [tag] = [t for t in events.Tags()["tensors"] if t.startswith("findings")]
+    texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)]
+    assert any(text.startswith("collapsed") for text in texts)
+
+
+def test_a_stack_and_a_single_run_see_the_same_batches(sweep):
+    folder, _ = sweep
+    one, stacked = (
+        read_signs(runs(folder / launcher)["dice_square"]) for launcher in ("basic", "fused")
+    )
+    assert len(stacked) >= 8
+    first = sorted(set(one.columns) & set(stacked.columns))
+    first = [c for c in first if not c.startswith("body/") and "ends_in" not in c]
+    both = one.index.intersection(stacked.index)[:4]
+    np.testing.assert_allclose(
+        one.loc[both, first].to_numpy(), stacked.loc[both, first].to_numpy(), rtol=2e-3, atol=2e-3
+    )
+
+
+def test_the_command(sweep, tmp_path):
+    folder, _ = sweep
+    run = runs(folder / "basic")["dice_fg"]
+    done = run_train("diagnose", str(run), cwd=tmp_path, status=3)
+    assert "collapsed, since step" in done.stdout and not done.stderr
+    done = run_train("diagnose", "nowhere", str(folder), cwd=tmp_path, status=2)
+    lines = done.stderr.splitlines()
+    assert lines[0] == "nowhere: there is no such folder" and "holds no run" in lines[1]
+    assert "usage: losswatch diagnose" in run_train("diagnose", cwd=tmp_path, status=2).stdout
+
+
+def test_a_damaged_record_is_one_line(sweep, tmp_path, capsys):
+    folder, _ = sweep
+    run = shutil.copytree(runs(folder / "basic")["dice_fg"], tmp_path / "run")
+    (run / "signs.json").write_text("{")
+    print_findings([str(run)])
+    assert findings_of(run, "dice_fg") == []
+    (run / "signs.f32").unlink()
+    with pytest.raises(SystemExit) as status:
+        print_findings([str(run)])
+    assert status.value.code == 2
+    assert "holds no signs" in capsys.readouterr().err
+
+
+def test_watch_says_it_in_the_log_and_in_tensorboard(tmp_path, caplog):
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    from losswatch import Watch
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Softmax(1))
+            self.loss = nn.CrossEntropyLoss()
+
+        def training_step(self, batch, _):
+            return self.loss(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    images = torch.randn(8, 1, 8, 8)
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(images, (images[:, 0] > 0).long()), batch_size=4
+    )
+    watch = Watch(["cce", "dice"], criterion="loss", every_n_steps=1, diagnose=True)
+    logger = TensorBoardLogger(tmp_path, name=None, version="")
+    trainer = pl.Trainer(
+        max_epochs=2, logger=logger, callbacks=[watch], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(Module(), data)
+    assert [finding.name for finding in watch.findings()][:1] == ["activation-twice"]
+    said = [r.getMessage() for r in caplog.records if "activation-twice" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith("losswatch: activation-twice (step 0)")
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert any(t.startswith("findings") for t in events.Tags()["tensors"])
