@@ -160,7 +160,7 @@ def main() -> None:
         print_losses(sys.argv[2:])
         return
     if sys.argv[1:2] == ["diagnose"]:
-        from losswatch.doctor.on_disk import print_findings
+        from losswatch.report.diagnosis import print_findings
 
         print_findings(sys.argv[2:])
         return

@@ -26,9 +26,9 @@ from losswatch.disk.growing_files import event_files
 from losswatch.disk.result import Result, finished
 from losswatch.disk.resume import check_folder, check_run, log_resume
 from losswatch.doctor.findings import Finding
-from losswatch.doctor.on_disk import as_dicts, findings_of
 from losswatch.events.encode import append_picture, append_text
 from losswatch.events.tags import CURVES, FINDINGS
+from losswatch.report.diagnosis import as_dicts, findings_of
 from losswatch.run import train as run
 from losswatch.run.plan import Plan
 from losswatch.run.process import only_errors, quiet

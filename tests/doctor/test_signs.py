@@ -12,9 +12,10 @@ from small import LOSSES, Checkpointed, Drawing, Focal, batch, small
 from torch import nn
 
 from losswatch import Observer, load_loss
-from losswatch.doctor import doctor as doctor_module
-from losswatch.doctor.answers import ANSWERS, LEVELS, ask
-from losswatch.doctor.signs import ENDS, end_of, read_signs, sign_names
+from losswatch.doctor.history import ENDS
+from losswatch.watch import doctor as doctor_module
+from losswatch.watch.answers import ANSWERS, LEVELS, ask
+from losswatch.watch.signs import end_of, read_signs, sign_names
 
 
 def numbers(output, target, slope=None, activation="softmax", ignore_index=None):
@@ -246,3 +247,29 @@ def test_one_observation_is_enough_to_ask(trained_by):
 def test_a_trained_loss_that_is_not_watched_is_refused():
     with pytest.raises(ValueError, match="trained='focal': the watched losses are cce, dice"):
         Observer(["cce", "dice"], small(), trained="focal")
+
+
+class Constant(nn.Module):
+    """Answers the same for every pixel."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits.view(1, -1, 1, 1).expand(len(images), -1, *images.shape[2:])
+
+
+def first_finding(name, net, target):
+    observer = Observer(["cce", "dice", "dice_fg", name], net, trained=name)
+    observer(net(torch.zeros(len(target), 1, *target.shape[1:])), target)
+    return observer.findings()[0].name
+
+
+def test_a_loss_without_slope_and_a_smoothing_that_drowns_show_in_one_batch():
+    label = torch.zeros(1, 16, 16, dtype=torch.int64)
+    label[0, :4] = 1
+    assert first_finding("dice_square", Constant(60.0, 0.0), label) == "saturated"
+    few = torch.zeros(1, 4, 4, dtype=torch.int64)
+    few[0, 0, 0] = 1
+    assert first_finding("dice_smooth100", Constant(0.1, 0.0), few) == "smoothing"

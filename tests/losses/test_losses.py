@@ -20,7 +20,6 @@ from losswatch.losses import (
     OneHotTarget,
     Sum,
     check_inputs,
-    saturation,
 )
 from losswatch.presets import list_losses, load_loss
 
@@ -650,19 +649,6 @@ def test_ignored_pixels_count_nowhere():
         expected = plain(logits[:, :, :2], target[:, :2]).item()
         assert loss(logits, some).item() == pytest.approx(expected, abs=1e-12)
         assert gradient(loss, logits, some)[:, :, 2:].abs().max() == 0
-
-
-def test_saturation_is_told():
-    logits, target = batch(space=(16, 16))
-    assert saturation(Dice(), logits, target).reason == ""
-    far = torch.zeros(1, 2, 16, 16)
-    far[:, 0] = 60
-    seen = saturation(load("dice_fg"), far, torch.ones(1, 16, 16, dtype=torch.int64))
-    assert seen.value > 0.999 and seen.slope < 1e-9 and "gradient" in seen.reason
-    drowned = saturation(
-        load("dice_smooth100"), torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=int)
-    )
-    assert drowned.smoothing > 0.75 and "smoothing" in drowned.reason
 
 
 # -- properties ------------------------------------------------------------------------------------

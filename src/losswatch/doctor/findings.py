@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from losswatch.doctor.history import History
-from losswatch.doctor.signs import ENDS
+from losswatch.doctor.history import ENDS, History
 
 MOST = 3  # findings that are named
 COLLAPSE = 100.0  # the score above which a collapse is foreseen
@@ -39,18 +38,13 @@ Rule = Callable[[History], Finding | None]
 
 def diagnose(history: History) -> list[Finding]:
     """What is wrong with a training: at most MOST findings, the cause before its consequences."""
-    found: list[Finding] = []
-    if not len(history):
-        return found
+    found: dict[str, Finding] = {}
     with np.errstate(all="ignore"):
-        for rule in RULES:
-            if (finding := rule(history)) is not None and finding.name not in BECAUSE.get(
-                found[0].name if found else "", ()
-            ):
-                found.append(finding)
-            if len(found) == MOST:
-                break
-    return found
+        for rule in RULES if len(history) else ():
+            finding = rule(history)
+            if finding and not any(finding.name in FOLLOWS.get(name, ()) for name in found):
+                found.setdefault(finding.name, finding)
+    return list(found.values())[:MOST]
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -99,12 +93,15 @@ def holds(is_so: np.ndarray, x: np.ndarray, least: int = 1) -> bool:
 
 
 def yard_norm(h: History, *kinds: str) -> np.ndarray:
-    """The largest norm [T] of the watched losses of this package that do not train."""
-    norms = [h.norm(name) for name in h.of_kind(*(kinds or ("ce", "dice", "dice_fg", "other")))]
-    if not norms:
+    """The largest norm [T] of the watched losses of this package that do not train.
+
+    NaN where it is so small that a ratio to it says nothing.
+    """
+    names = h.of_kind(*(kinds or ("ce", "dice", "dice_fg", "other")))
+    if not names:
         return np.full(len(h), np.nan)
-    with np.errstate(all="ignore"):
-        return np.fmax.reduce(norms)
+    norm = np.fmax.reduce([h.norm(name) for name in names])
+    return np.where(norm > 1e-6, norm, np.nan)
 
 
 def best_perfect(h: History) -> float:
@@ -207,6 +204,16 @@ def activation_missing(h: History) -> Finding | None:
             )
             return Finding("activation-missing", step, text, "Apply softmax or sigmoid first.")
     least, most = h.sign("out_min"), h.sign("out_max")
+    ends = [h.answer(n) for n in ("background", "foreground")]
+    is_linear = abs(h.answer("even") - np.mean(ends)) < 1e-3 * abs(ends[0] - ends[1])
+    if h.trained and h.classes == 2 and is_linear and best_perfect(h) < -0.5:
+        text = (
+            f"{h.trained} is a straight line in the probability ({ends[0]:.3g}, "
+            f"{h.answer('even'):.3g}, {ends[1]:.3g} from background to foreground), and below 0: "
+            "it gets probabilities where it needs their logarithms."
+        )
+        remedy = "Give it log_softmax, or take the cross entropy of the logits."
+        return Finding("activation-missing", int(h.steps[0]), text, remedy)
     if not h.trained or holds((least >= 0) & (most <= 1), least):
         return None
     loud, half, opposite = (h.answer(n) for n in ("perfect", "perfect_half", "opposite"))
@@ -314,7 +321,7 @@ def dead_term(h: History) -> Finding | None:
         norm = h.norm(name)
         least = 1 if holds(h.sign("empty") < 1, h.sign("empty")) else 3
         quiet = norm <= 1e-9 * np.fmax(np.nan_to_num(yard), 1e-3)
-        if not holds(quiet, norm, least) or not np.nan_to_num(yard[:1], nan=1.0)[0] > 1e-6:
+        if not holds(quiet, norm, least) or (h.of_kind("ce") and np.isnan(yard[0])):
             continue
         value = known(h.value(name))
         text = f"{name} has no gradient at any of {len(known(norm))} observations"
@@ -437,7 +444,7 @@ def opposed(h: History) -> Finding | None:
     prefers = opposite < perfect - 0.01 * abs(perfect)
     cosines = {n: h.cosine(h.trained, n)[:3] for n in h.of_kind("ce", "dice")}
     against = [n for n, c in cosines.items() if holds(c < -0.3, c)]
-    if not (prefers or (holds(apart[:3] < 0, apart[:3]) and against)):
+    if not (apart[:1] < 0 and prefers or holds(apart[:3] < 0, apart[:3]) and against):
         return None
     text = f"{h.trained} pulls the classes apart in the wrong direction"
     if prefers:
@@ -689,8 +696,9 @@ def collapse_ahead(h: History) -> Finding | None:
 
 def saturated(h: History) -> Finding | None:
     flat, wrong = h.sign("saturated"), h.sign("wrong")
-    late = (flat > 0.99) & (wrong > 0.02)
-    if len(known(flat)) < 5 or not holds(late[-3:], flat[-3:], least=3):
+    late = (flat > 0.99) & (wrong > 0.05)
+    # A network may begin so; later three observations must agree.
+    if not holds(late[-3:], flat[-3:], least=min(3, len(h))):
         return None
     places = np.flatnonzero(~late & ~np.isnan(flat))
     begin = int(places[-1]) + 1 if len(places) else 0
@@ -725,16 +733,18 @@ RULES: tuple[Rule, ...] = (
     labels_overlap,
     no_foreground,
     activation_twice,
+    opposed,
     activation_missing,
     output_limited,
     not_finite,
     dead_term,
     ignored_counted,
-    opposed,
     absent_class,
     empty_masks,
     head_labels,
     head_idle,
+    terms_opposed,
+    terms_unbalanced,
     off_direction,
     smoothing,
     scale,
@@ -743,16 +753,21 @@ RULES: tuple[Rule, ...] = (
     frozen,
     diverges,
     mode_gap,
-    terms_opposed,
-    terms_unbalanced,
     collapse_ahead,
     collapsed,
     saturated,
     floor,
 )
-# Findings that follow from the first one, and are not named after it.
-BECAUSE: dict[str, tuple[str, ...]] = {
-    "activation-twice": ("output-limited", "off-direction"),
+# What follows from a finding, and is not named after it.
+_OF_THE_LOSS = ("off-direction", "scale", "out-of-range", "opposed", "activation-missing")
+FOLLOWS: dict[str, tuple[str, ...]] = {
+    "labels-outside": _OF_THE_LOSS,
+    "labels-overlap": _OF_THE_LOSS,
+    "activation-twice": ("output-limited", *_OF_THE_LOSS),
+    "activation-missing": ("off-direction",),
+    "opposed": _OF_THE_LOSS,
     "ignored-counted": ("scale",),
+    "absent-class": ("empty-masks", "off-direction"),
     "dead-term": ("scale", "frozen"),
+    "terms-opposed": ("off-direction",),
 }

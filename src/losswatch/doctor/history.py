@@ -9,6 +9,8 @@ import numpy as np
 
 from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS
 
+# What a network may end in; the sign "ends_in" is an index.
+ENDS = ("something else", "softmax", "sigmoid", "ReLU", "tanh", "a clamp", "a normalisation")
 SIGN, ANSWER, BODY = "sign/", "answer/", "body/"
 
 

@@ -12,7 +12,6 @@
     loss_groups.py    many losses of one table evaluated together
     dice.py, cross_entropy.py    the losses as formulas on the sums
     compose.py        weighted sums, and sets that share a table
-    saturation.py     whether a Dice loss has no gradient left
 
 Everywhere: logits are floating point [N, C, *space] with any number of spatial axes. The target
 holds class indices [N, *space] (any integer type, or boolean) or one-hot or soft labels
@@ -34,7 +33,6 @@ from losswatch.losses.compose import LossSet, OneHotTarget, Sum
 from losswatch.losses.cross_entropy import CrossEntropy
 from losswatch.losses.dice import Dice
 from losswatch.losses.inputs import check_inputs
-from losswatch.losses.saturation import Saturation, saturation
 from losswatch.losses.table_loss import value_and_slope
 
 __all__ = [
@@ -42,9 +40,7 @@ __all__ = [
     "Dice",
     "LossSet",
     "OneHotTarget",
-    "Saturation",
     "Sum",
     "check_inputs",
-    "saturation",
     "value_and_slope",
 ]

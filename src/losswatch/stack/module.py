@@ -19,7 +19,6 @@ from losswatch.data.random import TRAIN, VAL, draw
 from losswatch.disk.checkpoint import add_record, make_checkpoint
 from losswatch.disk.checkpoint_files import save_checkpoint
 from losswatch.disk.event_log import side_by_side
-from losswatch.doctor.doctor import Doctor
 from losswatch.events.tags import GRAD_NORM, LOSS, PICTURES, watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import onednn
@@ -34,6 +33,7 @@ from losswatch.stack.refusal import NotStackable
 from losswatch.stack.step import make_gradient
 from losswatch.terminal import ProgressSink, say
 from losswatch.text import number_of, one_line
+from losswatch.watch.doctor import Doctor
 from losswatch.watch.outputs import WatchedLosses
 
 log = logging.getLogger(__name__)

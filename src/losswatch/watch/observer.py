@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from losswatch import compat
-from losswatch.doctor.doctor import Doctor
 from losswatch.losses.inputs import first_fault
 from losswatch.losses.pixels import is_hard, wide
 from losswatch.losses.ranks import max_over_ranks, world_size
 from losswatch.text import reason
+from losswatch.watch.doctor import Doctor
 from losswatch.watch.observed_parameters import check_whole, network_or_parameters
 from losswatch.watch.outputs import Losses, Part, WatchedLosses, check_outputs, tensors
 from losswatch.watch.record import Record

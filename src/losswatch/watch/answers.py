@@ -19,6 +19,8 @@ ANSWERS = (
     "opposite",  # at logits of 20 for the wrong classes
     "opposite_half",  # the same at logits of 10
     "background",  # at logits of 20 for the background everywhere
+    "foreground",  # at logits of 20 for the last class everywhere
+    "even",  # at logits of 0
     "constant",  # the smallest value of a constant answer
     "constant_share",  # the foreground's probability in that answer
 )
@@ -38,6 +40,8 @@ def ask(
         kind: what the output holds: "logits", or probabilities ("none").
     """
     channels = output.shape[1]
+    # A network that ends in a log-softmax, for a loss that reads it as it is.
+    are_logs = output.logsumexp(1).abs().amax() < 1e-3 if channels > 1 else y.sum() < 0
 
     def value(logits: Tensor) -> Tensor:
         """The loss at logits [N, max(2, C), *space], as the network would output them."""
@@ -46,13 +50,15 @@ def ask(
             answer = p[:, 1:] if channels == 1 else p
         else:
             answer = logits[:, 1:] - logits[:, :1] if channels == 1 else logits
+            answer = torch.where(are_logs, answer.log_softmax(1), answer)
         return loss(answer.to(output.dtype), target).detach().float().reshape(())
 
     sure = 2 * y - 1
     known = [value(factor * sure) for factor in (10, 5, 2.5, -10, -5)]
-    nothing = torch.zeros_like(y)
-    nothing[:, 0] = 20
-    known.append(value(nothing))
+    even = torch.zeros_like(y)
+    one = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+    wide = [1, -1, *[1] * (y.ndim - 2)]
+    known += [value((20 * one[c]).view(wide).expand_as(y)) for c in (0, -1)] + [value(even)]
     constants, shares = _constants(y)
     values = torch.stack([value(z.expand_as(y)) for z in constants])
     best = values.nan_to_num(torch.inf).argmin(keepdim=True)  # as a tensor: reading it would wait

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from losswatch.doctor.answers import ANSWERS, ask
 from losswatch.doctor.history import ANSWER, BODY, SIGN, History
-from losswatch.doctor.signs import _labels, classes_of, read_signs, sign_names
 from losswatch.events.tags import watched_tags
 from losswatch.losses import CrossEntropy, Dice, Sum
 from losswatch.losses.pixels import wide
 from losswatch.text import reason
+from losswatch.watch.answers import ANSWERS, ask
 from losswatch.watch.outputs import WatchedLosses, input_kind, is_same
 from losswatch.watch.record import as_row
+from losswatch.watch.signs import _labels, classes_of, read_signs, sign_names
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losswatch.doctor.history import ENDS
 from losswatch.losses.pixels import one_hot, wide
 from losswatch.watch.outputs import as_indices, as_softmax, is_labels
 
@@ -44,14 +45,23 @@ BY_CLASS = (
     "alike",  # Σ -g: what moves all pixels alike, towards the class if it is above 0
 )
 
-# What a network may end in, and the names of PyTorch's backward functions for it.
-ENDS = ("something else", "softmax", "sigmoid", "ReLU", "tanh", "a clamp", "a normalisation")
+# The names of PyTorch's backward functions for what a network may end in (`ENDS`).
 _NODES = {
-    "SoftmaxBackward": 1, "SigmoidBackward": 2, "HardsigmoidBackward": 2, "ReluBackward": 3,
-    "SoftplusBackward": 3, "AbsBackward": 3, "TanhBackward": 4, "ClampBackward": 5,
-    "ClampMinBackward": 5, "ClampMaxBackward": 5, "HardtanhBackward": 5,
-    "NativeBatchNormBackward": 6, "NativeGroupNormBackward": 6, "NativeLayerNormBackward": 6,
-}  # fmt: skip
+    "SoftmaxBackward": "softmax",
+    "SigmoidBackward": "sigmoid",
+    "HardsigmoidBackward": "sigmoid",
+    "ReluBackward": "ReLU",
+    "SoftplusBackward": "ReLU",
+    "AbsBackward": "ReLU",
+    "TanhBackward": "tanh",
+    "ClampBackward": "a clamp",
+    "ClampMinBackward": "a clamp",
+    "ClampMaxBackward": "a clamp",
+    "HardtanhBackward": "a clamp",
+    "NativeBatchNormBackward": "a normalisation",
+    "NativeGroupNormBackward": "a normalisation",
+    "NativeLayerNormBackward": "a normalisation",
+}
 _VIEWS = ("ToCopyBackward", "ViewBackward", "UnsafeViewBackward", "CloneBackward", "AliasBackward",
           "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward")  # fmt: skip
 
@@ -186,7 +196,7 @@ def end_of(output: Tensor) -> int:
             return 0
         name = node.name().rstrip("0123456789")
         if name in _NODES:
-            return _NODES[name]
+            return ENDS.index(_NODES[name])
         if name not in _VIEWS:
             return 0
         node = node.next_functions[0][0]

@@ -14,11 +14,12 @@ from torch import nn
 
 from losswatch.disk.curves import read_signs
 from losswatch.disk.result import Result
-from losswatch.doctor.on_disk import FOUND, findings_of, print_findings
+from losswatch.report.diagnosis import FOUND, findings_of, print_findings
 
 COLLAPSE = (
     "model=convnet", "model.batch_norm=false", "theta=0.05", "data.image_size=16",
-    "data.val_size=8", "data.test_size=8", "trainer.max_steps=400", "trainer.val_check_interval=400",
+    "data.val_size=8", "data.test_size=8", "trainer.max_steps=400",
+    "trainer.val_check_interval=400",
 )  # fmt: skip
 
 
@@ -137,7 +138,8 @@ def test_watch_says_it_in_the_log_and_in_tensorboard(tmp_path, caplog):
     logger = TensorBoardLogger(tmp_path, name=None, version="")
     trainer = pl.Trainer(
         max_epochs=2, logger=logger, callbacks=[watch], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", log_every_n_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(Module(), data)
     assert [finding.name for finding in watch.findings()][:1] == ["activation-twice"]

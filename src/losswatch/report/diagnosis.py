@@ -12,12 +12,12 @@ import numpy as np
 from losswatch.data.form import IGNORED
 from losswatch.disk.curves import SIGNS_FILE, read_curves, read_signs, was_written_by_0_1
 from losswatch.disk.result import Result
-from losswatch.doctor.doctor import kind_of, terms_of
 from losswatch.doctor.findings import Finding, diagnose
 from losswatch.doctor.history import SIGN, History
 from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS
 from losswatch.presets import list_losses, load_loss
 from losswatch.text import printable
+from losswatch.watch.doctor import kind_of, terms_of
 
 FOUND = 3  # the exit status of `losswatch diagnose` if something was found
 
