@@ -122,7 +122,9 @@ SICK = {
         {"answer/perfect": 0.75, "answer/perfect_half": 0.75, "answer/perfect_quarter": 0.76}, {},
     ),
     "elsewhere": (
-        "off-direction", 0, {"grad_cosine/own~cce": 0.1, "grad_cosine/own~dice": 0.2}, {},
+        "off-direction", 0,
+        {"grad_cosine/own~cce": 0.1, "grad_cosine/own~dice": 0.2,
+         "loss/cce": 1.4 - 0.7 * FALLING, "loss/dice": 1 - 0.5 * FALLING}, {},
     ),
     "drowned": (
         "smoothing", 0,
@@ -186,6 +188,7 @@ NEAR = {
     "empty images in a batch sum": ({"sign/empty.0": 0.5, "sign/pull_empty.0": 0.4}, {}),
     "opposed to one preset at first": ({"grad_cosine/own~cce": np.r_[-0.5, 0.9 * ON[1:]]}, {}),
     "class weights": ({"grad_norm/own": 5 * FALLING}, {}),
+    "strong class weights": ({"grad_cosine/own~cce": 0.1, "grad_cosine/own~dice": 0.2}, {}),
     "a tenth of Dice": ({"grad_norm/own": 0.05 * FALLING}, {}),
     "small steps": ({"body/moved": np.r_[np.nan, 1e-4 * ON[1:]]}, {}),
     "group norm": ({"body/statistics_moved": np.nan, "body/momentum": np.nan}, {}),

@@ -393,7 +393,8 @@ def smoothing(h: History) -> Finding | None:
     nothing = (h.answer("background") - best) / size if size else float("nan")
     share = average(foreground(h, "label")[:3])
     norm = h.norm(h.trained)[:3] / yard_norm(h, "dice_fg", "dice")[:3]
-    if not (is_bounded and nothing < 0.3 and 0 < share < 0.3 and holds(norm < 0.2, norm)):
+    is_small = holds(norm < 0.2, norm) or size < 0.5  # a Dice reaches from 0 to 1
+    if not (is_bounded and nothing < 0.3 and 0 < share < 0.3 and is_small):
         return None
     text = (
         f"An answer without any foreground has {h.answer('background'):.3g} of {h.trained}, the "
@@ -498,8 +499,14 @@ def off_direction(h: History) -> Finding | None:
 
 
 def elsewhere(h: History) -> Finding | None:
-    cosines = [h.cosine(h.trained, n) for n in h.of_kind("ce", "dice")] if h.trained else []
+    names = h.of_kind("ce", "dice")
+    cosines = [h.cosine(h.trained, n) for n in names] if h.trained else []
     if len(cosines) < 2 or len(h) < 5:
+        return None
+    # Strong class weights point elsewhere, too; so the watched losses must also grow.
+    grown = [known(h.value(n)) for n in names]
+    grow = all(len(v) >= 5 and v[-3:].min() > 1.02 * v[0] for v in grown)
+    if np.isfinite(best_perfect(h)) and not grow:
         return None
     # Where one class is predicted everywhere, the gradients are too small to compare.
     share = foreground(h, "hard")
