@@ -599,15 +599,18 @@ def mode_gap(h: History) -> Finding | None:
 def terms_opposed(h: History) -> Finding | None:
     for i, a in enumerate(h.terms):
         for b in h.terms[i + 1 :]:
-            cosine = h.cosine(a, b)
-            late = known(cosine)[len(known(cosine)) // 2 :]
-            if len(late) >= 4 and (late < -0.5).mean() > 0.8:
+            late = known(h.cosine(a, b))[-3:]
+            # At the end of any training the terms cancel, but then both are small.
+            left = [known(h.norm(n))[-3:].min() / first(h.norm(n)) for n in (a, b)
+                    if len(known(h.norm(n))) >= 8]  # fmt: skip
+            if len(left) == 2 and min(left) > 0.1 and len(late) == 3 and late.mean() < -0.6:
                 text = (
                     f"{a} and {b} pull against each other: the cosine of their gradients is "
-                    f"{np.mean(late):.2f} in the second half."
+                    f"{late.mean():.2f} at the end, and both are still at {min(left):.0%} of their "
+                    "first norm or more."
                 )
-                remedy = "Train with one of them, or fade one out."
-                return Finding("terms-opposed", since(h, cosine < -0.5) or 0, text, remedy)
+                remedy = "Train with one of them, lower the weight of the other, or fade it out."
+                return Finding("terms-opposed", since(h, h.cosine(a, b) < -0.5) or 0, text, remedy)
     return None
 
 
