@@ -14,11 +14,12 @@ from losswatch.doctor.history import ANSWER, BODY, SIGN, History
 from losswatch.events.tags import watched_tags
 from losswatch.losses import CrossEntropy, Dice, Sum
 from losswatch.losses.pixels import wide
+from losswatch.losses.ranks import only_this_rank
 from losswatch.text import reason
 from losswatch.watch.answers import ANSWERS, ask
 from losswatch.watch.outputs import WatchedLosses, input_kind, is_same
 from losswatch.watch.record import as_row
-from losswatch.watch.signs import _labels, classes_of, read_signs, sign_names
+from losswatch.watch.signs import classes_of, read_labels, read_signs, sign_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,13 +127,15 @@ class Doctor:
     def _ask(self, output: Tensor, target: Tensor) -> Tensor | None:
         loss, index = self.loss, self.watched.ignore_index
         assert loss is not None
+
+        def value(answer: Tensor, target: Tensor) -> Tensor:
+            return self.watched.value(loss, answer, target).mean()
+
         try:
-            _, _, y = _labels(target, wide(output), index)
+            _, _, y = read_labels(target, wide(output), index)
             kind = "none" if self.watched.activation == "none" else "logits"
-            return ask(
-                lambda answer, target: self.watched.value(loss, answer, target).mean(),
-                output, target, y, kind,
-            )  # fmt: skip
+            with only_this_rank():  # if it failed on one rank alone, the others would wait
+                return ask(value, output, target, y, kind)
         except Exception:
             return None
 

@@ -97,7 +97,7 @@ def read_signs(
         activation, ignore_index: see `Observer`.
     """
     z = wide(output.detach())
-    raw, keep, y = _labels(target.detach(), z, ignore_index)
+    raw, keep, y = read_labels(target.detach(), z, ignore_index)
     p, hard = _probabilities(z, y, activation)
     is_multilabel = activation == "sigmoid" and z.shape[1] > 1
     one = keep if keep.shape[1] == 1 else keep.amin(1, keepdim=True)  # [N, 1, *space]
@@ -152,7 +152,7 @@ def read_signs(
     return found.float()
 
 
-def _labels(
+def read_labels(
     target: Tensor, z: Tensor, ignore_index: int | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     """Smallest label, largest label and largest sum; which pixels count; shares of the classes.
