@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, read_result, run_train
+from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, read_result, run_train, slow
 from curves import assert_same, assert_same_training, events_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -932,17 +932,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_p
     assert_same_training(folder, straight)
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
+# A rate that falls at each validation but the first.
+FALLING = ["scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=1.0"]
+# The first validation is the best one: the metric is better the smaller it is.
+FIRST_IS_BEST = ["callbacks=best", "callbacks.best.mode=min"]
+STOPPING = ["callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2"]
+
+
 @pytest.mark.parametrize(
-    "options",
+    "options, accumulated",
     [
-        # A rate that falls at each validation but the first.
-        ["scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=1.0"],
-        # The first validation is the best one: the metric is better the smaller it is.
-        ["callbacks=best", "callbacks.best.mode=min"],
-        ["callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2"],
+        (FALLING, 1), (FALLING, 2), (FIRST_IS_BEST, 1), (STOPPING, 1),
+        slow(FIRST_IS_BEST, 2), slow(STOPPING, 2),
     ],
-)
+)  # fmt: skip
 def test_a_kill_between_validations(train_here, tmp_path, options, accumulated):
     """What goes by validations knows those before the kill, also that of the last checkpoint."""
     options = [*options, f"trainer.accumulate_grad_batches={accumulated}"]
