@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import functools
+import gc
 import json
 import locale
 import os
@@ -93,6 +94,12 @@ def locale_of_python():
     locale.setlocale(locale.LC_CTYPE, before)
 
 
+def pytest_collection_finish():
+    """A garbage collection would look at every object of every import, hundreds of times."""
+    gc.collect()
+    gc.freeze()
+
+
 # --- Configs -------------------------------------------------------------------------------------
 
 
@@ -120,14 +127,21 @@ def sources() -> Sources:
     return Sources()
 
 
+@functools.cache
+def pickled_config(overrides: tuple[str, ...], cwd: str) -> bytes:
+    """Hydra composes a config in a tenth of a second, and many tests ask for the same one."""
+    cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+    OmegaConf.set_readonly(cfg.hydra, None)
+    return pickle.dumps(cfg)
+
+
 @pytest.fixture
 def compose(tmp_path):
     """compose("loss=dice", ...) -> Composed, without a process of its own."""
     schema.register()
 
     def make(*overrides: str) -> Composed:
-        cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
-        OmegaConf.set_readonly(cfg.hydra, None)
+        cfg = pickle.loads(pickled_config(overrides, os.getcwd()))
         return Composed(cfg, Planner(sources()), tmp_path / "composed")
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
 import pyte
 import pytest
-from conftest import ENVIRONMENT, PATIENCE, ROOT
+from conftest import PATIENCE, ROOT, SERVER
 from PIL import Image
 from rich.console import Console
 
@@ -25,46 +26,47 @@ from losswatch.sweep.counting import collected
 ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
 
 
-def watch(*args, cwd, interrupt_at=None, columns=80, **options):
+def watch(*args, cwd, interrupt_at=None, columns=80, stdout=None, env=None):
     """Run train.py in a terminal: the exit status, and each screen it showed.
 
     Args:
         interrupt_at: a pattern; Ctrl-C is typed once the screen shows it.
-        options: of `subprocess.Popen`.
+        stdout: a file instead of the terminal.
+        env: further variables.
     """
     screen = pyte.Screen(columns, 50)
     stream, decoder = pyte.Stream(screen), codecs.getincrementaldecoder("utf-8")("replace")
     above, below = pty.openpty()
     os.set_blocking(above, False)
-    size = {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "50"}
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), below)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, start_new_session=True,
-        **{**streams, "env": ENVIRONMENT | size, **options},
+    shown = os.ttyname(below)
+    process = SERVER.start(
+        str(ROOT / "train.py"), *args, cwd=cwd, streams=[shown, str(stdout or shown), shown],
+        env={"TERM": "xterm", "COLUMNS": str(columns), "LINES": "50"} | (env or {}),
     )  # fmt: skip
-    os.close(below)
-    screens, deadline = [], time.monotonic() + PATIENCE
+    screens, deadline, ended = [], time.monotonic() + PATIENCE, False
     try:
         while time.monotonic() < deadline:
-            select.select([above], [], [], 1)
+            with suppress(subprocess.TimeoutExpired):
+                ended = process.wait(0) is not None
+            select.select([above], [], [], 0.05)
             try:
                 data = os.read(above, 1 << 16)
             except BlockingIOError:
+                if ended:
+                    break
                 continue
-            except OSError:  # the program has ended
-                break
-            if not data:
-                break
             stream.feed(decoder.decode(data))
             screens.append([line.rstrip() for line in screen.display if line.strip()])
             if interrupt_at and re.search(interrupt_at, "\n".join(screens[-1])):
                 interrupt_at = None
                 time.sleep(terminal.REDRAW_SECONDS / 2)  # not in the middle of drawing
                 os.killpg(process.pid, signal.SIGINT)
-        return process.wait(10), screens
+        assert ended
+        return process.returncode, screens
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.result()
+        os.close(below)
         os.close(above)
 
 
@@ -74,18 +76,18 @@ BAR = r"step [\d,]+ of {} [━╸╺]+ (\d\d:\d\d|--:--) left"
 def test_a_run(tmp_path):
     """Step, time, accuracy and all five losses, unbroken; nothing of it stays."""
     status, screens = watch(
-        "experiment=smoke", "trainer.max_steps=600", "trainer.val_check_interval=100", cwd=tmp_path
+        "experiment=smoke", "trainer.max_steps=300", "trainer.val_check_interval=50", cwd=tmp_path
     )
     assert status == 0
-    bars = [s for s in screens if any(re.match(BAR.format(600), line) for line in s)]
+    bars = [s for s in screens if any(re.match(BAR.format(300), line) for line in s)]
     # A screen may have been read while its lines were drawn.
-    bars = [s for s in bars if not re.match(BAR.format(600), s[-1])]
+    bars = [s for s in bars if not re.match(BAR.format(300), s[-1])]
     assert len(bars) > 3
     line, losses = bars[-1][-2:]
-    assert re.fullmatch(BAR.format(600) + r"  accuracy 0\.\d{3}", line)
+    assert re.fullmatch(BAR.format(300) + r"  accuracy 0\.\d{3}", line)
     assert re.fullmatch("  ".join(rf"{name} \d+\.\d{{3}}" for name in ARTICLE), losses)
     first, *last = screens[-1]
-    assert first == "run: experiment=smoke trainer.max_steps=600 trainer.val_check_interval=100"
+    assert first == "run: experiment=smoke trainer.max_steps=300 trainer.val_check_interval=50"
     assert re.fullmatch(r"val accuracy 0\.\d{4} in [\d.]+ s: outputs/.*", "".join(last))
 
 
@@ -123,9 +125,9 @@ def test_a_bar_of_the_images_that_are_looked_at(tmp_path):
         for kind, stored in (("images", array), ("masks", array[..., 0])):
             (tmp_path / "a" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(stored).save(tmp_path / "a" / kind / f"{i}.png", compress_level=1)
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TERM": "xterm", "COLUMNS": "80"}
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     status, screens = watch(
-        "data=folder", "data.root=a", "data.classes={a:0}", cwd=tmp_path, env=ENVIRONMENT | cache
+        "data=folder", "data.root=a", "data.classes={a:0}", cwd=tmp_path, env=cache
     )
     bars = [re.search(r"(\d+) of 40  images looked at", "\n".join(screen)) for screen in screens]
     counts = [int(found[1]) for found in bars if found]
@@ -171,12 +173,10 @@ def test_a_callback_that_prints(tmp_path):
     (tmp_path / "noisy.py").write_text(NOISY)
     (tmp_path / "mine" / "callbacks").mkdir(parents=True)
     (tmp_path / "mine" / "callbacks" / "noisy.yaml").write_text("noisy: {_target_: noisy.Noisy}")
-    with (tmp_path / "out").open("w") as out:
-        status, screens = watch(
-            "--config-dir", "mine", "experiment=smoke", "callbacks=noisy", "trainer.max_steps=5",
-            cwd=tmp_path, columns=40, stdout=out,
-            env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "40", "PYTHONPATH": str(tmp_path)},
-        )  # fmt: skip
+    status, screens = watch(
+        "--config-dir", "mine", "experiment=smoke", "callbacks=noisy", "trainer.max_steps=5",
+        cwd=tmp_path, columns=40, stdout=tmp_path / "out", env={"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
     assert status == 0
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines == [f"at [/x] [bold] ... step {i}" for i in range(1, 6)]

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, read_result, run_train
+from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, read_result, run_train, slow
 from curves import assert_same, assert_same_training, events_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -57,7 +57,7 @@ from losswatch.sweep import launch
 from losswatch.task import train
 
 FORK = multiprocessing.get_context("fork")
-RUN = ["experiment=smoke", "trainer.max_steps=400", "trainer.val_check_interval=20", "seed=5"]
+RUN = ["experiment=smoke", "trainer.max_steps=200", "trainer.val_check_interval=20", "seed=5"]
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +105,31 @@ def train_here(compose, monkeypatch):
     return run
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The folder of runs that several tests read."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
-def straight(train_here, tmp_path):
-    """The folder of such a run that was not interrupted."""
-    train_here(tmp_path / "straight")
-    return tmp_path / "straight"
+def straight(train_here, kept):
+    """The folder of such a run that was not interrupted; tests may only read it."""
+    if not (folder := kept / "straight").exists():
+        train_here(folder)
+    return folder
+
+
+@pytest.fixture
+def died(train_here, kept):
+    """died(folder, steps): a copy of such a run that an error ended after so many steps."""
+
+    def copy(folder, steps):
+        if not (first := kept / f"{steps} steps").exists():
+            with pytest.raises(SystemError):
+                train_here(first, die=steps)
+        shutil.copytree(first, folder)
+
+    return copy
 
 
 def in_a_process(function, *args, **kwargs):
@@ -275,7 +295,7 @@ def test_killed_and_resumed(whole, tmp_path, by):
     done = run_train(*RUN, f"resume={folder}", cwd=tmp_path)
     assert "resumed from step" in done.stderr
     assert_same(folder, whole)
-    assert before.name != "step=400.ckpt"
+    assert before.name != "step=200.ckpt"
 
 
 @pytest.mark.slow
@@ -432,11 +452,12 @@ def test_a_checkpoint_is_on_the_disk_before_older_ones_are_removed(tmp_path, mon
 
 
 @pytest.mark.parametrize("damage", [torn, empty, None])
-def test_a_checkpoint_takes_the_place_of_one_of_its_name(straight, train_here, tmp_path, damage):
+def test_a_checkpoint_takes_the_place_of_one_of_its_name(
+    straight, died, train_here, tmp_path, damage
+):
     """A resumed run replaces files of the same name; otherwise its weights would not be used."""
     folder = tmp_path / "run"
-    with pytest.raises(SystemError):
-        train_here(folder, die=25)
+    died(folder, 25)
     for step in (30, 40):
         path = checkpoint_path(folder, step)
         shutil.copy(checkpoint_path(folder, 20), path)
@@ -779,11 +800,10 @@ def test_a_run_that_was_just_begun_can_be_resumed(tmp_path):
 
 @pytest.mark.parametrize("name", ["curves.f32", "metrics.jsonl"])
 @pytest.mark.parametrize("damage", ["removed", "emptied", "cut"])
-def test_a_record_that_lost_something(train_here, straight, tmp_path, caplog, damage, name):
+def test_a_record_that_lost_something(train_here, straight, died, tmp_path, caplog, damage, name):
     """Training goes on from a checkpoint whose record is whole, or starts anew."""
     folder = tmp_path / "run"
-    with pytest.raises(SystemError):
-        train_here(folder, die=35)
+    died(folder, 35)
     size = read_about(checkpoint_path(folder, 20)).sizes[name]
     if damage == "removed":
         (folder / name).unlink()
@@ -798,11 +818,10 @@ def test_a_record_that_lost_something(train_here, straight, tmp_path, caplog, da
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut"])
-def test_an_event_file_that_lost_something(train_here, straight, tmp_path, caplog, damage):
+def test_an_event_file_that_lost_something(train_here, straight, died, tmp_path, caplog, damage):
     """TensorBoard shows less; the run goes on as if nothing were lost."""
     folder = tmp_path / "run"
-    with pytest.raises(SystemError):
-        train_here(folder, die=35)
+    died(folder, 35)
     [file] = folder.glob("events.*")
     file.unlink() if damage == "removed" else os.truncate(file, 100)
     caplog.clear()
@@ -855,11 +874,10 @@ def test_a_checkpoint_without_what_stands_beside_it(tmp_path, change):
     assert find_start(tmp_path).step == 30 and find_start(tmp_path).notice is None
 
 
-def test_what_is_compared_is_not_loaded(train_here, straight, tmp_path, monkeypatch):
+def test_what_is_compared_is_not_loaded(train_here, straight, died, tmp_path, monkeypatch):
     """Weights are loaded once, by the Trainer."""
     folder, loaded = tmp_path / "run", []
-    with pytest.raises(SystemError):
-        train_here(folder, die=35)
+    died(folder, 35)
     original = torch.load
     monkeypatch.setattr(
         torch, "load", lambda file, *a, **k: loaded.append(str(file)) or original(file, *a, **k)
@@ -914,17 +932,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_p
     assert_same_training(folder, straight)
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
+# A rate that falls at each validation but the first.
+FALLING = ["scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=1.0"]
+# The first validation is the best one: the metric is better the smaller it is.
+FIRST_IS_BEST = ["callbacks=best", "callbacks.best.mode=min"]
+STOPPING = ["callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2"]
+
+
 @pytest.mark.parametrize(
-    "options",
+    "options, accumulated",
     [
-        # A rate that falls at each validation but the first.
-        ["scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=1.0"],
-        # The first validation is the best one: the metric is better the smaller it is.
-        ["callbacks=best", "callbacks.best.mode=min"],
-        ["callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2"],
+        (FALLING, 1), (FALLING, 2), (FIRST_IS_BEST, 1), (STOPPING, 1),
+        slow(FIRST_IS_BEST, 2), slow(STOPPING, 2),
     ],
-)
+)  # fmt: skip
 def test_a_kill_between_validations(train_here, tmp_path, options, accumulated):
     """What goes by validations knows those before the kill, also that of the last checkpoint."""
     options = [*options, f"trainer.accumulate_grad_batches={accumulated}"]
@@ -1144,8 +1165,8 @@ def test_a_damaged_result(compose, tmp_path, content):
 
 
 def test_a_run_whose_result_is_damaged_is_taken_up(straight, train_here, tmp_path, caplog):
-    (straight / "result.json").write_text(DAMAGED["no metrics"])
     shutil.copytree(straight, folder := tmp_path / "run")
+    (folder / "result.json").write_text(DAMAGED["no metrics"])
     train_here(folder)
     [said] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "done, but without metrics" in said and said.endswith(
@@ -1201,7 +1222,8 @@ def test_mode_test(whole, tmp_path):
     summary = pd.read_csv(tmp_path / "other" / "summary.csv")
     assert dict(zip(summary.run, summary.accuracy, strict=True)) == pytest.approx(found)
     run_train("-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9", "seed=7",
-              "hydra.sweep.dir=fused", "hydra/launcher=fused", cwd=tmp_path)  # fmt: skip
+              "hydra.sweep.dir=fused", "hydra/launcher=fused", "hydra.launcher.workers=1",
+              cwd=tmp_path)  # fmt: skip
     fused = [read_result(file.parent) for file in tmp_path.glob("fused/*/result.json")]
     assert {r["run"]: r["metrics"]["test/accuracy"] for r in fused} == found
 

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,13 +38,21 @@ class ForkServer:
         self.env = env
         self.process: subprocess.Popen | None = None
 
-    def start(self, *args: str, cwd: Path, env: Mapping[str, str | None] | None = None) -> Fork:
+    def start(
+        self,
+        *args: str,
+        cwd: Path,
+        env: Mapping[str, str | None] | None = None,
+        streams: Sequence[str] = (os.devnull, "stdout", "stderr"),
+    ) -> Fork:
         """Start a program in `cwd`; it leads a session of its own. One runs at a time.
 
         Args:
             args: the Python file, and its arguments. Where they name MONAI or a folder of images,
                 the server imports MONAI first, and keeps it.
             env: variables to set once the child process has begun; None: to remove.
+            streams: paths of stdin, stdout and stderr, within a new folder unless they are
+                absolute.
         """
         if self.process is None:
             self.process = subprocess.Popen(
@@ -52,19 +60,25 @@ class ForkServer:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             atexit.register(self.process.communicate)  # closes its stdin, which ends it
-        return Fork(self.process, args, cwd, dict(env or {}))
+        return Fork(self.process, args, cwd, dict(env or {}), streams)
 
 
 class Fork:
     """A program that the server runs, like a `subprocess.Popen`."""
 
     def __init__(
-        self, server: subprocess.Popen, args: tuple[str, ...], cwd: Path, env: dict[str, str | None]
+        self,
+        server: subprocess.Popen,
+        args: tuple[str, ...],
+        cwd: Path,
+        env: dict[str, str | None],
+        streams: Sequence[str],
     ):
         self.server, self.args = server, args
         self.output = tempfile.mkdtemp()
         self.returncode: int | None = None
-        request = {"args": args, "cwd": str(cwd.absolute()), "env": env, "output": self.output}
+        streams = [os.path.join(self.output, path) for path in streams]
+        request = {"args": args, "cwd": str(cwd.absolute()), "env": env, "streams": streams}
         server.stdin.write(json.dumps(request) + "\n")
         self.pid = int(server.stdout.readline())
 
@@ -94,10 +108,12 @@ class Fork:
             self.wait(timeout=60)
 
     def result(self) -> subprocess.CompletedProcess:
-        """The exit status and the output of a program that has ended; to be asked for once."""
-        stdout, stderr = (
-            Path(self.output, name).read_text(encoding="utf-8") for name in ("stdout", "stderr")
-        )
+        """The exit status and the output of a program that has ended; to be asked for once.
+
+        Of streams that went elsewhere the output is None.
+        """
+        files = (Path(self.output, name) for name in ("stdout", "stderr"))
+        stdout, stderr = (f.read_text(encoding="utf-8") if f.exists() else None for f in files)
         shutil.rmtree(self.output)
         return subprocess.CompletedProcess(list(self.args), self.returncode, stdout, stderr)
 
@@ -124,11 +140,8 @@ def become(request: dict) -> None:
     for name, value in request["env"].items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     sys.path[1:1] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
-    write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    for descriptor, (path, flags) in enumerate(
-        [(os.devnull, os.O_RDONLY), ("stdout", write), ("stderr", write)]
-    ):
-        file = os.open(os.path.join(request["output"], path), flags)
+    for descriptor, path in enumerate(request["streams"]):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOCTTY)
         os.dup2(file, descriptor)
         os.close(file)
     sys.argv = request["args"]
@@ -142,18 +155,28 @@ if __name__ == "__main__":
     import hydra.main  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import pandas  # noqa: F401
+    import pydantic.type_adapter  # noqa: F401
     import pytorch_lightning  # noqa: F401
     import rich.console  # noqa: F401
+    import tensorboard.plugins.hparams.metadata  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
+    import torchmetrics.segmentation  # noqa: F401
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from omegaconf import OmegaConf
+    from PIL import Image
 
-    # The first picture needs fonts, and the first override its parser's tables.
+    # The first picture needs fonts, and the first override of a kind its parser's tables.
+    Image.preinit()
     FigureCanvasAgg(figure := Figure())
     figure.text(0, 0, "$1$")
     figure.canvas.draw()
-    OverridesParser.create().parse_override("a=1")
+    given = ["a=1", "a.b=c,d", "+a.b='c d'", "a=[b,0.5]", "hydra/a=b", "hydra.run.dir=/a/b-c"]
+    OverridesParser.create().parse_overrides(given)
+    OmegaConf.to_container(
+        OmegaConf.create({"a": "${b}/${.b}", "b": "${oc.env:HOME}"}), resolve=True
+    )
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page of this process
     become(serve())

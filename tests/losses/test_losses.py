@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
+from conftest import slow
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -526,8 +527,11 @@ def test_torch_func_differentiates_sums_of_parts_of_a_batch(loss):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("name", ["article", pytest.param("zoo", marks=pytest.mark.slow)])
-def test_compile_without_graph_breaks(name):
+@pytest.mark.parametrize(
+    "name, backend",
+    [("article", "aot_eager"), slow("article", "inductor"), slow("zoo", "inductor")],
+)
+def test_compile_without_graph_breaks(name, backend):
     losses = {n: load(n) for n in ARTICLE} if name == "article" else zoo(2)
     joint = LossSet(losses)
     logits, target = batch(dtype=torch.float32, space=(16, 16))
@@ -536,7 +540,7 @@ def test_compile_without_graph_breaks(name):
     def step(x, t):
         return torch.func.grad_and_value(lambda z: joint(z, t).sum())(x), joint.rows(x, t)
 
-    (g, value), rows = torch.compile(step, fullgraph=True)(logits, target)
+    (g, value), rows = torch.compile(step, fullgraph=True, backend=backend)(logits, target)
     (g2, value2), rows2 = step(logits, target)
     assert torch.allclose(value, value2, atol=1e-5) and torch.allclose(g, g2, atol=1e-6)
     for a, b in zip(rows, rows2, strict=True):

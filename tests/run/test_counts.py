@@ -33,6 +33,7 @@ for place in (
     "losswatch.run.planner:Planner:plan",
     "losswatch.disk.result:Result:write",
     "hydra._internal.config_loader_impl:ConfigLoaderImpl:load_sweep_config",
+    "hydra._internal.config_loader_impl:ConfigLoaderImpl:load_configuration",
 ):
     count(place)
 import torch
@@ -67,8 +68,12 @@ def calls(tmp_path):
 
 
 def test_a_fresh_run(calls):
-    """Network, losses and optimiser for the tried step and the training; the data once."""
+    """Network, losses and optimiser for the tried step and the training; the data once.
+
+    Hydra composes the config twice, and the files of all watched losses are in a third one.
+    """
     found = calls()
+    assert found["load_configuration"] == 3
     assert found["ConvNet"] == found["CrossEntropy"] == found["Adam"] == 2
     assert found["ThresholdedImages"] == 1
     assert found["read"] == found["plan"] == found["write"] == 1 and not found["load"]

@@ -399,10 +399,10 @@ def test_what_the_compiler_refuses(both, monkeypatch, error, text):
     monkeypatch.setattr("losswatch.stack.compile.compile_graph", broken)
     if text:
         with pytest.raises(NotStackable, match=f"the compiler cannot compile them .*: {text}"):
-            both(alone=False, compile=True, grid=GRID[:1])
+            both("watch=[dice]", alone=False, compile=True, grid=GRID[:1])
     else:
         with pytest.raises(type(error), match="none left"):
-            both(alone=False, compile=True, grid=GRID[:1])
+            both("watch=[dice]", alone=False, compile=True, grid=GRID[:1])
 
 
 class Fussy(nn.Module):

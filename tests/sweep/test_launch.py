@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_folders, run_train
+from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_folders, run_train, slow
 from omegaconf import OmegaConf
 from processes import session
 
@@ -141,7 +141,7 @@ def test_members_stay_in_order():
 # --- Memory --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fits", [4, 2, 1])
+@pytest.mark.parametrize("fits", [slow(4), 2, slow(1)])
 def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
     """Like a group too large for a GPU. Each run is trained once, and leaves one event file."""
     trained = []
@@ -226,7 +226,7 @@ def fused_line(said):
     return line
 
 
-GRID = ["loss=dice,cce", "theta=0.3,0.9", "seed=1,3"]
+GRID = ["loss=dice,cce", "theta=0.3,0.9", "seed=3"]
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def two(tmp_path_factory):
 
 def test_same_files(two):
     basic, fused = two
-    assert len(basic.runs) == 8
+    assert len(basic.runs) == 4
     assert tree(fused.folder) == tree(basic.folder)
 
 
@@ -274,12 +274,12 @@ def test_same_summary(two):
 
 def test_what_is_said(two):
     _, fused = two
-    assert fused_line(fused.said) == "fused: 8 runs in 2 groups of up to 4, 2 at once"
+    assert fused_line(fused.said) == "fused: 4 runs in 2 groups of up to 2, 2 at once"
     assert "Warning" not in fused.said + fused.done.stdout
     assert "one by one" not in fused.said
-    counted = re.findall(r"run (\d+) of 8: ", fused.said)
-    assert sorted(map(int, counted)) == list(range(1, 9))
-    assert sum(line.strip().endswith("done") for line in fused.done.stdout.splitlines()) == 8
+    counted = re.findall(r"run (\d+) of 4: ", fused.said)
+    assert sorted(map(int, counted)) == list(range(1, 5))
+    assert sum(line.strip().endswith("done") for line in fused.done.stdout.splitlines()) == 4
 
 
 def complete(swept, count):

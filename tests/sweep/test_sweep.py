@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from switches import switches
 
 from losswatch.command import Command, Facts
+from losswatch.config.errors import ConfigError
 from losswatch.config.sources import Sources
 from losswatch.disk.curves import read_curves
 from losswatch.disk.result import Result
@@ -290,6 +291,15 @@ def test_a_broken_file_is_named_with_its_line(mine, compose, typo, monkeypatch):
         line, status = verdict(raised.value, Command(Facts()), {})
         assert status == 2 and "\n" not in line
         assert re.fullmatch(re.escape(str(file)) + said, line)
+
+
+def test_a_watched_file_without_keys_is_named(compose, tmp_path):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "listed.yaml").write_text("- 1\n")
+    compose()  # registers the schema and opens conf
+    sources = Sources([f"hydra.searchpath=['{tmp_path}']"])
+    with pytest.raises(ConfigError, match=r"the file of loss listed must hold keys .*, got \[1\]"):
+        sources.read(["listed", "cce"], OmegaConf.create({"loss": {}}))
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_make_losses_of_the_zoo(compose):
 # --- The same seed, the same numbers ------------------------------------------------------------
 
 DRAWS = [
-    "experiment=smoke", "model._target_=foreign.Dropped", "trainer.max_steps=200",
+    "experiment=smoke", "model._target_=foreign.Dropped", "trainer.max_steps=120",
     "loss._target_=foreign.Noisy", "trainer.val_check_interval=20",
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from losswatch.config.errors import ConfigError
 class Sources:
     """The losses of conf/loss and of each folder that the user adds to Hydra's search path.
 
-    The names are listed once (4 ms), and each file is composed once (70 ms).
+    The names are listed once, and each file is composed once.
 
     Args:
         added: the command's overrides of Hydra's search path.
@@ -59,22 +59,31 @@ class Sources:
         A file may have a `defaults` list, and may refer to other keys, as in `${seed}`.
 
         Raises:
-            ConfigError: a file is not YAML; the message names its line.
+            ConfigError: a file is not YAML, or holds no keys.
         """
+        self._compose([name for name in names if name not in self._composed])
         config, nodes = OmegaConf.masked_copy(cfg, list(cfg)), {}
         with read_write(config):
             for name in names:
-                config.loss = self._compose(name)
+                config.loss = self._composed[name]
                 nodes[name] = OmegaConf.to_container(config.loss, resolve=True)
         return nodes  # type: ignore[return-value]
 
-    def _compose(self, name: str) -> DictConfig:
-        if name not in self._composed:
-            try:
-                self._composed[name] = hydra.compose("config", [f"loss={name}", *self.added]).loss
-            except (YAMLError, UnicodeDecodeError) as error:
-                raise ConfigError(yaml_errors.describe(error)) from error
-        return self._composed[name]
+    def _compose(self, names: Sequence[str]) -> None:
+        """Compose the files of several losses, all in one config, since each config takes 70 ms.
+
+        Raises:
+            ConfigError: a file is not YAML, or holds no keys.
+        """
+        if not names:
+            return
+        files = [f"+loss@loss.at{i}={name}" for i, name in enumerate(names)]
+        try:
+            found = hydra.compose("config", [*files, *self.added]).loss
+        except (YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(yaml_errors.describe(error)) from error
+        for i, name in enumerate(names):
+            self._composed[name] = _checked(name, found[f"at{i}"])
 
     def watched(self, cfg: DictConfig, trained: str) -> dict[str, dict[str, Any]]:
         """The nodes of the losses watched, in the order of `watch`; the trained one is among them.
@@ -82,18 +91,26 @@ class Sources:
         The trained loss is `cfg.loss`, where the command line may have changed it.
 
         Raises:
-            ConfigError: there is no such loss.
+            ConfigError: there is no such loss, or its file is wrong.
         """
         known = ", ".join(self.losses)
         if trained not in self.losses:  # as after loss=[dice,cce] or ~loss
             raise ConfigError(f"loss must be one of {known}")
-        if not OmegaConf.is_dict(cfg.loss):
-            raise ConfigError(
-                f"the file of loss {trained} must hold keys and values, got {cfg.loss}"
-            )
+        _checked(trained, cfg.loss)
         for name in cfg.watch:
             if not isinstance(name, str) or name not in self.losses:
                 raise ConfigError(f"watch: there is no loss {name!r}; known are {known}")
         nodes = self.read([name for name in cfg.watch if name != trained], cfg)
         nodes[trained] = OmegaConf.to_container(cfg.loss, resolve=True)  # type: ignore[assignment]
         return {name: nodes[name] for name in (*cfg.watch, trained)}
+
+
+def _checked(name: str, node: Any) -> DictConfig:
+    """What a loss's file holds.
+
+    Raises:
+        ConfigError: it holds no keys.
+    """
+    if not OmegaConf.is_dict(node):
+        raise ConfigError(f"the file of loss {name} must hold keys and values, got {node}")
+    return node
