@@ -400,6 +400,24 @@ def test_damaged_checkpoints_do_not_count_when_old_ones_are_removed(tmp_path):
     assert find_checkpoint(str(tmp_path))["global_step"] == 30
 
 
+def test_each_checkpoint_is_read_once_when_old_ones_are_removed(tmp_path, monkeypatch):
+    """Each save would read all of them again. A file that has changed is read again."""
+    read, read_file = [], checkpoints.read_file
+    monkeypatch.setattr(
+        checkpoints, "read_file", lambda path: read.append(path.name) or read_file(path)
+    )
+    write(tmp_path, 10, 20, 30, 40)
+    assert [name for name in read if name.endswith(".ckpt")] == [
+        f"step={step}.ckpt" for step in (10, 20, 30, 40)
+    ]
+    torn(checkpoint_path(tmp_path, 40))
+    write(tmp_path, 50)
+    assert checkpoint_names(tmp_path) == ["step=30.ckpt", "step=40.ckpt", "step=50.ckpt"]
+    read.clear()
+    assert find_start(tmp_path).step == 50  # a new attempt trusts no file that it has not read
+    assert "step=50.ckpt" in read
+
+
 def test_checkpoints_of_an_attempt_that_was_given_up_are_removed(tmp_path):
     """They would count as the newest, though training went on from an earlier step."""
     write(tmp_path, 300, 400)
@@ -1236,6 +1254,16 @@ def test_a_test_that_was_cut_off_is_given_again(whole, compose, tmp_path, monkey
     expected = read_result(whole)["metrics"]
     assert metrics == pytest.approx({tag: expected[tag] for tag in metrics}, rel=1e-5)
     assert len(event_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("mode", ["test", "predict"])
+def test_only_a_training_is_resumed(compose, mode):
+    """The folder of a finished run would say that it was done before."""
+    composed = compose(f"mode={mode}", "checkpoint=run", "resume=run")
+    with pytest.raises(
+        ConfigError, match=f"^resume=run goes on with a training, not with mode={mode}"
+    ):
+        composed.settings(recall=lambda _: {})
 
 
 def test_a_checkpoints_config_is_only_numbers(compose):
