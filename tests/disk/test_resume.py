@@ -376,11 +376,11 @@ def test_loading_runs_no_code(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def write(folder, *steps):
+def write(folder, *steps, config=None):
     """Write small checkpoints, as a run would, one after the other."""
     for step in steps:
         content = {"state_dict": {"net.w": torch.full((3,), float(step))}, "global_step": step}
-        content["losswatch"] = {"config": {"theta": 0.5}, "sizes": {}}
+        content["losswatch"] = {"config": config or {"theta": 0.5}, "sizes": {}}
         save_checkpoint(content, folder)
 
 
@@ -904,12 +904,12 @@ def test_a_run_of_an_older_losswatch(compose, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fused_run_says_that_it_starts_anew(tmp_path):
+def test_a_fused_run_says_that_it_starts_anew(compose, tmp_path):
     """The notice is in its own log, though its group was trained before that was opened."""
     sweep = ["-m", "experiment=smoke", "seed=0", "hydra/launcher=fused", "hydra.sweep.dir=s"]
     folder = tmp_path / "s" / "seed=0,experiment=smoke"
     folder.mkdir(parents=True)
-    write(folder, 10)
+    write(folder, 10, config=compose("experiment=smoke", "seed=0").settings().as_config())
     torn(checkpoint_path(folder, 10))
     run_train(*sweep, cwd=tmp_path)
     log = (folder / "train.log").read_text()
