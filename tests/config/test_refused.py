@@ -111,6 +111,8 @@ SMOKE = [
 QUICK = [
     ("+note=1", "^unknown setting note; the config has theta, seed, "),
     *((f"~{key}", f"^{key} was removed from the config, ") for key in ("tags", "mode", "trainer")),
+    ("~model.in_channels", r"^~model.in_channels: \${form.in_channels} is known only once a run "),
+    ("+model.in_channels=1", r"^\+model.in_channels=1: the setting is there already"),
     ("+form.channels=1", "^unknown setting form; losswatch sets the values of "),
     ("+data.x=1", "^unknown setting data.x; data has .*image_size, "),
     ("+probe.x=1", "^unknown setting probe.x; probe has every_n_steps, cosines"),
@@ -123,7 +125,7 @@ QUICK = [
     ),
     ("logger=tensorbord", "^there is no logger=tensorbord; logger is one of csv, mlflow, "),
     ("loss.alhpa=0.3", "^loss dice: .*alhpa"),
-    ("metric=val/dise", "^metric=val/dise is computed by no validation; it has val/accuracy, "),
+    ("metric=val/dise", "^metric=val/dise is not a metric of the validation, which has val/ac"),
     ("callbacks=[best] callbacks.best.save_top_k=many", "^callbacks.best.save_top_k must be "),
     ("callbacks=[best,nosuch]", "^there is no callbacks=nosuch; --help lists those of callbacks"),
     ("scheduler=cosine scheduler.T_max=x", "^scheduler.T_max must be a whole number, got 'x'"),
@@ -231,6 +233,7 @@ RUNS = {
     "-m loss=dice,dise": "there is no loss=dise; loss is one of cce,.* dice,.*dice_fg",
     "-m trainer.max_stepz=3,4": "there is no trainer.max_stepz; trainer has max_steps,",
     "theta": "Error parsing override 'theta'",
+    "--cfg job --resolve": r"\${form.in_channels} is known only once a run has started; --resolve",
     "experiment=smoke theta=1.5": r"theta must be a number strictly between 0 and 1.*got 1\.5",
 }
 

@@ -396,11 +396,11 @@ def test_loading_runs_no_code(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def write(folder, *steps):
+def write(folder, *steps, config=None):
     """Write small checkpoints, as a run would, one after the other."""
     for step in steps:
         content = {"state_dict": {"net.w": torch.full((3,), float(step))}, "global_step": step}
-        content["losswatch"] = {"config": {"theta": 0.5}, "sizes": {}}
+        content["losswatch"] = {"config": config or {"theta": 0.5}, "sizes": {}}
         save_checkpoint(content, folder)
 
 
@@ -418,6 +418,24 @@ def test_damaged_checkpoints_do_not_count_when_old_ones_are_removed(tmp_path):
     finish(tmp_path, 30)
     assert checkpoint_names(tmp_path) == sorted(["step=30.ckpt", *strays])
     assert find_checkpoint(str(tmp_path))["global_step"] == 30
+
+
+def test_each_checkpoint_is_read_once_when_old_ones_are_removed(tmp_path, monkeypatch):
+    """Each save would read all of them again. A file that has changed is read again."""
+    read, read_file = [], checkpoints.read_file
+    monkeypatch.setattr(
+        checkpoints, "read_file", lambda path: read.append(path.name) or read_file(path)
+    )
+    write(tmp_path, 10, 20, 30, 40)
+    assert [name for name in read if name.endswith(".ckpt")] == [
+        f"step={step}.ckpt" for step in (10, 20, 30, 40)
+    ]
+    torn(checkpoint_path(tmp_path, 40))
+    write(tmp_path, 50)
+    assert checkpoint_names(tmp_path) == ["step=30.ckpt", "step=40.ckpt", "step=50.ckpt"]
+    read.clear()
+    assert find_start(tmp_path).step == 50  # a new attempt trusts no file that it has not read
+    assert "step=50.ckpt" in read
 
 
 def test_checkpoints_of_an_attempt_that_was_given_up_are_removed(tmp_path):
@@ -904,12 +922,12 @@ def test_a_run_of_an_older_losswatch(compose, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fused_run_says_that_it_starts_anew(tmp_path):
+def test_a_fused_run_says_that_it_starts_anew(compose, tmp_path):
     """The notice is in its own log, though its group was trained before that was opened."""
     sweep = ["-m", "experiment=smoke", "seed=0", "hydra/launcher=fused", "hydra.sweep.dir=s"]
     folder = tmp_path / "s" / "seed=0,experiment=smoke"
     folder.mkdir(parents=True)
-    write(folder, 10)
+    write(folder, 10, config=compose("experiment=smoke", "seed=0").settings().as_config())
     torn(checkpoint_path(folder, 10))
     run_train(*sweep, cwd=tmp_path)
     log = (folder / "train.log").read_text()
@@ -1258,6 +1276,16 @@ def test_a_test_that_was_cut_off_is_given_again(whole, compose, tmp_path, monkey
     expected = read_result(whole)["metrics"]
     assert metrics == pytest.approx({tag: expected[tag] for tag in metrics}, rel=1e-5)
     assert len(event_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("mode", ["test", "predict"])
+def test_only_a_training_is_resumed(compose, mode):
+    """The folder of a finished run would say that it was done before."""
+    composed = compose(f"mode={mode}", "checkpoint=run", "resume=run")
+    with pytest.raises(
+        ConfigError, match=f"^resume=run goes on with a training, not with mode={mode}"
+    ):
+        composed.settings(recall=lambda _: {})
 
 
 def test_a_checkpoints_config_is_only_numbers(compose):

@@ -55,7 +55,9 @@ class Metrics:
                     f"{what} needs class {label}, of which no image of val has a pixel; give val "
                     "an image with it, or take a metric of all classes, such as val/dice"
                 )
-        raise ConfigError(f"{what} is computed by no validation; it has {', '.join(self.names)}")
+        raise ConfigError(
+            f"{what} is not a metric of the validation, which has {', '.join(self.names)}"
+        )
 
 
 def check_callbacks(

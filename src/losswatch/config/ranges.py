@@ -89,6 +89,10 @@ def check_values(config: Values) -> None:
     mode = config["mode"]
     if mode not in ("train", "test", "predict"):
         raise ConfigError(f"mode must be train, test or predict, got {mode}")
+    if mode != "train" and config["resume"] is not None:
+        raise ConfigError(
+            f"resume={config['resume']} goes on with a training, not with mode={mode}"
+        )
     if mode == "predict" and target != FOLDER:
         raise ConfigError("mode=predict needs data=folder and data.root=<folder of images>")
     if (mode == "train") != (config["checkpoint"] is None):

@@ -80,7 +80,7 @@ def first_batch(data: pl.LightningDataModule, ranks: int) -> tuple[Tensor, Tenso
 
 
 def validation_batch(data: pl.LightningDataModule) -> tuple[Tensor, Tensor]:
-    """The first validation batch of the user's module."""
+    """The first validation batch that the user's own module gives."""
     return _as_trained(data, next(iter(_batches(data, "val"))))
 
 

@@ -7,6 +7,7 @@ so a checkpoint without it is not complete. The .ckpt alone is enough to test or
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -84,7 +85,7 @@ def prune(folder: Path, step: int, keep: int = KEPT) -> None:
     Checkpoints of later steps come from an attempt that was given up; they are removed, too.
     Damaged ones stay, and do not count.
     """
-    good = list(saved(folder))
+    good = list(saved(folder, reread=False))
     kept = [path for path, about in good if about.step <= step][:keep]
     for path, _ in good:
         if path not in kept:
@@ -164,29 +165,49 @@ def read_about(path: Path) -> About:
     return about
 
 
-def check(path: Path) -> About:
+def check(path: Path, reread: bool = True) -> About:
     """Read the .json beside a checkpoint, and compare the checksum of the checkpoint.
+
+    Args:
+        reread: see `saved`.
 
     Raises:
         ValueError: one of the two files is missing or damaged. The message is one line.
     """
     about = read_about(path)
     try:
-        if zlib.crc32(read_file(path)) != about.checksum:
+        now = path.stat()
+        stamp = (now.st_ino, now.st_size, now.st_mtime_ns)
+        if (_checksum(path) if reread else _known_checksum(path, *stamp)) != about.checksum:
             raise ValueError("its checksum differs")
     except (OSError, ValueError) as error:
         raise ValueError(f"{printable(path)} cannot be read ({reason(error)})") from error
     return about
 
 
-def saved(folder: Path, damaged: list[str] | None = None) -> Iterator[tuple[Path, About]]:
+def _checksum(path: Path) -> int:
+    return zlib.crc32(read_file(path))
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_checksum(path: Path, *stamp: int) -> int:
+    """The checksum of a file, read again only if `stamp` says that the file has changed."""
+    return _checksum(path)
+
+
+def saved(
+    folder: Path, damaged: list[str] | None = None, reread: bool = True
+) -> Iterator[tuple[Path, About]]:
     """A run's undamaged checkpoints, the newest first. None of them is loaded.
 
-    `damaged` gets a line about each damaged one that was skipped.
+    Args:
+        damaged: gets a line about each damaged one that was skipped.
+        reread: whether to read also what this process has read before, and whose inode, size and
+            time are still the same.
     """
     for path in files(folder):
         try:
-            about = check(path)
+            about = check(path, reread)
         except ValueError as error:
             if damaged is not None:
                 damaged.append(str(error))

@@ -238,3 +238,7 @@ class Predictions(pl.Callback):
             )  # fmt: skip
 
     on_predict_batch_end = on_test_batch_end
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for all ranks: the first one says that the run is done, and ends the command."""
+        trainer.strategy.barrier()

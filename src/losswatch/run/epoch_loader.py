@@ -1,6 +1,6 @@
-"""The training batches of the user's own data module, as one long sequence.
+"""Gives Lightning the training batches of the user's own data module as one long sequence.
 
-For Lightning the whole training is one epoch. Here an epoch is one pass over the images.
+Lightning sees the whole training as one epoch. Here an epoch is one pass over the images.
 """
 
 from __future__ import annotations

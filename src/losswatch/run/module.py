@@ -30,7 +30,7 @@ class SegmentationModule(pl.LightningModule):
         losses: the losses watched, the trained one among them.
         trained: the name of the trained loss.
         optimizer: makes an optimiser from the parameters.
-        form: of the user's data; None for random images.
+        form: describes the user's data; None for random images.
         infer: maps the network and images of any size to the output of the network.
         scheduler: makes Lightning's config of a scheduler from an optimiser.
     """

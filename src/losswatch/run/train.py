@@ -177,7 +177,7 @@ def _make_trainer(
     options["val_check_interval"] *= options["accumulate_grad_batches"]
     if settings.callbacks:  # by default Lightning's callbacks log every 50 steps
         options.setdefault("log_every_n_steps", 1)
-    # Ours comes last, so that its checkpoints hold the state of the user's callbacks.
+    # The callback that saves checkpoints comes last: they then hold the state of all others.
     callbacks = [Images(together=module.is_random), *make_callbacks(plan), checkpoints]
     watch = None
     if settings.probe.every_n_steps:

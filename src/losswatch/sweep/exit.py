@@ -6,6 +6,7 @@ written; 2 for bad input; 130 after Ctrl-C; 143 after SIGTERM.
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ from losswatch import compat
 from losswatch.config import yaml_errors
 from losswatch.config.errors import ConfigError
 from losswatch.config.quoting import as_one_text
+from losswatch.config.settings import LATER
 from losswatch.sweep.switches import command_switches, ended_by_sigterm
 from losswatch.sweep.table import show_table
 from losswatch.terminal import flush, say
@@ -179,9 +181,15 @@ def explain(error: Exception, given: Mapping[str, str]) -> str:
         keys = cause.parent_node.keys() if OmegaConf.is_dict(cause.parent_node) else []
         known = ", ".join(str(key) for key in keys if key != "hydra" and str(key)[0] != "_")
         return f"there is no {cause.full_key}; {parent or 'the config'} has {known or 'no keys'}"
-    if str(error).startswith("Error merging override +") and "Interpolation key" in str(cause):
-        override = str(error).removeprefix("Error merging override ")
+    override = str(error).removeprefix("Error merging override ")
+    if override.startswith("+") and "Interpolation key" in str(cause):
         return f"{override}: the setting is there already; leave out the +"
+    missing = re.match(r"Interpolation key '(\w+)\.(\w+)' not found", str(cause))
+    if missing and missing[2] in LATER.get(missing[1], {}):
+        what = f"${{{missing[1]}.{missing[2]}}} is known only once a run has started"
+        if override.startswith("~"):
+            return f"{override}: {what}; give another value instead of removing it"
+        return f"{what}; --resolve and settings of hydra cannot use it"
     texts = [str(error)] if cause is error else [str(error), str(cause).split("\n")[0]]
     noise = ("https://", "full_key:", "object_type=", "reference_type=")
     lines = [str(yaml_errors.file_of(cause) or "")]

@@ -109,10 +109,11 @@ def launch(
         place = f"jobs of {type(launcher).__name__}{advice}"
     reason = f" (they differ in {', '.join(differ)})" if differ else ""
     earlier = f", {len(others)} done before" if others else ""
-    say(
-        f"fused: {number_of(len(todo), 'run')} in {number_of(len(parts), 'group')} of up to "
-        f"{max(map(len, parts), default=0)}, {place}{reason}{earlier}"
-    )
+    if parts:
+        say(
+            f"fused: {number_of(len(todo), 'run')} in {number_of(len(parts), 'group')} of up to "
+            f"{max(map(len, parts))}, {place}{reason}{earlier}"
+        )
 
     returns: list[Returned] = []
     if parts and launcher is None:

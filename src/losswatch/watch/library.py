@@ -9,7 +9,7 @@ from typing import Any
 
 
 def library() -> Any:
-    """The package of the user's Trainer: pytorch_lightning or lightning.pytorch."""
+    """Lightning as the user has imported it: pytorch_lightning or lightning.pytorch."""
     other = "lightning.pytorch" in sys.modules and "pytorch_lightning" not in sys.modules
     return importlib.import_module("lightning.pytorch" if other else "pytorch_lightning")
 
