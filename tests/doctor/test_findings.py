@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from losswatch.doctor.findings import MOST, RULES, diagnose
 from losswatch.doctor.history import History
@@ -262,7 +264,7 @@ def test_three_classes_of_which_images_lack_some():
 
 
 def test_a_collapse_is_foreseen_at_the_first_batch_and_not_repeated_at_the_end():
-    start = {"sign/alike/1.0": 0.5, "sign/alike/0.0": -0.5, "sign/apart.0": 0.01,
+    start = {"body/momentum": np.nan, "sign/alike/1.0": 0.5, "sign/alike/0.0": -0.5, "sign/apart.0": 0.01,
              "answer/constant_share": 1 - 1e-7}  # fmt: skip
     record = changed(start)
     one = replace(record, steps=STEPS[:1], numbers={k: v[:1] for k, v in record.numbers.items()},
@@ -286,6 +288,32 @@ def test_at_most_three_are_named_in_the_order_of_the_rules():
     assert len(found) == MOST and len({finding.name for finding in found}) == MOST
     order = [rule(changed(everything)) for rule in RULES]
     assert found[0] == next(finding for finding in order if finding)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None)
+def test_no_record_raises_an_error_or_a_warning(seed):
+    """Numbers that are missing, infinite, 0 or of another order, at any observation."""
+    draw = np.random.default_rng(seed)
+    base = changed(SICK[draw.choice(list(SICK))][2])
+    count = int(draw.integers(1, T + 1))
+    odd = np.array([np.nan, np.inf, -np.inf, 0, 1, 1e-30, 1e30, -1])
+    numbers = {}
+    for name, values in base.numbers.items():
+        spoilt = draw.random(T) < draw.choice([0, 0.1, 1])
+        numbers[name] = np.where(spoilt, draw.choice(odd, T), values)[:count]
+    options = {
+        "trained": draw.choice([None, "own", "cce"]),
+        "terms": ("dice", "cce") if draw.random() < 0.5 else (),
+        "activation": str(draw.choice(["softmax", "sigmoid", "none"])),
+        "ignore_index": draw.choice([None, 255]),
+        "heads": int(draw.integers(1, 3)),
+        "classes": int(draw.integers(2, 4)),
+        "is_over": bool(draw.random() < 0.5),
+    }
+    record = replace(base, steps=STEPS[:count], numbers=numbers, **options)
+    for finding in diagnose(record):
+        assert finding.step in STEPS and finding.text.endswith(".")
 
 
 def test_no_observation_no_finding():

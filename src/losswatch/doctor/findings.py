@@ -14,7 +14,8 @@ import numpy as np
 from losswatch.doctor.history import ENDS, History
 
 MOST = 3  # findings that are named
-COLLAPSE = 100.0  # the score above which a collapse is foreseen
+# The score above which a collapse is foreseen: without batch norm, and with it.
+COLLAPSE, COLLAPSE_WITH_NORM = 60.0, 1000.0
 AGAINST_COLLAPSE = (
     "Use batch norm, class weights or a Dice with squared denominator, or add cross entropy."
 )
@@ -64,6 +65,11 @@ def known(x: np.ndarray) -> np.ndarray:
 def first(x: np.ndarray) -> float:
     """The first number that is not NaN; NaN if there is none."""
     return float(known(x)[0]) if len(known(x)) else float("nan")
+
+
+def last(x: np.ndarray) -> float:
+    """The last number that is not NaN; NaN if there is none."""
+    return float(known(x)[-1]) if len(known(x)) else float("nan")
 
 
 def lowest(x: np.ndarray) -> float:
@@ -296,8 +302,8 @@ def not_finite(h: History) -> Finding | None:
     half = lowest(h.sign("bits")) == 16
     text = f"The network's output is not finite from step {first_output} on."
     if h.trained and np.isfinite(h.value(h.trained)[h.steps < first_output]).any():
-        last = known(h.value(h.trained))[-1]
-        text = text[:-1] + f"; before that {h.trained} was {last:.4g}."
+        before = last(h.value(h.trained)[h.steps < first_output])
+        text = text[:-1] + f"; before that {h.trained} was {before:.4g}."
     remedy = "Lower the learning rate, and look at the loss where it is perfect or empty."
     if half:
         return Finding("half-precision", first_output, text, "Compute the loss in float32.")
@@ -325,7 +331,7 @@ def dead_term(h: History) -> Finding | None:
             continue
         value = known(h.value(name))
         text = f"{name} has no gradient at any of {len(known(norm))} observations"
-        text += f" (its value is {value[-1]:.4g})" if len(value) else ""
+        text += f" (its value is {last(value):.4g})" if len(value) else ""
         if len(known(yard)):
             text += f", while the watched losses have norms up to {highest(yard):.3g}"
         remedy = (
@@ -470,7 +476,7 @@ def scale(h: History) -> Finding | None:
         )
         remedy = "Take the mean over the pixels instead of the sum, or divide the learning rate."
         return Finding("scale", step, text, remedy)
-    if holds(small < 0.05, small):
+    if holds(small < 0.035, small):
         text = f"The gradient of {h.trained} is {middle(small):.2g} of that of Dice."
         remedy = "Look at its smoothing, its weights and what it divides by; or add cross entropy."
         return Finding("scale", step, text, remedy)
@@ -580,7 +586,7 @@ def mode_gap(h: History) -> Finding | None:
     batches, momentum = h.get("body/batches"), h.get("body/momentum")
     stands = holds(shifted <= 1e-7, shifted, least=2) and highest(moved) > 1e-4
     left = (1 - momentum) ** batches
-    slow = len(known(left)) and known(left)[-1] > 0.5 and highest(batches) >= 50
+    slow = last(left) > 0.5 and highest(batches) >= 50
     newest = holds(momentum >= 0.9, momentum, least=3)
     if not stands and not slow and not newest:
         return None
@@ -590,7 +596,7 @@ def mode_gap(h: History) -> Finding | None:
     elif stands:
         text += f": they have not moved in {len(known(shifted))} observations"
     else:
-        text += f": after {highest(batches):.0f} batches {known(left)[-1]:.0%} is their start"
+        text += f": after {highest(batches):.0f} batches {last(left):.0%} is their start"
     text += ", so eval() gives another network than train()."
     remedy = "Give batch norm a momentum of 0.1, or take group norm."
     return Finding("mode-gap", int(h.steps[0]), text, remedy)
@@ -668,7 +674,7 @@ def collapsed(h: History) -> Finding | None:
     constant = h.answer("constant")
     if h.trained and np.isfinite(constant):
         text += (
-            f"; {h.trained} is {known(h.value(h.trained))[-1]:.4g}, the best constant answer has "
+            f"; {h.trained} is {last(h.value(h.trained)):.4g}, the best constant answer has "
             f"{constant:.4g}"
         )
     return Finding("collapsed", int(h.steps[begin]), f"{text}.", AGAINST_COLLAPSE)
@@ -693,13 +699,14 @@ def collapse_ahead(h: History) -> Finding | None:
     if not h.trained or h.is_over or len(h) > 3:
         return None
     score, c = score_of_collapse(h)
-    if not score > COLLAPSE:
+    least = COLLAPSE if np.isnan(h.get("body/momentum")[0]) else COLLAPSE_WITH_NORM
+    if not score > least:
         return None
     what = ("background", "foreground")[c]
     text = (
         f"{h.trained} pulls all pixels towards {what} far more than it pulls the classes apart, "
         f"and the softmax has little slope there (score {score:.3g}, collapses were seen above "
-        f"{COLLAPSE:g})."
+        f"{least:g})."
     )
     return Finding("collapse-ahead", int(h.steps[0]), text, AGAINST_COLLAPSE)
 

@@ -167,9 +167,9 @@ class StackedModule(pl.LightningModule):
             parameters, buffers, moments, *_ = chunk
             members, seen = self._members_of(i), []
             for number, step in zip(numbers, steps, strict=True):
-                if self.every_n_steps and (number in FIRST_SIGNS or number % SIGNS_EVERY == 0):
-                    self._look(chunk._replace(parameters=parameters, buffers=buffers), i, number)
                 is_observed = self._is_observed(number)
+                if is_observed and (number in FIRST_SIGNS or number % SIGNS_EVERY == 0):
+                    self._look(chunk._replace(parameters=parameters, buffers=buffers), i, number)
                 gradient, buffers, values = self.gradient[is_observed](
                     parameters, buffers, chunk.numbers, step
                 )
