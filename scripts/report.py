@@ -28,6 +28,7 @@ from losswatch.report.style import FORMATS, loss_looks
 from losswatch.report.tables import (
     cell_table,
     comparison_table,
+    finding_table,
     markdown_image,
     markdown_table,
     rich_table,
@@ -38,6 +39,7 @@ from losswatch.report.tables import (
 from losswatch.text import markdown_escape, number_of, printable
 
 ROWS = 30  # of a comparison that a table shows, at most
+PICTURES = 6  # of runs in which something is wrong, at most
 
 
 def main() -> int:
@@ -157,6 +159,16 @@ def markdown(
         else:
             parts.append("The pairs of all conditions are taken as one sample.")
         parts.append(markdown_table(cells))
+    findings = finding_table(sweep, runs)
+    if len(findings):
+        parts += [
+            "## What is wrong",
+            "Trainings in which losswatch found something. `curves.png` of a run marks the step. "
+            "What the names mean: src/losswatch/doctor/README.md.",
+            markdown_table(findings),
+        ]
+        pictures = [sweep / run / "curves.png" for run in findings["run"].unique()[:PICTURES]]
+        parts += [markdown_image(p.parent.name, p, sweep) for p in pictures if p.exists()]
     stopped = runs[runs["status"] != "done"]
     if len(stopped):
         parts += [

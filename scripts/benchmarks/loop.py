@@ -22,9 +22,10 @@ def watched_step(
     optimizer: torch.optim.Optimizer,
     batch: Callable[[], Any],
     every: int,
+    diagnose: bool = False,
 ) -> Job:
     """A job that makes one step of a module on a new batch, and observes each `every`-th step."""
-    watch = Watch(losses, criterion, every_n_steps=every, strict=True)
+    watch = Watch(losses, criterion, every_n_steps=every, strict=True, diagnose=diagnose)
     trainer: Any = SimpleNamespace(
         global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true", loggers=[],
         fit_loop=SimpleNamespace(_should_accumulate=lambda: False), is_global_zero=True,

@@ -98,10 +98,10 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
 
         return step
 
-    def probed(every: int, count: int) -> Job:
+    def probed(every: int, count: int, diagnose: bool = False) -> Job:
         """The ordinary step, watched."""
         module, adam = parts(count)
-        step = watched_step(module, module.losses, "loss", adam, batch, every)
+        step = watched_step(module, module.losses, "loss", adam, batch, every, diagnose)
         return lambda: fast_on_cpu(module.net)(step)()  # as train.py does for a whole run
 
     def compiled_step(count: int) -> Job:
@@ -137,6 +137,8 @@ def training_steps(make_net: Callable[[], nn.Module], shape: tuple[int, ...]) ->
         "probe, 5 losses": probed(1, 5),
         "probe, 16 losses": probed(1, 16),
         "probe every 10 steps": probed(10, 5),
+        "probe and doctor, 5 losses": probed(1, 5, diagnose=True),
+        "probe and doctor every 10 steps": probed(10, 5, diagnose=True),
     }
     if sum(p.numel() for p in make_net().parameters()) < SMALL:
         jobs |= {"compiled, 5 losses": compiled_step(5), "compiled, 16 losses": compiled_step(16)}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_train
+from conftest import ROOT, run_python, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -110,6 +110,29 @@ def test_a_damaged_record_is_one_line(sweep, tmp_path, capsys):
         print_findings([str(run)])
     assert status.value.code == 2
     assert "holds no signs" in capsys.readouterr().err
+
+
+def test_a_report_names_it_beside_the_marked_curve(sweep, tmp_path):
+    folder, _ = sweep
+    copy = shutil.copytree(folder / "basic", tmp_path / "basic")
+    run_python(str(ROOT / "scripts/report.py"), str(copy), cwd=tmp_path)
+    report = (copy / "report.md").read_text()
+    part = report[report.index("## What is wrong") : report.index("## Figures")]
+    assert "| collapsed |" in part and "Every pixel is predicted as foreground" in part
+    assert "curves.png" in part and "dice_square" not in part
+
+
+@pytest.mark.parametrize(
+    "findings, line",
+    [
+        (["a"], "a finding is of type str"),
+        ([{"name": 1}], "a finding's name is of type int"),
+        ([{"name": "a", "step": "b", "text": "", "remedy": ""}], "a finding's step is of type str"),
+    ],
+)
+def test_damaged_findings_are_told(findings, line):
+    with pytest.raises(ValueError, match=line):
+        Result.of({"status": "failed", "findings": findings})
 
 
 def test_watch_says_it_in_the_log_and_in_tensorboard(tmp_path, caplog):

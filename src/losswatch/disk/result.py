@@ -133,6 +133,11 @@ def _typed(parts: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[type, ...
             yield f"{name}.{tag}", value, (*_NUMBER, type(None))
     for override in parts.get("overrides", []):
         yield "an override", override, (str,)
+    for finding in parts.get("findings", []):
+        yield "a finding", finding, (dict,)
+        if isinstance(finding, dict):
+            for key, kind in (("name", str), ("step", int), ("text", str), ("remedy", str)):
+                yield f"a finding's {key}", finding.get(key), (kind,)
 
 
 def _as_float(number: float | None) -> float:

@@ -113,7 +113,7 @@ def _row(record: Result, others: list[str], overrides: dict[str, str]) -> dict[s
     stage = "test" if record.config.get("mode") == "test" else "val"
     row |= {name: record.metrics.get(f"{stage}/{name}", np.nan) for name in METRICS}
     row["seconds"] = np.nan if record.seconds is None else record.seconds
-    found = [str(finding.get("name")) for finding in record.findings if isinstance(finding, dict)]
+    found = [finding["name"] for finding in record.findings]
     row |= {"status": _plain(record.status), "findings": _plain(" ".join(found) or None)}
     return row | {"error": _plain(record.error)}
 

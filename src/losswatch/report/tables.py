@@ -15,7 +15,7 @@ from rich.text import Text
 
 from losswatch.files import replace_file
 from losswatch.report.compare import COMPARED, conditions
-from losswatch.report.records import METRICS
+from losswatch.report.records import METRICS, read_record
 from losswatch.report.runs import LABELS, done, read_runs, swept
 from losswatch.text import csv_escape, format_value, markdown_escape, printable
 
@@ -37,6 +37,7 @@ def run_table(runs: pd.DataFrame) -> pd.DataFrame:
     columns += [*METRICS, "seconds", "status"]
     columns += [c for c in ("findings", "error") if runs[c].notna().any()]
     digits = {**dict.fromkeys(METRICS, 4), "seconds": 1}
+    runs = runs.assign(findings=runs["findings"].str.split().str[0])  # the cause
     return pd.DataFrame(
         {LABELS.get(c, c): [format_value(v, digits.get(c)) for v in runs[c]] for c in columns}
     )
@@ -61,6 +62,17 @@ def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
             row[LABELS[metric]] = text
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def finding_table(sweep_dir: str | Path, runs: pd.DataFrame) -> pd.DataFrame:
+    """A row of text for each finding of the runs: what is wrong, since when, and what to do."""
+    found = runs.loc[runs["findings"].notna(), "run"]
+    rows = [
+        {"run": run} | {key: format_value(value) for key, value in finding.items()}
+        for run in found
+        for finding in read_record(Path(sweep_dir) / run).findings
+    ]
+    return pd.DataFrame(rows, columns=["run", "name", "step", "text", "remedy"])
 
 
 def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:

@@ -210,6 +210,9 @@ class StackedModule(pl.LightningModule):
             doctor.look(logits, label, slope, is_first=not doctor.tags)
             doctor.keep(number, self.losses.names, None, [chunk.parameters[k]], [])
             member.logger.write_signs(*doctor.drain())
+            if number == 0:  # what the first batch shows already
+                for finding in doctor.news():
+                    log.warning("%s: %s", member.folder.name, finding.line())
 
     def _members_of(self, chunk: int) -> list[Member]:
         """The members of a chunk by its number, without the repeated one at the end."""
