@@ -264,8 +264,13 @@ def test_three_classes_of_which_images_lack_some():
 
 
 def test_a_collapse_is_foreseen_at_the_first_batch_and_not_repeated_at_the_end():
-    start = {"body/momentum": np.nan, "sign/alike/1.0": 0.5, "sign/alike/0.0": -0.5, "sign/apart.0": 0.01,
-             "answer/constant_share": 1 - 1e-7}  # fmt: skip
+    start = {
+        "body/momentum": np.nan,  # no batch norm
+        "sign/alike/1.0": 0.5,
+        "sign/alike/0.0": -0.5,
+        "sign/apart.0": 0.01,
+        "answer/constant_share": 1 - 1e-7,
+    }
     record = changed(start)
     one = replace(record, steps=STEPS[:1], numbers={k: v[:1] for k, v in record.numbers.items()},
                   is_over=False)  # fmt: skip
