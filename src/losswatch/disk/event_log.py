@@ -43,10 +43,10 @@ class EventLog(TensorBoardLogger):
         write_scalars(self.experiment, tags, steps, values)
         self.curves.append(tags, steps, values)
 
-    def write_signs(self, tags: Sequence[str], steps: np.ndarray, values: np.ndarray) -> None:
-        """Write what the doctor saw, into the run's record alone."""
-        if len(steps):
-            self.signs.append(tags, steps, values)
+    def write_signs(self, tags: Sequence[str], steps: Sequence[int], values: Tensor | None) -> None:
+        """Write what the doctor saw, into the run's record alone; see `Doctor.drain`."""
+        if steps and values is not None:
+            self.signs.append(tags, np.array(steps), values.cpu().numpy())
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a validation or a test, by tag."""

@@ -22,17 +22,18 @@ from losswatch.watch.doctor import kind_of, terms_of
 FOUND = 3  # the exit status of `losswatch diagnose` if something was found
 
 
-def findings_of(folder: Path, trained: str | None) -> list[Finding]:
+def findings_of(folder: Path, trained: str | None, looks: int | None = None) -> list[Finding]:
     """The findings from the record in a run's folder; none if it holds no signs.
 
     Args:
         trained: the name of the loss that trains.
+        looks: only so many of the doctor's looks count, as while the run trains.
     """
     signs, curves = read_signs(folder), read_curves(folder)
     if signs.empty:
         return []
     watched = (LOSS, GRAD_NORM, GRAD_COSINE)
-    table = signs.join(curves[[tag for tag in curves if tag.startswith(watched)]])
+    table = signs.join(curves[[tag for tag in curves if tag.startswith(watched)]])[:looks]
     names = [tag.removeprefix(LOSS) for tag in table if tag.startswith(LOSS)]
     presets = set(list_losses())
     losses = {name: load_loss(name) for name in names if name in presets}
@@ -48,6 +49,7 @@ def findings_of(folder: Path, trained: str | None) -> list[Finding]:
         ignore_index=IGNORED,
         heads=len(heads),
         classes=len(classes),
+        is_over=looks is None,
     )
     return diagnose(history)
 

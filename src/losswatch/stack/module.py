@@ -22,6 +22,7 @@ from losswatch.disk.event_log import side_by_side
 from losswatch.events.tags import GRAD_NORM, LOSS, PICTURES, watched_tags
 from losswatch.losses import LossSet
 from losswatch.nets.cpu import onednn
+from losswatch.report.diagnosis import findings_of
 from losswatch.run.callbacks import Images
 from losswatch.run.scores import Tally, metrics, tally
 from losswatch.stack.compile import compiled
@@ -169,7 +170,8 @@ class StackedModule(pl.LightningModule):
             for number, step in zip(numbers, steps, strict=True):
                 is_observed = self._is_observed(number)
                 if is_observed and (number in FIRST_SIGNS or number % SIGNS_EVERY == 0):
-                    self._look(chunk._replace(parameters=parameters, buffers=buffers), i, number)
+                    now = chunk._replace(parameters=parameters, buffers=buffers)
+                    self._look(now, i, number, step)
                 gradient, buffers, values = self.gradient[is_observed](
                     parameters, buffers, chunk.numbers, step
                 )
@@ -179,7 +181,7 @@ class StackedModule(pl.LightningModule):
                 self.shown.advance(len(members))
             self.chunks[i] = chunk._replace(parameters=parameters, buffers=buffers, moments=moments)
             if seen:
-                self._write(i, observed, torch.stack(seen, dim=1).cpu().numpy())
+                self._write(i, observed, torch.stack(seen, dim=1))
             # Steps that are not observed have only this check.
             finite = parameters.isfinite().all(dim=1).tolist()
             for member, is_finite in zip(members, finite, strict=False):
@@ -188,9 +190,8 @@ class StackedModule(pl.LightningModule):
         compat.count_steps(self.trainer, last - first)
 
     @torch.no_grad()
-    def _look(self, chunk: Chunk, i: int, number: int) -> None:
+    def _look(self, chunk: Chunk, i: int, number: int, step: Tensor) -> None:
         """Let the doctor of each member of chunk number i look at the batch of a step."""
-        step = torch.tensor(number, device=self.device)
         split = splitter(self.net)
 
         def look(parameters: Tensor, buffers: State, numbers: State) -> tuple[Tensor, ...]:
@@ -209,23 +210,42 @@ class StackedModule(pl.LightningModule):
             doctor.start()
             doctor.look(logits, label, slope, is_first=not doctor.tags)
             doctor.keep(number, self.losses.names, None, [chunk.parameters[k]], [])
-            member.logger.write_signs(*doctor.drain())
-            if number == 0:  # what the first batch shows already
-                for finding in doctor.news():
-                    log.warning("%s: %s", member.folder.name, finding.line())
 
     def _members_of(self, chunk: int) -> list[Member]:
         """The members of a chunk by its number, without the repeated one at the end."""
         return self.members[chunk * self.chunk_size : (chunk + 1) * self.chunk_size]
 
-    def _write(self, chunk: int, steps: np.ndarray, values: np.ndarray) -> None:
-        """Write the observations, values [R, steps, tags], and check that they are finite."""
-        for member, block in zip(self._members_of(chunk), values, strict=False):
+    def _write(self, chunk: int, steps: np.ndarray, values: Tensor) -> None:
+        """Write the observations of a block, and check that they are finite.
+
+        Args:
+            values: [R, steps, tags]; read from the device together with what the doctors saw.
+        """
+        members = self._members_of(chunk)
+        looks = [self.doctors[member.folder].drain() for member in members]
+        # A resumed run may have none yet.
+        none = values.new_empty(0, 0)
+        signs = torch.stack([none if rows is None else rows for _, _, rows in looks])
+        signs = torch.cat([signs, signs[-1:].expand(len(values) - len(signs), *signs.shape[1:])])
+        both = torch.cat([values.flatten(1), signs.flatten(1)], dim=1).cpu()
+        curves, seen = both.split([values[0].numel(), signs[0].numel()], dim=1)
+        blocks = curves.view(values.shape).numpy()
+        for k, (member, block, (tags, looked, _)) in enumerate(
+            zip(members, blocks, looks, strict=False)
+        ):
             names = [f"{LOSS}{member.trained}", f"{GRAD_NORM}{member.trained}"]
             own = block[:, [self.tags.index(name) for name in names]]
             for row, column in np.argwhere(~np.isfinite(own))[:1]:
                 self._fail(member, f"{names[column]} is {own[row, column]}", steps[row])
             member.logger.write_curves(self.tags, steps, block)
+            member.logger.write_signs(tags, looked, seen[k].view(signs.shape[1:]))
+            if steps[0] == 0:
+                self._speak(member)
+
+    def _speak(self, member: Member) -> None:
+        """Say what the first batch of a run shows already."""
+        for finding in findings_of(member.folder, member.trained, looks=1):
+            log.warning("%s: %s", member.folder.name, finding.line())
 
     def _fail(self, member: Member, what: str, step: int) -> None:
         """Mark a member as failed, unless it is. Its first error stays; the other members go on."""

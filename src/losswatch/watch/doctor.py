@@ -22,8 +22,6 @@ from losswatch.watch.record import as_row
 from losswatch.watch.signs import classes_of, read_labels, read_signs, sign_names
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from losswatch.doctor.findings import Finding
 
 log = logging.getLogger(__name__)
@@ -253,17 +251,17 @@ class Doctor:
             errors=tuple(self.errors),
         )
 
-    def drain(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """The tags, steps [B] and numbers [B, tags] kept since the last call, without those that
-        the curves hold."""
-        import numpy as np
+    def drain(self) -> tuple[list[str], list[int], Tensor | None]:
+        """The tags, steps [B] and numbers [B, tags] kept since the last call.
 
+        Without those that curves hold. The numbers are on their device; None before the first.
+        """
         first = next((i for i, tag in enumerate(self.tags) if tag.startswith(SIGN)), 0)
-        rows = [row[first:] for _, row in self.fresh if len(row) == len(self.tags)]
-        steps = np.array([step for step, row in self.fresh if len(row) == len(self.tags)], int)
+        fresh = [(step, row[first:]) for step, row in self.fresh if len(row) == len(self.tags)]
         self.fresh = []
-        table = torch.stack(rows).cpu().numpy() if rows else np.empty((0, 0))
-        return self.tags[first:], steps, table
+        none = self.kept[-1][1].new_empty(0, len(self.tags) - first) if self.kept else None
+        rows = torch.stack([row for _, row in fresh]) if fresh else none
+        return self.tags[first:], [step for step, _ in fresh], rows
 
     def findings(self, is_over: bool = True) -> list[Finding]:
         """What is wrong, at most three, the cause before its consequences.
