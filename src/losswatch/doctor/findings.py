@@ -11,7 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from losswatch.doctor.history import ENDS, History
+from losswatch.doctor.history import (
+    ENDS,
+    History,
+    average,
+    first,
+    highest,
+    holds,
+    known,
+    last,
+    lowest,
+    middle,
+)
 
 MOST = 3  # findings that are named
 # The score above which a collapse is foreseen: without batch norm, and with it.
@@ -48,84 +59,6 @@ def diagnose(history: History) -> list[Finding]:
     return list(found.values())[:MOST]
 
 
-# -- helpers ---------------------------------------------------------------------------------------
-
-
-def since(h: History, is_so: np.ndarray) -> int | None:
-    """The first step at which something is so, or None."""
-    places = np.flatnonzero(is_so)
-    return int(h.steps[places[0]]) if len(places) else None
-
-
-def known(x: np.ndarray) -> np.ndarray:
-    """The numbers of x, of any shape, that are not NaN."""
-    return x[~np.isnan(x)]
-
-
-def first(x: np.ndarray) -> float:
-    """The first number that is not NaN; NaN if there is none."""
-    return float(known(x)[0]) if len(known(x)) else float("nan")
-
-
-def last(x: np.ndarray) -> float:
-    """The last number that is not NaN; NaN if there is none."""
-    return float(known(x)[-1]) if len(known(x)) else float("nan")
-
-
-def lowest(x: np.ndarray) -> float:
-    """The smallest number that is not NaN; NaN if there is none."""
-    return float(known(x).min()) if len(known(x)) else float("nan")
-
-
-def highest(x: np.ndarray) -> float:
-    """The largest number that is not NaN; NaN if there is none."""
-    return float(known(x).max()) if len(known(x)) else float("nan")
-
-
-def average(x: np.ndarray) -> float:
-    """The mean of the numbers that are not NaN; NaN if there are none."""
-    return float(known(x).mean()) if len(known(x)) else float("nan")
-
-
-def middle(x: np.ndarray) -> float:
-    """The median of the numbers that are not NaN; NaN if there are none."""
-    return float(np.median(known(x))) if len(known(x)) else float("nan")
-
-
-def holds(is_so: np.ndarray, x: np.ndarray, least: int = 1) -> bool:
-    """Whether something is so wherever x is known, which it is at least so often."""
-    there = ~np.isnan(x)
-    return bool(there.sum() >= least and is_so[there].all())
-
-
-def yard_norm(h: History, *kinds: str) -> np.ndarray:
-    """The largest norm [T] of the watched losses of this package that do not train.
-
-    NaN where it is so small that a ratio to it says nothing.
-    """
-    names = h.of_kind(*(kinds or ("ce", "dice", "dice_fg", "other")))
-    if not names:
-        return np.full(len(h), np.nan)
-    norm = np.fmax.reduce([h.norm(name) for name in names])
-    return np.where(norm > 1e-6, norm, np.nan)
-
-
-def best_perfect(h: History) -> float:
-    """The value of the trained loss at a perfect answer, the smallest of three."""
-    values = [h.answer(name) for name in ("perfect", "perfect_half", "perfect_quarter")]
-    return min(values) if np.isfinite(values).all() else float("nan")
-
-
-def first_value(h: History) -> float:
-    """The first value of the trained loss."""
-    return first(h.value(h.trained)) if h.trained else float("nan")
-
-
-def foreground(h: History, name: str, head: int = 0) -> np.ndarray:
-    """The share [T] of all classes but the background."""
-    return 1 - h.by_class(name, head)[:, 0]
-
-
 # -- labels ----------------------------------------------------------------------------------------
 
 
@@ -134,7 +67,7 @@ def labels_outside(h: History) -> Finding | None:
         low, high = h.sign("label_min", head), h.sign("label_max", head)
         largest = h.classes - 1
         outside = (low < -1e-4) | (high > largest + 1e-4)
-        if (step := since(h, outside)) is not None:
+        if (step := h.since(outside)) is not None:
             text = (
                 f"The labels go from {lowest(low):g} to {highest(high):g}, "
                 f"but {largest + 1} classes have labels from 0 to {largest}."
@@ -156,7 +89,7 @@ def labels_outside(h: History) -> Finding | None:
 
 def labels_overlap(h: History) -> Finding | None:
     sums = h.sign("label_sum")
-    if h.activation == "sigmoid" or (step := since(h, sums > 1.01)) is None:
+    if h.activation == "sigmoid" or (step := h.since(sums > 1.01)) is None:
         return None
     text = f"The labels of a pixel add to up to {highest(sums):g}, but a softmax adds to 1."
     remedy = "Let each channel have a sigmoid of its own (activation='sigmoid')."
@@ -164,7 +97,7 @@ def labels_overlap(h: History) -> Finding | None:
 
 
 def no_foreground(h: History) -> Finding | None:
-    share = foreground(h, "label")
+    share = h.foreground("label")
     is_multilabel = h.activation == "sigmoid" and h.classes > 2
     share = h.by_class("label").sum(1) if is_multilabel else share
     if not holds(share <= 0, share, least=5):
@@ -187,7 +120,7 @@ def activation_twice(h: History) -> Finding | None:
         return None  # the loss reads probabilities, as it should
     if not holds(is_share, low, least=1 if by_graph else 3):
         return None
-    if h.trained and not np.isfinite(best_perfect(h)):
+    if h.trained and not np.isfinite(h.best_perfect()):
         return None  # the loss takes no logits
     what = ENDS[int(end)] if by_graph else "softmax" if adds else "sigmoid"
     if what == "softmax" and shift >= 1e-4:
@@ -212,7 +145,7 @@ def activation_missing(h: History) -> Finding | None:
     least, most = h.sign("out_min"), h.sign("out_max")
     ends = [h.answer(n) for n in ("background", "foreground")]
     is_linear = abs(h.answer("even") - np.mean(ends)) < 1e-3 * abs(ends[0] - ends[1])
-    if h.trained and h.classes == 2 and is_linear and best_perfect(h) < -0.5:
+    if h.trained and h.classes == 2 and is_linear and h.best_perfect() < -0.5:
         text = (
             f"{h.trained} is a straight line in the probability ({ends[0]:.3g}, "
             f"{h.answer('even'):.3g}, {ends[1]:.3g} from background to foreground), and below 0: "
@@ -223,7 +156,7 @@ def activation_missing(h: History) -> Finding | None:
     if not h.trained or holds((least >= 0) & (most <= 1), least):
         return None
     loud, half, opposite = (h.answer(n) for n in ("perfect", "perfect_half", "opposite"))
-    start, best = first_value(h), best_perfect(h)
+    start, best = h.start(), h.best_perfect()
     if not np.isfinite([loud, half, opposite]).all():
         return None
     size = max(abs(opposite - best), abs(start - best), 1e-12)
@@ -280,9 +213,9 @@ def not_finite(h: History) -> Finding | None:
     bad = {name: ~np.isfinite(v) | ~np.isfinite(g) for name, (v, g) in own.items()}
     # A batch that could not be observed has no numbers at all.
     everything = np.all([~np.isfinite(h.value(n)) for n in h.kinds], axis=0)
-    first_output = since(h, outputs)
+    first_output = h.since(outputs)
     firsts = {name: step for name, is_bad in bad.items()
-              if (step := since(h, is_bad & ~everything)) is not None}  # fmt: skip
+              if (step := h.since(is_bad & ~everything)) is not None}  # fmt: skip
     step = min(firsts.values(), default=None)
     if step is not None and (first_output is None or step < first_output):
         name = min(firsts, key=lambda n: (firsts[n], n != h.trained))
@@ -320,7 +253,7 @@ LOOK_AT = (
 
 
 def dead_term(h: History) -> Finding | None:
-    yard = yard_norm(h)
+    yard = h.yard_norm()
     names = [n for n, kind in h.kinds.items() if kind == "own" or n == h.trained]
     names.sort(key=lambda n: n == h.trained)
     for name in names:
@@ -370,8 +303,8 @@ def ignored_counted(h: History) -> Finding | None:
 def absent_class(h: History) -> Finding | None:
     if not h.trained or h.classes < 3:
         return None
-    best, loud, half = best_perfect(h), h.answer("perfect"), h.answer("perfect_half")
-    start = min(first_value(h), h.answer("constant"))
+    best, loud, half = h.best_perfect(), h.answer("perfect"), h.answer("perfect_half")
+    start = min(h.start(), h.answer("constant"))
     label = h.by_class("label")
     absent = h.sign("pull_absent")
     if not (start > 0 and best > 0.3 * start and abs(loud - half) < 0.02):
@@ -380,7 +313,7 @@ def absent_class(h: History) -> Finding | None:
         return None
     text = (
         f"Even a perfect answer leaves {h.trained} at {best:.3g} (it starts at "
-        f"{first_value(h):.3g}), because images lack some of the {h.classes} classes"
+        f"{h.start():.3g}), because images lack some of the {h.classes} classes"
     )
     if highest(absent) > 0.01:
         text += f"; up to {highest(absent):.0%} of its gradient comes from classes that are absent"
@@ -393,12 +326,12 @@ def absent_class(h: History) -> Finding | None:
 def smoothing(h: History) -> Finding | None:
     if not h.trained:
         return None
-    best, opposite = best_perfect(h), h.answer("opposite")
+    best, opposite = h.best_perfect(), h.answer("opposite")
     size = opposite - best
     is_bounded = abs(opposite - h.answer("opposite_half")) < 0.05 * size
     nothing = (h.answer("background") - best) / size if size else float("nan")
-    share = average(foreground(h, "label")[:3])
-    norm = h.norm(h.trained)[:3] / yard_norm(h, "dice_fg", "dice")[:3]
+    share = average(h.foreground("label")[:3])
+    norm = h.norm(h.trained)[:3] / h.yard_norm("dice_fg", "dice")[:3]
     is_small = holds(norm < 0.2, norm) or size < 0.5  # a Dice reaches from 0 to 1
     if not (is_bounded and nothing < 0.3 and 0 < share < 0.3 and is_small):
         return None
@@ -429,7 +362,7 @@ def empty_masks(h: History) -> Finding | None:
 
 def frozen(h: History) -> Finding | None:
     moved = h.get("body/moved")
-    norm = np.fmax(yard_norm(h), h.norm(h.trained) if h.trained else np.nan)
+    norm = np.fmax(h.yard_norm(), h.norm(h.trained) if h.trained else np.nan)
     if not holds(moved < 5e-5, moved, least=3) or not highest(norm) > 1e-6:
         return None
     text = (
@@ -446,7 +379,7 @@ def frozen(h: History) -> Finding | None:
 def opposed(h: History) -> Finding | None:
     if not h.trained:
         return None
-    perfect, opposite = best_perfect(h), h.answer("opposite")
+    perfect, opposite = h.best_perfect(), h.answer("opposite")
     apart = h.sign("apart")
     prefers = opposite < perfect - 0.01 * abs(perfect)
     cosines = {n: h.cosine(h.trained, n)[:3] for n in h.of_kind("ce", "dice")}
@@ -466,13 +399,13 @@ def scale(h: History) -> Finding | None:
     if not h.trained:
         return None
     norm = h.norm(h.trained)[:3]
-    large = norm / yard_norm(h, "ce")[:3]
-    small = norm / yard_norm(h, "dice", "dice_fg")[:3]
+    large = norm / h.yard_norm("ce")[:3]
+    small = norm / h.yard_norm("dice", "dice_fg")[:3]
     step = int(h.steps[0])
     if holds(large > 50, large):
         text = (
             f"The gradient of {h.trained} is {middle(large):.3g} times that of cross entropy"
-            f" (its value starts at {first_value(h):.4g})."
+            f" (its value starts at {h.start():.4g})."
         )
         remedy = "Take the mean over the pixels instead of the sum, or divide the learning rate."
         return Finding("scale", step, text, remedy)
@@ -487,7 +420,7 @@ def out_of_range(h: History) -> Finding | None:
     if not h.trained:
         return None
     values = h.value(h.trained)
-    if (step := since(h, values < -1.01)) is None:
+    if (step := h.since(values < -1.01)) is None:
         return None
     text = f"{h.trained} is {lowest(values):.4g}, below what a mean of segmentation losses has."
     return Finding("out-of-range", step, text, "Look at the labels, and at what it divides by.")
@@ -496,7 +429,7 @@ def out_of_range(h: History) -> Finding | None:
 def off_direction(h: History) -> Finding | None:
     if not h.trained:
         return None
-    start, best, constant = first_value(h), best_perfect(h), h.answer("constant")
+    start, best, constant = h.start(), h.best_perfect(), h.answer("constant")
     step = int(h.steps[0])
     if np.isfinite([start, best]).all() and start > 0 and best > 0.8 * min(start, constant):
         text = f"Even a perfect answer leaves {h.trained} at {best:.3g}; it starts at {start:.3g}."
@@ -512,10 +445,10 @@ def elsewhere(h: History) -> Finding | None:
     # Strong class weights point elsewhere, too; so the watched losses must also grow.
     grown = [known(h.value(n)) for n in names]
     grow = all(len(v) >= 5 and v[-3:].min() > 1.02 * v[0] for v in grown)
-    if np.isfinite(best_perfect(h)) and not grow:
+    if np.isfinite(h.best_perfect()) and not grow:
         return None
     # Where one class is predicted everywhere, the gradients are too small to compare.
-    share = foreground(h, "hard")
+    share = h.foreground("hard")
     largest = np.where((share > 1e-3) & (share < 1 - 1e-3), np.fmax.reduce(cosines), np.nan)
     late = known(largest)[-3:]
     if len(known(largest)) < 5 or not np.mean(late) < 0.3:
@@ -531,12 +464,12 @@ def diverges(h: History) -> Finding | None:
     if not h.trained:
         return None
     values, moved = h.value(h.trained), h.get("body/moved")
-    start = first_value(h)
+    start = h.start()
     remedy = "Divide the learning rate by ten."
-    if (step := since(h, values > 10 * max(abs(start), 1e-3))) is not None:
+    if (step := h.since(values > 10 * max(abs(start), 1e-3))) is not None:
         text = f"{h.trained} grows from {start:.4g} to {highest(values):.4g}."
         return Finding("diverges", step, text, remedy)
-    if (step := since(h, moved > 0.9)) is not None:
+    if (step := h.since(moved > 0.9)) is not None:
         text = (
             f"The weights move by up to {highest(moved):.2f} of their size between two "
             "observations: the steps replace the network instead of changing it."
@@ -616,7 +549,7 @@ def terms_opposed(h: History) -> Finding | None:
                     "first norm or more."
                 )
                 remedy = "Train with one of them, lower the weight of the other, or fade it out."
-                return Finding("terms-opposed", since(h, h.cosine(a, b) < -0.5) or 0, text, remedy)
+                return Finding("terms-opposed", h.since(h.cosine(a, b) < -0.5) or 0, text, remedy)
     return None
 
 

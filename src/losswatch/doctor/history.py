@@ -90,3 +90,76 @@ class History:
     def of_kind(self, *kinds: str) -> list[str]:
         """The names of watched losses of these kinds, without the trained one."""
         return [n for n, kind in self.kinds.items() if kind in kinds and n != self.trained]
+
+    def yard_norm(self, *kinds: str) -> np.ndarray:
+        """The largest norm [T] of the watched losses of this package that do not train.
+
+        NaN where it is so small that a ratio to it says nothing.
+        """
+        names = self.of_kind(*(kinds or ("ce", "dice", "dice_fg", "other")))
+        if not names:
+            return np.full(len(self), np.nan)
+        norm = np.fmax.reduce([self.norm(name) for name in names])
+        return np.where(norm > 1e-6, norm, np.nan)
+
+    def start(self) -> float:
+        """The first value of the trained loss."""
+        return first(self.value(self.trained)) if self.trained else float("nan")
+
+    def best_perfect(self) -> float:
+        """The value of the trained loss at a perfect answer, the smallest of three."""
+        values = [self.answer(name) for name in ("perfect", "perfect_half", "perfect_quarter")]
+        return min(values) if np.isfinite(values).all() else float("nan")
+
+    def foreground(self, name: str, head: int = 0) -> np.ndarray:
+        """The share [T] of all classes but the background."""
+        return 1 - self.by_class(name, head)[:, 0]
+
+    def since(self, is_so: np.ndarray) -> int | None:
+        """The first step at which something is so, or None."""
+        places = np.flatnonzero(is_so)
+        return int(self.steps[places[0]]) if len(places) else None
+
+
+# -- numbers of which some are NaN -----------------------------------------------------------------
+
+
+def known(x: np.ndarray) -> np.ndarray:
+    """The numbers of x, of any shape, that are not NaN."""
+    return x[~np.isnan(x)]
+
+
+def first(x: np.ndarray) -> float:
+    """The first number that is not NaN; NaN if there is none."""
+    return float(known(x)[0]) if len(known(x)) else float("nan")
+
+
+def last(x: np.ndarray) -> float:
+    """The last number that is not NaN; NaN if there is none."""
+    return float(known(x)[-1]) if len(known(x)) else float("nan")
+
+
+def lowest(x: np.ndarray) -> float:
+    """The smallest number that is not NaN; NaN if there is none."""
+    return float(known(x).min()) if len(known(x)) else float("nan")
+
+
+def highest(x: np.ndarray) -> float:
+    """The largest number that is not NaN; NaN if there is none."""
+    return float(known(x).max()) if len(known(x)) else float("nan")
+
+
+def average(x: np.ndarray) -> float:
+    """The mean of the numbers that are not NaN; NaN if there are none."""
+    return float(known(x).mean()) if len(known(x)) else float("nan")
+
+
+def middle(x: np.ndarray) -> float:
+    """The median of the numbers that are not NaN; NaN if there are none."""
+    return float(np.median(known(x))) if len(known(x)) else float("nan")
+
+
+def holds(is_so: np.ndarray, x: np.ndarray, least: int = 1) -> bool:
+    """Whether something is so wherever x is known, which it is at least so often."""
+    there = ~np.isnan(x)
+    return bool(there.sum() >= least and is_so[there].all())
