@@ -262,7 +262,8 @@ def test_a_table_fits_its_terminal(width, failed, left_out):
         "run": list("ab"), "loss": ["dice_fg_square", "cce"], "theta": 0.5, "optimizer": "adam",
         "lr": [0.001, 0.01], "model": ["unet", "convnet"], "batch_norm": True, "seed": [0, 1],
         "accuracy": 0.98765, "dice": 0.5, "iou": 0.5, "seconds": 12.34,
-        "status": ["done", "unfinished"], "error": [None, "too long a line" * failed or None],
+        "status": ["done", "unfinished"], "findings": None,
+        "error": [None, "too long a line" * failed or None],
     })  # fmt: skip
     console = Console(width=width, color_system=None)
     with console.capture() as printed:

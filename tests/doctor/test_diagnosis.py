@@ -8,13 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_python, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from losswatch.disk.curves import read_signs
 from losswatch.disk.result import Result
+from losswatch.presets import CONF, list_losses, load_loss
+from losswatch.report import diagnosis
 from losswatch.report.diagnosis import FOUND, findings_of, print_findings
+from losswatch.watch.doctor import kind_of, terms_of
 
 COLLAPSE = (
     "model=convnet", "model.batch_norm=false", "theta=0.05", "data.image_size=16",
@@ -133,6 +137,21 @@ def test_a_report_names_it_beside_the_marked_curve(sweep, tmp_path):
 def test_damaged_findings_are_told(findings, line):
     with pytest.raises(ValueError, match=line):
         Result.of({"status": "failed", "findings": findings})
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_a_preset_s_file_tells_its_kind(name):
+    node = yaml.safe_load((CONF / "loss" / f"{name}.yaml").read_text())
+    assert diagnosis._kind_of(node) == kind_of(load_loss(name))
+
+
+def test_the_terms_of_a_sum():
+    nodes = {name: yaml.safe_load((CONF / "loss" / f"{name}.yaml").read_text())
+             for name in ("dice", "cce", "dice_fg", "dice_cce")}  # fmt: skip
+    assert diagnosis._terms_of(nodes, "dice_cce") == ("dice", "cce")
+    losses = {name: load_loss(name) for name in nodes}
+    assert terms_of(losses, "dice_cce") == ("dice", "cce")
+    assert diagnosis._terms_of(nodes, "dice") == terms_of(losses, "dice") == ()
 
 
 def test_watch_says_it_in_the_log_and_in_tensorboard(tmp_path, caplog):

@@ -91,7 +91,7 @@ SICK = {
     "never negative": ("output-limited", 0, {"sign/out_min.0": 0, "sign/zeros.0": 0.4}, {}),
     "length one": ("output-limited", 0, {"sign/out_length.0": 1e-6}, {}),
     "centred": ("output-limited", 0, {"sign/out_centre.0": 1e-6}, {}),
-    "within one": ("output-limited", 0, {"sign/out_min.0": -0.99, "sign/out_max.0": 0.99}, {}),
+    "a tanh": ("output-limited", 0, {"sign/ends_in.0": 4}, {}),
     "sums of half precision": (
         "half-precision", 40,
         {"sign/bits.0": 16, "loss/own": np.where(LATE, np.nan, 0.5)}, {},
@@ -168,6 +168,7 @@ def test_the_record_of_a_disease_is_named_first(row):
 NEAR = {
     "healthy": ({}, {}),
     "one channel": ({}, {"activation": "sigmoid"}),
+    "small outputs": ({"sign/out_min.0": -0.99, "sign/out_max.0": 0.99}, {}),
     "probabilities, and a loss that reads them": (
         {"sign/out_min.0": 0, "sign/out_max.0": 1, "sign/out_sum.0": 0, "sign/shift.0": 0.5},
         {"activation": "none"},

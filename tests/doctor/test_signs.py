@@ -273,3 +273,23 @@ def test_a_loss_without_slope_and_a_smoothing_that_drowns_show_in_one_batch():
     few = torch.zeros(1, 4, 4, dtype=torch.int64)
     few[0, 0, 0] = 1
     assert first_finding("dice_smooth100", Constant(0.1, 0.0), few) == "smoothing"
+
+
+def test_a_reported_value_is_looked_at_where_no_watched_loss_trains():
+    net, (images, target) = small(), batch()
+    observer = Observer(["cce", "dice"], net)
+    for value in (0.5, 0.6, 700.0):
+        observer(net(images), target)
+        observer.report(torch.tensor(value))
+    [finding] = observer.findings()
+    assert finding.name == "diverges" and "from 0.5 to 700" in finding.text
+
+
+def test_nothing_of_a_step_is_kept_alive():
+    """The graph of the trained value is released when the observation ends."""
+    net, (images, target) = small(), batch()
+    observer = Observer(["cce"], net)
+    observer.doctor.see_trained("mse", None, net(images).square().mean())
+    observer(net(images), target)
+    assert observer.doctor.value is None
+    assert all(not row.requires_grad for _, row in observer.doctor.kept)

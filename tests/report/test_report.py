@@ -166,7 +166,7 @@ def test_summary_round_trips_and_leaves_no_partial_file(tmp_path):
     written = write_summary(tmp_path)
     read = pd.read_csv(tmp_path / "summary.csv")
     assert written["error"].isna().all()  # None, which comes back as NaN
-    pd.testing.assert_frame_equal(read, written.assign(error=np.nan))
+    pd.testing.assert_frame_equal(read, written.assign(error=np.nan, findings=np.nan))
     assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["summary.csv"]
 
 

@@ -186,15 +186,14 @@ def output_limited(h: History) -> Finding | None:
             " of it is exactly 0, so the loss cannot push a class down."
         )
         return Finding("output-limited", step, text, remedy)
-    largest = np.fmax(np.abs(low), np.abs(high))
     length, centre = h.sign("out_length"), h.sign("out_centre")
     several = holds(length < 1e-3, length)
     if several:
         text = "The outputs of each pixel have length 1, so no probability comes near 0 or 1."
     elif end == 6 or holds(centre < 1e-3, centre, least=2):
         text = "A normalisation stands after the last convolution, so each channel has mean 0."
-    elif end in (4, 5) or (holds(largest <= 1, largest, least=5) and highest(largest) > 0.98):
-        text = f"The output is limited to {-highest(largest):.3g} to {highest(largest):.3g}."
+    elif end in (4, 5):
+        text = f"The output ends in {ENDS[int(end)]}: {lowest(low):.3g} to {highest(high):.3g}."
     else:
         return None
     return Finding("output-limited", step, text, remedy)
@@ -210,7 +209,11 @@ def not_finite(h: History) -> Finding | None:
     outputs &= ~np.isnan(h.sign("bits"))
     own = {n: (h.value(n), h.norm(n)) for n, kind in h.kinds.items()
            if kind == "own" or n == h.trained}  # fmt: skip
-    bad = {name: ~np.isfinite(v) | ~np.isfinite(g) for name, (v, g) in own.items()}
+    # A value that was only reported has no norm at any step.
+    bad = {
+        name: ~np.isfinite(v) | (~np.isfinite(g) if h.has_norm(name) else False)
+        for name, (v, g) in own.items()
+    }
     # A batch that could not be observed has no numbers at all.
     everything = np.all([~np.isfinite(h.value(n)) for n in h.kinds], axis=0)
     first_output = h.since(outputs)

@@ -65,6 +65,10 @@ class History:
         """The norms [T] of its gradient."""
         return self.get(f"{GRAD_NORM}{self.named(name, head)}")
 
+    def has_norm(self, name: str) -> bool:
+        """Whether the gradient of a watched loss is observed."""
+        return f"{GRAD_NORM}{self.named(name)}" in self.numbers
+
     def cosine(self, a: str, b: str) -> np.ndarray:
         """The cosines [T] between the gradients of two watched losses."""
         a, b = self.named(a), self.named(b)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from losswatch.data.form import IGNORED
 from losswatch.disk.curves import SIGNS_FILE, read_curves, read_signs, was_written_by_0_1
 from losswatch.disk.result import Result
 from losswatch.doctor.findings import Finding, diagnose
 from losswatch.doctor.history import SIGN, History
-from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS
-from losswatch.presets import list_losses, load_loss
+from losswatch.events.tags import GRAD_NORM, LOSS
+from losswatch.presets import CONF, list_losses
 from losswatch.text import printable
-from losswatch.watch.doctor import kind_of, terms_of
 
 FOUND = 3  # the exit status of `losswatch diagnose` if something was found
 
@@ -32,19 +32,20 @@ def findings_of(folder: Path, trained: str | None, looks: int | None = None) -> 
     signs, curves = read_signs(folder), read_curves(folder)
     if signs.empty:
         return []
-    watched = (LOSS, GRAD_NORM, GRAD_COSINE)
-    table = signs.join(curves[[tag for tag in curves if tag.startswith(watched)]])[:looks]
+    watched = [tag for tag in curves if tag.startswith((LOSS, GRAD_NORM))]
+    table = signs.join(curves[watched])[:looks]
     names = [tag.removeprefix(LOSS) for tag in table if tag.startswith(LOSS)]
     presets = set(list_losses())
-    losses = {name: load_loss(name) for name in names if name in presets}
+    nodes = {name: yaml.safe_load((CONF / "loss" / f"{name}.yaml").read_text()) for name in names
+             if name in presets}  # fmt: skip
     heads = [tag for tag in signs if tag.startswith(f"{SIGN}out_min.")]
     classes = [tag for tag in signs if tag.startswith(f"{SIGN}soft/") and tag.endswith(".0")]
     history = History(
         steps=table.index.to_numpy(),
         numbers={tag: table[tag].to_numpy(np.float64) for tag in table},
-        kinds={name: kind_of(losses[name]) if name in losses else "own" for name in names},
+        kinds={name: _kind_of(nodes[name]) if name in nodes else "own" for name in names},
         trained=trained,
-        terms=terms_of(losses, trained) if trained in losses else (),
+        terms=_terms_of(nodes, trained),
         activation="sigmoid" if signs[f"{SIGN}multilabel.0"].max() == 1 else "softmax",
         ignore_index=IGNORED,
         heads=len(heads),
@@ -52,6 +53,22 @@ def findings_of(folder: Path, trained: str | None, looks: int | None = None) -> 
         is_over=looks is None,
     )
     return diagnose(history)
+
+
+def _kind_of(node: dict[str, Any]) -> str:
+    """What `watch.doctor.kind_of` says of the loss of a preset's file."""
+    if node["_target_"].endswith(".CrossEntropy"):
+        return "ce"
+    is_plain = node.get("exponent", 1) == 1 and node.get("link", "1-d") in ("1-d", "-d")
+    if node["_target_"].endswith(".Dice") and is_plain:
+        return "dice" if node.get("include_background", True) else "dice_fg"
+    return "other"
+
+
+def _terms_of(nodes: dict[str, dict[str, Any]], trained: str | None) -> tuple[str, ...]:
+    """The watched presets that the trained one is a sum of."""
+    parts = nodes.get(trained or "", {}).get("losses", [])
+    return tuple(name for name, node in nodes.items() if node in parts)
 
 
 def as_dicts(findings: Sequence[Finding]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from losswatch.doctor.history import ANSWER, BODY, SIGN, History
-from losswatch.events.tags import watched_tags
+from losswatch.events.tags import GRAD_NORM, LOSS, watched_tags
 from losswatch.losses import CrossEntropy, Dice, Sum
 from losswatch.losses.pixels import wide
 from losswatch.losses.ranks import only_this_rank
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REPORTED = "the reported loss"  # the name of what `Observer.report` tells
 BODIES = (
     "moved",  # how far the weights are from those of the observation before, relative to their size
     "statistics_moved",  # the same for batch norm's statistics
@@ -83,7 +84,8 @@ class Doctor:
             loss: its module (output, target) -> scalar; None if it is a function.
             value: a scalar that the training has computed, with its graph.
         """
-        self.trained, self.value = name, value
+        self.trained = name
+        self.value = value if self.is_due else None
         self.loss = self.watched.losses.get(name or "", loss) if name else None
         self.signs = []
 
@@ -94,7 +96,7 @@ class Doctor:
             i < self.FEW or (i % self.EVERY == 0 and i // self.EVERY % self.stride == 0)
         )
         self.signs = []
-        self.answers = None
+        self.answers = self.value = None
 
     def look(
         self, output: Tensor, target: Tensor, slope: Tensor | None, is_first: bool = False
@@ -166,6 +168,7 @@ class Doctor:
             modules: of the network.
         """
         self.count += 1
+        self.value = None  # releases the graph of this step
         if not self.is_due or not self.signs:
             return
         device = self.signs[0].device
@@ -203,12 +206,9 @@ class Doctor:
         nothing = torch.full((), torch.nan, device=device)
         try:
             moved, self.weights = _moved(self.weights, [self._sample(p) for p in parameters])
-            norms = [
-                m
-                for m in modules
-                if isinstance(m, nn.modules.batchnorm._BatchNorm)
-                and m.training and m.running_mean is not None
-            ]  # fmt: skip
+            norms: list[Any] = [
+                m for m in modules if m.training and getattr(m, "running_mean", None) is not None
+            ]
             shifted, self.statistics = _moved(
                 self.statistics,
                 [x for m in norms for x in (m.running_mean, m.running_var) if x is not None],
@@ -235,15 +235,21 @@ class Doctor:
         table = torch.stack(rows).double().cpu().numpy() if rows else torch.empty(0, 0).numpy()
         import numpy as np  # imported late: `from losswatch import Watch` needs only PyTorch
 
-        losses = dict(self.watched.losses)
+        losses, trained = dict(self.watched.losses), self.trained
+        numbers = {tag: table[:, i] for i, tag in enumerate(self.tags)} if rows else {}
+        if self.reported and trained is None:
+            trained, told = REPORTED, dict(self.reported)
+            nothing = torch.tensor(torch.nan)
+            values = [float(told.get(step, nothing)) for step, _ in self.kept]
+            numbers[f"{LOSS}{REPORTED}"] = np.array(values)
         heads = sum(tag.startswith(f"{SIGN}out_min.") for tag in self.tags)
         return History(
             steps=np.array([step for step, _ in self.kept], int),
-            numbers={tag: table[:, i] for i, tag in enumerate(self.tags)} if rows else {},
+            numbers=numbers,
             kinds={name: kind_of(loss) for name, loss in losses.items()}
-            | ({self.trained: "own"} if self.trained and self.trained not in losses else {}),
-            trained=self.trained,
-            terms=terms_of(losses, self.trained),
+            | ({trained: "own"} if trained and trained not in losses else {}),
+            trained=trained,
+            terms=terms_of(losses, trained),
             activation=self.watched.activation,
             ignore_index=self.watched.ignore_index,
             heads=max(1, heads),
@@ -254,9 +260,10 @@ class Doctor:
     def drain(self) -> tuple[list[str], list[int], Tensor | None]:
         """The tags, steps [B] and numbers [B, tags] kept since the last call.
 
-        Without those that curves hold. The numbers are on their device; None before the first.
+        Without values and norms, which the curves hold. The numbers are on their device; None
+        before the first.
         """
-        first = next((i for i, tag in enumerate(self.tags) if tag.startswith(SIGN)), 0)
+        first = sum(tag.startswith((LOSS, GRAD_NORM)) for tag in self.tags)
         fresh = [(step, row[first:]) for step, row in self.fresh if len(row) == len(self.tags)]
         self.fresh = []
         none = self.kept[-1][1].new_empty(0, len(self.tags) - first) if self.kept else None
