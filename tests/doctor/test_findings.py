@@ -282,8 +282,15 @@ def test_a_collapse_is_foreseen_at_the_first_batch_and_not_repeated_at_the_end()
 
 def test_before_the_end_only_what_is_certain_is_said():
     collapse = {"sign/hard/0.0": np.where(LATE, 1, 0.8), "sign/hard/1.0": np.where(LATE, 0, 0.2)}
-    assert diagnose(changed(collapse, is_over=False)) == []
-    assert [f.name for f in diagnose(changed(collapse))] == ["collapsed"]
+    record = changed(collapse, counts_steps=True)  # 70 steps
+    assert diagnose(record) == diagnose(replace(record, is_over=False)) == []
+    longer = replace(record, steps=3 * STEPS)
+    assert [f.name for f in diagnose(longer)] == ["collapsed"]
+    assert diagnose(replace(longer, is_over=False)) == []
+    assert [f.name for f in diagnose(replace(record, steps=10 * STEPS, is_over=False))] == [
+        "collapsed"
+    ]
+    assert [f.name for f in diagnose(changed(collapse))] == ["collapsed"]  # counts unknown steps
 
 
 def test_at_most_three_are_named_in_the_order_of_the_rules():

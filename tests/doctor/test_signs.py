@@ -230,7 +230,7 @@ def test_steps_observed_one_after_another_are_thinned_out(monkeypatch):
         observer(net(images), target)
     steps = [step for step, _ in observer.doctor.kept]
     assert steps[:20] == [*range(20)] and len(steps) <= 41
-    assert steps[20:] == sorted(steps[20:]) and steps[-1] >= 640
+    assert steps[20:] == sorted(steps[20:]) and steps[-1] >= 600
     assert len(observer.doctor.history()) == len(steps)
 
 

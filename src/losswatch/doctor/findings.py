@@ -599,7 +599,8 @@ def collapsed(h: History) -> Finding | None:
         return None
     c, begin = found
     # A network that starts to learn often predicts one class for a while.
-    if not h.is_over and h.steps[-1] - h.steps[begin] < max(300, h.steps[-1] / 2):
+    least = (100 if h.is_over else 300) if h.counts_steps else 0
+    if h.steps[-1] - h.steps[begin] < max(least, h.steps[-1] / 2 if least else 0):
         return None
     label = h.by_class("label")[begin:, c]
     what = ("background" if c == 0 else "foreground") if h.classes == 2 else f"class {c}"

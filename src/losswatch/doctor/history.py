@@ -30,6 +30,7 @@ class History:
         heads: the number of observed outputs.
         classes: the number of classes.
         errors: what could not be observed: the step and the line.
+        counts_steps: whether `steps` are those of the training, and not a count of observations.
         is_over: whether the training has ended. Before that, findings wait until they are certain.
     """
 
@@ -44,6 +45,7 @@ class History:
     classes: int = 2
     errors: tuple[tuple[int, str], ...] = ()
     is_over: bool = True
+    counts_steps: bool = False
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -51,6 +51,7 @@ def findings_of(folder: Path, trained: str | None, looks: int | None = None) -> 
         heads=len(heads),
         classes=len(classes),
         is_over=looks is None,
+        counts_steps=True,
     )
     return diagnose(history)
 

@@ -207,6 +207,7 @@ class StackedModule(pl.LightningModule):
         for k, member in enumerate(self._members_of(i)):
             doctor = self.doctors[member.folder]
             logits, label, slope = (x[k] for x in found)
+            doctor.step = number
             doctor.start()
             doctor.look(logits, label, slope, is_first=not doctor.tags)
             doctor.keep(number, self.losses.names, None, [chunk.parameters[k]], [])

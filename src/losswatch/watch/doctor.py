@@ -36,7 +36,7 @@ BODIES = (
 
 
 class Doctor:
-    """Takes the signs of the first observations and of every tenth after them.
+    """Takes the signs of the first observations, and later of those ten steps apart.
 
     Reading the signs costs as much as a few losses. Where every step is observed, one in ten of
     them is enough for what the findings say.
@@ -46,7 +46,7 @@ class Doctor:
         trained: the name of the one that trains; None: unknown.
     """
 
-    FEW, EVERY, MOST = 20, 10, 1000
+    FEW, APART, MOST = 20, 10, 1000
     SAMPLE = 2048  # weights of each parameter whose movement is followed
 
     def __init__(
@@ -59,8 +59,10 @@ class Doctor:
 
     def begin(self) -> None:
         """Forget everything: a training starts."""
-        self.count = 0
-        self.stride = 1
+        self.count = 0  # of observations so far
+        self.step: int | None = None  # of the training; None: unknown, observations are counted
+        self.looked = -self.APART  # the step of the last look
+        self.apart = self.APART
         self.tags: list[str] = []
         self.kept: list[tuple[int, Tensor]] = []
         self.errors: list[tuple[int, str]] = []
@@ -91,10 +93,9 @@ class Doctor:
 
     def start(self) -> None:
         """Start an observation, and decide whether its signs are read."""
-        i = self.count
-        self.is_due = self.is_on and (
-            i < self.FEW or (i % self.EVERY == 0 and i // self.EVERY % self.stride == 0)
-        )
+        step = self.count if self.step is None else self.step
+        is_early = self.count < self.FEW
+        self.is_due = self.is_on and (is_early or step - self.looked >= self.apart)
         self.signs = []
         self.answers = self.value = None
 
@@ -185,11 +186,12 @@ class Doctor:
             self.tags = tags
             self.kept = [(s, r) for s, r in self.kept if len(r) == len(tags)]
         if len(tags) == len(self.tags):
+            self.looked = step
             self.kept.append((step, row))
             self.fresh.append((step, row))
         if len(self.kept) > self.MOST:
             self.kept = self.kept[: self.FEW] + self.kept[self.FEW :: 2]
-            self.stride *= 2
+            self.apart *= 2
 
     def _tags(self, names: Sequence[str], heads: int) -> list[str]:
         return [
@@ -255,6 +257,7 @@ class Doctor:
             heads=max(1, heads),
             classes=self.classes,
             errors=tuple(self.errors),
+            counts_steps=self.step is not None,
         )
 
     def drain(self) -> tuple[list[str], list[int], Tensor | None]:

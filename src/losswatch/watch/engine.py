@@ -115,6 +115,7 @@ class WatchHandler:
 
     def _observe(self, engine: Any) -> None:
         output, observer = engine.state.output, self.observer
+        observer.doctor.step = self.record.step
         observer.forget()
         self._see_trained(engine, output.get("loss"))
         span = observer.observe(output["pred"], output["label"])

@@ -234,6 +234,7 @@ class Watch(Callback):
         """
         pairs = [pair for call in calls for pair in self.observer.pairs(call.output, call.target)]
         if self.sums is None:
+            self.observer.doctor.step = self.record.step
             self.observer.forget()
         self.called = None
         if len(pairs) == 1 and calls[0].value is not None:
