@@ -225,9 +225,9 @@ class Doctor:
             return nothing.expand(len(BODIES))
 
     def _sample(self, p: Tensor) -> Tensor:
-        flat = p.detach().reshape(-1)
-        flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-        return flat[:: max(1, len(flat) // self.SAMPLE)].float()
+        flat = p.detach().flatten()
+        flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+        return flat if len(flat) < 2 * self.SAMPLE else flat[:: len(flat) // self.SAMPLE]
 
     # -- what was seen -----------------------------------------------------------------------------
 
@@ -298,7 +298,7 @@ def _moved(before: Tensor | None, now: Sequence[Tensor]) -> tuple[Tensor | None,
     """How far numbers have moved relative to their size, and the numbers as one vector."""
     if not now:
         return None, None
-    vector = torch.cat([x.detach().reshape(-1).float() for x in now])
+    vector = torch.cat([x.detach().flatten() for x in now]).float()
     if before is None or before.shape != vector.shape:
         return None, vector
     size = torch.linalg.vector_norm(vector).clamp_min(1e-30)
