@@ -1,6 +1,6 @@
 """How the doctor fares: patients with their healthy twins, and false alarms among runs.
 
-    python scripts/doctor.py patients FOLDER         # clinic.py, p*.py and expected.json
+    python scripts/doctor.py patients FOLDER ...     # expected.json, and a file for each name
     python scripts/doctor.py runs outputs/<sweep> ...
 
 Both print a table in Markdown. A patient is right if its first finding is one of those expected. A
