@@ -124,6 +124,7 @@ class Seen(Watch):
 
 
 def seen(losses=LOSSES, criterion="loss_fn", every_n_steps=1, strict=True, **options):
+    options = {"diagnose": True} | options
     return Seen(losses, criterion, every_n_steps=every_n_steps, strict=strict, **options)
 
 

@@ -50,7 +50,7 @@ def lightning(
 ) -> None:
     """Lightning's Trainer."""
     watch = Numbers(run.losses, criterion_name, every_n_steps=1, cosines=True, strict=True,
-                    **run.row.options)  # fmt: skip
+                    diagnose=True, **run.row.options)  # fmt: skip
     watch.numbers = []
     made = module(run)
     made.watch = [watch]
@@ -121,8 +121,9 @@ def _attach(run: Run, engine, event, options) -> None:
     if not run.watched:
         return
     handler = WatchHandler(
-        run.losses, every_n_steps=1, cosines=True, strict=True, **options, **run.row.options
-    )
+        run.losses, every_n_steps=1, cosines=True, strict=True, diagnose=True, **options,
+        **run.row.options,
+    )  # fmt: skip
     handler.attach(engine)
     engine.add_event_handler(event, lambda _: run.seen.append(tuple(handler.seen)))
 

@@ -91,7 +91,8 @@ def train_ranks(folder, kind):
     logger = CSVLogger(folder, name="", version="")
     losses = [*THREE, Half()] if kind == "failing" else THREE
     is_strict = kind in ("one", "two", "one, paths", "two, paths")
-    watch = Watch(losses, "loss_fn", every_n_steps=2, strict=is_strict, cosines=True)
+    options = {"every_n_steps": 2, "strict": is_strict, "cosines": True, "diagnose": True}
+    watch = Watch(losses, "loss_fn", **options)
     strategy = "ddp_find_unused_parameters_true" if "paths" in kind else "ddp"
     options = {} if kind.startswith("one") else {"strategy": strategy, "devices": 2}
     callbacks = [States(folder)] if kind == "unwatched" else [watch, States(folder)]

