@@ -293,6 +293,13 @@ def test_before_the_end_only_what_is_certain_is_said():
     assert [f.name for f in diagnose(changed(collapse))] == ["collapsed"]  # counts unknown steps
 
 
+def test_batch_norm_is_no_remedy_for_a_network_that_has_it():
+    collapse = {"sign/hard/0.0": np.where(LATE, 1, 0.8), "sign/hard/1.0": np.where(LATE, 0, 0.2)}
+    [with_norm] = diagnose(changed(collapse))
+    [without] = diagnose(changed(collapse | {"body/momentum": np.nan}))
+    assert "batch norm" in without.remedy and "batch norm" not in with_norm.remedy
+
+
 def test_at_most_three_are_named_in_the_order_of_the_rules():
     everything = {}
     for _, _, changes, options in SICK.values():

@@ -27,9 +27,6 @@ from losswatch.doctor.history import (
 MOST = 3  # findings that are named
 # The score above which a collapse is foreseen: without batch norm, and with it.
 COLLAPSE, COLLAPSE_WITH_NORM = 60.0, 1000.0
-AGAINST_COLLAPSE = (
-    "Use batch norm, class weights or a Dice with squared denominator, or add cross entropy."
-)
 
 
 class Finding(NamedTuple):
@@ -57,6 +54,12 @@ def diagnose(history: History) -> list[Finding]:
             if finding and not any(finding.name in FOLLOWS.get(name, ()) for name in found):
                 found.setdefault(finding.name, finding)
     return list(found.values())[:MOST]
+
+
+def against_collapse(h: History) -> str:
+    """The remedies of a collapse that the network does not have already."""
+    norm = "" if len(known(h.get("body/momentum"))) else "batch norm, "
+    return f"Use {norm}class weights or a Dice with squared denominator, or add cross entropy."
 
 
 # -- labels ----------------------------------------------------------------------------------------
@@ -320,9 +323,7 @@ def absent_class(h: History) -> Finding | None:
     )
     if highest(absent) > 0.01:
         text += f"; up to {highest(absent):.0%} of its gradient comes from classes that are absent"
-    remedy = (
-        "Leave absent classes out of the mean and of the weights, or take the sums over the batch."
-    )
+    remedy = "Take a Dice of each class without such weights, with its sums over the batch."
     return Finding("absent-class", int(h.steps[0]), f"{text}.", remedy)
 
 
@@ -343,7 +344,7 @@ def smoothing(h: History) -> Finding | None:
         f"opposite of the labels {opposite:.3g}, and the gradient is {middle(norm):.2g} of that of "
         "Dice: the smoothing is larger than the sums over the pixels."
     )
-    remedy = "Take a smoothing of 1e-5 to 1, or the sums over the batch."
+    remedy = "Take a smoothing of 1 or less."
     return Finding("smoothing", int(h.steps[0]), text, remedy)
 
 
@@ -359,7 +360,7 @@ def empty_masks(h: History) -> Finding | None:
         f"{average(empty):.0%} of the images hold no foreground, and {h.trained} sends them "
         f"{np.max(ratio):.0e} of the gradient of other images: false positives there are free."
     )
-    remedy = "Take the sums of the loss over the batch, or add cross entropy."
+    remedy = "Take the sums of the loss over the batch."
     return Finding("empty-masks", int(h.steps[0]), text, remedy)
 
 
@@ -410,7 +411,7 @@ def scale(h: History) -> Finding | None:
             f"The gradient of {h.trained} is {middle(large):.3g} times that of cross entropy"
             f" (its value starts at {h.start():.4g})."
         )
-        remedy = "Take the mean over the pixels instead of the sum, or divide the learning rate."
+        remedy = "Take the mean over the pixels instead of the sum."
         return Finding("scale", step, text, remedy)
     if holds(small < 0.035, small):
         text = f"The gradient of {h.trained} is {middle(small):.2g} of that of Dice."
@@ -468,7 +469,7 @@ def diverges(h: History) -> Finding | None:
         return None
     values, moved = h.value(h.trained), h.get("body/moved")
     start = h.start()
-    remedy = "Divide the learning rate by ten."
+    remedy = "Lower the learning rate, by ten at first."
     if (step := h.since(values > 10 * max(abs(start), 1e-3))) is not None:
         text = f"{h.trained} grows from {start:.4g} to {highest(values):.4g}."
         return Finding("diverges", step, text, remedy)
@@ -551,7 +552,7 @@ def terms_opposed(h: History) -> Finding | None:
                     f"{late.mean():.2f} at the end, and both are still at {min(left):.0%} of their "
                     "first norm or more."
                 )
-                remedy = "Train with one of them, lower the weight of the other, or fade it out."
+                remedy = "Let one of them act only where it does not oppose the other."
                 return Finding("terms-opposed", h.since(h.cosine(a, b) < -0.5) or 0, text, remedy)
     return None
 
@@ -614,7 +615,7 @@ def collapsed(h: History) -> Finding | None:
             f"; {h.trained} is {last(h.value(h.trained)):.4g}, the best constant answer has "
             f"{constant:.4g}"
         )
-    return Finding("collapsed", int(h.steps[begin]), f"{text}.", AGAINST_COLLAPSE)
+    return Finding("collapsed", int(h.steps[begin]), f"{text}.", against_collapse(h))
 
 
 def score_of_collapse(h: History) -> tuple[float, int]:
@@ -645,7 +646,7 @@ def collapse_ahead(h: History) -> Finding | None:
         f"and the softmax has little slope there (score {score:.3g}, collapses were seen above "
         f"{least:g})."
     )
-    return Finding("collapse-ahead", int(h.steps[0]), text, AGAINST_COLLAPSE)
+    return Finding("collapse-ahead", int(h.steps[0]), text, against_collapse(h))
 
 
 def saturated(h: History) -> Finding | None:
@@ -660,7 +661,7 @@ def saturated(h: History) -> Finding | None:
         f"The softmax has no slope left at {flat[-1]:.1%} of the pixels since step "
         f"{h.steps[begin]}, while the mean error is {wrong[-1]:.3f}: no gradient leads back."
     )
-    remedy = "Start again with a smaller learning rate, batch norm, or cross entropy added."
+    remedy = "Start again with a smaller learning rate, or add cross entropy."
     return Finding("saturated", int(h.steps[begin]), text, remedy)
 
 
@@ -678,7 +679,7 @@ def floor(h: History) -> Finding | None:
         f"{h.trained} stands at {values[-1]:.4g} of {values[0]:.4g} at the start, and its gradient "
         f"has fallen to {norms[-1] / norms[0]:.1%}."
     )
-    remedy = "Compare its value at a perfect answer; add cross entropy, or change the smoothing."
+    remedy = "Look at its smoothing and at what it divides by, or add cross entropy."
     return Finding("floor", int(h.steps[0]), text, remedy)
 
 
