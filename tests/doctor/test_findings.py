@@ -8,9 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from losswatch import Observer
 from losswatch.doctor.findings import MOST, RULES, diagnose
 from losswatch.doctor.history import History
 
@@ -225,6 +228,17 @@ def test_an_observation_that_failed_tells_what_its_labels_are():
     errors = ((3, "target: holds NaN, none is allowed"),)
     [finding] = diagnose(replace(nothing, errors=errors))
     assert (finding.name, finding.step) == ("labels-outside", 3)
+
+
+def test_labels_without_a_background_channel_are_told_by_the_refusal():
+    net = nn.Conv2d(1, 2, 1)
+    observer = Observer(["cce"], net)
+    labels = torch.zeros(1, 2, 4, 4)
+    labels[:, 1, :2] = 1  # nothing stands for the background
+    with pytest.raises(ValueError, match="do not add to 1"):
+        observer(net(torch.rand(1, 1, 4, 4)), labels)
+    [finding] = observer.findings()
+    assert finding.name == "labels-overlap" and "less than 1" in finding.text
 
 
 def test_heads():
