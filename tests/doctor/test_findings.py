@@ -41,7 +41,8 @@ def healthy(**options):
     signs = {
         "out_min": -3, "out_max": 3, "out_sum": 2, "out_length": 2, "out_centre": 0.5, "zeros": 0,
         "bits": 32, "ends_in": 0, "multilabel": 0, "label_min": 0, "label_max": 1, "label_sum": 1,
-        "pixels": 1024, "counted": 1, "empty": 0, "slope": 0.1, "saturated": 0.1, "spread": 0.3,
+        "images": 8, "pixels": 1024, "counted": 1, "empty": 0, "slope": 0.1, "saturated": 0.1,
+        "spread": 0.3,
         "wrong": 0.1, "pull": 1, "pull_empty": 0, "pull_ignored": 0, "pull_absent": 0,
         "apart": 0.1, "shift": 0, "label/0": 0.8, "label/1": 0.2, "hard/0": 0.8, "hard/1": 0.2,
         "soft/0": 0.8, "soft/1": 0.2, "alike/0": -0.02, "alike/1": 0.02,
@@ -125,6 +126,10 @@ SICK = {
     "perfect is not enough": (
         "off-direction", 0,
         {"answer/perfect": 0.75, "answer/perfect_half": 0.75, "answer/perfect_quarter": 0.76}, {},
+    ),
+    "each image against every mask": (
+        "off-direction", 0,
+        {"answer/perfect": 0.53, "answer/perfect_half": 0.53, "answer/perfect_quarter": 0.54}, {},
     ),
     "elsewhere": (
         "off-direction", 0,
@@ -228,6 +233,15 @@ def test_an_observation_that_failed_tells_what_its_labels_are():
     errors = ((3, "target: holds NaN, none is allowed"),)
     [finding] = diagnose(replace(nothing, errors=errors))
     assert (finding.name, finding.step) == ("labels-outside", 3)
+
+
+def test_a_first_batch_without_foreground_is_told_if_it_is_no_small_one():
+    record = changed({"sign/label/0.0": 1, "sign/label/1.0": 0})
+    one = {k: v[:1] for k, v in record.numbers.items()}
+    [finding] = diagnose(replace(record, steps=STEPS[:1], numbers=one, is_over=False))
+    assert finding.name == "no-foreground" and "None of the 8 images" in finding.text
+    small = one | {"sign/images.0": 2 * ON[:1]}
+    assert diagnose(replace(record, steps=STEPS[:1], numbers=small, is_over=False)) == []
 
 
 def test_labels_without_a_background_channel_are_told_by_the_refusal():

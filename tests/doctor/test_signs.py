@@ -62,6 +62,7 @@ def test_numbers_of_a_batch(classes, ignored):
         "label_min": t[keep].min(),
         "label_max": t[keep].max(),
         "label_sum": 1,
+        "images": 3,
         "pixels": 20,
         "counted": keep.mean(),
         "empty": empty.mean(),

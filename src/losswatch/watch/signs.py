@@ -24,6 +24,7 @@ SIGNS = (
     "multilabel",  # 1 where each channel has a sigmoid of its own
     "label_min", "label_max",  # among the labels that count
     "label_sum",  # the largest sum of a pixel's labels
+    "images",  # of the batch
     "pixels",  # of an image
     "counted",  # the share of pixels that count
     "empty",  # the share of images without foreground
@@ -139,6 +140,7 @@ def read_signs(
         z.new_full((), float(end_of(output))),
         z.new_full((), float(is_multilabel)),
         *raw,
+        z.new_full((), float(len(z))),
         z.new_full((), float(z[0, 0].numel())),
         one.mean(),
         empty.mean(),
