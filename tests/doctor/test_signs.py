@@ -229,6 +229,8 @@ def test_steps_observed_one_after_another_are_thinned_out(monkeypatch):
     images, target = batch()
     for _ in range(700):
         observer(net(images), target)
+        observer.report(torch.tensor(0.5))
+    assert len(observer.doctor.fresh) <= 41 and len(observer.doctor.reported) <= 41
     steps = [step for step, _ in observer.doctor.kept]
     assert steps[:20] == [*range(20)] and len(steps) <= 41
     assert steps[20:] == sorted(steps[20:]) and steps[-1] >= 600

@@ -149,7 +149,7 @@ class Doctor:
     def report(self, loss: Tensor) -> None:
         """Note the value that trains at the newest observation."""
         if self.kept and self.is_due:
-            self.reported.append((self.kept[-1][0], loss.detach()))
+            self.reported = [*self.reported[-self.MOST :], (self.kept[-1][0], loss.detach())]
 
     def keep(
         self,
@@ -188,7 +188,7 @@ class Doctor:
         if len(tags) == len(self.tags):
             self.looked = step
             self.kept.append((step, row))
-            self.fresh.append((step, row))
+            self.fresh = [*self.fresh[-self.MOST :], (step, row)]  # nobody may drain them
         if len(self.kept) > self.MOST:
             self.kept = self.kept[: self.FEW] + self.kept[self.FEW :: 2]
             self.apart *= 2
