@@ -13,6 +13,7 @@ from conftest import ROOT, run_python, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from losswatch import Watch, WatchHandler
 from losswatch.disk.curves import read_signs
 from losswatch.disk.result import Result
 from losswatch.presets import CONF, list_losses, load_loss
@@ -158,8 +159,6 @@ def test_watch_says_it_in_the_log_and_in_tensorboard(tmp_path, caplog):
     import pytorch_lightning as pl
     from pytorch_lightning.loggers import TensorBoardLogger
 
-    from losswatch import Watch
-
     class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -191,3 +190,58 @@ def test_watch_says_it_in_the_log_and_in_tensorboard(tmp_path, caplog):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert any(t.startswith("findings") for t in events.Tags()["tensors"])
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["Watch", "WatchHandler"])
+def test_a_first_batch_that_cannot_be_watched_is_diagnosed(kind, caplog):
+    """Masks of 0 and 255: nothing is watched, and the reason is named."""
+    net = nn.Conv2d(1, 1, 1)
+    images = torch.randn(4, 1, 8, 8)
+    masks = 255.0 * (images > 0)
+    criterion = nn.BCEWithLogitsLoss()
+    if kind == "Watch":
+        import pytorch_lightning as pl
+
+        class Module(pl.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.net, self.loss = net, criterion
+
+            def training_step(self, batch, _):
+                return self.loss(self.net(batch[0]), batch[1])
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        watch = Watch(
+            ["cce", "dice"], criterion="loss", every_n_steps=1, diagnose=True, activation="sigmoid"
+        )
+        data = torch.utils.data.DataLoader([(x, y) for x, y in zip(images, masks, strict=True)])
+        trainer = pl.Trainer(
+            max_epochs=1, logger=False, callbacks=[watch], enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        )  # fmt: skip
+        trainer.fit(Module(), data)
+    else:
+        from ignite.engine import Engine
+
+        watch = WatchHandler(
+            ["cce", "dice"], every_n_steps=1, diagnose=True, activation="sigmoid", network=net
+        )
+
+        def step(engine, _):
+            output = net(images)
+            engine.state.output = {"pred": output, "label": masks}
+            engine.fire_event("loss_completed")
+            criterion(output, masks).backward()
+            return engine.state.output
+
+        engine = Engine(step)
+        engine.register_events("loss_completed")
+        watch.attach(engine)
+        engine.run([0, 1, 2], max_epochs=1)
+    [finding] = watch.findings()
+    assert (finding.name, finding.step) == ("labels-outside", 0) and "255" in finding.text
+    said = [r.getMessage() for r in caplog.records if "labels-outside" in r.getMessage()]
+    assert len(said) == 1

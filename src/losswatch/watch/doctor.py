@@ -146,6 +146,18 @@ class Doctor:
         if isinstance(output, Tensor) and isinstance(target, Tensor) and not self.signs:
             self.look(output, target, None)
 
+    def give_up(self, error: Exception, output: Any, target: Any, names: Sequence[str]) -> None:
+        """Note the batch after which nothing is watched any more. Never raises an error."""
+        if not self.is_on or self.step is None:
+            return
+        try:
+            self.is_due = True
+            output, target = (x[0] if isinstance(x, list | tuple) else x for x in (output, target))
+            self.fail(self.step, error, output, target)
+            self.keep(self.step, names, None, [], [])
+        except Exception as further:
+            log.debug("losswatch: no findings: %s", reason(further))
+
     def report(self, loss: Tensor) -> None:
         """Note the value that trains at the newest observation."""
         if self.kept and self.is_due:

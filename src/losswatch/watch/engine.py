@@ -111,6 +111,10 @@ class WatchHandler:
         try:
             self._observe(engine)
         except Exception as error:
+            pair = engine.state.output if isinstance(engine.state.output, dict) else {}
+            names = self.observer.names(1)
+            self.observer.doctor.give_up(error, pair.get("pred"), pair.get("label"), names)
+            self._speak()
             self.record.give_up(error, self.strict)
 
     def _observe(self, engine: Any) -> None:

@@ -220,6 +220,9 @@ class Watch(Callback):
                 heads = self._prepare(calls)
         except Exception as raised:
             error = raised
+            call, names = calls[-1], self.observer.names(1)
+            self.observer.doctor.give_up(raised, call.output, call.target, names)
+            self._speak(trainer)
         try:
             if self.observer.agree(heads, error) and heads is not None:
                 self._observe(trainer, calls, heads, loss)
