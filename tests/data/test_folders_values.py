@@ -19,6 +19,7 @@ from losswatch.data import folder as module
 from losswatch.data.coding import check_classes, values_of
 from losswatch.data.folder import FolderImages
 from losswatch.data.labels import Coding, members, owners
+from losswatch.data.reading import read
 from losswatch.data.writing import write_mask
 
 
@@ -451,3 +452,18 @@ def test_lists_count_where_they_are_the_split_alone(tmp_path):
     write_lists(tmp_path / "b", train=NAMES[:1], val=NAMES[1:2])
     notes = FolderImages(str(tmp_path / "b"), patch_size=4).survey.notes
     assert notes == ("not used: 2 files (2 .txt), train.txt is the first",)
+
+
+def test_a_header_that_two_threads_parse_at_once_is_read_again(tmp_path, monkeypatch):
+    """Python 3.11: SystemError, "AST constructor recursion depth mismatch"."""
+    np.save(tmp_path / "a.npy", np.arange(12.0).reshape(3, 4))
+    load, calls = np.load, []
+
+    def once(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise SystemError("AST constructor recursion depth mismatch")
+        return load(*args, **options)
+
+    monkeypatch.setattr(np, "load", once)
+    assert read(tmp_path / "a.npy", False).array.size == 12 and len(calls) == 2

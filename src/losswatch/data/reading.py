@@ -36,7 +36,10 @@ def read(path: Path, is_mask: bool, is_volume: bool = False) -> File:
         elif suffix in NIFTI:
             file = read_nifti(path)
         elif suffix in ARRAYS:
-            file = _read_array(path, is_mask)
+            try:
+                file = _read_array(path, is_mask)
+            except SystemError:  # Python 3.11, if another thread parses a header at that moment
+                file = _read_array(path, is_mask)
         elif suffix in PICTURES:
             file = read_picture(path, is_mask)
         else:
