@@ -296,3 +296,18 @@ def test_nothing_of_a_step_is_kept_alive():
     observer(net(images), target)
     assert observer.doctor.value is None
     assert all(not row.requires_grad for _, row in observer.doctor.kept)
+
+
+def test_a_writer_that_fails_does_not_end_the_training(caplog):
+    class Full:
+        def add_text(self, *_):
+            raise OSError("no space left on device")
+
+    label = torch.zeros(1, 16, 16, dtype=torch.int64)
+    label[0, :4] = 1
+    net = Constant(60.0, 0.0)
+    observer = Observer(["cce", "dice_square"], net, trained="dice_square")
+    observer(net(torch.zeros(1, 1, 16, 16)), label)
+    observer.doctor.say([Full()])
+    lines = caplog.messages
+    assert lines[0].startswith("losswatch: saturated (step 0)") and "no space left" in lines[1]

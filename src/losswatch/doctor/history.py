@@ -89,9 +89,7 @@ class History:
 
     def answer(self, name: str) -> float:
         """What the trained loss says of a known answer (answers.py); NaN if it was not asked."""
-        found = self.get(f"{ANSWER}{name}")
-        found = found[~np.isnan(found)]
-        return float(found[0]) if len(found) else float("nan")
+        return first(self.get(f"{ANSWER}{name}"))
 
     def of_kind(self, *kinds: str) -> list[str]:
         """The names of watched losses of these kinds, without the trained one."""

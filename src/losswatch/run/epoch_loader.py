@@ -1,4 +1,4 @@
-"""Gives Lightning the training batches of the user's own data module as one long sequence.
+"""Gives Lightning the batches of somebody else's data module as one long sequence.
 
 Lightning sees the whole training as one epoch. Here an epoch is one pass over the images.
 """

@@ -182,7 +182,7 @@ class Planner:
         return self.found.data[key], data
 
     def _gather_facts(self, data: pl.LightningDataModule) -> DataFacts:
-        """Look at the data. This reads the batches of the user's own module once, to the last.
+        """Look at the data. A data module of somebody else is read once, to its last batch.
 
         Raises:
             ConfigError: the images cannot be trained with.

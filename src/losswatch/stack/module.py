@@ -31,7 +31,7 @@ from losswatch.stack.limits import check_traits
 from losswatch.stack.member import Member
 from losswatch.stack.optimizers import Rule, optimizer_rule
 from losswatch.stack.refusal import NotStackable
-from losswatch.stack.step import make_gradient
+from losswatch.stack.step import make_gradient, trained_row
 from losswatch.terminal import ProgressSink, say
 from losswatch.text import number_of, one_line
 from losswatch.watch.doctor import Doctor
@@ -199,9 +199,7 @@ class StackedModule(pl.LightningModule):
             state = split(parameters) | {name: b.clone() for name, b in buffers.items()}
             logits = functional_call(self.net, state, (image,))
             _, rows, coefficients = self.losses.rows(logits, label)
-            own = torch.where(numbers["trained"][:, None] > 0, coefficients, 0).sum(0)
-            own = own.view(-1, *[1] * logits.ndim)
-            return logits, label, torch.where(own != 0, own * rows, 0).sum(0)
+            return logits, label, trained_row(rows, coefficients, numbers["trained"])
 
         found = vmap(look)(chunk.parameters, chunk.buffers, chunk.numbers)
         for k, member in enumerate(self._members_of(i)):

@@ -69,9 +69,18 @@ def make_gradient(
             # Not a product with `trained`: another loss may be infinite, and 0 times that is NaN.
             own = torch.where(numbers["trained"][:, None] > 0, gradients, 0).sum(0)
             return own, buffers, seen
-        own = torch.where(numbers["trained"][:, None] > 0, coefficients, 0).sum(0)
-        own = own.view(-1, *[1] * logits.ndim)
-        row = torch.where(own != 0, own * rows, 0).sum(0)  # other losses' rows may hold NaN
+        row = trained_row(rows, coefficients, numbers["trained"])
         return pull(row)[0], buffers, values.new_zeros(0)
 
     return gradient
+
+
+def trained_row(rows: Tensor, coefficients: Tensor, trained: Tensor) -> Tensor:
+    """The derivative of the trained loss by the logits, from what `LossSet.rows` returns.
+
+    Args:
+        trained: [K], 1 at the trained loss and 0 elsewhere.
+    """
+    own = torch.where(trained[:, None] > 0, coefficients, 0).sum(0)
+    own = own.view(-1, *[1] * (rows.ndim - 1))
+    return torch.where(own != 0, own * rows, 0).sum(0)  # other losses' rows may hold NaN

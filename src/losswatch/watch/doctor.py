@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from losswatch.doctor.history import ANSWER, BODY, SIGN, History
-from losswatch.events.tags import GRAD_NORM, LOSS, watched_tags
+from losswatch.events.tags import FINDINGS, GRAD_NORM, LOSS, watched_tags
 from losswatch.losses import CrossEntropy, Dice, Sum
 from losswatch.losses.pixels import wide
 from losswatch.losses.ranks import only_this_rank
@@ -22,6 +22,8 @@ from losswatch.watch.record import as_row
 from losswatch.watch.signs import classes_of, read_labels, read_signs, sign_names
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from losswatch.doctor.findings import Finding
 
 log = logging.getLogger(__name__)
@@ -304,6 +306,19 @@ class Doctor:
             return []
         self.said |= {finding.name for finding in found}
         return found
+
+    def say(self, writers: Sequence[SummaryWriter]) -> None:
+        """Say the findings that are new: in the log, and in TensorBoard as a text.
+
+        A writer that fails, as on a full disk, does not end the training.
+        """
+        for finding in self.news() if self.is_on else ():
+            log.warning("losswatch: %s", finding.line())
+            try:
+                for writer in writers:
+                    writer.add_text(FINDINGS, finding.line(), finding.step)
+            except Exception as error:
+                log.warning("losswatch: findings are not in TensorBoard: %s", reason(error))
 
 
 def _moved(before: Tensor | None, now: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:

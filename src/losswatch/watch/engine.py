@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
-from losswatch.events.tags import FINDINGS
 from losswatch.watch.observer import Observer, Seen
 from losswatch.watch.outputs import Losses, unused_name
 from losswatch.watch.record import Record
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from losswatch.doctor.findings import Finding
-
-log = logging.getLogger(__name__)
 
 
 class WatchHandler:
@@ -157,13 +153,7 @@ class WatchHandler:
         return self.observer.findings()
 
     def _speak(self) -> None:
-        """Say the findings that are new: in the log, and in TensorBoard as a text."""
-        if not self.observer.doctor.is_on:
-            return
-        for finding in self.observer.doctor.news():
-            log.warning("losswatch: %s", finding.line())
-            if self.writer is not None:
-                self.writer.add_text(FINDINGS, finding.line(), finding.step)
+        self.observer.doctor.say([] if self.writer is None else [self.writer])
 
     def flush(self) -> None:
         """Write the observations since the last flush."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
-from losswatch.events.tags import FINDINGS
 from losswatch.losses.ranks import max_over_ranks
 from losswatch.watch.criterion import find_criterion, output_and_target
 from losswatch.watch.library import as_callback, have_hooks_around_backward, library
@@ -416,13 +415,8 @@ class Watch(Callback):
         return self.observer.findings()
 
     def _speak(self, trainer: pl.Trainer) -> None:
-        """Say the findings that are new: in the log, and in TensorBoard as a text."""
-        if not self.observer.doctor.is_on or not trainer.is_global_zero:
-            return
-        for finding in self.observer.doctor.news():
-            log.warning("losswatch: %s", finding.line())
-            for logger in self._tensorboards(trainer):
-                logger.experiment.add_text(FINDINGS, finding.line(), finding.step)
+        if self.observer.doctor.is_on and trainer.is_global_zero:
+            self.observer.doctor.say([x.experiment for x in self._tensorboards(trainer)])
 
     def latest(self) -> dict[str, float]:
         """The values of the last observation, for a progress bar."""

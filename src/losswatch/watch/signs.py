@@ -99,7 +99,7 @@ def read_signs(
     """
     z = wide(output.detach())
     raw, keep, y = read_labels(target.detach(), z, ignore_index)
-    p, hard = _probabilities(z, y, activation)
+    p, hard = _probabilities(z, activation)
     is_multilabel = activation == "sigmoid" and z.shape[1] > 1
     one = keep if keep.shape[1] == 1 else keep.amin(1, keepdim=True)  # [N, 1, *space]
     count = one.sum().clamp_min(1)
@@ -181,7 +181,7 @@ def read_labels(
     return (low.to(z.dtype), high.to(z.dtype), most.to(z.dtype)), valid, y * valid
 
 
-def _probabilities(z: Tensor, y: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def _probabilities(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Probabilities [N, C, *space] as the losses of this package see them, and the prediction."""
     if activation == "sigmoid" and z.shape[1] > 1:
         p = z.sigmoid()
