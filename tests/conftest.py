@@ -330,7 +330,8 @@ def smoke(tmp_path_factory):
 
 
 def six_runs(cwd):
-    done = run_train("-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95", cwd=cwd)
+    command = ["-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95"]
+    done = run_train(*command, "hydra/launcher=basic", cwd=cwd)
     [folder] = (cwd / "outputs").iterdir()
     return SimpleNamespace(folder=folder, done=done, runs=run_folders(cwd))
 

@@ -110,7 +110,8 @@ def test_a_fused_sweep_with_two_processes(tmp_path):
     shown = screens[-1]
     assert "".join(shown[:3]).startswith(
         "2 runs; table and runs go to s"
-        "fused: 2 runs in 2 groups of up to 1, 2 at once (they differ in trainer.max_steps)"
+        "training 2 stacks of up to 1 run, 2 at once (they differ in trainer.max_steps; a run by "
+        "itself is rounded differently)"
     )
     assert not any(line.startswith("step ") or " left" in line for line in shown)
     assert sum(line.startswith("val accuracy") for line in shown) == 2

@@ -43,12 +43,15 @@ class Facts:
         overrides: of the whole command, in the form in which Hydra got them.
         total: number of runs; None if that is not known.
         found: what the first process has found out for all runs.
+        names_starts: whether a line names each run when it starts. Launchers that train several at
+            once have one bar instead, and a line when a run ends.
         key: different in each command.
     """
 
     overrides: tuple[str, ...] = ()
     total: int | None = None
     found: Found | None = None
+    names_starts: bool = True
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 

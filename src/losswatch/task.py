@@ -114,7 +114,6 @@ def finish_stacked(
 
     For the value returned and the errors see `run_task`.
     """
-    _say_which(command, plan.settings.job)
 
     def hand_over(plan: Plan) -> tuple[Reached, float]:
         log_resume(outcome.notice, step=0)
@@ -139,7 +138,7 @@ def _contained(job: Job) -> Iterator[None]:
 
 def _say_which(command: Command, job: Job) -> None:
     """Say which run starts, in the process of the run's first device."""
-    if int(os.environ.get("LOCAL_RANK", 0)):
+    if int(os.environ.get("LOCAL_RANK", 0)) or not command.facts.names_starts:
         return
     total = f" of {command.facts.total}" if command.facts.total else ""
     number = f" {job.number + 1}{total}" if job.is_sweep else ""

@@ -617,15 +617,18 @@ SWEEP = [
 ]  # fmt: skip
 
 
+OTHERS = ("basic", "joblib")
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("sweep")
-    run_train("-m", *SWEEP, "hydra.sweep.dir=s", cwd=cwd)
+    run_train("-m", *SWEEP, "hydra/launcher=basic", "hydra.sweep.dir=s", cwd=cwd)
     return cwd / "s"
 
 
 @pytest.mark.parametrize(
-    "launcher", ["basic", "fused", pytest.param("joblib", marks=pytest.mark.slow)]
+    "launcher", ["auto", "fused", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
 )
 def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
     """One run is done, one failed, one is half done, one is missing: in the end all are done."""
@@ -1076,7 +1079,7 @@ def test_no_time_left(tmp_path):
     sweep += ["hydra/launcher=fused", "hydra.launcher.workers=1"]
     limit = "+trainer.max_time=00:00:00:00"
     done = run_train(*sweep, limit, cwd=tmp_path, status=1)
-    assert "trained one by one: trainer.max_time=00:00:00:00 needs" in done.stderr
+    assert "(trainer.max_time=00:00:00:00 needs the ordinary step)" in done.stderr
     assert "Traceback" not in done.stderr and done.stdout.count(" unfinished ") == 2
     runs = sorted(file.parent for file in tmp_path.glob("s/*/result.json"))
     for run in runs:

@@ -104,8 +104,8 @@ def files(folder):
     return {name for name in names if not name.startswith(".submitit")}
 
 
-def fused_line(said):
-    [line] = [line for line in said.splitlines() if line.startswith("fused: ")]
+def training_line(said):
+    [line] = [line for line in said.splitlines() if line.startswith("training ")]
     return line
 
 
@@ -125,8 +125,8 @@ def test_groups_through_another_launcher(grouped, tmp_path, outer):
     done = run_train(
         *GROUPED, *GRID, f"hydra.launcher.outer={outer}", cwd=tmp_path, env=ENVIRONMENT
     )
-    line = fused_line(done.stderr)
-    assert line.startswith("fused: 6 runs in 3 groups of up to 2, jobs of ")
+    line = training_line(done.stderr)
+    assert line.startswith("training 3 jobs of up to 2 runs, by ")
     assert outer.partition("_")[2 if "_" in outer else 0] in line.lower()
     folder, summary = outcome(tmp_path)
     pd.testing.assert_frame_equal(summary, grouped.summary)
@@ -161,8 +161,8 @@ def test_groups_one_after_another(six, tmp_path):
     """The outer launcher given by its config; the values are those of the basic launcher."""
     outer = "+hydra/launcher@hydra.launcher.outer=basic"
     done = run_train(*GROUPED, *GRID, outer, cwd=tmp_path)
-    said = fused_line(done.stderr)
-    assert said == "fused: 6 runs in 3 groups of up to 2, jobs of BasicLauncher"
+    said = training_line(done.stderr)
+    assert said == "training 3 jobs of up to 2 runs, by BasicLauncher"
     folder, summary = outcome(tmp_path)
     theirs = pd.read_csv(six.folder / "summary.csv").drop(columns="seconds")
     pd.testing.assert_frame_equal(summary, theirs, rtol=1e-3, atol=1e-3)
@@ -176,9 +176,9 @@ def test_groups_taken_up_again(grouped, tmp_path):
     args = [*GROUPED, "hydra.launcher.outer=basic", "hydra.sweep.dir=outputs/again"]
     run_train(*args, "loss=dice,cce", "theta=0.05", cwd=tmp_path)
     done = run_train(*args, *GRID, "hydra.launcher.max_members=null", cwd=tmp_path)
-    assert fused_line(done.stderr) == (
-        "fused: 4 runs in 1 group of up to 4, jobs of BasicLauncher "
-        "(hydra.launcher.max_members sets how large), 2 done before"
+    assert training_line(done.stderr) == (
+        "training 1 job of up to 4 runs, by BasicLauncher "
+        "(hydra.launcher.max_members sets how large); 2 runs done before"
     )
     _, summary = outcome(tmp_path)
     pd.testing.assert_frame_equal(summary, grouped.summary, rtol=1e-3, atol=1e-3)
@@ -187,7 +187,7 @@ def test_groups_taken_up_again(grouped, tmp_path):
 @pytest.mark.parametrize(
     "outer, said",
     [
-        ("rey", "there is no hydra/launcher=rey; hydra/launcher is one of basic, fused, "),
+        ("rey", "there is no hydra/launcher=rey; hydra/launcher is one of auto, basic, fused, "),
         ("submitit_pbs", 'pip install -e ".[submitit]" adds submitit_pbs'),
         ("fused", "hydra.launcher.outer takes the name of another launcher (hydra.launcher.outer="),
         ({"partition": "gpu"}, "hydra.launcher.outer takes the name of another launcher (hydra."),

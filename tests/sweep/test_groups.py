@@ -390,4 +390,4 @@ def test_a_stack_repeats_no_batches(tmp_path):
         "-m", *QUICK, "data.batches=1", "hydra/launcher=fused", "loss=dice,cce",
         "hydra.launcher.workers=1", cwd=tmp_path,
     )  # fmt: skip
-    assert "trained one by one: data.batches=1 needs the ordinary step" in done.stderr
+    assert "2 single runs, 1 at once (data.batches=1 needs the ordinary step)" in done.stderr

@@ -1,4 +1,4 @@
-"""Sweeps killed with kill -9, again and again: fused, joblib's, and taken up in their folder.
+"""Sweeps killed with kill -9, again and again, by each launcher, and taken up in their folder.
 
     LOSSWATCH_KILLS=20 pytest -m slow -n 0 -s tests/sweep/test_kills.py
 
@@ -102,6 +102,8 @@ SWEEP = [
     f"trainer.val_check_interval={EVERY}", "trainer.enable_progress_bar=false", "hydra.sweep.dir=s",
 ]  # fmt: skip
 BASIC = [*SWEEP, "hydra/launcher=basic"]
+# Runs that cannot be a stack: each process trains one after the other.
+AUTO = [*SWEEP, "trainer.gradient_clip_val=1e6", "hydra.launcher.workers=2"]
 JOBLIB = [*SWEEP, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 FUSED = [*SWEEP, "hydra/launcher=fused", "hydra.launcher.workers=2"]
 ONE_STACK = [*SWEEP, "hydra/launcher=fused", "hydra.launcher.workers=1"]
@@ -294,7 +296,7 @@ def before(window: str, count: int = 1) -> Kill:
     return Kill(at=WINDOWS[window], count=count, name=f"before {window}")
 
 
-@pytest.mark.parametrize("command", [FUSED, JOBLIB], ids=["fused", "joblib"])
+@pytest.mark.parametrize("command", [AUTO, FUSED, JOBLIB], ids=["auto", "fused", "joblib"])
 def test_sweeps_of_several_processes(server, whole, tmp_path, command):
     """All of them, or the first alone; and just before a run has its result."""
     if command is JOBLIB:

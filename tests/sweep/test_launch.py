@@ -22,9 +22,10 @@ from losswatch.disk.locks import hold
 from losswatch.report.runs import read_runs
 from losswatch.stack import module as stack_module
 from losswatch.stack.module import StackedModule
-from losswatch.sweep import launch
+from losswatch.sweep import parts
 from losswatch.sweep.groups import group_runs, order_groups
 from losswatch.sweep.jobs import Run
+from losswatch.sweep.split import split
 
 SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
 
@@ -134,8 +135,8 @@ def test_groups_of_one_compiled_step_begin_apart(jobs):
 
 
 def test_members_stay_in_order():
-    assert launch.split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
-    assert launch.split([1, 2], 5) == [[1, 2]]
+    assert split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert split([1, 2], 5) == [[1, 2]]
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
 
     monkeypatch.setattr(StackedModule, "training_step", small)
     runs, outcomes = jobs(*([f"seed={i}"] for i in range(5))), {}
-    launch._train(runs, outcomes)
+    parts._train(runs, outcomes)
     assert sum(trained) == 5 * 2 and max(trained) <= fits  # two blocks each
     assert list(outcomes) == [run.folder for run in runs]
     said = [r.getMessage() for r in caplog.records if "do not fit into memory" in r.getMessage()]
@@ -179,7 +180,7 @@ def test_a_stack_that_fails_late_keeps_its_curves(jobs, monkeypatch):
     monkeypatch.setattr(StackedModule, "training_step", fails_once)
     monkeypatch.setattr(stack_module, "SAVE_SECONDS", 0)  # a checkpoint at the first validation
     runs = jobs(["seed=0"], ["seed=1"])
-    launch._train(runs, {})
+    parts._train(runs, {})
     assert blocks == [2, 2, 1, 1]
     for run in runs:
         assert list(read_curves(run.folder)["loss/dice"].dropna().index) == list(range(12))
@@ -191,7 +192,7 @@ def test_one_run_too_large_fails(jobs, monkeypatch):
 
     monkeypatch.setattr(StackedModule, "training_step", full)
     with pytest.raises(torch.OutOfMemoryError):
-        launch._train(jobs(["seed=0"]), {})
+        parts._train(jobs(["seed=0"]), {})
 
 
 def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
@@ -200,7 +201,7 @@ def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
 
     monkeypatch.setattr(StackedModule, "training_step", cut)
     with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning turns one into the other
-        launch._train(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]), {})
+        parts._train(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]), {})
     runs = read_runs(tmp_path)
     assert list(runs["status"]) == ["unfinished"] * 2
     assert list(runs["loss"]) == ["dice", "cce"] and list(runs["theta"]) == [0.05, 0.3]
@@ -221,8 +222,8 @@ def tree(folder):
     return sorted(re.sub(r"(events\.out\.tfevents)\..*", r"\1", name) for name in names)
 
 
-def fused_line(said):
-    [line] = [line for line in said.splitlines() if line.startswith("fused: ")]
+def training_line(said):
+    [line] = [line for line in said.splitlines() if line.startswith("training ")]
     return line
 
 
@@ -235,7 +236,7 @@ def two(tmp_path_factory):
     return [
         sweep(tmp_path_factory.mktemp(name), *GRID, *args)
         for name, args in [
-            ("basic", []),
+            ("basic", ["hydra/launcher=basic"]),
             ("fused", ["hydra/launcher=fused", "hydra.launcher.workers=2"]),
         ]
     ]
@@ -274,11 +275,14 @@ def test_same_summary(two):
 
 def test_what_is_said(two):
     _, fused = two
-    assert fused_line(fused.said) == "fused: 4 runs in 2 groups of up to 2, 2 at once"
+    assert training_line(fused.said) == (
+        "training 2 stacks of up to 2 runs, 2 at once (a run by itself is rounded differently)"
+    )
     assert "Warning" not in fused.said + fused.done.stdout
     assert "one by one" not in fused.said
-    counted = re.findall(r"run (\d+) of 4: ", fused.said)
-    assert sorted(map(int, counted)) == list(range(1, 5))
+    assert not re.search(r"run \d+ of", fused.said)
+    ended = re.findall(r"^val .* in .* s: (.*)$", fused.said, re.MULTILINE)
+    assert sorted(ended) == sorted(fused.runs)
     assert sum(line.strip().endswith("done") for line in fused.done.stdout.splitlines()) == 4
 
 
@@ -303,13 +307,12 @@ def test_what_cannot_be_stacked_is_trained_one_by_one(tmp_path):
         "trainer.gradient_clip_val=null,1", "--config-dir", str(tmp_path / "conf"),
     )  # fmt: skip
     complete(swept, 4)
-    line = fused_line(swept.said)
-    assert line.startswith("fused: 4 runs in 4 groups of up to 1, 1 at once (they differ in ")
-    assert "optimizer._target_" in line and "trainer.gradient_clip_val" in line
+    line = training_line(swept.said)
+    assert line.startswith("training 2 stacks of up to 1 run and 2 single runs, 1 at once (they ")
+    assert "differ in optimizer._target_" in line
+    assert line.endswith("; trainer.gradient_clip_val=1 needs the ordinary step)")
     said = [line for line in swept.said.splitlines() if "one by one" in line]
-    clip = "1 run trained one by one: trainer.gradient_clip_val=1 needs the ordinary step"
-    own = "1 run trained one by one: Adagrad is not written out for stacked runs"
-    assert sorted(said) == sorted([clip, clip, own])
+    assert said == ["1 run trained one by one: Adagrad is not written out for stacked runs"]
 
 
 def test_a_failing_member(tmp_path):
@@ -318,7 +321,7 @@ def test_a_failing_member(tmp_path):
         tmp_path, "hydra/launcher=fused", "hydra.launcher.workers=1",
         "hydra.launcher.max_members=2", "optimizer.lr=1e-3,1e30,1e-2", status=1,
     )  # fmt: skip
-    assert fused_line(swept.said) == "fused: 3 runs in 2 groups of up to 2, 1 at once"
+    assert training_line(swept.said).startswith("training 2 stacks of up to 2 runs, 1 at once (")
     results = {read_result(f)["config"]["optimizer"]["lr"]: f for f in swept.runs.values()}
     failed = read_result(results.pop(1e30))
     assert failed["status"] == "failed"
@@ -420,7 +423,7 @@ def interrupted(status, out, said, rows, by="SIGINT"):
     """The command printed the table of what is finished, how to go on, and one line."""
     wanted, line = ENDS[by]
     assert status == wanted
-    known = r"checking|run[ :]|fused: |val accuracy|compiling|\d+ runs|Resume   python"
+    known = r"checking|run[ :]|training |val accuracy|compiling|\d+ runs|Resume   python"
     others = [line for line in said.splitlines() if not re.match(known, line)]
     assert others == [line]
     assert out.count("unfinished") == rows

@@ -131,7 +131,7 @@ def test_an_error_at_a_stage_is_that_of_its_runs(sweep, stages):
 
     done = sweep.run(groups, stages, 1, *compiled)
     print(done.stdout, done.stderr)
-    assert re.search(rf"^fused: .*, {min(2, len(groups))} at once", done.stderr, re.MULTILINE)
+    assert re.search(rf"^training .*, {min(2, len(groups))} at once", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
     # What fails while torch.func maps the first step is tried again by the ordinary step.
     assert ("one by one" in done.stderr) == ("try" in stages)
@@ -162,7 +162,7 @@ def test_an_error_at_a_stage_is_that_of_its_runs(sweep, stages):
             shutil.rmtree(place) if place.is_dir() else place.unlink()
     before = {run: (runs[run] / "result.json").stat() for run in runs if run not in failing}
     done = sweep.run(groups, [], 0, *compiled)
-    assert f", {len(before)} done before" in done.stderr
+    assert re.search(rf"; {len(before)} runs? done before$", done.stderr, re.MULTILINE)
     for run, folder in runs.items():
         assert read_result(folder)["status"] == "done"
         assert list(read_curves(folder)["loss/cce"].dropna().index) == list(range(60))

@@ -154,7 +154,7 @@ def case(name, preexec_fn, encoding, printed, last, slow=True):
 )
 @pytest.mark.parametrize(
     "launcher",
-    ["basic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fused", "joblib"))],
+    ["auto", *(pytest.param(n, marks=pytest.mark.slow) for n in ("basic", "fused", "joblib"))],
 )
 def test_a_failed_run_is_told_by_the_exit_status(
     tmp_path, launcher, preexec_fn, encoding, printed, last
@@ -189,7 +189,7 @@ def mounted(folder, size, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["basic", "fused", "joblib"])
+@pytest.mark.parametrize("launcher", ["auto", "basic", "fused", "joblib"])
 @pytest.mark.parametrize("size", ["300k", "3m"])
 def test_the_disk_fills_during_a_sweep(tmp_path, launcher, size):
     """At most one line a run, one at the end, and the table. With more room it is finished."""
@@ -328,7 +328,7 @@ PARENT = """
 import os, signal, time
 import joblib
 from losswatch import compat
-from losswatch.sweep.callback import end_in_time
+from losswatch.sweep.workers import end_in_time
 
 def work(number):
     open(f"{number}.{os.getpid()}", "w").close()
@@ -424,7 +424,8 @@ def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" done ") == 3 and done.stdout.count("exit status 2") == 1
-    assert done.stderr.count("run 2 of 2: ") == done.stderr.count("run 1 of 1: ") == 1
+    assert done.stderr.count("training 2 single runs") == 1  # on two cores or more
+    assert done.stderr.count("training 1 stack of up to 1 run") == 1
 
 
 # --- Parts ---------------------------------------------------------------------------------------

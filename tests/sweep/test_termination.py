@@ -83,19 +83,21 @@ def terminated(status, out, said, rows):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processes")
-def test_all_processes_of_a_sweep_with_loaders(tmp_path):
+@pytest.mark.parametrize("launcher, rows", [("basic", 1), ("auto", 2)])
+def test_all_processes_of_a_sweep_with_loaders(tmp_path, launcher, rows):
     """Their workers end by the signal, too; the sweep goes on to no other run."""
     make_folder(tmp_path / "a")
     command = [
         "-m", *SHORT, "data.root=a", "seed=0,1", "data.num_workers=2", "model=convnet",
         "trainer.max_steps=100000", "trainer.val_check_interval=5", "hydra.sweep.dir=s",
+        f"hydra/launcher={launcher}", *(["hydra.launcher.workers=2"] if launcher == "auto" else []),
     ]  # fmt: skip
     process = SERVER.start(
         str(ROOT / "train.py"), *command, cwd=tmp_path, env={"XDG_CACHE_HOME": str(tmp_path)}
     )
     try:
         deadline = time.monotonic() + 100
-        while not list(tmp_path.glob("s/*/checkpoints/*.ckpt")):
+        while len(list(tmp_path.glob("s/*/checkpoints/"))) < rows:
             with suppress(Exception):
                 process.wait(timeout=0.05)
             assert process.returncode is None and time.monotonic() < deadline
@@ -108,9 +110,11 @@ def test_all_processes_of_a_sweep_with_loaders(tmp_path):
     finally:
         process.kill()
         done = process.result()
-    terminated(process.returncode, done.stdout, done.stderr, 1)
-    [folder] = tmp_path.glob("s/*/")
-    result = read_result(folder)
-    assert (result["status"], result["error"]) == ("unfinished", "interrupted")
-    steps = read_curves(folder)["loss/dice"].dropna().index
-    assert list(steps) == list(range(len(steps))) and len(steps) >= newest(folder)[1]["global_step"]
+    terminated(process.returncode, done.stdout, done.stderr, rows)
+    for folder in tmp_path.glob("s/*/"):
+        if launcher == "basic":
+            result = read_result(folder)
+            assert (result["status"], result["error"]) == ("unfinished", "interrupted")
+        steps = read_curves(folder)["loss/dice"].dropna().index
+        assert list(steps) == list(range(len(steps)))
+        assert len(steps) >= newest(folder)[1]["global_step"]

@@ -13,7 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from losswatch.compat import basic_sweeper
-from losswatch.sweep.grid import check_grid
+from losswatch.sweep.grid import check_grid, compose_grid
 from losswatch.sweep.jobs import ComposedOnce
 from losswatch.terminal import say
 from losswatch.text import number_of
@@ -50,6 +50,9 @@ class CheckedSweeper(BasicSweeper):
             if self.command.folder is None:
                 _restore(record, earlier, made)
             raise
+        finally:
+            if hasattr(self.launcher, "stop"):
+                self.launcher.stop()
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Check all runs of the sweep, before its first batch. Hydra calls this for each batch.
@@ -59,9 +62,11 @@ class CheckedSweeper(BasicSweeper):
         """
         if self.command.folder is not None:
             return
-        runs = [overrides for part in self.overrides for overrides in part]
-        is_here = _trains_here(self.config.hydra.launcher)
-        checked = check_grid(runs, self.command, self.loader, self.config, is_here)
+        overrides = [overrides for part in self.overrides for overrides in part]
+        runs = compose_grid(overrides, self.loader, self.config)
+        if hasattr(self.launcher, "start"):  # ours; Hydra loads its class twice
+            self.launcher.start([run.config for run in runs])
+        checked = check_grid(runs, self.command, _trains_here(self.config.hydra.launcher))
         folder = Path(self.config.hydra.sweep.dir)
         self.command.begin_sweep(folder, checked)
         say(f"{number_of(len(runs), 'run')}; table and runs go to {folder}")
@@ -70,7 +75,7 @@ class CheckedSweeper(BasicSweeper):
 def _trains_here(launcher: DictConfig) -> bool:
     """Whether a launcher trains on this machine. Others send jobs to machines unknown here."""
     name = launcher._target_.rpartition(".")[2]
-    if name == "FusedLauncher":
+    if name == "AutoLauncher":
         return launcher.outer is None
     return name in ("BasicLauncher", "JoblibLauncher")
 

@@ -6,6 +6,7 @@ derivative, a backward pass and a step of the optimiser. Its results are thrown 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.utils.flop_counter import FlopCounterMode
 
 from losswatch.config.errors import ConfigError
 from losswatch.data.form import Form
@@ -31,6 +33,7 @@ class Traits(NamedTuple):
 
     draws_random: list[str]  # those that draw from a global random generator
     keeps_state: list[str]  # those whose value for the same input changes from call to call
+    layer_flops: float  # see `flops_of_layers`
 
 
 def try_step(
@@ -103,7 +106,22 @@ def try_step(
             if parameter.dtype == torch.float16:
                 hint = "; an eps of 1e-8 is 0 in float16: raise it, or trainer.precision=bf16-true"
             raise ConfigError(f"optimizer: its first step makes {name} NaN or infinite{hint}")
-    return Traits(draws_random, keeps_state), optimizer
+    return Traits(draws_random, keeps_state, flops_of_layers(net, images)), optimizer
+
+
+def flops_of_layers(net: nn.Module, images: Tensor) -> float:
+    """The floating-point operations of a forward pass of a batch, for each layer with weights.
+
+    If layers are small, most of a step's time is the overhead of calling them. Unlike a clock, the
+    number is the same each time. It is infinite for a network that PyTorch cannot count.
+    """
+    layers = sum(1 for parameter in net.parameters() if parameter.ndim > 1)
+    try:
+        with torch.no_grad(), isolate_rng(), FlopCounterMode(display=False) as counter:
+            net(images)
+    except Exception:  # PyTorch cannot look into compiled and scripted networks
+        return math.inf
+    return counter.get_total_flops() / max(1, layers)
 
 
 def _call(what: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,6 +12,7 @@ from omegaconf import DictConfig
 
 from losswatch import compat
 from losswatch.config.schema import mode_of
+from losswatch.sweep.workers import end_in_time
 from losswatch.terminal import say
 from losswatch.text import parse_overrides
 
@@ -62,24 +57,3 @@ def _wrong_direction(config: DictConfig) -> str | None:
     if found in ("maximize", "minimize") and found != wanted:
         return f"a search by metric={metric} needs hydra.sweeper.direction={wanted}, got {found}"
     return None
-
-
-@functools.cache  # starts one thread in each process
-def end_in_time() -> None:
-    """Let this process end at SIGTERM, or when its parent has ended, if joblib started it.
-
-    Otherwise, after a kill -9 of the parent, the process would go on training and keep its runs
-    locked. The jobs of other launchers may outlive the command, or their launcher ends them.
-    """
-    if (parent := multiprocessing.parent_process()) is None:
-        return
-    # The process ends at once. Lightning's own handler would finish the batch first. Then a worker
-    # of the loader, which the same signal has ended, would make the run a failed one.
-    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
-
-    def watch() -> None:
-        while os.getppid() == parent.pid:
-            time.sleep(0.3)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -20,42 +20,48 @@ if TYPE_CHECKING:
     from losswatch.command import Command
 
 
-def check_grid(
-    runs: Sequence[Sequence[str]],
-    command: Command,
-    loader: ConfigLoader,
-    multirun: DictConfig,
-    is_here: bool,
-) -> dict[tuple[str, ...], Run]:
-    """The runs of a grid by their overrides, composed and checked.
+def compose_grid(
+    overrides: Sequence[Sequence[str]], loader: ConfigLoader, multirun: DictConfig
+) -> list[Run]:
+    """The runs of a grid, composed.
 
     Args:
-        runs: the overrides of each run.
-        command: the sweep's.
+        overrides: those of each run.
         loader, multirun: see `compose_run`.
-        is_here: see `Planner`.
 
     Raises:
-        ConfigError: a run cannot work, is given twice, or its folder is that of another run, holds
-            another run or a run that another process is training.
+        ConfigError: a run is given twice, or the sweep has a setting for single runs.
         HydraException, OmegaConfBaseException, YAMLError: a config cannot be composed.
     """
-    names = [run_name(overrides) for overrides in runs]
+    names = [run_name(of_run) for of_run in overrides]
     times = Counter(names)
-    for overrides, name in zip(runs, names, strict=True):
+    for of_run, name in zip(overrides, names, strict=True):
         if times[name] > 1:
-            raise ConfigError(
-                f"the run {' '.join(overrides)} is asked for twice; nothing was started"
-            )
+            raise ConfigError(f"the run {' '.join(of_run)} is asked for twice; nothing was started")
     if multirun.resume is not None:
         raise ConfigError(
             "resume=... is for one run; a sweep is resumed by hydra.sweep.dir=<its folder>"
         )
-    say_for_now(f"checking {number_of(len(runs), 'run')}")
+    say_for_now(f"checking {number_of(len(overrides), 'run')}")
+    return [compose_run(i, of_run, loader, multirun) for i, of_run in enumerate(overrides)]
+
+
+def check_grid(runs: Sequence[Run], command: Command, is_here: bool) -> dict[tuple[str, ...], Run]:
+    """Check the runs of a grid; return them by their overrides.
+
+    Args:
+        runs: composed.
+        command: the sweep's.
+        is_here: see `Planner`.
+
+    Raises:
+        ConfigError: a run cannot work, or its folder is that of another run, holds another run or
+            a run that another process is training.
+        OmegaConfBaseException: a config cannot be resolved.
+    """
     checked: dict[tuple[str, ...], Run] = {}
     folders: set[Path] = set()
-    for index, overrides in enumerate(runs):
-        run = compose_run(index, overrides, loader, multirun)
+    for run in runs:
         try:
             if run.folder in folders:
                 raise ConfigError(f"another run has the same folder, {run.folder}")
@@ -63,7 +69,7 @@ def check_grid(
             run.prepare(command, is_here)
             _check_folder(run)
         except ConfigError as error:
-            where = " ".join(overrides)
+            where = " ".join(run.overrides)
             raise ConfigError(f"{error} (in the run {where}; nothing was started)") from error
         checked[run.overrides] = run
     return checked

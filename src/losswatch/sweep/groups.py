@@ -21,7 +21,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[list[Run]], list[str]]:
     for run, common in zip(runs, settings, strict=True):
         groups.setdefault(_frozen(common), []).append(run)
     differ = []
-    for name, value in settings[0].items():
+    for name, value in settings[0].items() if settings else ():
         for key in value if isinstance(value, dict) else [None]:
             if len({_frozen(_value(common, name, key)) for common in settings}) > 1:
                 differ.append(name if key is None else f"{name}.{key}")

@@ -51,6 +51,7 @@ class Run:
         Raises:
             ConfigError: the run cannot work.
         """
+        _make_current(self.config)
         job = Job.read(self.config.hydra, command.facts.overrides, self.folder)
         read = functools.partial(command.read, self.config, job, is_here)
         self.settings = read()
@@ -80,9 +81,14 @@ def compose_run(
         config.hydra.job.num = index
         # The name that was resolved for the sweep; another process would use another time.
         config.hydra.sweep.dir = multirun.hydra.sweep.dir
-    HydraConfig.instance().set_config(config)  # for ${hydra:...} in the folder's name
-    OmegaConf.set_readonly(config.hydra, None)  # `set_config` protects it; launchers change it
+    _make_current(config)
     return Run(index, config, Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute())
+
+
+def _make_current(config: DictConfig) -> None:
+    """Let `${hydra:...}` have the values of a run."""
+    HydraConfig.instance().set_config(config)
+    OmegaConf.set_readonly(config.hydra, None)  # `set_config` protects it; launchers change it
 
 
 class ComposedOnce:

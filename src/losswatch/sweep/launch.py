@@ -1,77 +1,105 @@
-"""The work of the fused launcher: it trains the runs of a sweep in groups.
+"""The work of the launchers `auto` and `fused`: where the runs of a sweep are trained, and how.
 
-A group is trained as one stack (losswatch.stack). Then Hydra's `run_job` is called for each of its
-runs, with a task function that writes the result. For a run that cannot be stacked the task
-function is the command, which trains it.
+Runs of a small network are faster as one stack. Other runs are trained one by one, a run on each
+free core.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import logging
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import joblib
-import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from omegaconf import DictConfig, OmegaConf
 
-from losswatch import compat, terminal
-from losswatch.config.errors import ConfigError
-from losswatch.disk.locks import hold
+from losswatch import terminal
 from losswatch.disk.result import finished
-from losswatch.run.build import make_losses
-from losswatch.run.process import quiet
-from losswatch.stack.fit import fit
-from losswatch.stack.limits import check_plan
-from losswatch.stack.member import Failure, Member, make_member
+from losswatch.stack.member import Failure
 from losswatch.stack.refusal import NotStackable
 from losswatch.sweep.counting import Counted, collected
-from losswatch.sweep.groups import group_runs, order_groups
-from losswatch.sweep.jobs import Run, compose_run
-from losswatch.task import finish_stacked
-from losswatch.terminal import say
-from losswatch.text import number_of, one_line
+from losswatch.sweep.jobs import Run
+from losswatch.sweep.outer import train_elsewhere
+from losswatch.sweep.parts import (
+    Context,
+    Part,
+    Returned,
+    find_run,
+    finish,
+    prepare,
+    single_parts,
+    train_in_turn,
+    train_part,
+)
+from losswatch.sweep.split import Options, make_parts, say_what, steps_of, uses_gpu
+from losswatch.sweep.workers import Workers
 
-if TYPE_CHECKING:
-    from losswatch.command import Command
-
-log = logging.getLogger(__name__)
-
-Returned = tuple[int, JobReturn]  # a run's number, and what its job returned
-Outcomes = dict[Path, Member | Failure]  # how runs of a stack ended, by folder
-
-OUTER_MEMBERS = 32  # runs in a group for another launcher, whose machines are unknown here
 KILLED = "the process that trained it was killed, because it lacked memory or native code crashed"
+PROCESS_MB = 600  # memory of a process that trains, without the images that it keeps
 
 
-class Context(NamedTuple):
-    """What Hydra gives the launcher."""
+# --- Which processes -----------------------------------------------------------------------------
 
-    hydra: HydraContext  # composes configs, and calls the callbacks
-    command: Command  # the task function
-    multirun: DictConfig  # the config of the sweep, with the section `hydra`
+
+def start_workers(configs: Sequence[DictConfig], options: Options) -> Workers | None:
+    """Processes for the runs of these configs, which need not have been checked.
+
+    None if this process trains the runs one after the other.
+    """
+    count = min(_at_once(configs, options), len(configs))
+    if count == 1 or options.outer is not None:
+        return None
+    forks = not uses_gpu(configs) and all(_setting(c, "threads", 1) == 1 for c in configs)
+    return Workers(count, max(1, joblib.cpu_count() // count), forks)
+
+
+def _at_once(configs: Sequence[DictConfig], options: Options) -> int:
+    """How many processes train at the same time."""
+    if options.workers:
+        return options.workers
+    if uses_gpu(configs):
+        return 1
+    threads = max(_setting(config, "threads", 1) for config in configs)
+    kept = max(_setting(config, "data.cache_mb", 0) for config in configs)
+    cores = joblib.cpu_count()  # those that this process may use, also in a container
+    return max(1, min(cores // threads, _memory_mb() // (PROCESS_MB + kept)))
+
+
+def _setting(config: DictConfig, key: str, default: int) -> int:
+    """A whole number in a config; the default if it is something else, such as `auto`."""
+    value = OmegaConf.select(config, key, throw_on_missing=False)
+    return value if isinstance(value, int) and value > 0 else default
+
+
+def _memory_mb() -> int:
+    """The memory of this machine, or of this container, in MB."""
+    limits = [2**62]
+    if hasattr(os, "sysconf"):  # not on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    return min(limits) // 2**20
+
+
+# --- Which runs together -------------------------------------------------------------------------
 
 
 def launch(
     job_overrides: Sequence[Sequence[str]],
     initial_job_idx: int,
     context: Context,
-    max_members: int | None,
-    workers: int | None,
-    outer: Any,
+    options: Options,
+    start: Callable[[Sequence[DictConfig]], Workers | None],
 ) -> list[JobReturn]:
     """Run all jobs of a sweep; return what they return, in the order given.
 
@@ -79,322 +107,114 @@ def launch(
         job_overrides: the overrides of each job.
         initial_job_idx: the number of the first job.
         context: what Hydra gave the launcher.
-        max_members, workers, outer: of the launcher's config (`FusedConf`).
+        options: of the launcher.
+        start: gives the workers (`start_workers`), and starts them if that has not been done.
     """
-    is_here = outer is None
     runs = [
-        _find_run(i, overrides, context, is_here)
-        for i, overrides in enumerate(job_overrides, initial_job_idx)
+        find_run(index, overrides, context)
+        for index, overrides in enumerate(job_overrides, initial_job_idx)
     ]
+    workers = start([run.config for run in runs])
     todo: list[Run] = []
     others: list[Run] = []  # the command skips a run that is done, and fails one that cannot work
     for run in runs:
+        prepare(run, context, is_here=options.outer is None)
         (others if run.settings is None or finished(run.folder) else todo).append(run)
-    groups, differ = group_runs(todo) if todo else ([], [])
-    uses_gpu = torch.cuda.is_available() and runs[0].config.trainer.accelerator != "cpu"
-    at_once = workers or (1 if uses_gpu else os.cpu_count() or 1)
-    if outer is not None and not workers:
-        size = OUTER_MEMBERS
-    elif outer is None and uses_gpu:
-        size = len(todo)
-    else:  # a group takes one CPU core, so there are at least as many groups as cores
-        size = -(-len(todo) // at_once)
-    parts = [part for group in order_groups(groups) for part in split(group, max_members or size)]
-
-    launcher = None if outer is None else _outer_launcher(outer, parts, context)
-    if launcher is None:
-        place = f"{min(at_once, len(parts))} at once"
-    else:
-        advice = "" if max_members or workers else " (hydra.launcher.max_members sets how large)"
-        place = f"jobs of {type(launcher).__name__}{advice}"
-    reason = f" (they differ in {', '.join(differ)})" if differ else ""
-    earlier = f", {len(others)} done before" if others else ""
-    if parts:
-        say(
-            f"fused: {number_of(len(todo), 'run')} in {number_of(len(parts), 'group')} of up to "
-            f"{max(map(len, parts))}, {place}{reason}{earlier}"
-        )
+    context.command.facts = replace(context.command.facts, names_starts=False)
 
     returns: list[Returned] = []
-    if parts and launcher is None:
-        total = sum(run.config.trainer.max_steps for run in todo)
-        is_shown = todo[0].config.trainer.enable_progress_bar
-        with terminal.progress_bar(total, is_shown=is_shown) as bar:
-            returns += _run_here(parts, context, at_once, bar)
-    elif parts and launcher is not None:
-        returns += _run_by(launcher, len(parts))
-    returns += run_group(others, context)
+    if options.outer is not None:
+        returns += train_elsewhere(todo, len(others), context, options)
+    elif todo:
+        returns += _train_here(todo, len(others), context, options, workers)
+    returns += train_in_turn([Part([run], is_stack=False) for run in others], context)
     for _, returned in returns:
-        if returned.status is JobStatus.FAILED:  # the sweeper would end the sweep (see `_finish`)
+        if returned.status is JobStatus.FAILED:  # the sweeper would end the sweep (see `finish`)
             context.command.lacks_runs = True
             returned.status = JobStatus.COMPLETED
     return [returned for _, returned in sorted(returns, key=lambda pair: pair[0])]
 
 
-def _find_run(index: int, overrides: Sequence[str], context: Context, is_here: bool) -> Run:
-    """A run that was checked before. In a search or another process it is composed now.
-
-    If the settings of a run of a search cannot work, `settings` is None.
-    """
-    command = context.command
-    if run := command.runs.pop(tuple(overrides), None):
-        return run
-    run = compose_run(index, overrides, context.hydra.config_loader, context.multirun)
-    with suppress(ConfigError):
-        run.prepare(command, is_here)
-    return run
+# --- On this machine -----------------------------------------------------------------------------
 
 
-def split(runs: list[Run], size: int) -> list[list[Run]]:
-    """The runs in order, in lists of at most `size`."""
-    return [runs[i : i + size] for i in range(0, len(runs), size)]
-
-
-# --- Where groups are trained --------------------------------------------------------------------
-
-
-def _run_here(
-    parts: Sequence[Sequence[Run]], context: Context, at_once: int, bar: terminal.ProgressSink
+def _train_here(
+    runs: Sequence[Run], done: int, context: Context, options: Options, workers: Workers | None
 ) -> list[Returned]:
-    """Train groups on this machine, several at once, each in its own process.
+    """Train runs in the workers, or in this process; one bar shows all their steps."""
+    parts, text = make_parts(runs, workers.count if workers else 1, options)
+    say_what(text, done)
+    total = sum(map(steps_of, runs))
+    with terminal.progress_bar(total, is_shown=runs[0].config.trainer.enable_progress_bar) as bar:
+        if workers is None or len(parts) == 1:
+            return train_in_turn(parts, context)
+        try:
+            with collected(bar, len(parts) + len(runs)) as file:
+                return _side_by_side(parts, context, workers, file)
+        except BaseException:
+            workers.stop()
+            raise
 
-    `bar` shows the steps.
 
-    If a process is killed, because it lacks memory or native code crashes, joblib stops the others,
-    too. The killed one trained one of the first `at_once` groups that have not returned. Each of
-    these is then trained alone, so that only the runs of one group fail. The other groups follow.
+def _side_by_side(
+    parts: Iterable[Part], context: Context, workers: Workers, file: Path
+) -> list[Returned]:
+    """Train parts in the workers, each as soon as one is free.
+
+    If a process is killed, because it lacks memory or native code crashes, the others end, too.
+    Then each part that was at work is trained while no other is, so that only the runs of one part
+    fail.
+
+    Args:
+        file: where the workers count their steps.
     """
-    if at_once == 1 or len(parts) == 1:
-        return [returned for part in parts for returned in run_group(part, context)]
     returns: list[Returned] = []
-    with collected(bar, len(parts)) as file:
-        waiting = [_Group(part, file, i, context) for i, part in enumerate(parts)]
-        while waiting:
-            with suppress(BrokenProcessPool):
-                for returned in _in_processes(waiting, at_once):
-                    returns += returned
-            returned_runs = {index for index, _ in returns}
-            waiting = [group for group in waiting if group.runs[0].index not in returned_runs]
-            for group in waiting[:at_once]:
-                try:
-                    for returned in _in_processes([group], at_once):
-                        returns += returned
-                except BrokenProcessPool:
-                    killed = Failure(RuntimeError(KILLED))
-                    returns += [(run.index, _finish(run, context, killed)) for run in group.runs]
-            waiting = waiting[at_once:]
+    rows = itertools.count()
+    waiting = deque(zip(parts, rows, strict=False))
+    suspects: deque[tuple[Part, int]] = deque()  # one of them has killed its process
+    at_work: dict[Future, tuple[Part, int, bool]] = {}  # with whether no other part is
+    while waiting or suspects or at_work:
+        alone = bool(suspects)
+        source = suspects if alone else waiting
+        while source and len(at_work) < (1 if alone else workers.count):
+            part, row = source.popleft()
+            task = _Task(part, file, row, context, Singleton.get_state())
+            # By cloudpickle, because Hydra's state holds functions that have no name.
+            at_work[workers.submit(joblib.wrap_non_picklable_objects(task))] = part, row, alone
+        for future in wait(at_work, return_when=FIRST_COMPLETED).done:
+            part, row, was_alone = at_work.pop(future)
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                if not was_alone:
+                    suspects.append((part, row))
+                    continue
+                killed = Failure(RuntimeError(KILLED))
+                result = [(run.index, finish(run, context, killed)) for run in part.runs]
+            if isinstance(result, NotStackable):
+                waiting.extend(zip(single_parts(part, result), rows, strict=False))
+            else:
+                returns += result
     return returns
 
 
 @dataclass
-class _Group:
-    """A group of runs that its own process trains."""
+class _Task:
+    """A part, to be trained in another process.
 
-    runs: Sequence[Run]
-    file: Path  # where the process counts its steps
-    index: int  # of the group there
+    Attributes:
+        file, row: where the process counts its steps.
+        singletons: Hydra's state.
+    """
+
+    part: Part
+    file: Path
+    row: int
     context: Context
+    singletons: Any
 
-    def __call__(self, singletons: Any) -> list[Returned]:
-        """`run_group` in that process; `singletons` is Hydra's state."""
+    def __call__(self) -> list[Returned] | NotStackable:
         setup_globals()
-        Singleton.set_state(singletons)
-        with terminal.part_of(Counted(self.file, self.index)):
-            return run_group(self.runs, self.context)
-
-
-def _in_processes(groups: Sequence[_Group], at_once: int) -> Iterator[list[Returned]]:
-    """What `run_group` returns for each group, as soon as it returns.
-
-    Raises:
-        BrokenProcessPool: one of the processes was killed.
-    """
-    singletons = Singleton.get_state()
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        yield from joblib.Parallel(n_jobs=at_once, return_as="generator_unordered")(
-            joblib.delayed(group)(singletons) for group in groups
-        )
-
-
-@dataclass
-class OuterTask:
-    """The task function of another launcher's jobs: its job number i is group number i.
-
-    The launcher sends all of this with each job, so it holds the overrides and no configs.
-    """
-
-    parts: list[list[tuple[int, tuple[str, ...]]]]  # number and overrides of each run of a group
-    context: Context
-
-    def __call__(self, config: DictConfig) -> list[Returned]:
-        part = self.parts[HydraConfig.get().job.num]
-        runs = [_find_run(index, overrides, self.context, True) for index, overrides in part]
-        # Grouped again: if a cluster stops this job and starts it anew, its runs may be at
-        # different steps.
-        able = [run for run in runs if run.settings is not None]
-        groups = group_runs(able)[0] if able else []
-        groups.append([run for run in runs if run.settings is None])
-        return [returned for group in groups for returned in run_group(group, self.context)]
-
-
-def _outer_launcher(outer: Any, parts: Sequence[Sequence[Run]], context: Context) -> Launcher:
-    """The launcher whose jobs are the groups.
-
-    Args:
-        outer: the name or the config of the launcher.
-
-    Raises:
-        ConfigError: `outer` does not name another launcher.
-        MissingConfigException: there is no launcher of that name.
-    """
-    multirun = context.multirun
-    if not OmegaConf.is_dict(outer):
-        outer = context.hydra.config_loader.load_configuration(
-            multirun.hydra.job.config_name, [f"hydra/launcher={outer}"], RunMode.RUN
-        ).hydra.launcher
-    if outer.get("_target_") in (None, multirun.hydra.launcher._target_):
-        raise ConfigError(
-            "hydra.launcher.outer takes the name of another launcher (hydra.launcher.outer=ray), "
-            "or its config (+hydra/launcher@hydra.launcher.outer=ray)"
-        )
-    config = copy.deepcopy(multirun)
-    with open_dict(config):
-        config.hydra.launcher = outer
-    runs = [[(run.index, run.overrides) for run in part] for part in parts]
-    return Plugins.instance().instantiate_launcher(
-        # The callbacks are called for each run of a group, not for the group.
-        hydra_context=replace(context.hydra, callbacks=compat.no_callbacks()),
-        task_function=OuterTask(runs, context),
-        config=config,
-    )
-
-
-def _run_by(launcher: Launcher, count: int) -> list[Returned]:
-    """Train groups by another launcher, each as one of its jobs.
-
-    The folder of each job is that of the sweep, and the job writes no config there. So a group
-    leaves only the folders of its runs.
-    """
-    overrides = ["hydra.sweep.subdir=.", "hydra.output_subdir=null"]
-    finished = launcher.launch([overrides] * count, initial_job_idx=0)
-    return [returned for part in finished for returned in part.return_value]
-
-
-# --- One group -----------------------------------------------------------------------------------
-
-
-def run_group(runs: Sequence[Run], context: Context) -> list[Returned]:
-    """Train the runs of a group that are not done, and write the results of all.
-
-    The results of the runs that an error stops hold the error. Other runs go on.
-    """
-    outcomes: Outcomes = {}
-    with quiet(), ExitStack() as locks:
-        todo = [run for run in runs if _lock(run, locks)]
-        try:
-            if todo:
-                HydraConfig.instance().set_config(todo[0].config)
-                _train(todo, outcomes)
-        except NotStackable as error:
-            say(f"{number_of(len(todo), 'run')} trained one by one: {error}")
-        except Exception as error:
-            for run in todo:
-                outcomes.setdefault(run.folder, Failure(error))
-        return [(run.index, _finish(run, context, outcomes.get(run.folder))) for run in runs]
-
-
-def _lock(run: Run, locks: ExitStack) -> bool:
-    """Whether this process trains the run. If so, the run is locked until `locks` is closed.
-
-    It does not train a run that cannot be planned or is done, that another process trains, or whose
-    folder cannot be made. The command or Hydra finds the same later, and says so.
-    """
-    if run.plan is None or finished(run.folder):
-        return False
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        locks.enter_context(hold(run.folder))
-    except (ConfigError, OSError):
-        return False
-    return not finished(run.folder)  # another process may have finished it meanwhile
-
-
-def _train(runs: Sequence[Run], outcomes: Outcomes) -> None:
-    """Train runs as one stack, or in halves of it if they do not fit into memory.
-
-    Args:
-        outcomes: gets how the runs ended.
-
-    Raises:
-        NotStackable: the runs need the ordinary training loop.
-    """
-    plan = runs[0].plan
-    assert plan is not None
-    check_plan(plan)
-    losses = make_losses(plan)
-    members = []
-    for run in runs:
-        try:
-            _describe(run)
-            assert run.plan is not None
-            members.append(make_member(run.plan))
-        except NotStackable:
-            raise
-        except Exception as error:
-            outcomes[run.folder] = Failure(error)
-    if not members:
-        return
-    if start := members[0].start:  # the same for all runs of a group
-        say(f"{number_of(len(members), 'run')} resumed from step {start}")
-    try:
-        fit(members, losses, plan)
-    except torch.OutOfMemoryError:
-        if len(runs) == 1:
-            raise
-        log.warning("%d runs do not fit into memory; trying half as many at once", len(runs))
-        half = len(runs) // 2
-        for part in (runs[:half], runs[half:]):
-            _train(part, outcomes)
-        return
-    outcomes |= {member.folder: member for member in members}
-
-
-def _describe(run: Run) -> None:
-    """Write a run's config before it is trained.
-
-    Hydra writes the same files when the run is finished. If the run is killed before that, these
-    files tell its settings.
-    """
-    if (name := run.config.hydra.output_subdir) is None:
-        return
-    (folder := run.folder / name).mkdir(parents=True, exist_ok=True)
-    own = OmegaConf.masked_copy(run.config, [str(key) for key in run.config if key != "hydra"])
-    OmegaConf.save(own, folder / "config.yaml")
-    OmegaConf.save(OmegaConf.masked_copy(run.config, "hydra"), folder / "hydra.yaml")
-    OmegaConf.save(run.config.hydra.overrides.task, folder / "overrides.yaml")
-
-
-def _finish(run: Run, context: Context, outcome: Member | Failure | None) -> JobReturn:
-    """Let Hydra call the task function of a run, which writes its result.
-
-    If there is no outcome, the task function trains the run. The job fails and returns nothing if
-    Hydra cannot write the run's folder or config.
-    """
-    task: TaskFunction = context.command
-    if outcome is None:
-        context.command.runs[run.overrides] = run
-    else:
-        assert run.plan is not None
-        task = functools.partial(finish_stacked, context.command, run.plan, outcome)
-    HydraConfig.instance().set_config(run.config)
-    try:
-        return run_job(
-            hydra_context=context.hydra,
-            task_function=task,
-            config=run.config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
-    except Exception as error:
-        say(f"{run.folder}: {one_line(error)}")
-        return JobReturn(overrides=list(run.overrides), status=JobStatus.FAILED)
+        Singleton.set_state(self.singletons)
+        with terminal.part_of(Counted(self.file, self.row)):
+            return train_part(self.part, self.context)
