@@ -5,6 +5,8 @@
     python scripts/benchmark.py watch     the same on a network of segmentation_models_pytorch
     python scripts/benchmark.py run       steps per second of a whole run
     python scripts/benchmark.py sweep     runs x steps per second of each launcher
+    python scripts/benchmark.py launchers whole sweeps by each launcher
+    python scripts/benchmark.py stack     what a stack of runs gains, by the size of layers
     python scripts/benchmark.py scaling   time and memory of a stack by its number of runs
     python scripts/benchmark.py folder    reading a folder of images before training
 
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, folder, losses, probe, runs, scaling, watch
+from benchmarks import ROOT, folder, launchers, losses, probe, runs, scaling, stack, watch
 
 
 def main() -> None:
@@ -44,6 +46,11 @@ def main() -> None:
         "--steps", type=int, default=1000, help="slower launchers make fewer steps"
     )
     section.add_argument("--runs", type=int, nargs="+", default=[9, 27, 54, 108])
+    section = sections.add_parser("launchers", help="whole sweeps by each launcher")
+    section.add_argument("--rounds", type=int, default=1, help="interleaved rounds of minutes")
+    section.add_argument("--grids", nargs="+", default=[], choices=list(launchers.GRIDS))
+    section = sections.add_parser("stack", help="what a stack gains, by the size of layers")
+    section.add_argument("--steps", type=int, default=200, help="larger stacks make fewer steps")
     section = sections.add_parser("scaling", help="time and memory of a stack by its runs")
     section.add_argument("--steps", type=int, default=500, help="smaller stacks make more steps")
     section.add_argument("--runs", type=int, nargs="+", default=[1, 4, 14, 56, 168, 504])
@@ -63,6 +70,10 @@ def main() -> None:
         runs.measure_runs(args.steps)
     elif args.section == "sweep":
         runs.measure_sweeps(args.steps, args.runs)
+    elif args.section == "launchers":
+        launchers.measure(args.rounds, args.grids)
+    elif args.section == "stack":
+        stack.measure(args.steps)
     else:
         scaling.measure(args.steps, args.runs, args.figure)
 

@@ -39,7 +39,7 @@ def measure(rounds: int) -> None:
         )
         for count, side in ((2000, 128), (20, 4000)):
             folder = Path(place, str(side))
-            _draw(folder, count, side)
+            draw(folder, count, side)
             decode, first, second, memory = [], [], [], []
             for k in range(rounds):
                 cache = str(Path(place, f"cache {side} {k}"))
@@ -56,7 +56,8 @@ def measure(rounds: int) -> None:
             )
 
 
-def _draw(folder: Path, count: int, side: int) -> None:
+def draw(folder: Path, count: int, side: int) -> None:
+    """Write `count` square images of random colours with masks."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

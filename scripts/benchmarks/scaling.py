@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ROOT
+from benchmarks.plans import MakePlan, plans
 from benchmarks.runs import COMMON
-from losswatch.config import schema
-from losswatch.config.settings import Job, Settings
-from losswatch.config.sources import Sources
-from losswatch.disk.checkpoint_files import settings_to_keep
 from losswatch.run.build import make_losses
-from losswatch.run.plan import Plan
-from losswatch.run.planner import Planner
 from losswatch.stack.fit import fit
 from losswatch.stack.member import make_member
 
@@ -35,34 +26,23 @@ Row = tuple[int, float, float, float]  # runs, ms a step of all, run-steps a sec
 def measure(steps: int, counts: list[int], figure: Path) -> None:
     """Print the table, and draw it to `figure`."""
     torch.set_num_threads(1)
-    schema.register()
-    overrides = [*COMMON, "compile=true", "trainer.accelerator=cpu"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        planner = Planner(Sources())
-
-        def plan(seed: int, length: int, folder: Path) -> Plan:
-            own = [f"seed={seed}", f"trainer.max_steps={length}"]
-            cfg = compose("config", [*overrides, *own], return_hydra_config=True)
-            job = Job.read(cfg.hydra, (), folder)
-            read = functools.partial(Settings.read, cfg, job, planner.sources, settings_to_keep)
-            return planner.plan(read(), read)
-
+    with plans() as plan:
         _measure(plan, steps, counts, figure)
 
 
-def _measure(
-    plan: Callable[[int, int, Path], Plan], steps: int, counts: list[int], figure: Path
-) -> None:
+def _measure(plan: MakePlan, steps: int, counts: list[int], figure: Path) -> None:
+    common = [*COMMON, "compile=true", "trainer.accelerator=cpu"]
+
     def seconds(count: int, length: int) -> float:
         """CPU seconds of `count` runs of `length` steps."""
         with tempfile.TemporaryDirectory() as folder:
-            plans = []
+            made = []
             for seed in range(count):
                 (run := Path(folder, str(seed))).mkdir()
-                plans.append(plan(seed, length, run))
-            members = [make_member(each) for each in plans]
+                made.append(plan([*common, f"seed={seed}", f"trainer.max_steps={length}"], run))
+            members = [make_member(each) for each in made]
             begin = time.process_time()
-            fit(members, make_losses(plans[0]), plans[0])
+            fit(members, make_losses(made[0]), made[0])
             return time.process_time() - begin
 
     rows: list[Row] = []

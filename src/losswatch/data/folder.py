@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from joblib import cpu_count
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -122,7 +122,7 @@ class FolderImages(pl.LightningDataModule):
         )  # fmt: skip
         self.root, self.seed, self.batch_size = Path(root).expanduser(), seed, batch_size
         self.batches, self.normalize, self.cache_mb = batches, normalize, cache_mb
-        self.num_workers = min(4, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
+        self.num_workers = min(4, cpu_count() - 1) if num_workers is None else num_workers
         names = Names(images, masks, image_suffix, mask_suffix, skip_unpaired)
         state = tuple(state_of(self.root).items())
         self.layout, self.stats = _layout(self.root, names, val_share, test_share, state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -38,7 +38,7 @@ class Items(Dataset):
     def fill(self) -> None:
         """Read the images that stay in memory."""
         if not self.kept:
-            with plain_tensors(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            with plain_tensors(), ThreadPoolExecutor(cpu_count()) as pool:
                 self.kept = list(pool.map(self.load, self.cases[: self.count]))
 
     def __len__(self) -> int:

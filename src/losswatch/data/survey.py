@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from joblib import cpu_count
 
 from losswatch.data.cases import Case, Mask, load
 from losswatch.data.form import Form
@@ -63,7 +64,7 @@ def read_stats(cases: Sequence[Case], form: Form | None = None) -> list[FileStat
         found = cache.read(stamps)
         todo = [i for i, stamp in enumerate(stamps) if stamp not in found]
         # Not more threads than cores, because each holds an image.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cpu_count()) as pool:
             all_stats = pool.map(
                 functools.partial(_read_stats, expected=expected), (cases[i] for i in todo)
             )

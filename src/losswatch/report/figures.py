@@ -6,7 +6,6 @@ stays in memory. So a training process can draw figures safely.
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from joblib import cpu_count
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -129,7 +129,7 @@ def plot_sweep(
     # A process takes about two seconds to start, as long as reading and drawing some 15 long runs.
     records = (sweep / run / ROWS_FILE for run in runs["run"])
     size = sum(file.stat().st_size for file in records if file.is_file())
-    workers = min(len(jobs), os.cpu_count() or 1, 1 + size // 2**24)
+    workers = min(len(jobs), cpu_count(), 1 + size // 2**24)
     if workers <= 1:
         drawn = list(map(_run_job, jobs))
     else:  # spawned, because a fork of a process with threads (it may train) can hang
