@@ -12,6 +12,7 @@ import torch
 from losswatch.disk.curves import read_curves
 from losswatch.disk.event_log import EventLog
 from losswatch.nets import ConvNet
+from losswatch.run import planner
 from losswatch.run import train as run
 from losswatch.run.process import only_errors, quiet, run_process
 from losswatch.run.randomness import get_state
@@ -120,3 +121,29 @@ def test_only_errors(caplog, enabled):
     log.warning("after")
     said = [record.getMessage() for record in caplog.records]
     assert said == [*([] if enabled else ["a warning"]), "an error", "after"]
+
+
+# --- Threads -------------------------------------------------------------------------------------
+
+
+def test_threads_of_a_run(compose, tmp_path, monkeypatch, caplog):
+    """`auto` takes more than one where layers are large, for a single run on free cores."""
+    caplog.set_level("INFO", "losswatch")
+    monkeypatch.setattr(planner, "cpu_count", lambda: 6)
+    monkeypatch.setattr(planner, "FLOPS_OF_THREAD", 2e5)
+    # Three convolutions: 3 x 3 from 1 to 8 and from 8 to 8 channels, 1 x 1 from 8 to 2; a
+    # multiplication and an addition for each weight and pixel of 2 images of 16 x 16.
+    flops = 2 * (9 * 8 + 9 * 8 * 8 + 8 * 2) * 2 * 16**2 / 3
+    small = ["experiment=smoke", "model.width=8"]
+
+    def threads(*overrides, **where):
+        return compose(*small, *overrides).plan(tmp_path, **where).threads
+
+    assert compose(*small).plan(tmp_path).traits.layer_flops == pytest.approx(flops)
+    assert threads("threads=auto") == int(flops / 2e5) == 1
+    assert not caplog.messages
+    assert threads("threads=auto", "data.image_size=32") == int(4 * flops / 2e5) == 4
+    assert caplog.messages[0].startswith("4 CPU threads; ")
+    assert threads("threads=auto", "data.image_size=64") == 6
+    assert threads("threads=auto", "data.image_size=64", is_sweep=True) == 1
+    assert threads("threads=3") == 3

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_folders, run_train, slow
+from curves import assert_same
 from omegaconf import OmegaConf
 from processes import session
 
@@ -22,10 +23,10 @@ from losswatch.disk.locks import hold
 from losswatch.report.runs import read_runs
 from losswatch.stack import module as stack_module
 from losswatch.stack.module import StackedModule
-from losswatch.sweep import parts
+from losswatch.sweep import launch, parts
 from losswatch.sweep.groups import group_runs, order_groups
 from losswatch.sweep.jobs import Run
-from losswatch.sweep.split import split
+from losswatch.sweep.split import Options, make_parts, split
 
 SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=6"]
 
@@ -137,6 +138,99 @@ def test_groups_of_one_compiled_step_begin_apart(jobs):
 def test_members_stay_in_order():
     assert split([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
     assert split([1, 2], 5) == [[1, 2]]
+
+
+# --- Which processes, and what is stacked --------------------------------------------------------
+
+AUTO = Options("faster", None, None, None)
+LARGE = ["model=unet", "data.image_size=32", "data.batch_size=8"]  # 8.8 MFLOP a layer
+
+
+def decided(runs, at_once, options=AUTO):
+    """The indices of the runs of each part, whether the part is a stack, and the line."""
+    made, text = make_parts(runs, at_once, options)
+    return [([run.index for run in part.runs], part.is_stack) for part in made], text
+
+
+def test_small_networks_become_stacks(jobs):
+    made, text = decided(jobs(*([f"seed={i}"] for i in range(5))), 2)
+    assert made == [([0, 1, 2], True), ([3, 4], True)]
+    assert text == "2 stacks of up to 3 runs, 2 at once (a run by itself is rounded differently)"
+
+
+def test_large_layers_are_trained_run_by_run(jobs):
+    """A stack would not be faster, unless it is asked for or compiled."""
+    runs = jobs(*([*LARGE, f"seed={i}"] for i in range(3)))
+    made, text = decided(runs, 2)
+    assert made == [([0], False), ([1], False), ([2], False)]
+    assert text == "3 single runs, 2 at once (layers of this size are not faster in a stack)"
+    assert decided(runs, 2, Options("all", None, None, None))[0] == [([0, 1], True), ([2], True)]
+    runs = jobs(*([*LARGE, "compile=true", f"seed={i}"] for i in range(3)))
+    assert decided(runs, 2)[0] == [([0, 1], True), ([2], True)]
+
+
+def test_as_many_processes_as_runs_need_no_stack(jobs):
+    made, text = decided(jobs(["seed=0"], ["seed=1"]), 4)
+    assert made == [([0], False), ([1], False)]
+    assert text == "2 single runs, 2 at once"
+
+
+def test_what_a_stack_does_not_support_follows_and_long_runs_first(jobs):
+    clip = "trainer.gradient_clip_val=1"
+    runs = jobs(["seed=0"], ["seed=1", clip], ["seed=1"], ["trainer.max_steps=24", clip])
+    made, text = decided(runs, 1)
+    assert made == [([0, 2], True), ([3], False), ([1], False)]
+    assert text == (
+        "1 stack of up to 2 runs and 2 single runs, 1 at once (a run by itself is rounded "
+        "differently; trainer.gradient_clip_val=1 needs the ordinary step)"
+    )
+
+
+@pytest.mark.parametrize(
+    "extra, options, cores, gib, count",
+    [
+        ([], {}, 8, 64, 5),  # no more than there are runs
+        ([], {}, 3, 64, 3),
+        (["threads=2"], {}, 8, 64, 4),
+        (["threads=9"], {}, 8, 64, None),
+        ([], {}, 1, 64, None),
+        ([], {"workers": 2}, 8, 64, 2),
+        ([], {"workers": 1}, 8, 64, None),
+        ([], {}, 8, 2, 3),  # 600 MB a process
+        (["+data.cache_mb=1024"], {}, 8, 4, 2),
+        ([], {"outer": "ray"}, 8, 64, None),
+    ],
+)
+def test_the_number_of_processes(compose, monkeypatch, extra, options, cores, gib, count):
+    monkeypatch.setattr(launch.joblib, "cpu_count", lambda: cores)
+    monkeypatch.setattr(launch, "_memory_mb", lambda: gib * 1024)
+    monkeypatch.setattr(launch, "Workers", lambda *args: args)
+    configs = [compose(*SMALL, *extra, f"seed={i}").cfg for i in range(5)]
+    made = launch.start_workers(configs, Options(**{**vars(AUTO), **options}))
+    one_thread = not any("threads" in override for override in extra)
+    assert made == (count and (count, max(1, cores // count), one_thread))
+
+
+def test_a_gpu_needs_no_processes(compose, monkeypatch):
+    """Unless they are asked for. They start anew, because PyTorch cannot use a GPU after a fork."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(launch, "Workers", lambda *args: args)
+    configs = [compose(*SMALL, f"seed={i}").cfg for i in range(3)]
+    assert launch.start_workers(configs, AUTO) is None
+    assert launch.start_workers(configs, Options("faster", None, 2, None))[::2] == (2, False)
+    on_cpu = [compose(*SMALL, "trainer.accelerator=cpu", f"seed={i}").cfg for i in range(3)]
+    assert launch.start_workers(on_cpu, Options("faster", None, 2, None))[::2] == (2, True)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_cores_that_the_command_may_not_use_do_not_count(tmp_path):
+    core = str(min(os.sched_getaffinity(0)))
+    command = ["taskset", "-c", core, sys.executable, str(ROOT / "train.py"), "-m", *SMALL]
+    done = subprocess.run(
+        [*command, "seed=0,1"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert training_line(done.stderr).startswith("training 1 stack of up to 2 runs, 1 at once (")
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -284,6 +378,20 @@ def test_what_is_said(two):
     ended = re.findall(r"^val .* in .* s: (.*)$", fused.said, re.MULTILINE)
     assert sorted(ended) == sorted(fused.runs)
     assert sum(line.strip().endswith("done") for line in fused.done.stdout.splitlines()) == 4
+
+
+def test_single_runs_side_by_side_are_those_of_the_basic_launcher(six, tmp_path):
+    """To the last bit, and with the same files."""
+    done = run_train(
+        "-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95",
+        "hydra.launcher.workers=2", "hydra.launcher.max_members=1", cwd=tmp_path,
+    )  # fmt: skip
+    assert training_line(done.stderr) == "training 6 single runs, 2 at once"
+    assert not re.search(r"run \d+ of", done.stderr)
+    runs = run_folders(tmp_path)
+    assert tree(next(iter(runs.values())).parent) == tree(six.folder)
+    for name, folder in six.runs.items():
+        assert_same(runs[name], folder)
 
 
 def complete(swept, count):

@@ -118,9 +118,10 @@ def stack_or_reason(tmp_path, net, losses, trained):
         members.append(Member(folder, own, data, trained, optimizer, log, {}, traits))
     options = {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu",
                "enable_progress_bar": False}  # fmt: skip
-    settings = SimpleNamespace(threads=None, compile=False, probe=Probe(1, False))
+    settings = SimpleNamespace(compile=False, probe=Probe(1, False))
+    plan = SimpleNamespace(settings=settings, options=options, steps=2, threads=1)
     try:
-        fit(members, losses, SimpleNamespace(settings=settings, options=options, steps=2))
+        fit(members, losses, plan)
     except NotStackable as error:
         return str(error)
     assert all(member.result() for member in members)

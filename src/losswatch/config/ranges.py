@@ -75,12 +75,17 @@ def check_values(config: Values) -> None:
         thresholds(config["theta"])
     elif config["theta"] is not None:
         raise ConfigError(f"theta={config['theta']} belongs to data=random alone; remove it")
-    for key, least in (_AT_LEAST | (_AT_LEAST_OF_RANDOM if is_random else {})).items():
+    # `auto` is a word of this setting alone.
+    numbers = {k: v for k, v in _AT_LEAST.items() if k != "threads" or config[k] != "auto"}
+    for key, least in (numbers | (_AT_LEAST_OF_RANDOM if is_random else {})).items():
         value = _value(config, key)
         if key == "trainer.max_epochs" and value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{key} must be a whole number of at least {least}, got {value}")
+            word = ", or auto" if key == "threads" else ""
+            raise ConfigError(
+                f"{key} must be a whole number of at least {least}{word}, got {value}"
+            )
         power = 63 if key == "seed" else 31
         if value >= 2**power:
             raise ConfigError(f"{key} must be less than 2^{power}, got {value}")

@@ -29,7 +29,7 @@ class Config:
     watch: list[Any] = MISSING
     metric: str = MISSING
     tags: list[str] = field(default_factory=list)
-    threads: int = MISSING
+    threads: Any = MISSING  # a whole number or auto
     compile: bool = MISSING
     mode: str = MISSING
     resume: str | None = None

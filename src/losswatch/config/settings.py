@@ -116,7 +116,7 @@ class Settings:
     watch: list[str]
     metric: str
     tags: list[str]
-    threads: int
+    threads: int | str
     compile: bool
     mode: str
     resume: str | None

@@ -23,6 +23,7 @@ class Plan:
         settings: the run's; `trainer["max_steps"]` is the length of the training.
         form: of the data.
         options: of Lightning's Trainer.
+        threads: of the CPU.
         traits: of network and losses, from trying the first step; None if the run is trained
             elsewhere.
         data: the images to train with, if this process has made them.
@@ -32,6 +33,7 @@ class Plan:
     settings: Settings
     form: Form
     options: dict[str, Any]
+    threads: int = 1
     traits: Traits | None = None
     data: pl.LightningDataModule | None = field(default=None, compare=False)
     checkpoint: Checkpoint | None = field(default=None, compare=False)

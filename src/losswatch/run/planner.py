@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from joblib import cpu_count
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from losswatch import compat
@@ -49,6 +50,10 @@ from losswatch.run.process import quiet
 from losswatch.text import one_line
 
 log = logging.getLogger(__name__)
+
+# Floating-point operations of a layer in a forward pass that keep one more CPU thread busy.
+# Measured by `python scripts/benchmark.py threads`.
+FLOPS_OF_THREAD = 16e6
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,8 @@ class Planner:
             if checkpoint is not None and settings.mode == "predict":
                 form, _ = data_of(checkpoint)
                 unlabelled = make_unlabelled(settings, form)
-                return Plan(settings, form, options, data=unlabelled, checkpoint=checkpoint)
+                threads = self._threads(settings, None)
+                return Plan(settings, form, options, threads, None, unlabelled, checkpoint)
             facts, data = self._facts_of(settings, ranks, options)
             settings = self._of_length(settings, read, facts)
             plan = Plan(
@@ -140,7 +146,8 @@ class Planner:
             # The user's own module is made again for the training. It may have its own random
             # generator, and looking at the data has drawn from that.
             kept = data if data is not None and is_ours(data) else None
-            return dataclasses.replace(plan, traits=traits, data=kept)
+            threads = self._threads(settings, traits, ranks)
+            return dataclasses.replace(plan, threads=threads, traits=traits, data=kept)
 
     # --- Parts of a plan -------------------------------------------------------------------------
 
@@ -256,6 +263,25 @@ class Planner:
                 made = make_callbacks(plan, folder)
                 check_callbacks(made, metrics, folder, settings.job.is_sweep)
             self._passed.add(key)
+
+    def _threads(self, settings: Settings, traits: Traits | None, ranks: int = 1) -> int:
+        """The CPU threads of a process of a run.
+
+        Those given; for `auto` as many as make it much faster.
+
+        Args:
+            ranks: the number of processes.
+        """
+        if isinstance(settings.threads, int):
+            return settings.threads
+        if settings.job.is_sweep or traits is None or traits.layer_flops == math.inf:
+            return 1  # the runs of a sweep share the cores
+        threads = max(1, min(cpu_count() // ranks, int(traits.layer_flops / FLOPS_OF_THREAD)))
+        line = f"{threads} CPU threads; threads=1 gives the numbers of a sweep to the last digit"
+        if threads > 1 and self.speaks and line not in self._said:
+            self._said.add(line)
+            log.info(line)
+        return threads
 
     # --- The first step --------------------------------------------------------------------------
 

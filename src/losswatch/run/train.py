@@ -61,7 +61,7 @@ def train(plan: Plan) -> Reached:
     start = find_start(folder)
     log_resume(start.notice, start.step)
     data, net = plan.data or make_data(settings), make_net(plan)
-    with run_process(net, settings.threads, settings.seed):
+    with run_process(net, plan.threads, settings.seed):
         module = _make_module(plan, net, data)
         if not is_ours(data):
             use_epoch_loader(data, settings.seed)
@@ -92,7 +92,7 @@ def test(plan: Plan) -> Reached:
     data = plan.data or make_data(settings)
     assert content is not None
     load_net(net, content)
-    with run_process(net, settings.threads, settings.seed):
+    with run_process(net, plan.threads, settings.seed):
         module = _make_module(plan, net, data)
         load_loss_state(module.loss, content)
         if compat.process_rank() == 0:
@@ -117,7 +117,7 @@ def predict(plan: Plan) -> Reached:
     data: Any = plan.data  # `Planner.plan` has made them
     _, values = data_of(content)
     load_net(net, content)
-    with run_process(net, settings.threads, settings.seed):
+    with run_process(net, plan.threads, settings.seed):
         module = _make_module(plan, net, data)
         trainer = _make_tester(plan, False)
         masks = Predictions(plan.folder, plan.form, values, data.cases)

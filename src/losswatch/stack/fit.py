@@ -74,7 +74,7 @@ def fit(members: Sequence[Member], losses: LossSet, plan: Plan) -> None:
     """
     settings, options, steps = plan.settings, plan.options, plan.steps
     # The logs are closed after an error, too. The next attempt cuts them to the last checkpoint.
-    with ExitStack() as logs, run_process(members[0].net, settings.threads):
+    with ExitStack() as logs, run_process(members[0].net, plan.threads):
         for member in members:
             logs.enter_context(member.logger)
         if len({member.start for member in members}) > 1:
