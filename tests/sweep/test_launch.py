@@ -166,7 +166,7 @@ def test_large_layers_are_trained_run_by_run(jobs):
     assert text == "3 single runs, 2 at once (layers of this size are not faster in a stack)"
     assert decided(runs, 2, Options("all", None, None, None))[0] == [([0, 1], True), ([2], True)]
     runs = jobs(*([*LARGE, "compile=true", f"seed={i}"] for i in range(3)))
-    assert decided(runs, 2)[0] == [([0, 1], True), ([2], True)]
+    assert decided(runs, 2)[0] == [([0, 1], True), ([2], False)]
 
 
 def test_as_many_processes_as_runs_need_no_stack(jobs):

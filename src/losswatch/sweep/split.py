@@ -49,7 +49,11 @@ def make_parts(runs: Sequence[Run], at_once: int, options: Options) -> tuple[lis
     for group in order_groups(groups):
         reason = _why_single(group, size, options)
         if reason is None:
-            stacks += [Part(part) for part in split(group, size)]
+            for part in split(group, size):
+                if len(part) > 1 or options.stack == "all":
+                    stacks.append(Part(part))
+                else:
+                    singles += part
             stacked += 1
         else:
             singles += group
