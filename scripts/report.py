@@ -5,10 +5,10 @@
     python scripts/report.py outputs/<sweep> --format pdf,svg    figures for a paper
     python scripts/report.py outputs/<sweep> --study             axes of the published study
 
-Prints the table of runs and the comparison of losses, in each condition and pooled. Writes
-summary.csv, comparison.csv, report.md and figures/ into the sweep's folder. Means, comparisons and
-figures use only runs that are done, and the other runs are named. A folder of sweeps is read as
-one sweep.
+Prints the table of runs, what they show in words, and the comparison of losses, in each condition
+and pooled. Writes summary.csv, comparison.csv, report.md and figures/ into the sweep's folder.
+Means, comparisons and figures use only runs that are done, and the other runs are named. A folder
+of sweeps is read as one sweep.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import pandas as pd
 from rich.console import Console
 
 from losswatch.files import replace_file
-from losswatch.report.compare import compare_losses, conditions
+from losswatch.report.compare import COMPARED, compare_losses, conditions
 from losswatch.report.dependence import plot_dependence
 from losswatch.report.figures import plot_sweep
 from losswatch.report.runs import all_losses, left_out
@@ -31,11 +31,12 @@ from losswatch.report.tables import (
     finding_table,
     markdown_image,
     markdown_table,
+    print_summary,
     rich_table,
-    summary_table,
     write_comparison,
     write_summary,
 )
+from losswatch.report.words import in_words
 from losswatch.text import markdown_escape, number_of, printable
 
 ROWS = 30  # of a comparison that a table shows, at most
@@ -70,7 +71,9 @@ def main() -> int:
         # The table need not fit into a width in a log or a pipe.
         terminal = sys.stdout is not None and sys.stdout.isatty()
         console = Console(width=None if terminal else 200)
-        console.print(summary_table(runs, console.width))
+        print_summary(console, runs)
+        if sentences := in_words(runs):
+            print("\n" + "\n".join(sentences))
         for title, cells in comparisons.items():
             console.print(f"\n[bold]{title}[/]", highlight=False)
             console.print(rich_table(cells))
@@ -122,9 +125,8 @@ def most_certain(comparison: pd.DataFrame) -> pd.DataFrame:
 
     With one seed there are no p-values: then those with the largest differences.
     """
-    metrics = ["accuracy", "dice"]
-    p = comparison[[f"{metric}_p" for metric in metrics]].min(axis=1)
-    size = comparison[metrics].abs().max(axis=1)
+    p = comparison[[f"{metric}_p" for metric in COMPARED]].min(axis=1)
+    size = comparison[COMPARED].abs().max(axis=1)
     ranked = pd.DataFrame({"p": p, "size": -size}).sort_values(["p", "size"])  # NaN last
     return comparison.loc[sorted(ranked.index[:ROWS])]
 
@@ -140,6 +142,10 @@ def markdown(
     parts = [
         f"# {markdown_escape(sweep.resolve().name)}",
         f"Runs: {markdown_escape(counts)}. Every run and its settings: [summary.csv](summary.csv).",
+    ]
+    if sentences := in_words(runs):
+        parts += ["## In words", "\n".join(f"- {markdown_escape(s)}" for s in sentences)]
+    parts += [
         "## Results",
         "Validation metrics at the end of training, as the mean (lowest to highest) over the runs "
         "of each row that are done.",
@@ -183,7 +189,7 @@ def markdown(
     if figures:
         parts += [
             "## Figures",
-            "Accuracy and Dice over a setting: a point is the mean over the seeds, its bar the "
+            "Dice and accuracy over a setting: a point is the mean over the seeds, its bar the "
             "95 % interval of the mean.",
             "Curves: each figure has a column per training loss. Above is the global gradient norm "
             "of each watched loss, a moving mean over 201 observed steps (2 % of them in shorter "

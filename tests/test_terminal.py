@@ -74,7 +74,7 @@ BAR = r"step [\d,]+ of {} [━╸╺]+ (\d\d:\d\d|--:--) left"
 
 
 def test_a_run(tmp_path):
-    """Step, time, accuracy and all five losses, unbroken; nothing of it stays."""
+    """Step, time, Dice and all five losses, unbroken; nothing of it stays."""
     status, screens = watch(
         "experiment=smoke", "trainer.max_steps=300", "trainer.val_check_interval=50", cwd=tmp_path
     )
@@ -84,11 +84,12 @@ def test_a_run(tmp_path):
     bars = [s for s in bars if not re.match(BAR.format(300), s[-1])]
     assert len(bars) > 3
     line, losses = bars[-1][-2:]
-    assert re.fullmatch(BAR.format(300) + r"  accuracy 0\.\d{3}", line)
+    assert re.fullmatch(BAR.format(300) + r"  Dice 0\.\d{3}", line)
     assert re.fullmatch("  ".join(rf"{name} \d+\.\d{{3}}" for name in ARTICLE), losses)
     first, *last = screens[-1]
     assert first == "run: experiment=smoke trainer.max_steps=300 trainer.val_check_interval=50"
-    assert re.fullmatch(r"val accuracy 0\.\d{4} in [\d.]+ s: outputs/.*", "".join(last))
+    scores = r"val Dice 0\.\d{4}, IoU 0\.\d{4}, (accuracy 0\.\d{4}|constant: \w+)"
+    assert re.fullmatch(scores + r" in [\d.]+ s: outputs/.*", "".join(last))
 
 
 @pytest.mark.slow
@@ -114,7 +115,7 @@ def test_a_fused_sweep_with_two_processes(tmp_path):
         "itself is rounded differently)"
     )
     assert not any(line.startswith("step ") or " left" in line for line in shown)
-    assert sum(line.startswith("val accuracy") for line in shown) == 2
+    assert sum(line.startswith("val Dice") for line in shown) == 2
     assert "Browse   tensorboard --logdir s" in shown
 
 
@@ -254,16 +255,16 @@ def test_processes_count_together():
 
 @pytest.mark.parametrize(
     "width, failed, left_out",
-    [(80, False, "optimiser, BN, IoU"), (120, False, None),
-     (80, True, "optimiser, BN, IoU, seconds, Dice"), (130, True, None)],
+    [(80, False, "optimiser, BN, seconds"), (120, False, None),
+     (80, True, "optimiser, BN, seconds, accuracy, IoU"), (130, True, None)],
 )  # fmt: skip
 def test_a_table_fits_its_terminal(width, failed, left_out):
     """No word is broken but those of an error; what is left out is said."""
     runs = pd.DataFrame({
         "run": list("ab"), "loss": ["dice_fg_square", "cce"], "theta": 0.5, "optimizer": "adam",
         "lr": [0.001, 0.01], "model": ["unet", "convnet"], "batch_norm": True, "seed": [0, 1],
-        "accuracy": 0.98765, "dice": 0.5, "iou": 0.5, "seconds": 12.34,
-        "status": ["done", "unfinished"], "findings": None,
+        "dice": 0.98765, "iou": 0.5, "accuracy": 0.5, "seconds": 12.34,
+        "status": ["done", "unfinished"], "verdict": None, "findings": None,
         "error": [None, "too long a line" * failed or None],
     })  # fmt: skip
     console = Console(width=width, color_system=None)
@@ -272,7 +273,7 @@ def test_a_table_fits_its_terminal(width, failed, left_out):
     lines = [line.rstrip() for line in printed.get().splitlines()]
     assert all(len(line) <= width for line in lines)
     assert ("optimiser" in lines[0]) == (not left_out)
-    for word in ("loss", "θ", "lr", "model", "seed", "accuracy", "status"):
+    for word in ("loss", "θ", "lr", "model", "seed", "Dice", "status"):
         assert word in lines[0].split()
     first, second = (
         next(li for li in lines if li.startswith(f"{n} ")) for n in ("dice_fg_square", "cce")

@@ -195,10 +195,7 @@ def _attempt(
     if settings.mode == "train":
         checkpoint_files.finish(plan.folder, reached.steps)
         _draw_curves(plan, reached.steps, result.findings)
-    what = "predicted"
-    if settings.mode != "predict":
-        stage = "val" if settings.mode == "train" else "test"
-        what = f"{stage} accuracy {reached.metrics.get(f'{stage}/accuracy', float('nan')):.4f}"
+    what = "predicted" if settings.mode == "predict" else result.headline()
     log.info("%s in %.1f s: %s", what, seconds, _display_name(settings.job))
     for finding in result.findings:
         log.warning("%s", Finding(**finding).line())

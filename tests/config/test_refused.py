@@ -127,7 +127,7 @@ QUICK = [
     ),
     ("logger=tensorbord", "^there is no logger=tensorbord; logger is one of csv, mlflow, "),
     ("loss.alhpa=0.3", "^loss dice: .*alhpa"),
-    ("metric=val/dise", "^metric=val/dise is not a metric of the validation, which has val/ac"),
+    ("metric=val/dise", "^metric=val/dise is not a metric of the validation, which has val/di"),
     ("callbacks=[best] callbacks.best.save_top_k=many", "^callbacks.best.save_top_k must be "),
     ("callbacks=[best,nosuch]", "^there is no callbacks=nosuch; --help lists those of callbacks"),
     ("scheduler=cosine scheduler.T_max=x", "^scheduler.T_max must be a whole number, got 'x'"),

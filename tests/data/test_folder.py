@@ -478,6 +478,9 @@ def test_scores_are_those_of_each_image():
         assert found[f"iou/{name}"] == pytest.approx(np.nanmean(iou[:, c]), rel=1e-6)
     assert found["dice"] == pytest.approx(np.nanmean(dice, 0).mean(), rel=1e-6)
     assert found["accuracy"] == pytest.approx((predicted == label)[counted].mean(), rel=1e-6)
+    for c, name in enumerate("abcd"):
+        share = (predicted == c)[counted].mean()
+        assert found[f"predicted/{name}"] == pytest.approx(share, rel=1e-6)
     weights = [counted[:2].sum(), counted[2:].sum()]
     values = [
         float(losses(logits[part], torch.from_numpy(label[part]))[1])
@@ -505,6 +508,8 @@ def test_scores_of_classes_that_overlap():
         dice, _ = one_by_one(predicted[:, c], label[:, c], np.ones_like(label[:, c]), 2)
         assert found[f"dice/{name}"] == pytest.approx(dice[:, 1].mean(), rel=1e-6)
     assert found["accuracy"] == pytest.approx((predicted == label).mean(), rel=1e-6)
+    for c, name in enumerate("ab"):
+        assert found[f"predicted/{name}"] == pytest.approx(predicted[:, c].mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "multilabel", "ignored"])

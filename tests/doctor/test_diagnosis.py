@@ -2,6 +2,7 @@
 the command `losswatch diagnose`."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -61,9 +62,15 @@ def test_a_collapse_is_named_in_every_place(sweep, launcher, capsys):
     assert set(collapsed) == {"name", "step", "text", "remedy"}
     assert json.loads((found["dice_square"] / "result.json").read_text())["findings"] == []
 
-    summary = pd.read_csv(folder / launcher / "summary.csv").set_index("loss")["findings"]
+    runs_of = pd.read_csv(folder / launcher / "summary.csv").set_index("loss")
+    summary = runs_of["findings"]
     assert summary["dice_fg"].split()[0] == "collapsed" and pd.isna(summary["dice_square"])
-    assert "collapsed" in output[output.index("findings") :]  # the table
+    # What the validation shows without the doctor comes first: in the run's line, the table, words.
+    assert runs_of["verdict"]["dice_fg"] == "constant: foreground"
+    assert re.search(r"val Dice 0\.4\d+, IoU 0\.4\d+, constant: foreground in .*dice_fg", output)
+    assert re.search(r"val Dice 0\.\d+, IoU 0\.\d+, accuracy 0\.\d+ in .*dice_square", output)
+    assert re.search(r"(?m)^dice_fg .* done +constant: foreground$", output)
+    assert "\nloss=dice_fg predicts foreground everywhere.\n" in output
 
     with pytest.raises(SystemExit) as status:
         print_findings([str(found["dice_fg"])])

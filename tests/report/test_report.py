@@ -28,9 +28,11 @@ from losswatch.report.tables import (
     cell_table,
     comparison_table,
     markdown_table,
+    print_summary,
     summary_table,
     write_summary,
 )
+from losswatch.report.words import in_words
 from losswatch.text import format_value
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +168,8 @@ def test_summary_round_trips_and_leaves_no_partial_file(tmp_path):
     written = write_summary(tmp_path)
     read = pd.read_csv(tmp_path / "summary.csv")
     assert written["error"].isna().all()  # None, which comes back as NaN
-    pd.testing.assert_frame_equal(read, written.assign(error=np.nan, findings=np.nan))
+    empty = dict.fromkeys(["verdict", "findings", "error"], np.nan)
+    pd.testing.assert_frame_equal(read, written.assign(**empty))
     assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["summary.csv"]
 
 
@@ -200,12 +203,127 @@ def test_table_names_what_was_swept_and_colours_the_status(tmp_path):
     write_result(tmp_path / "b", loss="cce", seed=2, status="failed", error="loss is NaN")
     table = summary_table(read_runs(tmp_path))
     assert [str(c.header) for c in table.columns] == [
-        "loss", "θ", "optimiser", "BN", "seed", "accuracy", "Dice", "IoU", "seconds", "status",
+        "loss", "θ", "optimiser", "BN", "seed", "Dice", "IoU", "accuracy", "seconds", "status",
         "error",
     ]  # fmt: skip
     text = text_of(table)
     assert "0.9000" in text and "12.3" in text and "loss is NaN" in text
     assert "\x1b[32mdone" in text and "\x1b[1;31mfailed" in text
+
+
+SHARES = {"val/predicted/class_0": 0.0, "val/predicted/class_1": 1.0}
+
+
+@pytest.mark.parametrize(
+    "stage, shares, verdict",
+    [
+        ("val", {"class_0": 0.0, "class_1": 1.0}, "constant: foreground"),
+        ("val", {"class_0": 1.0, "class_1": 0.0}, "constant: background"),
+        ("val", {"class_0": 0.0, "class_1": 0.0, "class_2": 1.0}, "constant: class_2"),
+        ("val", {"background": 0.0, "nucleus": 1.0}, "constant: nucleus"),
+        ("val", {"a": 1.0, "b": 0.0, "c": 1.0}, "constant: a+c"),  # classes that overlap
+        ("val", {"a": 0.0, "b": 0.0}, "constant: background"),
+        ("test", {"class_0": 0.0, "class_1": 1.0}, "constant: foreground"),
+        ("val", {"class_0": 0.001, "class_1": 0.999}, None),
+        ("val", {"class_0": None, "class_1": None}, None),  # NaN: no pixel counts
+        ("val", {}, None),  # trained by an earlier version
+    ],
+)
+def test_a_run_that_predicts_one_class_is_named(tmp_path, stage, shares, verdict):
+    """Before what the doctor found; also in mode=test, by the metrics of the test."""
+    metrics = {f"{stage}/predicted/{name}": share for name, share in shares.items()}
+    metrics |= {"val/predicted/class_0": 0.5} if stage == "test" else {}
+    collapsed = {"name": "collapsed", "step": 3, "text": "x.", "remedy": "y."}
+    for name, findings in (("well", []), ("ill", [collapsed, collapsed | {"name": "floor"}])):
+        config = {"mode": "train" if stage == "val" else "test"}
+        write_result(tmp_path / name, metrics=metrics, findings=findings, config=config)
+    runs = write_summary(tmp_path).set_index("run")
+    wanted = {"ill": verdict or "collapsed"} | ({"well": verdict} if verdict else {})
+    assert runs["verdict"].dropna().to_dict() == wanted
+    assert runs["findings"].dropna().to_dict() == {"ill": "collapsed floor"}
+    assert "verdict" in pd.read_csv(tmp_path / "summary.csv")
+    assert (verdict or "collapsed") in text_of(summary_table(runs.reset_index()))
+
+
+def test_with_several_seeds_the_table_has_a_row_for_each_condition(tmp_path):
+    for theta, seeds in ((0.05, 3), (0.5, 2)):
+        for seed in range(seeds):
+            for loss, gain in (("cce", 0.0), ("dice_fg", 0.01)):
+                accuracy = 0.9 + gain + seed / 100
+                dice = {"val/accuracy": accuracy, "val/dice": accuracy - 0.1, "val/iou": 0.5}
+                dice |= SHARES if (loss, theta) == ("dice_fg", 0.05) else {}
+                write_result(tmp_path / f"{loss},{theta},{seed}", loss, theta, seed, metrics=dice)
+    error = "RuntimeError: a long story of what happened in the last step of this training"
+    write_result(tmp_path / "cce,0.5,2", "cce", 0.5, 2, status="failed", error=error)
+    write_curves(tmp_path / "killed", range(3))  # it says nothing of its settings
+    runs = read_runs(tmp_path)
+    for width in (80, 160):
+        console = Console(width=width)
+        with console.capture() as printed:
+            print_summary(console, runs)
+        table, stopped = printed.get().split("\n\n")
+        head, _, *rows = (line.rstrip() for line in table.splitlines())
+        assert head.split()[:4] == ["loss", "θ", "runs", "Dice"]
+        cells = [row.split("  ") for row in rows]
+        few = [[cell.strip() for cell in row if cell.strip()] for row in cells][:4]
+        assert [row[:4] for row in few] == [
+            ["cce", "0.05", "3", "0.8100 (0.8000 to 0.8200)"],
+            ["cce", "0.5", "2 of 3", "0.8050 (0.8000 to 0.8100)"],
+            ["dice_fg", "0.05", "3", "0.8200 (0.8100 to 0.8300)"],
+            ["dice_fg", "0.5", "2", "0.8150 (0.8100 to 0.8200)"],
+        ]
+        verdicts = [row[-1] for row in few]
+        assert verdicts == ["–", "–", "constant: foreground", "–"]
+        assert max(map(len, printed.get().splitlines())) <= width
+        assert " ".join(stopped.split()).startswith("Not done, so in no mean: run status error")
+        assert re.search(r"(?m)^cce,0\.5,2 +failed +RuntimeError: a long", stopped)
+        assert re.search(r"(?m)^killed +unfinished", stopped)
+    assert "0.9050 (0.9000 to 0.9100)" in table  # with room also the accuracy and its range
+    assert len(write_summary(tmp_path)) == len(pd.read_csv(tmp_path / "summary.csv")) == 12
+
+
+def test_a_condition_of_which_some_runs_are_constant(tmp_path):
+    for seed in range(3):
+        metrics = {"val/dice": 0.5} | (SHARES if seed else {})
+        write_result(tmp_path / f"{seed}", seed=seed, metrics=metrics)
+    assert cell_table(read_runs(tmp_path))["verdict"].tolist() == ["2 of 3 constant: foreground"]
+
+
+@pytest.mark.parametrize(
+    "paths, shown",
+    [
+        (["s/loss=cce", "s/loss=dice"], ["loss=cce", "loss=dice"]),
+        (["s1/a", "s2/a"], ["s1/a", "s2/a"]),
+        (["/s/a/checkpoints/step=1.ckpt", "/s/b"], ["a/checkpoints/step=1.ckpt", "b"]),
+        (["/s/a", "s/b"], ["/s/a", "s/b"]),
+    ],
+)
+def test_checkpoints_are_named_without_what_they_share(tmp_path, paths, shown):
+    """In the table and in words; summary.csv has the whole paths."""
+    for i, path in enumerate(paths):
+        config = {"mode": "test", "theta": 0.5, "checkpoint": path}
+        shares = {f"test/predicted/class_{c}": float(c == i) for c in (0, 1)}
+        overrides = ["mode=test", f"checkpoint='{path}'"]
+        write_result(tmp_path / str(i), config=config, metrics=shares, overrides=overrides)
+    runs = write_summary(tmp_path)
+    assert runs["checkpoint"].tolist() == paths
+    console = Console(width=80)
+    with console.capture() as printed:
+        print_summary(console, runs)
+    assert [line.split()[2] for line in printed.get().splitlines()[2:4]] == shown
+    assert in_words(runs) == [
+        f"loss=dice predicts background everywhere at checkpoint={shown[0]}.",
+        f"loss=dice predicts foreground everywhere at checkpoint={shown[1]}.",
+    ]
+
+
+def test_many_runs_that_are_not_done_are_counted(tmp_path):
+    for seed in range(40):
+        write_result(tmp_path / f"run{seed}", seed=seed, status="unfinished")
+    console = Console(width=80)
+    with console.capture() as printed:
+        print_summary(console, read_runs(tmp_path))
+    assert printed.get().count("unfinished") == 30 and "and 10 more: summary.csv" in printed.get()
 
 
 @pytest.mark.parametrize("width", [80, 160])
@@ -218,9 +336,9 @@ def test_each_status_is_shown_however_many_settings_were_swept(tmp_path, width):
     with console.capture() as printed:
         console.print(summary_table(read_runs(tmp_path), width))
     words = printed.get().split()
-    assert {"done", "failed", "unfinished", "accuracy"} <= set(words)
+    assert {"done", "failed", "unfinished", "Dice"} <= set(words)
     left_out = " ".join(words).partition("Left out (too wide): ")[2].split(", ")
-    assert names[-1] in left_out and "accuracy" not in left_out
+    assert names[-1] in left_out and "Dice" not in left_out
     assert max(map(len, printed.get().splitlines())) <= width
 
 
@@ -554,7 +672,7 @@ def test_one_seed_shows_differences_and_dashes(tmp_path):
     table = compare_losses(opposite(tmp_path, seeds=1))
     assert table["accuracy_p"].isna().all() and table["accuracy_low"].isna().all()
     cells = comparison_table(table)
-    assert list(cells) == ["θ", "losses", "n", "accuracy ± 95 % (p)", "Dice ± 95 % (p)"]
+    assert list(cells) == ["θ", "losses", "n", "Dice ± 95 % (p)", "accuracy ± 95 % (p)"]
     assert cells["accuracy ± 95 % (p)"].tolist() == [
         "-0.1000 ± – (–)", "+0.2000 ± – (–)", "+0.3000 ± – (–)", "-0.2000 ± – (–)"
     ]  # fmt: skip
@@ -652,7 +770,30 @@ def test_fitted_axes_show_everything():
     above, below, right = figures.draw({"cce": [tall]}).axes
     assert above.get_ylim()[0] == 0 and above.get_ylim()[1] > 27
     assert below.get_ylim()[1] > 26
-    assert right.get_ylim()[0] < 0.05 and right.get_ylim()[1] == 1.012
+    assert right.get_ylim()[0] < 0.05 and right.get_ylim()[1] == 1
+
+
+def test_the_accuracy_has_no_axis_beyond_1():
+    """Its line at 1 is as wide as elsewhere; on the study's axes a line outside them is cut off."""
+    perfect = curves()
+    perfect["val/accuracy"] = perfect["val/accuracy"].where(perfect["val/accuracy"].isna(), 1.0)
+    for study, top in ((False, 1), (True, 1.012)):
+        *_, right = figures.draw({"cce": [perfect]}, study=study).axes
+        [line] = right.get_lines()
+        assert right.get_ylim()[1] == top and line.get_clip_on() == study
+
+
+def test_figures_of_ones_own_images_have_no_theta(tmp_path):
+    for loss in ("cce", "dice"):
+        for lr in (1e-3, 1e-2):
+            config = {"theta": None, "model": {}, "optimizer": {"lr": lr}}
+            write_result(tmp_path / f"{loss}{lr}", loss, config=config)
+            write_curves(tmp_path / f"{loss}{lr}", range(3))
+    runs = read_runs(tmp_path)
+    titles = [*figures.plot_sweep(tmp_path, runs), *dependence.plot_dependence(tmp_path, runs)]
+    assert titles == [
+        "optimiser = adam   lr = 0.001", "optimiser = adam   lr = 0.01", "Dice and accuracy over lr"
+    ]  # fmt: skip
 
 
 def test_moving_mean_is_the_studys_and_shorter_for_short_runs():
@@ -797,7 +938,7 @@ def test_a_figure_that_cannot_be_drawn_is_named(tmp_path, caplog):
     assert message.startswith(f"{tmp_path / 'figures/theta=0.5.png'}: not drawn")
 
 
-def test_accuracy_and_dice_over_a_swept_number(tmp_path):
+def test_dice_and_accuracy_over_a_swept_number(tmp_path):
     accuracy = {0.05: [0.95, 0.97], 0.5: [0.6, 0.9], 0.95: [0.5]}
     for theta, values in accuracy.items():
         for seed, value in enumerate(values):
@@ -809,8 +950,8 @@ def test_accuracy_and_dice_over_a_swept_number(tmp_path):
     assert dependence.swept_number(done) == "theta"
     looks = loss_looks(["cce", "dice"])
     left, right = dependence.draw(done, "theta", "title", looks).axes
-    assert [ax.get_ylabel() for ax in (left, right)] == ["validation accuracy", "validation Dice"]
-    cce, dice = left.containers
+    assert [ax.get_ylabel() for ax in (left, right)] == ["validation Dice", "validation accuracy"]
+    cce, dice = right.containers
     assert (cce.get_label(), dice.get_label()) == ("cce", "dice")
     line, _, (bars,) = dice.lines
     assert line.get_color() == looks["dice"]["color"]
@@ -819,15 +960,14 @@ def test_accuracy_and_dice_over_a_swept_number(tmp_path):
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
     assert ends == [pytest.approx(e) for e in ([0.96 - 0.127062, 1], [0, 1], [0.5, 0.5])]
     assert cce.lines[0].get_xydata().tolist() == [[0.05, 0.7]]
-    low, high = left.get_ylim()
-    assert -0.1 < low < 0 and 1 < high < 1.1
+    assert right.get_ylim() == (0, 1)  # all of the bars, and no accuracy that there is not
     (path,) = dependence.plot_dependence(tmp_path, runs, formats=["svg", "png"]).values()
     assert path == tmp_path / "figures/over_theta.svg" and path.with_suffix(".png").exists()
 
 
 def test_the_number_that_a_figure_is_over(tmp_path):
     def number(*overrides, **columns):
-        runs = pd.DataFrame({"run": "r", "loss": "dice", **columns, "accuracy": 0.5})
+        runs = pd.DataFrame({"run": "r", "loss": "dice", **columns, "dice": 0.5})
         return dependence.swept_number(runs)
 
     assert number(theta=[0.5, 0.5], seed=[0, 1]) is None
@@ -848,7 +988,7 @@ def test_a_figure_over_a_number_for_each_of_the_other_settings(tmp_path):
             )
     paths = dependence.plot_dependence(tmp_path, read_runs(tmp_path))
     assert {title: path.name for title, path in paths.items()} == {
-        f"accuracy and Dice over lr   optimiser = {name}": f"over_lr,optimizer={name}.png"
+        f"Dice and accuracy over lr   optimiser = {name}": f"over_lr,optimizer={name}.png"
         for name in ("adam", "sgd")
     }
     figure = dependence.draw(read_runs(tmp_path), "lr", "", loss_looks(["dice"]))
@@ -913,7 +1053,7 @@ def test_script_compares_in_each_condition_and_then_pooled(tmp_path):
     assert rows["theta"][:4].tolist() == [0.5, 0.5, 0.5, 0.95] and rows["theta"][4:].isna().all()
     page = (sweep / "report.md").read_text()
     assert page.index("## Losses, pair by pair, in each condition") < page.index("## Pooled over")
-    assert "![accuracy and Dice over θ](figures/over_theta.png)" in page
+    assert "![Dice and accuracy over θ](figures/over_theta.png)" in page
 
 
 def test_a_long_comparison_shows_the_smallest_p(tmp_path, main, capsys):

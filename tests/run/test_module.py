@@ -42,6 +42,9 @@ def test_metrics(classes, held):
         assert seen[name] == pytest.approx(np.mean(wanted[name]), rel=1e-6)
         for c in range(classes):
             assert seen[f"{name}/class_{c}"] == pytest.approx(wanted[name][c], rel=1e-6)
+    for c in range(classes):
+        share = float((prediction == c).double().mean())
+        assert seen[f"predicted/class_{c}"] == pytest.approx(share, rel=1e-6)
     stacked = scores(torch.from_numpy(np.stack([matrix, matrix.T])))
     assert all(torch.equal(stacked[name][0], value) for name, value in seen.items())
 

@@ -56,7 +56,7 @@ def test_files(smoke):
     assert smoke.folder.name == "seed=3,experiment=smoke,probe.cosines=true"
     assert len(list(smoke.folder.glob("events.out.tfevents.*"))) == 1
     assert list(smoke.folder.glob("checkpoints/*.ckpt"))
-    assert (smoke.folder / "train.log").read_text().count("val accuracy") == 1
+    assert (smoke.folder / "train.log").read_text().count("val Dice") == 1
     assert (smoke.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(smoke.cwd.glob("*.*")), "nothing may lie beside outputs/"
 
@@ -67,7 +67,9 @@ def test_output_is_short(smoke):
     assert "Warning" not in said and "warn" not in said
     lines = said.splitlines()
     assert len(lines) <= 4
-    assert any(re.search(r"val accuracy 0\.\d{4} in [\d.]+ s", line) for line in lines)
+    assert any(
+        re.search(r"val Dice 0\.\d{4}, IoU 0\.\d{4}, .* in [\d.]+ s", line) for line in lines
+    )
 
 
 def test_watched_scalars(events, smoke):

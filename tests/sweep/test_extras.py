@@ -36,7 +36,7 @@ def plugin(name, choice):
 
 def table(printed):
     """The rows of the printed table, without the seconds."""
-    lines = printed[: printed.index("Summary")].splitlines()
+    lines = printed.strip().split("\n\n")[0].splitlines()
     rule = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"
     head, *rows = [line.split() for line in lines if line.strip(f" {rule}")]
     at = head.index("seconds")
@@ -240,7 +240,7 @@ def test_search(tmp_path, experiment):
     [
         (
             [],
-            "a search by metric=val/accuracy needs hydra.sweeper.direction=maximize, got minimize",
+            "a search by metric=val/dice needs hydra.sweeper.direction=maximize, got minimize",
         ),
         (
             ["metric=val/loss/cce", "hydra.sweeper.direction=maximize"],

@@ -135,7 +135,7 @@ def test_early_stopping_ends_a_run_that_counts_as_done(tmp_path):
         "optimizer.lr=1e-12", "trainer.max_steps=100",
     )  # fmt: skip
     assert re.search(
-        r"^early stopping after 12 of 100 steps: Mon.* val/accuracy did", done.stderr, re.M
+        r"^early stopping after 12 of 100 steps: Mon.* val/dice did", done.stderr, re.M
     )
     result = read_result(folder)
     assert (result["status"], result["steps"]) == ("done", 12)

@@ -95,7 +95,7 @@ def test_two_ranks_leave_one_run(pair):
     assert len(lines) == 3
     assert re.match("run: experiment=smoke", lines[0])
     assert lines[1].endswith("not compiled: trainer.devices=2 needs the ordinary step")
-    assert re.search("val accuracy 0", lines[2])
+    assert re.search("val Dice 0", lines[2])
     metrics = [read_result(folder)["metrics"] for folder in (one, two)]
     assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
 

@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from losswatch.config.errors import ConfigError
 from losswatch.disk.checkpoint_files import step_in_name
+from losswatch.events.tags import PREDICTED
 from losswatch.text import one_line
 
 _SCORES = ("dice", "iou")  # of each class
@@ -34,7 +35,8 @@ class Metrics:
         """The metrics of a validation with these classes and losses."""
         present = [label for label in classes if label not in missing]
         scores = [f"{score}/{label}" for score in _SCORES for label in present]
-        names = ("accuracy", *_SCORES, *scores, *(f"loss/{name}" for name in losses))
+        shares = (f"{PREDICTED}/{label}" for label in classes)
+        names = (*_SCORES, "accuracy", *scores, *shares, *(f"loss/{name}" for name in losses))
         return cls(tuple(f"val/{name}" for name in names), tuple(missing))
 
     def check(self, what: str, name: str) -> None:

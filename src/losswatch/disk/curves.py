@@ -6,7 +6,7 @@
                    an attempt that observes other losses than the one before begins a new part
     signs.f32, signs.json
                    likewise, what the doctor sees (doctor/signs.py), at fewer steps
-    metrics.jsonl  a line for each validation and test: {"step": 100, "val/accuracy": 0.97, ...};
+    metrics.jsonl  a line for each validation and test: {"step": 100, "val/dice": 0.97, ...};
                    null stands for NaN and infinity
 
 A row or a line that a kill has cut short is not read. A resumed run cuts the files to the sizes

@@ -8,7 +8,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from losswatch.config.settings import Settings, flatten_keys
 
-TAGS = [f"{stage}/{name}" for stage in ("val", "test") for name in ("accuracy", "dice", "iou")]
+TAGS = [f"{stage}/{name}" for stage in ("val", "test") for name in ("dice", "iou", "accuracy")]
 # The keys that each column of every run depends on.
 BEHIND = {
     "loss": ["loss"],

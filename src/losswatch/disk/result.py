@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from losswatch.events.tags import PREDICTED
 from losswatch.files import read_file, replace_file
 from losswatch.text import printable, reason
 
@@ -27,6 +28,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "watched": (dict,),
     "findings": (list,),
 }
+
+
+CONSTANT = "constant: "  # begins the verdict on a run that predicts one class alone
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,58 @@ class Result:
     def is_done(self) -> bool:
         return self.status == "done"
 
+    @property
+    def stage(self) -> str:
+        """Whose metrics are the run's: "val", or "test" in mode=test, which validates nothing."""
+        return "test" if self.config.get("mode") == "test" else "val"
+
     def score(self, metric: str) -> float:
         """The score for a search: a metric of the validation; in mode=test that of the test."""
-        is_training = self.config.get("mode") == "train"
-        name = metric if is_training else metric.replace("val/", "test/", 1)
-        return self.metrics.get(name, math.nan)
+        return self.metrics.get(metric.replace("val/", f"{self.stage}/", 1), math.nan)
+
+    def headline(self) -> str:
+        """The run's metrics as text. If it is constant, that replaces the accuracy, which hides it.
+
+        >>> metrics = {"val/dice": 0.5, "val/iou": 0.4, "val/accuracy": 0.95}
+        >>> Result(metrics=metrics).headline()
+        'val Dice 0.5000, IoU 0.4000, accuracy 0.9500'
+        >>> shares = {"val/predicted/class_0": 0.0, "val/predicted/class_1": 1.0}
+        >>> Result(metrics=metrics | shares).headline()
+        'val Dice 0.5000, IoU 0.4000, constant: foreground'
+        """
+        dice, iou, accuracy = (
+            f"{self.metrics.get(f'{self.stage}/{name}', math.nan):.4f}"
+            for name in ("dice", "iou", "accuracy")
+        )
+        last = self.verdict if self.constant else f"accuracy {accuracy}"
+        return f"{self.stage} Dice {dice}, IoU {iou}, {last}"
+
+    @property
+    def verdict(self) -> str | None:
+        """In a word or two what the run is; None if nothing is wrong that is known.
+
+        "constant: <class>" if all pixels evaluated are predicted as one class, otherwise the name
+        of the first finding.
+        """
+        name = self.constant
+        found = [finding["name"] for finding in self.findings]
+        return f"{CONSTANT}{name}" if name else found[0] if found else None
+
+    @property
+    def constant(self) -> str | None:
+        """The class that all pixels evaluated are predicted as; None if there is no such class.
+
+        If two classes have no names, they are "background" and "foreground". Classes that overlap
+        are joined by "+"; "background" means that no pixel has any.
+        """
+        prefix = f"{self.stage}/{PREDICTED}/"
+        shares = {tag.removeprefix(prefix): share for tag, share in self.metrics.items()
+                  if tag.startswith(prefix)}  # fmt: skip
+        if not shares or not {*shares.values()} <= {0.0, 1.0}:
+            return None
+        name = "+".join(name for name, share in shares.items() if share) or "background"
+        has_names = {*shares} != {"class_0", "class_1"}
+        return name if has_names else {"class_0": "background"}.get(name, "foreground")
 
     @classmethod
     def read(cls, folder: Path) -> Result | None:

@@ -20,7 +20,7 @@ def add_charts(writer: SummaryWriter, *, cosines: bool, validation: bool = False
         "gradient norms of all losses": ["Multiline", [f"^{GRAD_NORM}"]],
     }
     if validation:
-        charts["validation"] = ["Multiline", ["^val/(accuracy|dice|iou)$"]]
+        charts["validation"] = ["Multiline", ["^val/(dice|iou|accuracy)$"]]
     if cosines:
         charts["cosines of the losses' gradients"] = ["Multiline", [f"^{GRAD_COSINE}"]]
     assert writer.file_writer is not None

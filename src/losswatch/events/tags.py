@@ -12,6 +12,7 @@ from itertools import combinations
 LOSS, GRAD_NORM, GRAD_COSINE = "loss/", "grad_norm/", "grad_cosine/"
 WATCHED = (LOSS, GRAD_NORM, GRAD_COSINE)
 
+PREDICTED = "predicted"  # val/predicted/<class>: the share of pixels that get the class
 PICTURES = "images/input_label_prediction"  # of each validation
 FINDINGS = "findings"  # a text, see doctor/README.md
 CURVES = "images/curves"  # of the whole run: each loss in a colour of its own

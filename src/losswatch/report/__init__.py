@@ -7,6 +7,7 @@ are made harmless before they are shown. If the files of a run are damaged, a wa
 and the other runs are still read.
 
 records.py reads the files of one run, runs.py all runs of a sweep. compare.py tests how the losses
-differ, tables.py makes tables of runs and differences. figures.py draws the curves, dependence.py
+differ, tables.py makes tables of runs and differences, words.py says in sentences what they show.
+figures.py draws the curves, dependence.py
 the results over a setting, both in the style of style.py.
 """

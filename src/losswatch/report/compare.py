@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from losswatch.report.runs import done, loss_order, settings, swept
+from losswatch.report.runs import by_condition, done, loss_order, settings, swept
 
-COMPARED = ["accuracy", "dice"]
+COMPARED = ["dice", "accuracy"]
 
 
 def compare_losses(runs: pd.DataFrame, *, pooled: bool = False) -> pd.DataFrame:
@@ -29,16 +29,14 @@ def compare_losses(runs: pd.DataFrame, *, pooled: bool = False) -> pd.DataFrame:
 
     Returns:
         A row for each condition and each two losses that have pairs there: the condition's
-        settings, `loss`, `other`, `pairs` (their number), and for accuracy and Dice the mean of
+        settings, `loss`, `other`, `pairs` (their number), and for Dice and accuracy the mean of
         loss − other, the ends of its 95 % interval (`_low`, `_high`) and the p-value of the paired
         t test (`_p`), corrected by Holm for all rows of the frame. Interval and p-value are NaN
         below two pairs.
     """
     runs = done(runs)
     apart = [] if pooled else [c for c in swept(runs) if c != "seed"]
-    groups = [runs]
-    if apart:
-        groups = [g for _, g in runs.groupby([runs[c].map(repr) for c in apart], sort=False)]
+    groups = [runs] if pooled else by_condition(runs)
     rows = [{c: g[c].iloc[0] for c in apart} | row for g in groups for row in _pairs(g)]
     comparison = pd.DataFrame(rows)
     for metric in COMPARED if rows else ():

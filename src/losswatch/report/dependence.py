@@ -1,4 +1,4 @@
-"""Draws accuracy and Dice over a swept number, with a line for each training loss."""
+"""Draws Dice and accuracy over a swept number, with a line for each training loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plot_dependence(
     formats: Sequence[str] = ("png",),
     into: str | Path | None = None,
 ) -> dict[str, Path]:
-    """Draw the final accuracy and Dice over `swept_number`, if there is one.
+    """Draw the final Dice and accuracy over `swept_number`, if there is one.
 
     There is a figure for each combination of the other swept settings. A point is the mean over the
     seeds, its bar is the 95 % interval; a single seed has no bar.
@@ -58,8 +58,8 @@ def plot_dependence(
     paths = {}
     for name, group in runs.groupby(pd.Series(names, index=runs.index), sort=False):
         if group[number].nunique() > 1:
-            what = f"accuracy and Dice over {LABELS.get(number, number)}"
-            title = "   ".join([what, *(describe(c, group[c].iloc[0]) for c in others)])
+            what = f"Dice and accuracy over {LABELS.get(number, number)}"
+            title = "   ".join(filter(None, [what, describe(group, others)]))
             stem = folder / file_name(f"over_{number}{',' if name else ''}{name}")
             figure = partial(draw, group, number, title, looks)
             paths[title] = draw_files(figure, stem, formats)
@@ -95,6 +95,8 @@ def draw(runs: pd.DataFrame, number: str, title: str, looks: Looks) -> Figure:
             aside = apart * (i - (len(losses) - 1) / 2)
             shift = ScaledTranslation(aside, 0, figure.dpi_scale_trans)
             _draw_line(ax, points, looks[loss], loss, ax.transData + shift)
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, 0), min(high, 1))  # a metric lies between 0 and 1
         _set_x(ax, values, is_share=number == "theta")
         ax.set_xlabel(printable(LABELS.get(number, number)), fontsize=10, parse_math=False)
         ax.set_ylabel(f"validation {LABELS[metric]}", fontsize=10)
@@ -119,7 +121,7 @@ def _draw_line(
     low, high = (np.where(np.isnan(end), mean, end) for end in (low, high))  # one seed: no bar
     ax.errorbar(
         points.index, mean, [mean - low, high - mean], **look, marker="o", markersize=4,
-        linewidth=1.4, capsize=3, label=printable(loss), transform=transform,
+        linewidth=1.4, capsize=3, label=printable(loss), transform=transform, clip_on=False,
     )  # fmt: skip
     for end in (low, high):  # Matplotlib ignores transformed lines for limits
         ax.update_datalim(np.column_stack([points.index, end]))

@@ -122,7 +122,7 @@ def plot_sweep(
             loss: [str(sweep / run) for run in group["run"][group["loss"] == loss]]
             for loss in loss_order(group["loss"].dropna().unique())
         }
-        title = "   ".join(describe(c, group[c].iloc[0]) for c in titled)
+        title = describe(group, titled) or "losses"
         stem = folder / file_name(str(name) or "losses")
         jobs.append(Job(folders, title, stem, formats, looks, study))
 
@@ -151,12 +151,18 @@ def figures_folder(sweep: Path, into: str | Path | None) -> Path:
     return folder
 
 
-def describe(setting: str, value: Any) -> str:
-    """A setting and its value, for a title."""
-    text = f"{LABELS.get(setting, setting)} = {format_value(value)}"
-    if setting == "theta" and isinstance(value, float):
-        text += f" ({100 * (1 - value):.3g} % foreground)"
-    return text
+def describe(runs: pd.DataFrame, settings: Sequence[str]) -> str:
+    """The settings that these runs share, for a title; without those that they do not have."""
+    parts = []
+    for setting in settings:
+        value = runs[setting].iloc[0]
+        if value is None or value != value:  # images of one's own have no θ
+            continue
+        text = f"{LABELS.get(setting, setting)} = {format_value(value)}"
+        if setting == "theta" and isinstance(value, float):
+            text += f" ({100 * (1 - value):.3g} % foreground)"
+        parts.append(text)
+    return "   ".join(parts)
 
 
 def _run_job(job: Job) -> Path | None:
@@ -311,7 +317,9 @@ def _set_limits(grid: np.ndarray, twins: Sequence[Axes], study: bool) -> None:
             if min(ax.dataLim.y0 for ax in row) >= 0:
                 row[0].set_ylim(bottom=0)
         lowest = min(min(twin.dataLim.y0 for twin in twins), 0.99)
-        twins[0].set_ylim(lowest - 0.05 * (1 - lowest), ACCURACY_LIMITS[1])
+        twins[0].set_ylim(lowest - 0.05 * (1 - lowest), 1)
+        for line in (line for twin in twins for line in twin.get_lines()):
+            line.set_clip_on(False)  # one along the axis' end would be half as wide
 
 
 def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], counts: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from losswatch.text import printable, reason
 
 log = logging.getLogger(__name__)
 
-METRICS = ["accuracy", "dice", "iou"]
+METRICS = ["dice", "iou", "accuracy"]
 
 
 def read_record(run_dir: Path) -> Result:

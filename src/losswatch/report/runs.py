@@ -31,23 +31,23 @@ SETTINGS = {
     "batch_norm": "config.model.batch_norm",
     "seed": "config.seed",
 }
-OUTCOMES = [*METRICS, "seconds", "status", "findings", "error"]
+OUTCOMES = [*METRICS, "seconds", "status", "verdict", "findings", "error"]
 
 # How columns are called where people read them.
 LABELS = {
     "theta": "θ",
     "optimizer": "optimiser",
     "batch_norm": "BN",
-    "accuracy": "accuracy",
     "dice": "Dice",
     "iou": "IoU",
+    "accuracy": "accuracy",
 }
 # Losses in the order, and so the colours, in which tables and figures show them: the study's first.
 KNOWN_LOSSES = ["cce", "dice_fg", "dice", "dice_fg_square", "dice_square"]
 
 
 def read_runs(sweep_dir: str | Path, *, details: bool = False) -> pd.DataFrame:
-    """A row for each run of a sweep: its settings, then its validation metrics, time and status.
+    """A row for each run of a sweep: its settings, then its validation metrics and how it went.
 
     Runs may lie deeper, so that a folder of sweeps is read as one sweep. Settings are run (the
     run's folder within `sweep_dir`), loss, theta, optimizer, lr, model, batch_norm, seed and each
@@ -109,13 +109,11 @@ def _row(record: Result, others: list[str], overrides: dict[str, str]) -> dict[s
         if value is None or isinstance(value, dict):
             value = get(record.choices, key) or overrides.get(key)
         row[key] = _plain(value)
-    # A run of mode=test has no validation.
-    stage = "test" if record.config.get("mode") == "test" else "val"
-    row |= {name: record.metrics.get(f"{stage}/{name}", np.nan) for name in METRICS}
+    row |= {name: record.metrics.get(f"{record.stage}/{name}", np.nan) for name in METRICS}
     row["seconds"] = np.nan if record.seconds is None else record.seconds
     found = [finding["name"] for finding in record.findings]
-    row |= {"status": _plain(record.status), "findings": _plain(" ".join(found) or None)}
-    return row | {"error": _plain(record.error)}
+    row |= {"status": _plain(record.status), "verdict": _plain(record.verdict)}
+    return row | {"findings": _plain(" ".join(found) or None), "error": _plain(record.error)}
 
 
 def _other_metrics(record: Result) -> dict[str, float]:
@@ -197,6 +195,32 @@ def left_out(runs: pd.DataFrame) -> str:
     """The other runs, each with its status, as text; empty if all are done."""
     others = runs.loc[runs["status"] != "done", ["run", "status"]]
     return ", ".join(f"{printable(run)} ({printable(status)})" for run, status in others.values)
+
+
+def with_short_checkpoints(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with checkpoints (of mode=test) named without the folders that all of them share."""
+    if "checkpoint" not in runs:
+        return runs
+    paths = runs["checkpoint"].dropna().map(str)
+    try:
+        shared = os.path.commonpath(list(paths))
+    except ValueError:  # relative and absolute ones
+        return runs
+    short = paths.map(lambda path: os.path.relpath(path, shared) if path != shared else path)
+    return runs.assign(checkpoint=short)
+
+
+def is_repeated(runs: pd.DataFrame) -> bool:
+    """Whether runs differ only in the seed."""
+    return "seed" in swept(runs) and any(len(group) > 1 for group in by_condition(runs, "loss"))
+
+
+def by_condition(runs: pd.DataFrame, *names: str) -> list[pd.DataFrame]:
+    """The runs apart, by these columns and by everything that was swept except loss and seed."""
+    columns = [*names, *(c for c in swept(runs) if c != "seed")]
+    if not columns:
+        return [runs]
+    return [g for _, g in runs.groupby([runs[c].map(repr) for c in columns], sort=False)]
 
 
 def settings(runs: pd.DataFrame) -> list[str]:

@@ -10,13 +10,22 @@ import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from losswatch.files import replace_file
 from losswatch.report.compare import COMPARED, conditions
 from losswatch.report.records import METRICS, read_record
-from losswatch.report.runs import LABELS, done, read_runs, swept
+from losswatch.report.runs import (
+    LABELS,
+    by_condition,
+    done,
+    is_repeated,
+    read_runs,
+    swept,
+    with_short_checkpoints,
+)
 from losswatch.text import csv_escape, format_value, markdown_escape, printable
 
 STATUS_STYLES = {
@@ -35,9 +44,8 @@ def run_table(runs: pd.DataFrame) -> pd.DataFrame:
     columns = [c for c in columns if c == "loss" or runs[c].notna().any()]
     columns += [c for c in swept(runs) if c not in columns]
     columns += [*METRICS, "seconds", "status"]
-    columns += [c for c in ("findings", "error") if runs[c].notna().any()]
+    columns += [c for c in ("verdict", "error") if runs[c].notna().any()]
     digits = {**dict.fromkeys(METRICS, 4), "seconds": 1}
-    runs = runs.assign(findings=runs["findings"].str.split().str[0])  # the cause
     return pd.DataFrame(
         {LABELS.get(c, c): [format_value(v, digits.get(c)) for v in runs[c]] for c in columns}
     )
@@ -46,12 +54,13 @@ def run_table(runs: pd.DataFrame) -> pd.DataFrame:
 def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
     """A row of text for each setting: its runs, and the mean and range of each metric.
 
-    Runs that differ only in the seed have one setting. Only runs that are done count for metrics.
+    Runs that differ only in the seed have one setting. Only runs that are done count for metrics,
+    and for the verdict: the one of most runs, with their number if not all have it.
     """
     columns = ["loss", *(c for c in swept(runs) if c != "seed")]
     rows = []
-    for values, cell in runs.groupby([runs[c].map(format_value) for c in columns], sort=False):
-        row = {LABELS.get(c, c): value for c, value in zip(columns, values, strict=True)}
+    for cell in by_condition(runs, "loss"):
+        row = {LABELS.get(c, c): format_value(cell[c].iloc[0]) for c in columns}
         counted = done(cell)
         of_all = "" if len(counted) == len(cell) else f" of {len(cell)}"
         row["runs"] = f"{len(counted)}{of_all}"
@@ -60,8 +69,19 @@ def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
             text = f"{known.mean():.4f}" if len(known) else "–"
             text += f" ({known.min():.4f} to {known.max():.4f})" if len(known) > 1 else ""
             row[LABELS[metric]] = text
+        if runs["verdict"].notna().any():
+            row["verdict"] = "–"
+            for verdict, count in counted["verdict"].value_counts().head(1).items():
+                few = "" if count == len(counted) else f"{count} of {len(counted)} "
+                row["verdict"] = f"{few}{verdict}"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def stopped_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row of text for each run that is not done: its folder, its status and its error."""
+    stopped = runs.loc[runs["status"] != "done", ["run", "status", "error"]]
+    return stopped.apply(lambda column: column.map(format_value))
 
 
 def finding_table(sweep_dir: str | Path, runs: pd.DataFrame) -> pd.DataFrame:
@@ -120,17 +140,40 @@ def csv_text(cells: pd.DataFrame, **options: Any) -> str:
     return cells.to_csv(index=False, header=header, **options)
 
 
+def print_summary(console: Console, runs: pd.DataFrame) -> None:
+    """Print `summary_table`, and the runs that are not done if it has no row for each run."""
+    console.print(summary_table(with_short_checkpoints(runs), console.width))
+    stopped = stopped_table(runs)
+    if is_repeated(runs) and len(stopped):
+        table = rich_table(stopped[:STOPPED])
+        if len(stopped) > STOPPED:
+            table.caption = f"and {len(stopped) - STOPPED} more: summary.csv"
+            table.caption_justify = "left"
+        console.print("\nNot done, so in no mean:")
+        console.print(table)
+
+
 def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
-    """The table that is printed at the end of a sweep, with a row for each run.
+    """The table that is printed at the end of a sweep.
+
+    It has a row for each run, or for each setting if some runs differ only in the seed.
 
     Args:
-        width: characters of a line. If the columns need more, settings that all runs share and then
-            metrics are left out. If the table is too wide even with broken words, the last swept
-            settings are left out, too. The caption names these columns; `summary.csv` has them all.
+        width: characters of a line. If the columns need more, settings that all runs share are left
+            out, then ranges, and then the last metrics, but never Dice. If the table is too wide
+            even with broken words, the last swept settings are left out, too. The caption names
+            these columns; `summary.csv` has them all.
     """
-    cells, left_out, differ = run_table(runs), [], swept(runs)
+    differ, left_out = swept(runs), []
+    if is_repeated(runs):
+        cells = cell_table(runs[runs["loss"].notna()])
+        for name in ("accuracy", "IoU"):
+            if width and _width(cells, np.inf) > width:
+                cells[name] = cells[name].str.partition(" (")[0]
+    else:
+        cells = run_table(runs)
     shared = [c for c in ("optimizer", "batch_norm") if c not in differ]
-    droppable = [(c, np.inf) for c in [*shared, "iou", "seconds", "dice", "error"]]
+    droppable = [(c, np.inf) for c in [*shared, "seconds", "accuracy", "iou", "error"]]
     droppable += [(c, UNBROKEN) for c in reversed(differ)]
     for column, longest in droppable:
         name = LABELS.get(column, column)
@@ -144,6 +187,7 @@ def summary_table(runs: pd.DataFrame, width: int | None = None) -> Table:
     return table
 
 
+STOPPED = 30  # runs that are not done, at most, below a table of settings
 UNBROKEN = 14  # words with at most so many characters are not broken
 
 

@@ -27,7 +27,7 @@ from losswatch.watch.lightning import Watch
 
 
 class Progress(ProgressBar):
-    """Shows the steps, the last validation's accuracy and the values of the watched losses.
+    """Shows the steps, the last validation's Dice and the values of the watched losses.
 
     The values are read only when the bar is redrawn, so the other steps cost nothing.
     """
@@ -48,10 +48,10 @@ class Progress(ProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.steps.is_due:
-            accuracy = trainer.callback_metrics.get("val/accuracy")
+            dice = trainer.callback_metrics.get("val/dice")
             losses = self.watch.latest() if self.watch else {}
             self.steps.set_text(
-                "" if accuracy is None else f"accuracy {float(accuracy):.3f}",
+                "" if dice is None else f"Dice {float(dice):.3f}",
                 "  ".join(f"{name.removeprefix(LOSS)} {v:.3f}" for name, v in losses.items()),
             )
         self.steps.advance(trainer.global_step - self.done)

@@ -19,6 +19,7 @@ from torchmetrics import SumMetric
 from torchmetrics.segmentation import DiceScore, MeanIoU
 
 from losswatch.data.form import IGNORED, Form
+from losswatch.events.tags import PREDICTED
 from losswatch.losses import LossSet
 from losswatch.losses.pixels import one_hot
 from losswatch.losses.ranks import only_this_rank
@@ -62,26 +63,30 @@ def _values(losses: LossSet, logits: Tensor, target: Tensor) -> Tensor:
 
 
 def scores(confusion: Tensor) -> dict[str, Tensor]:
-    """Pixel accuracy, and Dice and IoU of each class and on average, from confusion matrices.
+    """Dice and IoU on average and of each class, accuracy and what is predicted, by confusion.
 
     Args:
         confusion: [..., C, C], label by prediction. A class that is in neither counts as perfect.
 
     Returns:
-        float32 [...] each: "accuracy", "dice", "dice/class_0", ..., "iou", "iou/class_0", ...
+        float32 [...] each: "dice", "iou", "accuracy" (of pixels), "dice/class_0", ...,
+        "iou/class_0", ..., and "predicted/class_0", ...: the share of pixels that are predicted as
+        the class.
 
     >>> scores(torch.tensor([[3, 1], [0, 4]]))["dice/class_1"]
     tensor(0.8889)
     """
     hits = confusion.diagonal(dim1=-2, dim2=-1).double()
     both = (confusion.sum(-1) + confusion.sum(-2)).double()
+    pixels = confusion.sum((-1, -2))
     per_class = {
         "dice": torch.where(both > 0, 2 * hits / both, 1.0),
         "iou": torch.where(both > 0, hits / (both - hits), 1.0),
+        PREDICTED: confusion.sum(-2) / pixels.unsqueeze(-1),
     }
-    out = {"accuracy": hits.sum(-1) / confusion.sum((-1, -2))}
+    out = {name: per_class[name].mean(-1) for name in ("dice", "iou")}
+    out["accuracy"] = hits.sum(-1) / pixels
     for name, values in per_class.items():
-        out[name] = values.mean(-1)
         out |= {f"{name}/class_{i}": values[..., i] for i in range(values.shape[-1])}
     return {name: value.float() for name, value in out.items()}
 
@@ -122,8 +127,9 @@ class ImageScores(nn.Module):
 
     If a class is neither in an image nor predicted there, the image does not count in the mean of
     the class. If it is only predicted there, it counts as 0, as in nnU-Net. Ignored pixels never
-    count. The accuracy is that of all pixels. A loss is the mean of its values, each weighted by
-    the number of pixels of its image. So the scores do not depend on the number of devices.
+    count. The accuracy, and the share that is predicted as a class, are those of all pixels. A loss
+    is the mean of its values, each weighted by the number of pixels of its image. So the scores do
+    not depend on the number of devices.
 
     Args:
         form: of the data.
@@ -136,7 +142,7 @@ class ImageScores(nn.Module):
         self.dice = DiceScore(count, average="none")
         self.iou = MeanIoU(count, per_class=True)
         # Sums, because a MeanMetric that keeps NaN ignores weights (torchmetrics 1.9).
-        sums = ("right", "pixels", *names)
+        sums = ("right", "pixels", *form.classes, *names)
         metrics = [SumMetric(nan_strategy="disable").set_dtype(torch.float64) for _ in sums]
         self.sums: Any = nn.ModuleList(metrics)
 
@@ -167,19 +173,26 @@ class ImageScores(nn.Module):
         with only_this_rank():  # another rank scores another image, or none
             values = _values(losses, logits, target)
         values = torch.where(pixels > 0, values, 0)  # the mean over no pixels may be NaN
-        for total, value in zip(self.sums, [right, pixels, *(values * pixels)], strict=True):
+        shares = predicted.transpose(0, 1).flatten(1).sum(1)
+        new = [right, pixels, *shares, *(values * pixels)]
+        for total, value in zip(self.sums, new, strict=True):
             total.update(value)
 
     def compute_and_reset(self, strategy: Strategy) -> dict[str, Tensor]:
         """The scores over all ranks, by the names of `metrics`; then the count starts again."""
         right, pixels, *totals = (total.compute() for total in self.sums)
-        found = {"accuracy": right / pixels}
+        classes = self.form.classes
+        shares, totals = totals[: len(classes)], totals[len(classes) :]
         dice, iou = self.dice.compute(), self.iou.compute()
-        for name, scores in {"dice": dice, "iou": torch.where(iou < 0, torch.nan, iou)}.items():
-            found[name] = scores.nanmean()
-            for label, score in zip(self.form.classes, scores, strict=True):
+        per_class = {"dice": dice, "iou": torch.where(iou < 0, torch.nan, iou)}
+        found = {name: scores.nanmean() for name, scores in per_class.items()}
+        found["accuracy"] = right / pixels
+        for name, scores in per_class.items():
+            for label, score in zip(classes, scores, strict=True):
                 if not score.isnan():
                     found[f"{name}/{label}"] = score
+        for label, share in zip(classes, shares, strict=True):
+            found[f"{PREDICTED}/{label}"] = share / pixels
         for name, total in zip(self.names, totals, strict=True):
             found[f"loss/{name}"] = total / pixels
         for metric in (self.dice, self.iou, *self.sums):

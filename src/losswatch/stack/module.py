@@ -346,9 +346,9 @@ class StackedModule(pl.LightningModule):
             scalars = {f"{stage}/{name}": value for name, value in found.items()}
             member.metrics |= scalars
             member.logger.write_metrics(self.trainer.global_step, scalars)
-        accuracies = [member.metrics[f"{stage}/accuracy"] for member in self.members]
-        what = "accuracy" if len(accuracies) == 1 else "mean accuracy"
-        self.shown.set_text(f"{what} {np.mean(accuracies):.3f}")
+        scores = [member.metrics[f"{stage}/dice"] for member in self.members]
+        what = "Dice" if len(scores) == 1 else "mean Dice"
+        self.shown.set_text(f"{what} {np.mean(scores):.3f}")
 
 
 def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[str]) -> Chunk:
