@@ -749,7 +749,7 @@ def test_a_figure_has_the_studys_form():
     assert right2.get_ylabel() == "validation accuracy" and below.get_xlabel() == "step"
     assert figure.get_suptitle() == "θ = 0.5"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [
-        "cce", "dice_fg", "dice", "accuracy", "range of 2 runs",
+        "cce", "dice_fg", "dice", "validation accuracy", "range of 2 runs",
     ]  # fmt: skip
     # Two runs are shown as their mean with the range shaded, a single run without shading.
     looks = loss_looks(NAMES)
@@ -908,6 +908,18 @@ def test_figures_are_of_the_runs_that_are_done_and_the_others_are_named(
         write_result(tmp_path / name, "dice", status="failed")
     drawn.clear()
     assert main(tmp_path) == 0 and not drawn
+
+
+def test_dice_is_drawn_where_it_is_recorded():
+    """The accuracy of a constant answer is high; only figures of the study show it."""
+    frame = curves().assign(**{"val/dice": curves()["val/accuracy"] / 2})
+    for study, name in ((False, "Dice"), (True, "accuracy")):
+        *_, right = figures.draw({"cce": [frame]}, study=study).axes
+        tag = f"val/{name.lower()}"
+        assert right.get_ylabel() == f"validation {name}"
+        assert right.get_title() == f"final {name} {frame[tag].dropna().iloc[-1]:.4f}"
+        [line] = right.get_lines()
+        assert line.get_ydata().tolist() == frame[tag].dropna().tolist()
 
 
 def test_a_mean_ends_where_the_first_of_its_runs_ends():

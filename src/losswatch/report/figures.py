@@ -196,13 +196,15 @@ def draw(
     """A figure like those of the study, with a column for each training loss.
 
     Above are the gradient norms (moving mean over 201 observed steps). Below are the losses (over
-    11) and, in black on the right-hand axis, the validation accuracy. Several runs of a loss are
-    shown as their mean, with the range from lowest to highest shaded. The curves end where the
-    first of these runs ends, because the mean of the others would jump there.
+    11) and, in black on the right-hand axis, Dice on the validation images: the study shows the
+    accuracy, which is high for a constant answer, too. Several runs of a loss are shown as their
+    mean, with the range from lowest to highest shaded. The curves end where the first of these runs
+    ends, because the mean of the others would jump there.
 
     Args:
         runs: for each training loss, the scalars of its runs from `read_curves`.
-        study: give the axes the study's limits. Otherwise they fit the curves.
+        study: show the accuracy, and give the axes the study's limits. Otherwise the axes fit the
+            curves. The accuracy is also shown where no Dice is recorded.
         looks: those of at least the losses in the figure, from `loss_looks`.
     """
     tags = {tag for frames in runs.values() for frame in frames for tag in frame}
@@ -219,7 +221,8 @@ def draw(
     width = max(3.3 * across, 7.0)
     figure = Figure((width, 0.7 + 5.0 * bands), dpi=160, layout="constrained")
     grid = figure.subplots(2 * bands, across, squeeze=False, sharex=True, sharey="row")
-    twins: list[Axes] = []  # the axes of the accuracy
+    metric = "accuracy" if study or "val/dice" not in tags else "Dice"
+    twins: list[Axes] = []  # the axes of the metric
 
     for ax in grid.flat:
         plain_axes(ax)
@@ -246,14 +249,14 @@ def draw(
         if twins:
             twin.sharey(twins[0])
         twins.append(twin)
-        _draw_accuracy(twin, frames)
+        _draw_metric(twin, frames, metric)
         if last:
-            twin.set_ylabel("validation accuracy", fontsize=10)
+            twin.set_ylabel(f"validation {metric}", fontsize=10)
     for ax in grid[-2:, len(runs) - across * (bands - 1) :].flat:  # empty places of the last band
         ax.set_visible(False)
 
     _set_limits(grid, twins, study)
-    _add_legend(figure, looks, [len(frames) for frames in runs.values()])
+    _add_legend(figure, looks, metric, [len(frames) for frames in runs.values()])
     # The name of a run can be wider than its figure, and has no blanks at which a line can break.
     lines = textwrap.wrap(title.replace(",", ", "), width=60 if len(runs) == 1 else 120)
     figure.suptitle("\n".join(map(printable, lines)), fontsize=12, parse_math=False)
@@ -281,9 +284,10 @@ def _draw_losses(
             ax.fill_between(mean.index, low[tag], high[tag], **shade)
 
 
-def _draw_accuracy(ax: Axes, frames: Sequence[pd.DataFrame]) -> None:
-    """Draw the accuracy, and write its last value, which the axis of the study may not show."""
-    curves = [f["val/accuracy"].dropna() for f in frames if "val/accuracy" in f]
+def _draw_metric(ax: Axes, frames: Sequence[pd.DataFrame], metric: str) -> None:
+    """Draw a validation metric, and write its last value, which the study's axis may not show."""
+    tag = f"val/{metric.lower()}"
+    curves = [f[tag].dropna() for f in frames if tag in f]
     curves = [curve for curve in curves if len(curve)]
     if not curves:
         return
@@ -291,7 +295,7 @@ def _draw_accuracy(ax: Axes, frames: Sequence[pd.DataFrame]) -> None:
     marker = "." if len(mean) == 1 else ""
     ax.plot(mean.index, mean, color="black", linewidth=1.2, marker=marker)
     final = pd.Series([curve.iloc[-1] for curve in curves])
-    text = f"final accuracy {final.mean():.4f}"
+    text = f"final {metric} {final.mean():.4f}"
     if len(curves) > 1:
         ax.fill_between(mean.index, low, high, color="black", alpha=0.15, linewidth=0)
         text += f" ({final.min():.4f} to {final.max():.4f})"
@@ -322,12 +326,14 @@ def _set_limits(grid: np.ndarray, twins: Sequence[Axes], study: bool) -> None:
             line.set_clip_on(False)  # one along the axis' end would be half as wide
 
 
-def _add_legend(figure: Figure, looks: Mapping[str, dict[str, Any]], counts: Sequence[int]) -> None:
+def _add_legend(
+    figure: Figure, looks: Mapping[str, dict[str, Any]], metric: str, counts: Sequence[int]
+) -> None:
     """Add a legend below the figure; `counts` are the numbers of runs in the columns."""
     handles: list[Line2D | Patch] = [
         Line2D([], [], label=printable(name), linewidth=2, **look) for name, look in looks.items()
     ]
-    handles.append(Line2D([], [], label="accuracy", color="black"))
+    handles.append(Line2D([], [], label=f"validation {metric}", color="black"))
     if repeats := sorted({count for count in counts if count > 1}):
         few = f"{repeats[0]} to " if len(repeats) > 1 else ""
         handles.append(Patch(color="0.8", label=f"range of {few}{repeats[-1]} runs"))
