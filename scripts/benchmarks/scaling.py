@@ -43,7 +43,7 @@ def measure(steps: int, counts: list[int], figure: Path) -> None:
         def plan(seed: int, length: int, folder: Path) -> Plan:
             own = [f"seed={seed}", f"trainer.max_steps={length}"]
             cfg = compose("config", [*overrides, *own], return_hydra_config=True)
-            job = Job.read(cfg.hydra, (), folder)
+            job = Job.read(cfg.hydra, folder)
             read = functools.partial(Settings.read, cfg, job, planner.sources, settings_to_keep)
             return planner.plan(read(), read)
 

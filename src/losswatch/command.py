@@ -40,13 +40,11 @@ class Facts:
     """What the processes of a sweep get to know of it.
 
     Attributes:
-        overrides: of the whole command, in the form in which Hydra got them.
         total: number of runs; None if that is not known.
         found: what the first process has found out for all runs.
         key: different in each command.
     """
 
-    overrides: tuple[str, ...] = ()
     total: int | None = None
     found: Found | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -170,6 +168,6 @@ def main() -> None:
     # What an earlier command in this process has left.
     HydraConfig.instance().cfg = None
     sweep_name.cache_clear()
-    command = Command(Facts(tuple(sys.argv[1:])))
+    command = Command(Facts())
     with clear_errors(command, dict(zip(sys.argv[1:], typed, strict=True))):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()

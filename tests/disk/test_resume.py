@@ -640,7 +640,7 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
     for run in (half, missing):
         shutil.rmtree(run)
     own = ["loss=dice", "seed=0"]
-    assert half.name == ",".join([*own, "experiment=smoke", "trainer.max_steps=60"])
+    assert half.name == ",".join(own)
     assert killed(
         tmp_path, ["experiment=smoke", *own, *SWEEP[3:], "hydra.run.dir=s/half"], signal.SIGKILL, 2
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch.config import schema
 from losswatch.config.errors import ConfigError
+from losswatch.config.names import key_of
 from losswatch.config.ranges import FOLDER, RANDOM, check_values
 from losswatch.config.schema import Probe
 from losswatch.config.sources import Sources
@@ -53,7 +54,7 @@ class Job:
         log: the name of the log file in the folder.
         search_path: the command's overrides of Hydra's search path.
         swept: the value, as text, of each key in which the runs of the sweep differ. In a single
-            run these are the keys that the command sets.
+            run, or a sweep of one run, these are the keys that the command sets.
     """
 
     folder: Path
@@ -67,17 +68,16 @@ class Job:
     swept: Mapping[str, str]
 
     @classmethod
-    def read(cls, hydra: DictConfig, command: Collection[str], folder: Path | None = None) -> Job:
+    def read(cls, hydra: DictConfig, folder: Path | None = None) -> Job:
         """The job that the section `hydra` of a run's config describes.
 
         Args:
-            command: the overrides of the whole command.
             folder: of the run, if Hydra has not started it and so its config names no folder.
         """
         is_sweep = hydra.mode == RunMode.MULTIRUN
         overrides = task_overrides(hydra)
-        own = [o for o in overrides if not (is_sweep and o in command)]
-        swept = {key: value for key, value in parse_overrides(own).items() if key != "resume"}
+        constants = {"resume", *hydra.job.config.override_dirname.exclude_keys}
+        swept = parse_overrides(o for o in overrides if key_of(o) not in constants)
         sweep = hydra.sweep.dir if is_sweep else ""
         return cls(
             folder=folder or Path(hydra.runtime.output_dir),

@@ -87,12 +87,13 @@ def check_run(folder: Path) -> None:
     )
 
 
-def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
+def check_folder(folder: Path, config: Mapping[str, Any], is_sweep: bool = False) -> None:
     """Check that an earlier attempt in the folder had the same config.
 
     Args:
         folder: of the run; it may be missing.
         config: of this command (`Settings.as_config`), with the number of steps.
+        is_sweep: whether the run is one of a sweep, whose names tell what is swept alone.
 
     Raises:
         ConfigError: the folder holds a run with another config (the message lists the differences),
@@ -108,7 +109,12 @@ def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
         configs += saved_configs(folder)
     for earlier in configs:
         if differ := differences(earlier, config):
+            others = (
+                "sweep what differs, or give another hydra.sweep.dir"
+                if is_sweep
+                else "or give another folder"
+            )
             raise ConfigError(
                 f"{folder} holds a run of another config: {'; '.join(differ[:20])}. Give the same "
-                "settings to go on with it, or another folder"
+                f"settings to go on with it, {others}"
             )

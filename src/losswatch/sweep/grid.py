@@ -81,6 +81,6 @@ def _check_folder(run: Run) -> None:
     from losswatch.disk.resume import check_folder
 
     assert run.settings is not None
-    check_folder(run.folder, run.settings.as_config())
+    check_folder(run.folder, run.settings.as_config(), is_sweep=True)
     if run.folder.is_dir() and not finished(run.folder):
         hold(run.folder).close()

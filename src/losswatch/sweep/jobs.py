@@ -51,7 +51,7 @@ class Run:
         Raises:
             ConfigError: the run cannot work.
         """
-        job = Job.read(self.config.hydra, command.facts.overrides, self.folder)
+        job = Job.read(self.config.hydra, self.folder)
         read = functools.partial(command.read, self.config, job, is_here)
         self.settings = read()
         plan = command.planner(job, is_here).plan(self.settings, read)
