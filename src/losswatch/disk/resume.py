@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 
 from losswatch.config.errors import ConfigError
 from losswatch.config.settings import differences
-from losswatch.disk.checkpoint_files import saved, saved_configs
+from losswatch.disk.checkpoint_files import holds_run, saved, saved_configs, what_it_holds
 from losswatch.disk.curves import OLD, was_written_by_0_1
 from losswatch.disk.growing_files import event_files, what_is_lost
 from losswatch.disk.result import Result
-from losswatch.text import printable, shortened
+from losswatch.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -68,23 +67,14 @@ def check_run(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ConfigError(f"resume={folder}: there is no such run folder")
-    with suppress(OSError):
-        config = (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8", errors="replace")
-        if re.search(r"^theta:", config, re.MULTILINE):
-            return
+    if holds_run(folder):
+        return
     with suppress(ValueError):
         if Result.read(folder):
             return
     if event_files(folder) or any(saved(folder)):
         return
-    names = sorted(file.name for file in folder.iterdir())
-    runs = [name for name in names if (folder / name / ".hydra").is_dir()]
-    shown = ", ".join(shortened(name) for name in (runs or names)[:5])
-    more = ", ..." if len(runs or names) > 5 else ""
-    raise ConfigError(
-        f"resume={folder} is not the folder of a run; it holds "
-        + (f"the runs of a sweep: {shown}{more}" if runs else f"{shown}{more}" or "nothing")
-    )
+    raise ConfigError(f"resume={folder} is not the folder of a run; {what_it_holds(folder)}")
 
 
 def check_folder(folder: Path, config: Mapping[str, Any], is_sweep: bool = False) -> None:
