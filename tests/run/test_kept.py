@@ -99,6 +99,24 @@ def test_the_checkpoint_alone_names_the_run(runs):
             assert kept["config"][key] == wanted["config"][key]
 
 
+def test_runs_of_one_name_in_two_sweeps(runs):
+    """The names of their tests are unique, and begin with that of the run."""
+    shutil.copytree(runs.one, runs.cwd / "outputs/u" / runs.one.name)
+    places = [f"outputs/{sweep}/{runs.one.name}" for sweep in "tu"]
+    run_train(
+        "-m", "mode=test", f"checkpoint={','.join(places)}", "theta=0.3,0.5",
+        "hydra.sweep.dir=outputs/v", cwd=runs.cwd,
+    )  # fmt: skip
+    results = [read_result(file.parent) for file in runs.cwd.glob("outputs/v/*/result.json")]
+    assert {(r["config"]["checkpoint"], r["config"]["theta"]) for r in results} == {
+        (place, theta) for place in places for theta in (0.3, 0.5)
+    }
+    assert all(
+        result["run"].startswith(f"test_{runs.one.name},theta={result['config']['theta']}-")
+        for result in results
+    )
+
+
 def test_a_file_and_a_network_made_by_a_function(runs):
     """A file in the run's folder works, too. Only a file of the user's may name a function."""
     before = set(run_folders(runs.cwd).values())

@@ -11,7 +11,6 @@ from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
 
 from losswatch.config.errors import ConfigError
-from losswatch.config.names import run_name
 from losswatch.sweep.jobs import Run, compose_run
 from losswatch.terminal import say_for_now
 from losswatch.text import number_of
@@ -40,13 +39,9 @@ def check_grid(
             another run or a run that another process is training.
         HydraException, OmegaConfBaseException, YAMLError: a config cannot be composed.
     """
-    names = [run_name(overrides) for overrides in runs]
-    times = Counter(names)
-    for overrides, name in zip(runs, names, strict=True):
-        if times[name] > 1:
-            raise ConfigError(
-                f"the run {' '.join(overrides)} is asked for twice; nothing was started"
-            )
+    for given, times in Counter(map(tuple, runs)).items():
+        if times > 1:
+            raise ConfigError(f"the run {' '.join(given)} is asked for twice; nothing was started")
     if multirun.resume is not None:
         raise ConfigError(
             "resume=... is for one run; a sweep is resumed by hydra.sweep.dir=<its folder>"
