@@ -112,7 +112,7 @@ class Composed:
     folder: Path  # of the run, where a test names none
 
     def settings(self, folder=None, is_sweep=False, recall=settings_to_keep, steps=None):
-        job = Job.read(self.cfg.hydra, (), folder or self.folder)
+        job = Job.read(self.cfg.hydra, folder or self.folder)
         job = dataclasses.replace(job, is_sweep=is_sweep)
         return Settings.read(self.cfg, job, self.planner.sources, recall, steps)
 
@@ -156,7 +156,7 @@ def refusal(compose):
         given = {quoted(override): override for override in overrides}
         with pytest.raises(Exception) as raised:  # noqa: B017 - `verdict` knows which are meant
             compose(*given).plan()
-        known = verdict(raised.value, Command(Facts(tuple(given))), given)
+        known = verdict(raised.value, Command(Facts()), given)
         assert known, f"a bug: {raised.value!r}"
         line, status = known
         assert status == 2 and "\n" not in line and "http" not in line

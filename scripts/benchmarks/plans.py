@@ -29,7 +29,7 @@ def plans() -> Iterator[MakePlan]:
 
         def plan(overrides: Sequence[str], folder: Path) -> Plan:
             cfg = compose("config", list(overrides), return_hydra_config=True)
-            job = Job.read(cfg.hydra, (), folder)
+            job = Job.read(cfg.hydra, folder)
             read = functools.partial(Settings.read, cfg, job, planner.sources, settings_to_keep)
             return planner.plan(read(), read)
 

@@ -40,7 +40,6 @@ class Facts:
     """What the processes of a sweep get to know of it.
 
     Attributes:
-        overrides: of the whole command, in the form in which Hydra got them.
         total: number of runs; None if that is not known.
         found: what the first process has found out for all runs.
         names_starts: whether a line names each run when it starts. Launchers that train several at
@@ -48,7 +47,6 @@ class Facts:
         key: different in each command.
     """
 
-    overrides: tuple[str, ...] = ()
     total: int | None = None
     found: Found | None = None
     names_starts: bool = True
@@ -173,6 +171,6 @@ def main() -> None:
     # What an earlier command in this process has left.
     HydraConfig.instance().cfg = None
     sweep_name.cache_clear()
-    command = Command(Facts(tuple(sys.argv[1:])))
+    command = Command(Facts())
     with clear_errors(command, dict(zip(sys.argv[1:], typed, strict=True))):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()

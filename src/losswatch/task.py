@@ -59,7 +59,7 @@ def run_task(command: Command, cfg: DictConfig) -> float | None:
     if command.is_terminated:  # Python has dropped the error of the signal
         raise KeyboardInterrupt
     hydra: Any = HydraConfig.get()
-    job = Job.read(hydra, command.facts.overrides)
+    job = Job.read(hydra)
     if cfg.resume is None:  # otherwise once the folder to resume has been checked
         _say_which(command, job)
     with quiet(), _contained(job):
@@ -88,7 +88,7 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
     try:
         with _held(job.folder):
             # Another process may have finished the run, or begun one here, before it let go.
-            check_folder(job.folder, plan.settings.as_config())
+            check_folder(job.folder, plan.settings.as_config(), job.is_sweep)
             if plan.settings.resume:
                 _say_which(command, job)
             if earlier := finished(job.folder):

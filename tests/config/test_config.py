@@ -5,10 +5,11 @@ import re
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from losswatch.config import names
 from losswatch.config.errors import ConfigError
-from losswatch.config.names import run_name
+from losswatch.config.names import constant_keys, run_name
 from losswatch.config.ranges import thresholds
 
 # --- What passes; what is refused is in test_refused.py -----------------------------------------
@@ -106,6 +107,52 @@ def test_run_names_are_readable():
     assert run_name([]) == "default"
     long = [f"data.image_size={i}" for i in range(30)]
     assert re.fullmatch(r"data\.image_size=0,.*-[0-9a-f]{8}", run_name(long))
+
+
+# The overrides of a command, the parameters of its sweeper, and what names leave out.
+COMMANDS = {
+    "lists": (["model=unet", "loss=dice,cce", "seed=range(2)"], {}, {"model"}),
+    "a list is one value": (["watch=[cce,dice]", "theta=[0.3,0.6],[0.2,0.5]"], {}, {"watch"}),
+    "choice": (["theta=choice(0.1)", "+trainer.max_time=null"], {}, {"trainer.max_time"}),
+    "glob": (["loss=glob(dice*)", "~scheduler"], {}, {"scheduler"}),
+    "interval": (["optimizer.lr=interval(0.1,1)", "theta=0.3"], {}, {"theta"}),
+    "one combination": (["loss=dice", "seed=0"], {}, set()),
+    "the last counts": (["loss=dice,cce", "seed=0,1", "seed=3"], {}, {"seed"}),
+    "a search": (["theta=0.9"], {"optimizer.lr": "tag(log,interval(1e-4,1))"}, {"theta"}),
+    "a sweeper": (["theta=0.9"], {"seed": "0,1", "compile": True}, {"theta", "compile"}),
+    "the command wins": (["seed=3", "++loss.alpha=1,2"], {"seed": "0,1"}, {"seed"}),
+    "test": (["mode=test", "checkpoint='a/x','a/y=1,2'"], {}, {"mode", "checkpoint"}),
+    "two sweeps": (["mode=test", "checkpoint='a/x','b/x'"], {}, {"mode"}),
+    "files": (["mode=test", "checkpoint='a/1.ckpt','a/2.ckpt'"], {}, {"mode", "checkpoint"}),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_what_is_not_swept_is_left_out_of_names(case):
+    command, params, wanted = COMMANDS[case]
+    hydra = {"sweeper": {"params": params or None}, "overrides": {"task": command}}
+    assert set(constant_keys(OmegaConf.create(hydra))) == wanted
+
+
+def test_names_of_a_sweep():
+    given = ["++loss.alpha=1", "+trainer.max_time=null", "seed=1", "loss=dice", "model=unet"]
+    constants = ["loss", "trainer.max_time", "model"]
+    assert run_name(given, constants) == "loss.alpha=1,seed=1"
+
+
+def test_names_of_tests():
+    """They begin with the run's name. Runs of one name in two sweeps get different names."""
+    given = ["mode=test", "checkpoint='outputs/a/loss=dice,theta=[0.3,0.6]'"]
+    assert run_name(given) == "test_loss=dice,theta=[0.3,0.6]"
+    assert run_name([*given, "theta=0.9"], ["mode", "checkpoint"]).endswith("0.6],theta=0.9")
+    file = f"{given[1][:-1]}/checkpoints/step=20.ckpt'"
+    assert run_name(["mode=predict", file]) == "predict_loss=dice,theta=[0.3,0.6],step=20"
+    names = {run_name(["mode=test", f"checkpoint={sweep}/x"], ["mode"]) for sweep in ("a", "b")}
+    assert len(names) == 2 and all(re.fullmatch("test_x-[0-9a-f]{8}", name) for name in names)
+    odd = {run_name(["mode=test", f"checkpoint='{name}'"]) for name in ("a b", "a:b", "a_b")}
+    assert len(odd) == 3
+    long = run_name(["mode=test", f"checkpoint={'x' * 200}"])
+    assert len(long) <= 150 and long.startswith("test_xxx")
 
 
 def test_two_sweeps_in_one_second_get_two_folders(tmp_path, monkeypatch):

@@ -154,10 +154,10 @@ def test_hparams_of_other_settings(tmp_path, compose):
     more = {"+trainer.max_time": "null", "theta": "[0.3,0.6]"}
     read = {key.lstrip("+"): value for key, value in (wanted | more).items()}
     assert composed.settings().job.swept == read
-    command = ["+trainer.max_time=null", "data.low=0,-0.5", "theta=[0.3,0.6]"]
     hydra = composed.cfg.hydra
     hydra.mode = RunMode.MULTIRUN
-    job = Job.read(hydra, command, tmp_path / "run")
+    hydra.job.config.override_dirname.exclude_keys = ["trainer.max_time", "theta"]
+    job = Job.read(hydra, tmp_path / "run")
     assert job.swept == wanted
     settings = replace(composed.settings(), job=job)
     with SummaryWriter(tmp_path / "run") as writer:

@@ -225,6 +225,8 @@ def test_search(tmp_path, experiment):
     assert summary.lr.between(1e-4, 1e-1).all() and summary.lr.nunique() == 6
     assert summary["loss.alpha"].between(0.1, 0.9).all() and summary["loss.beta"].nunique() == 6
     assert sorted(summary.run.str.split(",").str[0]) == [f"trial={i}" for i in range(6)]
+    searched = ",".join(rf"{key}=[\d.e-]+" for key in ("loss.alpha", "loss.beta", "optimizer.lr"))
+    assert summary.run.str.fullmatch(rf"trial=\d,{searched}").all()
     found = OmegaConf.load(folder / "optimization_results.yaml")
     best = summary.loc[summary.dice.idxmax()]
     assert found.best_value == pytest.approx(best.dice)

@@ -101,9 +101,9 @@ def sweep(tmp_path):
             env=ENVIRONMENT | {"PYTHONPATH": path, "FAULTS": " ".join(faults)},
         )  # fmt: skip
 
-    def folder(name, seed, *overrides):
-        names = [*SMALL, *overrides, f"watch=[cce,{name}]", f"seed={seed}"]
-        return tmp_path / "s" / run_name(names)
+    def folder(name, seed, is_swept):
+        watched = [f"watch=[cce,{name}]"] if is_swept else []
+        return tmp_path / "s" / run_name([*watched, f"seed={seed}"])
 
     return SimpleNamespace(run=run, folder=folder)
 
@@ -117,7 +117,11 @@ def test_an_error_at_a_stage_is_that_of_its_runs(sweep, stages):
     """The others are done, in the table, and left alone when the same command is given again."""
     compiled = ["compile=True"] if "compile" in stages else []
     groups = ["dice", *(stage for stage in stages if stage != "member")]
-    runs = {(name, seed): sweep.folder(name, seed, *compiled) for name in groups for seed in (1, 2)}
+    runs = {
+        (name, seed): sweep.folder(name, seed, len(groups) > 1)
+        for name in groups
+        for seed in (1, 2)
+    }
     failing = {
         (name, seed): ERRORS["member" if "member" in stages else name]
         for name, seed in runs

@@ -29,7 +29,7 @@ THETAS = [0.05, 0.5, 0.95]
 
 
 def test_six_runs(six):
-    wanted = {f"loss={loss},theta={t},experiment=smoke" for loss in ("dice", "cce") for t in THETAS}
+    wanted = {f"loss={loss},theta={t}" for loss in ("dice", "cce") for t in THETAS}
     assert set(six.runs) == wanted
     for folder in six.runs.values():
         result = read_result(folder)
@@ -40,10 +40,7 @@ def test_six_runs(six):
 def test_runs_differ_only_as_asked(six):
     """The same images and first weights for both losses: the first observation is shared."""
     for theta in THETAS:
-        a, b = (
-            read_curves(six.runs[f"loss={loss},theta={theta},experiment=smoke"])
-            for loss in ("dice", "cce")
-        )
+        a, b = (read_curves(six.runs[f"loss={loss},theta={theta}"]) for loss in ("dice", "cce"))
         watched = [c for c in a.columns if c.startswith(("loss/", "grad_norm/"))]
         pd.testing.assert_series_equal(a.loc[0, watched], b.loc[0, watched], rtol=1e-4)
         assert not a.loc[29, watched].equals(b.loc[29, watched])
@@ -60,6 +57,28 @@ def test_summary(six):
         for name in ("accuracy", "dice", "iou"):
             assert row[name] == pytest.approx(metrics[f"val/{name}"], rel=1e-6)
         assert row.seconds > 0 and row.optimizer == "adam" and not row.batch_norm
+
+
+def test_a_sweep_takes_up_runs_of_other_names(six, tmp_path):
+    """Earlier versions put what is not swept into the names; those runs are done, too.
+
+    A run of another command in the same folder has the same name, but it is not taken for it.
+    """
+    sweep = tmp_path / "s"
+    shutil.copytree(six.folder, sweep)
+    old = sweep / "loss=dice,theta=0.5,experiment=smoke"
+    (sweep / "loss=dice,theta=0.5").rename(old)
+    given = ["-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95"]
+    before = {file: file.read_bytes() for file in sweep.rglob("result.json")}
+    again = run_train(*given, "hydra.sweep.dir=s", cwd=tmp_path)
+    assert again.stderr.count("done before, skipped") == 6
+    assert f"skipped: {old.name}" in again.stderr
+    assert {file: file.read_bytes() for file in sweep.rglob("result.json")} == before
+    other = run_train(*given, "model=unet", "hydra.sweep.dir=s", cwd=tmp_path, status=2)
+    line = other.stderr.splitlines()[-1]
+    assert "model._target_ was losswatch.nets.ConvNet, now losswatch.nets.UNet" in line
+    assert "sweep what differs, or give another hydra.sweep.dir" in line
+    assert {file: file.read_bytes() for file in sweep.rglob("result.json")} == before
 
 
 def test_what_is_said(six):
@@ -510,7 +529,7 @@ def test_a_summary_that_cannot_be_written(six, tmp_path, capsys, sweep_in):
 
 def test_a_run_that_cannot_write_its_result_ends_no_sweep(tmp_path, monkeypatch):
     """The other runs are trained; a line names the run, and the exit status is 1."""
-    folder = tmp_path / "s" / "seed=0,experiment=smoke,trainer.max_steps=2"
+    folder = tmp_path / "s" / "seed=0"
     (folder / "result.json").mkdir(parents=True)
     done = run_train(*TINY, "seed=0,1", cwd=tmp_path, status=1)
     assert re.search(rf"{re.escape(str(folder))}: \w+Error: .*result.json", done.stderr)

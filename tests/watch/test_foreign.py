@@ -115,7 +115,7 @@ def stack_or_reason(tmp_path, net, losses, trained):
         data = ThresholdedImages([0.5], seed=i, image_size=8, batch_size=3, val_size=3, test_size=3)
         optimizer = torch.optim.SGD(list(trained_parameters(own).values()), lr=0.1)
         log = EventLog(str(folder))
-        members.append(Member(folder, own, data, trained, optimizer, log, {}, traits))
+        members.append(Member(folder, own, data, trained, optimizer, log, {"config": {}}, traits))
     options = {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu",
                "enable_progress_bar": False}  # fmt: skip
     settings = SimpleNamespace(compile=False, probe=Probe(1, False))

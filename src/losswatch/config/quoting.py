@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shlex
 import sys
@@ -20,7 +21,8 @@ def quoted(argument: str) -> str:
 
     A value that Hydra cannot read is text and gets quotes. If there are several values, joined by
     commas, each such value gets them. The path of a folder gets quotes, too, since it may have
-    commas. A setting of the loss gets `++`, since the file of the loss need not name it.
+    commas; `checkpoint` may name several paths that exist. A setting of the loss gets `++`, since
+    the file of the loss need not name it.
 
     >>> quoted("resume=outputs/a/loss=dice,theta=0.5"), quoted("theta=0.5")
     ("resume='outputs/a/loss=dice,theta=0.5'", 'theta=0.5')
@@ -40,12 +42,29 @@ def quoted(argument: str) -> str:
     if value[:1] in ("'", '"'):
         return argument
     if key in PATHS and value not in ("", "null"):
-        return f"{key}={_as_text(value)}"
+        paths = _existing(value) if key == "checkpoint" else None
+        return f"{key}={','.join(map(_as_text, paths or [value]))}"
     # A list or a mapping with a mistake is not text.
     if value[:1] in ("[", "{") or _is_read(key, value):
         return argument
     text = ",".join(part if _is_read(key, part) else _as_text(part) for part in value.split(","))
     return f"{key}={text}" if _is_read(key, text) else argument
+
+
+def _existing(text: str) -> list[str] | None:
+    """The existing paths that a text names, joined by commas; each may have commas itself.
+
+    A path is as long as it can be, so a text that exists as a whole is one path. None if a part of
+    the text does not exist.
+    """
+    parts = text.split(",")
+    for end in range(len(parts), 0, -1):
+        if os.path.exists(first := ",".join(parts[:end])):
+            if end == len(parts):
+                return [first]
+            if rest := _existing(",".join(parts[end:])):
+                return [first, *rest]
+    return None
 
 
 def as_one_text(argument: str) -> str | None:

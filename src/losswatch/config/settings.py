@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from losswatch.config import schema
 from losswatch.config.errors import ConfigError
+from losswatch.config.kept import Kept, Node
+from losswatch.config.names import key_of
 from losswatch.config.ranges import FOLDER, RANDOM, check_values
 from losswatch.config.schema import Probe
 from losswatch.config.sources import Sources
 from losswatch.text import parse_overrides, shortened
-
-Node = dict[str, Any]  # plain values; with a `_target_` it describes an object
 
 # What files of conf/ can use of the data and the run, as in `${form.in_channels}`. The values are
 # known after a look at the data (`run.plan`). Until then such a text is kept as it is.
@@ -53,7 +53,7 @@ class Job:
         log: the name of the log file in the folder.
         search_path: the command's overrides of Hydra's search path.
         swept: the value, as text, of each key in which the runs of the sweep differ. In a single
-            run these are the keys that the command sets.
+            run, or a sweep of one run, these are the keys that the command sets.
     """
 
     folder: Path
@@ -67,17 +67,16 @@ class Job:
     swept: Mapping[str, str]
 
     @classmethod
-    def read(cls, hydra: DictConfig, command: Collection[str], folder: Path | None = None) -> Job:
+    def read(cls, hydra: DictConfig, folder: Path | None = None) -> Job:
         """The job that the section `hydra` of a run's config describes.
 
         Args:
-            command: the overrides of the whole command.
             folder: of the run, if Hydra has not started it and so its config names no folder.
         """
         is_sweep = hydra.mode == RunMode.MULTIRUN
         overrides = task_overrides(hydra)
-        own = [o for o in overrides if not (is_sweep and o in command)]
-        swept = {key: value for key, value in parse_overrides(own).items() if key != "resume"}
+        constants = {"resume", *hydra.job.config.override_dirname.exclude_keys}
+        swept = parse_overrides(o for o in overrides if key_of(o) not in constants)
         sweep = hydra.sweep.dir if is_sweep else ""
         return cls(
             folder=folder or Path(hydra.runtime.output_dir),
@@ -142,7 +141,7 @@ class Settings:
         cfg: DictConfig,
         job: Job,
         sources: Sources,
-        recall: Callable[[str], Mapping[str, Any]],
+        recall: Callable[[str], Kept],
         steps: int | None = None,
     ) -> Settings:
         """The settings of a composed config.
@@ -151,8 +150,8 @@ class Settings:
             cfg: the config.
             job: of the run.
             sources: the files of losses.
-            recall: gives for `checkpoint` the settings of the trained network by dotted key. They
-                hold unless the command gives others (`disk.checkpoint_files.settings_to_keep`).
+            recall: gives for `checkpoint` the settings of the run that wrote it. They hold unless
+                the command gives others (`disk.checkpoint_files.settings_to_keep`).
             steps: the length of the training in the place of the config's, also for settings that
                 name it, such as those of a schedule.
 
@@ -173,12 +172,16 @@ class Settings:
                 cfg[group] = keys
         if steps is not None:
             cfg.trainer.max_steps = steps
+        kept: Mapping[str, Node] = {}
         if cfg.checkpoint is not None:
-            _keep(cfg, recall(cfg.checkpoint), given=parse_overrides(job.overrides))
+            given = parse_overrides(job.overrides)
+            choices, kept = recall(cfg.checkpoint).apply(cfg, given, job.choices)
+            job = dataclasses.replace(job, choices=choices)
         trained = job.choices.get("loss") or ""
         _check_groups(cfg)
-        losses = sources.watched(cfg, trained)
-        own = job.is_sweep and sources.read([trained], cfg)[trained] != losses[trained]
+        losses = sources.watched(cfg, trained, kept)
+        can_be_stacked = job.is_sweep and cfg.checkpoint is None
+        own = can_be_stacked and sources.read([trained], cfg)[trained] != losses[trained]
         config: Any = OmegaConf.to_container(cfg, resolve=True)
         for group in LATER:
             del config[group]
@@ -192,6 +195,11 @@ class Settings:
         for key in ("trained", "losses", "job", "has_own_loss"):
             del config[key]
         return config
+
+    def as_record(self) -> dict[str, Any]:
+        """What a checkpoint must tell of its run (`config.kept`), as plain data."""
+        choices = {group: self.job.choices.get(group) for group in ("loss", "model")}
+        return {"config": self.as_config(), "choices": choices, "losses": self.losses}
 
     def chosen(self, group: str) -> dict[str, Node]:
         """The chosen nodes of `logger` or `callbacks`, by name."""
@@ -247,25 +255,6 @@ def _instead(node: DictConfig) -> str:
     names = node["_arguments_"] or {}
     named = [f"{names.get(key, key)}: {value}" for key, value in values.items() if names.get(key)]
     return "such as " + ", ".join(named or ["in_channels: ${form.in_channels}"])
-
-
-def _keep(cfg: DictConfig, earlier: Mapping[str, Any], given: Mapping[str, str]) -> None:
-    """Set θ, seed, data and the model's numbers to earlier values, except for the keys `given`."""
-    other = [g for g in ("model", "data") if cfg[g].get("_target_") != earlier.get(f"{g}._target_")]
-    for key, value in earlier.items():
-        # The numbers of data, such as the batch size, are kept for other data, too.
-        group, is_text = key.split(".")[0], isinstance(value, str | dict)
-        if key.endswith("._target_") or group in other and (group == "model" or is_text):
-            continue
-        is_given = any(f"{name}.".startswith(f"{key}.") for name in given)
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        # A value that follows another setting, such as `${seed}`, still follows it.
-        if is_given or not isinstance(node, DictConfig) or name not in node:
-            continue
-        if OmegaConf.is_interpolation(node, name):
-            continue
-        OmegaConf.update(cfg, key, value, merge=False)
 
 
 def flatten_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +85,28 @@ class Sources:
         for i, name in enumerate(names):
             self._composed[name] = _checked(name, found[f"at{i}"])
 
-    def watched(self, cfg: DictConfig, trained: str) -> dict[str, dict[str, Any]]:
+    def watched(
+        self, cfg: DictConfig, trained: str, kept: Mapping[str, dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
         """The nodes of the losses watched, in the order of `watch`; the trained one is among them.
 
         The trained loss is `cfg.loss`, where the command line may have changed it.
+
+        Args:
+            kept: nodes that replace those of files.
 
         Raises:
             ConfigError: there is no such loss, or its file is wrong.
         """
         known = ", ".join(self.losses)
-        if trained not in self.losses:  # as after loss=[dice,cce] or ~loss
+        if trained not in {*self.losses, *kept}:  # as after loss=[dice,cce] or ~loss
             raise ConfigError(f"loss must be one of {known}")
         _checked(trained, cfg.loss)
         for name in cfg.watch:
-            if not isinstance(name, str) or name not in self.losses:
+            if not isinstance(name, str) or name not in {*self.losses, *kept}:
                 raise ConfigError(f"watch: there is no loss {name!r}; known are {known}")
-        nodes = self.read([name for name in cfg.watch if name != trained], cfg)
+        nodes = dict(kept)
+        nodes |= self.read([n for n in cfg.watch if n not in {*kept, trained}], cfg)
         nodes[trained] = OmegaConf.to_container(cfg.loss, resolve=True)  # type: ignore[assignment]
         return {name: nodes[name] for name in (*cfg.watch, trained)}
 

@@ -8,14 +8,18 @@ random generators, too.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.utils import get_object
 from torch import Tensor, nn
 
 from losswatch.config.errors import ConfigError
+from losswatch.config.kept import Kept
 from losswatch.config.ranges import FOLDER
 from losswatch.config.settings import flatten_keys
 from losswatch.data.coding import check_classes
@@ -23,6 +27,7 @@ from losswatch.data.form import NORMALISATIONS, TARGETS, Form
 from losswatch.data.labels import is_colour
 from losswatch.data.volumes import is_orientation
 from losswatch.losses import LossSet
+from losswatch.presets import load_loss
 from losswatch.text import shortened
 
 Checkpoint = dict[str, Any]
@@ -35,7 +40,7 @@ _NET, _LOSSES, _LOSS = "net.", "losses.", "loss."  # attributes of `Segmentation
 
 def add_record(
     checkpoint: Checkpoint,
-    config: dict[str, Any],
+    run: dict[str, Any],
     sizes: dict[str, int],
     data: dict[str, Any] | None = None,
     random: dict[str, Any] | None = None,
@@ -45,15 +50,13 @@ def add_record(
 
     Args:
         checkpoint: Lightning's; this function changes it.
-        config: the run's, as plain data.
+        run: what it tells of its run (`Settings.as_record`).
         sizes: bytes of each file that grows, by name.
         data: what `data_of` needs, as plain data.
         random: `randomness.get_state`.
         metrics: of the validation of these weights; None if there was none.
     """
-    record = {
-        "config": config, "sizes": sizes, "data": data, "random": random, "metrics": metrics,
-    }  # fmt: skip
+    record = run | {"sizes": sizes, "data": data, "random": random, "metrics": metrics}
     checkpoint[_RECORD] = {key: value for key, value in record.items() if value is not None}
     # A resumed run has its full time limit again.
     states = checkpoint.get("callbacks", {})
@@ -172,32 +175,87 @@ def data_of(checkpoint: Checkpoint) -> tuple[Form, list[int | str]]:
     return form, values
 
 
-def to_keep(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings that a test of a network takes from the config of its checkpoint, by dotted key.
+def to_keep(checkpoint: Checkpoint) -> Kept:
+    """The settings that a test of a network takes from its checkpoint.
 
-    These are numbers only, so that no name in a file is ever imported or called. For data=folder
-    the settings in `_WORDS` are added, if their values are allowed.
+    Anybody may have written the file. So a `_target_` in it may name a module, and no other code,
+    and a text may refer to `${form...}` and `${run...}` only.
     """
-    config, kept = config_of(checkpoint), {}
-    for key, value in flatten_keys(config):
-        numbers = value if isinstance(value, list) else [value]
-        is_theirs = key.split(".")[0] in ("theta", "seed", "data", "model")
-        if is_theirs and all(isinstance(n, int | float) for n in numbers):
-            kept[key] = value
-    for group in ("data", "model"):
-        node = config.get(group)
-        kept[f"{group}._target_"] = node.get("_target_") if isinstance(node, dict) else None
-    if kept["data._target_"] == FOLDER:
-        data = config["data"]
-        kept |= {
+    record = checkpoint.get(_RECORD, {})
+    config, values = config_of(checkpoint), {}
+    theta, seed, watch = (config.get(key) for key in ("theta", "seed", "watch"))
+    if _is_numbers(theta):
+        values["theta"] = theta
+    if isinstance(seed, int):
+        values["seed"] = seed
+    nodes = {g: node for g in ("model", "data") if isinstance(node := config.get(g), dict)}
+    choices = {k: v for k, v in _mapping(record.get("choices")).items() if isinstance(v, str)}
+    losses = {k: v for k, v in _mapping(record.get("losses")).items() if isinstance(v, dict)}
+    is_watched = isinstance(watch, list) and all(name in [*losses] for name in watch)
+    if choices.get("loss") in losses and is_watched:
+        values["watch"] = watch
+    else:
+        losses = {}
+    file = "give its file again, by --config-dir <folder> and"
+    instead = {
+        "model": f"{file} model={shortened(choices.get('model', '<name>'))}",
+        "data": f"{file} data=<name>",
+        "losses": f"{file} loss=<name> 'watch=[...]'",
+    }
+    refused = {
+        what: f"checkpoint: its {what} {why}; {instead[what]}"
+        for what, node in {**nodes, "losses": losses}.items()
+        if (why := _refusal(node))
+    }
+    data = nodes.get("data", {})
+    numbers = {key: value for key, value in flatten_keys(nodes) if _is_numbers(value)}
+    words = {}
+    if data.get("_target_") == FOLDER:
+        words = {
             f"data.{name}": data.get(name)
             for name, is_allowed in _WORDS.items()
             if is_allowed(data.get(name))
         }
-        axes = (checkpoint[_RECORD].get("data") or {}).get("axes")
+        axes = _mapping(record.get("data")).get("axes")
         if is_orientation(axes):  # the network was trained on volumes in this orientation
-            kept["data.axes"] = axes
-    return kept
+            words["data.axes"] = axes
+            nodes["data"] = data | {"axes": axes}
+    return Kept(values, nodes, losses, choices, numbers, words, refused)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_numbers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(isinstance(number, int | float) for number in numbers)
+
+
+def _refusal(node: Any) -> str | None:
+    """Why a node of a file may not be used; None if it may."""
+    if isinstance(node, str) and "${" in re.sub(r"\$\{(form|run)\.\w+\}", "", node):
+        return f"refers to {shortened(node)}"
+    if isinstance(node, list):
+        return next(filter(None, map(_refusal, node)), None)
+    if not isinstance(node, dict):
+        return None
+    if "_target_" in node and not _makes_module(node["_target_"]):
+        return f"is made by {shortened(node['_target_'])}, which is not a class of modules"
+    return _refusal([*node.values()])
+
+
+def _makes_module(target: Any) -> bool:
+    """Whether a target is a class of networks, losses or data modules, or cannot be imported.
+
+    What cannot be imported is refused later, as in any config.
+    """
+    try:
+        found = get_object(target)
+    except Exception:
+        return True
+    is_module = inspect.isclass(found) and issubclass(found, nn.Module | pl.LightningDataModule)
+    return is_module or found is torch.tensor or found is load_loss
 
 
 def _are_classes(value: Any) -> bool:

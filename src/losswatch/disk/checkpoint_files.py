@@ -15,6 +15,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from losswatch.config.errors import ConfigError
+from losswatch.config.kept import Kept
 from losswatch.disk.checkpoint import (
     Checkpoint,
     check_types,
@@ -31,7 +33,7 @@ from losswatch.disk.checkpoint import (
     to_keep,
 )
 from losswatch.files import read_file, replace_file, replace_files
-from losswatch.text import printable, reason
+from losswatch.text import printable, reason, shortened
 
 log = logging.getLogger(__name__)
 
@@ -237,14 +239,28 @@ def saved_configs(folder: Path) -> Iterator[dict[str, Any]]:
             yield config_of(checkpoint)
 
 
-def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint that can be loaded; a warning names each newer one that cannot."""
+def newest(folder: Path, damaged: list[str] | None = None) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that can be loaded; a warning names each newer one that cannot.
+
+    Args:
+        damaged: gets a line about each one that cannot be loaded.
+    """
+    lines = [] if damaged is None else damaged
     for path in files(folder):
         try:
-            return path, load_checkpoint(path)
+            found = path, load_checkpoint(path)
         except ValueError as error:
-            log.warning("%s; the one before it is used", error)
+            lines.append(str(error))
+        else:
+            for line in lines:
+                _warn_once(f"{line}; the one before it is used")
+            return found
     return None
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 def find_checkpoint(place: str) -> Checkpoint:
@@ -255,10 +271,14 @@ def find_checkpoint(place: str) -> Checkpoint:
     """
     path = Path(place)
     if path.is_dir():
-        found = newest(path)
-        if not found:
-            raise ConfigError(f"checkpoint={place}: the folder holds no readable checkpoint")
-        return found[1]
+        damaged: list[str] = []
+        if found := newest(path, damaged):
+            return found[1]
+        if damaged or holds_run(path):
+            why = "; ".join(["the run holds no readable checkpoint", *damaged])
+        else:
+            why = f"it is not the folder of a run; {what_it_holds(path)}"
+        raise ConfigError(f"checkpoint={place}: {why}")
     if not path.exists():
         raise ConfigError(f"checkpoint={place}: there is no such file or run folder")
     try:
@@ -267,8 +287,8 @@ def find_checkpoint(place: str) -> Checkpoint:
         raise ConfigError(f"checkpoint={error}") from error
 
 
-def settings_to_keep(place: str) -> dict[str, Any]:
-    """The settings that a test takes from the config of a checkpoint, by dotted key.
+def settings_to_keep(place: str) -> Kept:
+    """The settings that a test takes from a checkpoint.
 
     Args:
         place: see `find_checkpoint`.
@@ -277,6 +297,25 @@ def settings_to_keep(place: str) -> dict[str, Any]:
         ConfigError: there is no checkpoint that can be read.
     """
     return to_keep(find_checkpoint(place))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has the config of a run."""
+    with suppress(OSError):
+        config = (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        return re.search(r"^theta:", config, re.MULTILINE) is not None
+    return False
+
+
+def what_it_holds(folder: Path) -> str:
+    """What a folder that is not that of a run holds: the runs of a sweep, or other files."""
+    names = sorted(file.name for file in folder.iterdir())
+    runs = [name for name in names if (folder / name / ".hydra").is_dir()]
+    shown = ", ".join(shortened(name) for name in (runs or names)[:5])
+    more = ", ..." if len(runs or names) > 5 else ""
+    return "it holds " + (
+        f"the runs of a sweep: {shown}{more}" if runs else f"{shown}{more}" or "nothing"
+    )
 
 
 def step_in_name(path: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 
 from losswatch.config.errors import ConfigError
 from losswatch.config.settings import differences
-from losswatch.disk.checkpoint_files import saved, saved_configs
+from losswatch.disk.checkpoint_files import holds_run, saved, saved_configs, what_it_holds
 from losswatch.disk.curves import OLD, was_written_by_0_1
 from losswatch.disk.growing_files import event_files, what_is_lost
 from losswatch.disk.result import Result
-from losswatch.text import printable, shortened
+from losswatch.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -68,31 +67,23 @@ def check_run(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ConfigError(f"resume={folder}: there is no such run folder")
-    with suppress(OSError):
-        config = (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8", errors="replace")
-        if re.search(r"^theta:", config, re.MULTILINE):
-            return
+    if holds_run(folder):
+        return
     with suppress(ValueError):
         if Result.read(folder):
             return
     if event_files(folder) or any(saved(folder)):
         return
-    names = sorted(file.name for file in folder.iterdir())
-    runs = [name for name in names if (folder / name / ".hydra").is_dir()]
-    shown = ", ".join(shortened(name) for name in (runs or names)[:5])
-    more = ", ..." if len(runs or names) > 5 else ""
-    raise ConfigError(
-        f"resume={folder} is not the folder of a run; it holds "
-        + (f"the runs of a sweep: {shown}{more}" if runs else f"{shown}{more}" or "nothing")
-    )
+    raise ConfigError(f"resume={folder} is not the folder of a run; {what_it_holds(folder)}")
 
 
-def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
+def check_folder(folder: Path, config: Mapping[str, Any], is_sweep: bool = False) -> None:
     """Check that an earlier attempt in the folder had the same config.
 
     Args:
         folder: of the run; it may be missing.
         config: of this command (`Settings.as_config`), with the number of steps.
+        is_sweep: whether the run is one of a sweep, whose names tell what is swept alone.
 
     Raises:
         ConfigError: the folder holds a run with another config (the message lists the differences),
@@ -108,7 +99,12 @@ def check_folder(folder: Path, config: Mapping[str, Any]) -> None:
         configs += saved_configs(folder)
     for earlier in configs:
         if differ := differences(earlier, config):
+            others = (
+                "sweep what differs, or give another hydra.sweep.dir"
+                if is_sweep
+                else "or give another folder"
+            )
             raise ConfigError(
                 f"{folder} holds a run of another config: {'; '.join(differ[:20])}. Give the same "
-                "settings to go on with it, or another folder"
+                f"settings to go on with it, {others}"
             )

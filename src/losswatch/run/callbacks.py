@@ -70,14 +70,14 @@ class Checkpoints(Checkpoint):
     Lightning calls this callback after all others.
 
     Args:
-        folder, config: of the run; the config as plain data.
-        data: see `checkpoint.add_record`.
+        folder: of the run.
+        run, data: see `checkpoint.add_record`.
     """
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], data: dict[str, Any] | None = None
+        self, folder: Path, run: dict[str, Any], data: dict[str, Any] | None = None
     ) -> None:
-        self.folder, self.config, self.data = folder, config, data
+        self.folder, self.run, self.data = folder, run, data
         self.random: dict[str, Any] | None = None  # of the checkpoint from which the run goes on
         self.saved = 0  # the step of the last checkpoint
         self.validated = 0  # the step of the last validation
@@ -147,7 +147,7 @@ class Checkpoints(Checkpoint):
                 logger.save()  # otherwise a kill would lose what another logger has not written
             sizes, random = trainer.logger.sizes(), randomness.get_state()
             metrics = self.metrics if self.validated == trainer.global_step else None
-            add_record(checkpoint, self.config, sizes, self.data, random, metrics)
+            add_record(checkpoint, self.run, sizes, self.data, random, metrics)
 
 
 def why_ended_early(trainer: pl.Trainer) -> str | None:

@@ -33,7 +33,7 @@ from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.modules import batches_per_epoch, first_batch, form_of, has_test, is_ours
 from losswatch.data.survey import print_survey
-from losswatch.disk.checkpoint import data_of
+from losswatch.disk.checkpoint import data_of, load_net
 from losswatch.disk.checkpoint_files import find_checkpoint
 from losswatch.run.build import (
     check_loggers,
@@ -132,7 +132,9 @@ class Planner:
                 form, _ = data_of(checkpoint)
                 unlabelled = make_unlabelled(settings, form)
                 threads = self._threads(settings, None)
-                return Plan(settings, form, options, threads, None, unlabelled, checkpoint)
+                plan = Plan(settings, form, options, threads, None, unlabelled, checkpoint)
+                load_net(make_net(plan), checkpoint)  # refuses another network before any work
+                return plan
             facts, data = self._facts_of(settings, ranks, options)
             settings = self._of_length(settings, read, facts)
             plan = Plan(
@@ -142,6 +144,8 @@ class Planner:
                 raise ConfigError("mode=test: the data have no images for a test")
             check_loggers(plan)
             self._check_metrics(plan, facts)
+            if checkpoint is not None:
+                load_net(make_net(plan), checkpoint)  # refuses another network before any work
             traits = self._find_traits(plan) if self.is_here else None
             # The user's own module is made again for the training. It may have its own random
             # generator, and looking at the data has drawn from that.

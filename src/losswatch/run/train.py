@@ -65,7 +65,7 @@ def train(plan: Plan) -> Reached:
         module = _make_module(plan, net, data)
         if not is_ours(data):
             use_epoch_loader(data, settings.seed)
-        checkpoints = Checkpoints(folder, settings.as_config(), _about(data, plan.form))
+        checkpoints = Checkpoints(folder, settings.as_record(), _about(data, plan.form))
         with open_log(settings, start.sizes) as logger:
             if isinstance(data, FolderImages) and not start.step and compat.process_rank() == 0:
                 log_survey(logger, data.survey)

@@ -31,7 +31,7 @@ class Member:
     trained: str  # the name of the trained loss
     optimizer: torch.optim.Optimizer  # of `net`; holds settings and moments, and never steps
     logger: EventLog
-    config: dict[str, Any]  # its checkpoints hold it
+    record: dict[str, Any]  # what its checkpoints tell of the run (`Settings.as_record`)
     traits: Traits  # what its first step showed
     start: int = 0  # steps done by an earlier attempt; net and optimizer then hold its state
     notice: str | None = None  # what of that attempt is damaged or missing
@@ -92,7 +92,7 @@ def make_member(plan: Plan) -> Member:
         trained=settings.trained,
         optimizer=optimizer,
         logger=open_log(settings, start.sizes),
-        config=settings.as_config(),
+        record=settings.as_record(),
         traits=plan.traits,
         start=start.step,
         notice=start.notice,

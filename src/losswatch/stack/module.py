@@ -268,7 +268,7 @@ class StackedModule(pl.LightningModule):
                     member.net, self.losses, member.trained, member.optimizer, step, loops
                 )
                 add_record(
-                    checkpoint, member.config, member.logger.sizes(), metrics=dict(member.metrics)
+                    checkpoint, member.record, member.logger.sizes(), metrics=dict(member.metrics)
                 )
                 save_checkpoint(checkpoint, member.folder)
         self.saved = time.monotonic()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from losswatch import compat
+from losswatch.config.names import constant_keys
 from losswatch.config.schema import mode_of
 from losswatch.sweep.workers import end_in_time
 from losswatch.terminal import say
@@ -26,6 +29,9 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Prepare a sweep; end the command if a search goes the wrong way.
 
+        What all runs have in common is left out of their names. Hydra's own setting for this
+        holds it, so that each launcher hands it to its processes with the config.
+
         Raises:
             SystemExit: the search cannot work. Hydra makes a warning of any other error here.
         """
@@ -35,6 +41,12 @@ class SweepCallback(Callback):
         if is_search and (line := _wrong_direction(config)):
             say(f"losswatch: {line}")
             raise SystemExit(2)
+        left_out = [*config.hydra.job.config.override_dirname.exclude_keys]
+        with suppress(HydraException):  # the sweeper raises it again
+            left_out += constant_keys(config.hydra)
+        config.hydra.overrides.hydra.append(
+            f"hydra.job.config.override_dirname.exclude_keys={left_out}"
+        )
         # For ${hydra:...} in the names of folders. A copy, because `set_config` makes it read-only.
         HydraConfig.instance().set_config(copy.deepcopy(config))
         if is_search:

@@ -11,7 +11,6 @@ from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
 
 from losswatch.config.errors import ConfigError
-from losswatch.config.names import run_name
 from losswatch.sweep.jobs import Run, compose_run
 from losswatch.terminal import say_for_now
 from losswatch.text import number_of
@@ -33,11 +32,9 @@ def compose_grid(
         ConfigError: a run is given twice, or the sweep has a setting for single runs.
         HydraException, OmegaConfBaseException, YAMLError: a config cannot be composed.
     """
-    names = [run_name(of_run) for of_run in overrides]
-    times = Counter(names)
-    for of_run, name in zip(overrides, names, strict=True):
-        if times[name] > 1:
-            raise ConfigError(f"the run {' '.join(of_run)} is asked for twice; nothing was started")
+    for given, times in Counter(map(tuple, overrides)).items():
+        if times > 1:
+            raise ConfigError(f"the run {' '.join(given)} is asked for twice; nothing was started")
     if multirun.resume is not None:
         raise ConfigError(
             "resume=... is for one run; a sweep is resumed by hydra.sweep.dir=<its folder>"
@@ -87,6 +84,6 @@ def _check_folder(run: Run) -> None:
     from losswatch.disk.resume import check_folder
 
     assert run.settings is not None
-    check_folder(run.folder, run.settings.as_config())
+    check_folder(run.folder, run.settings.as_config(), is_sweep=True)
     if run.folder.is_dir() and not finished(run.folder):
         hold(run.folder).close()

@@ -52,7 +52,7 @@ class Run:
             ConfigError: the run cannot work.
         """
         _make_current(self.config)
-        job = Job.read(self.config.hydra, command.facts.overrides, self.folder)
+        job = Job.read(self.config.hydra, self.folder)
         read = functools.partial(command.read, self.config, job, is_here)
         self.settings = read()
         plan = command.planner(job, is_here).plan(self.settings, read)
