@@ -19,6 +19,7 @@ from pytorch_lightning import loggers
 from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from losswatch import task
 from losswatch.config.errors import ConfigError
 from losswatch.data.loaders import RemainingBatches
 from losswatch.disk.result import Result
@@ -27,10 +28,23 @@ from losswatch.run.build import make_loggers, make_scheduler
 QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
 
 
+@pytest.fixture
+def train_here(compose, tmp_path):
+    """train_here(...) -> the folder of a short run in this process, without `result.json`."""
+
+    def train_here(*arguments):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        task.train(compose(*QUICK, *arguments).plan(folder))
+        return folder
+
+    return train_here
+
+
 def train(cwd, *arguments, **options):
-    """A short run; its folder and what it printed."""
-    done = run_train(*QUICK, *arguments, "hydra.run.dir=run", cwd=cwd, **options)
-    return cwd / "run", done
+    """The folder of a short run by the command, which also writes `result.json`."""
+    run_train(*QUICK, *arguments, "hydra.run.dir=run", cwd=cwd, **options)
+    return cwd / "run"
 
 
 def curve(folder, tag):
@@ -40,8 +54,8 @@ def curve(folder, tag):
 # --- Loggers -------------------------------------------------------------------------------------
 
 
-def test_a_second_logger_gets_the_same_numbers(tmp_path):
-    folder, _ = train(tmp_path, "logger=[tensorboard,csv]", "watch=[cce,dice]")
+def test_a_second_logger_gets_the_same_numbers(train_here):
+    folder = train_here("logger=[tensorboard,csv]", "watch=[cce,dice]")
     frame = pd.read_csv(folder / "csv/version_0/metrics.csv").set_index("step")
     for tag in ("loss/cce", "grad_norm/dice", "val/dice", "val/loss/cce", "test/accuracy"):
         steps, values = zip(*curve(folder, tag), strict=True)
@@ -58,7 +72,7 @@ def test_loggers_of_services(tmp_path, name, monkeypatch):
     pytest.importorskip(name)
     more = ["logger.wandb.offline=true"] if name == "wandb" else []
     more += ["tags=[pilot,new data]"]
-    folder, _ = train(tmp_path, f"logger={name}", *more)
+    folder = train(tmp_path, f"logger={name}", *more)
     wanted = curve(folder, "val/dice/class_1")
     if name == "wandb":
         [run] = (folder / "wandb").rglob("offline-run-*")
@@ -130,26 +144,25 @@ def test_a_logger_that_cannot_be_made_is_found_before_training(compose, monkeypa
 
 
 def test_early_stopping_ends_a_run_that_counts_as_done(tmp_path):
-    folder, done = train(
-        tmp_path, "callbacks=early_stopping", "callbacks.early_stopping.patience=2",
+    command = [
+        *QUICK, "callbacks=early_stopping", "callbacks.early_stopping.patience=2",
         "optimizer.lr=1e-12", "trainer.max_steps=100",
-    )  # fmt: skip
+    ]  # fmt: skip
+    done = run_train(*command, "hydra.run.dir=run", cwd=tmp_path)
     assert re.search(
         r"^early stopping after 12 of 100 steps: Mon.* val/dice did", done.stderr, re.M
     )
+    folder = tmp_path / "run"
     result = read_result(folder)
     assert (result["status"], result["steps"]) == ("done", 12)
     assert [step for step, _ in curve(folder, "val/dice")] == [4, 8, 12]
     assert "test/dice" in result["metrics"]
-    again = run_train(
-        *QUICK, "callbacks=early_stopping", "callbacks.early_stopping.patience=2",
-        "optimizer.lr=1e-12", "trainer.max_steps=100", "resume=run", cwd=tmp_path,
-    )  # fmt: skip
+    again = run_train(*command, "resume=run", cwd=tmp_path)
     assert "done before, skipped" in again.stderr
 
 
 def test_the_best_checkpoint_is_that_of_the_metric(tmp_path):
-    folder, _ = train(
+    folder = train(
         tmp_path, "callbacks=[best,lr_monitor]", "metric=val/loss/cce", "optimizer.lr=0.05",
         "trainer.max_steps=24",
     )  # fmt: skip
@@ -176,20 +189,18 @@ RATES = {
 
 
 @pytest.mark.parametrize("name", ["cosine", slow("warmup")])
-def test_the_rate_over_the_training(tmp_path, name):
+def test_the_rate_over_the_training(train_here, name):
     more = ["scheduler.total_iters=6"] if name == "warmup" else []
-    folder, _ = train(
-        tmp_path, f"scheduler={name}", *more, "optimizer.lr=1e-2", "callbacks=lr_monitor"
-    )
+    folder = train_here(f"scheduler={name}", *more, "optimizer.lr=1e-2", "callbacks=lr_monitor")
     steps, values = zip(*curve(folder, "lr-Adam"), strict=True)
     assert list(values) == pytest.approx([RATES[name](i) for i in range(len(steps))], rel=1e-4)
 
 
 @pytest.mark.parametrize("metric", [slow("val/accuracy"), "val/loss/dice"])
-def test_a_plateau_lowers_the_rate(tmp_path, metric):
+def test_a_plateau_lowers_the_rate(train_here, metric):
     """At each validation after the first, all of them alike; a loss is better the smaller it is."""
-    folder, _ = train(
-        tmp_path, "scheduler=plateau", "scheduler.patience=0", "optimizer.lr=1e-12",
+    folder = train_here(
+        "scheduler=plateau", "scheduler.patience=0", "optimizer.lr=1e-12",
         "callbacks=lr_monitor", "+scheduler.eps=0", f"metric={metric}",
         "trainer.accumulate_grad_batches=2",
     )  # fmt: skip
@@ -232,9 +243,9 @@ def test_resuming_keeps_scheduler_and_patience(tmp_path, device):
         slow("callbacks=best", "callbacks=best needs the ordinary step"),
     ],
 )
-def test_compiled_runs_say_that_they_are_not(tmp_path, option, why):
-    _, done = train(tmp_path, option, "compile=true")
-    assert f"not compiled: {why}" in done.stderr
+def test_compiled_runs_say_that_they_are_not(train_here, caplog, option, why):
+    train_here(option, "compile=true")
+    assert f"not compiled: {why}" in caplog.text
 
 
 # --- The metric ----------------------------------------------------------------------------------
@@ -242,7 +253,7 @@ def test_compiled_runs_say_that_they_are_not(tmp_path, option, why):
 
 def test_the_score_is_the_metric(tmp_path, monkeypatch):
     """What a search gets: the value of `metric` in result.json."""
-    folder, _ = train(tmp_path, "metric=val/dice/class_1")
+    folder = train(tmp_path, "metric=val/dice/class_1")
     result = Result.read(folder)
     assert result.score("val/dice/class_1") == result.metrics["val/dice/class_1"]
     tested = replace(result, config={"mode": "test"})
@@ -341,16 +352,16 @@ def test_paths_with_an_equals_sign(tmp_path):
     assert "max_steps" in config
 
 
-def test_validations_are_counted_in_steps_not_in_batches(tmp_path):
-    folder, _ = train(tmp_path, "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=5")
+def test_validations_are_counted_in_steps_not_in_batches(train_here):
+    folder = train_here("trainer.accumulate_grad_batches=2", "trainer.val_check_interval=5")
     assert [step for step, _ in curve(folder, "val/accuracy")] == [5, 10, 12]
 
 
 # --- Presets for finding bugs --------------------------------------------------------------------
 
 
-def test_overfit_trains_on_one_batch_again_and_again(tmp_path):
-    folder, _ = train(tmp_path, "experiment=overfit", "model=convnet", "optimizer.lr=1e-12")
+def test_overfit_trains_on_one_batch_again_and_again(train_here):
+    folder = train_here("experiment=overfit", "model=convnet", "optimizer.lr=1e-12")
     losses = [value for _, value in curve(folder, "loss/dice")]
     assert losses == pytest.approx([losses[0]] * 12, rel=1e-6)
 
