@@ -7,6 +7,7 @@
     python scripts/benchmark.py sweep     runs x steps per second of each launcher
     python scripts/benchmark.py launchers whole sweeps by each launcher
     python scripts/benchmark.py stack     what a stack of runs gains, by the size of layers
+    python scripts/benchmark.py threads   what more CPU threads bring for a single run
     python scripts/benchmark.py scaling   time and memory of a stack by its number of runs
     python scripts/benchmark.py folder    reading a folder of images before training
 
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, folder, launchers, losses, probe, runs, scaling, stack, watch
+from benchmarks import ROOT, folder, launchers, losses, probe, runs, scaling, stack, threads, watch
 
 
 def main() -> None:
@@ -51,6 +52,8 @@ def main() -> None:
     section.add_argument("--grids", nargs="+", default=[], choices=list(launchers.GRIDS))
     section = sections.add_parser("stack", help="what a stack gains, by the size of layers")
     section.add_argument("--steps", type=int, default=200, help="larger stacks make fewer steps")
+    section = sections.add_parser("threads", help="what more CPU threads bring for a single run")
+    section.add_argument("--rounds", type=int, default=2, help="interleaved rounds of seconds")
     section = sections.add_parser("scaling", help="time and memory of a stack by its runs")
     section.add_argument("--steps", type=int, default=500, help="smaller stacks make more steps")
     section.add_argument("--runs", type=int, nargs="+", default=[1, 4, 14, 56, 168, 504])
@@ -74,6 +77,8 @@ def main() -> None:
         launchers.measure(args.rounds, args.grids)
     elif args.section == "stack":
         stack.measure(args.steps)
+    elif args.section == "threads":
+        threads.measure(args.rounds)
     else:
         scaling.measure(args.steps, args.runs, args.figure)
 

@@ -130,7 +130,7 @@ def test_threads_of_a_run(compose, tmp_path, monkeypatch, caplog):
     """`auto` takes more than one where layers are large, for a single run on free cores."""
     caplog.set_level("INFO", "losswatch")
     monkeypatch.setattr(planner, "cpu_count", lambda: 6)
-    monkeypatch.setattr(planner, "FLOPS_OF_THREAD", 2e5)
+    monkeypatch.setattr(planner, "FLOPS_OF_THREAD", {2: 2e5})
     # Three convolutions: 3 x 3 from 1 to 8 and from 8 to 8 channels, 1 x 1 from 8 to 2; a
     # multiplication and an addition for each weight and pixel of 2 images of 16 x 16.
     flops = 2 * (9 * 8 + 9 * 8 * 8 + 8 * 2) * 2 * 16**2 / 3

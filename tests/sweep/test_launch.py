@@ -143,7 +143,7 @@ def test_members_stay_in_order():
 # --- Which processes, and what is stacked --------------------------------------------------------
 
 AUTO = Options("faster", None, None, None)
-LARGE = ["model=unet", "data.image_size=32", "data.batch_size=8"]  # 8.8 MFLOP a layer
+LARGE = ["model=unet", "data.image_size=64", "data.batch_size=8"]  # 30 MFLOP a layer
 
 
 def decided(runs, at_once, options=AUTO):

@@ -51,9 +51,9 @@ from losswatch.text import one_line
 
 log = logging.getLogger(__name__)
 
-# Floating-point operations of a layer in a forward pass that keep one more CPU thread busy.
-# Measured by `python scripts/benchmark.py threads`.
-FLOPS_OF_THREAD = 16e6
+# Floating-point operations of a layer in a forward pass that keep a CPU thread busy, by dimensions:
+# two threads are then at least 1.3 times as fast as one (`python scripts/benchmark.py threads`).
+FLOPS_OF_THREAD = {2: 60e6, 3: 25e6}
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Planner:
             # The user's own module is made again for the training. It may have its own random
             # generator, and looking at the data has drawn from that.
             kept = data if data is not None and is_ours(data) else None
-            threads = self._threads(settings, traits, ranks)
+            threads = self._threads(settings, traits, plan.form.dims, ranks)
             return dataclasses.replace(plan, threads=threads, traits=traits, data=kept)
 
     # --- Parts of a plan -------------------------------------------------------------------------
@@ -268,19 +268,22 @@ class Planner:
                 check_callbacks(made, metrics, folder, settings.job.is_sweep)
             self._passed.add(key)
 
-    def _threads(self, settings: Settings, traits: Traits | None, ranks: int = 1) -> int:
+    def _threads(
+        self, settings: Settings, traits: Traits | None, dims: int = 2, ranks: int = 1
+    ) -> int:
         """The CPU threads of a process of a run.
 
         Those given; for `auto` as many as make it much faster.
 
         Args:
+            dims: of the images.
             ranks: the number of processes.
         """
         if isinstance(settings.threads, int):
             return settings.threads
         if settings.job.is_sweep or traits is None or traits.layer_flops == math.inf:
             return 1  # the runs of a sweep share the cores
-        threads = max(1, min(cpu_count() // ranks, int(traits.layer_flops / FLOPS_OF_THREAD)))
+        threads = max(1, min(cpu_count() // ranks, int(traits.layer_flops / FLOPS_OF_THREAD[dims])))
         line = f"{threads} CPU threads; threads=1 gives the numbers of a sweep to the last digit"
         if threads > 1 and self.speaks and line not in self._said:
             self._said.add(line)

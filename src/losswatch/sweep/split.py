@@ -18,9 +18,9 @@ from losswatch.sweep.parts import Part
 from losswatch.terminal import say
 from losswatch.text import number_of
 
-# Floating-point operations of a layer in a forward pass, from which on a stack is not faster on a
-# CPU. Measured by `python scripts/benchmark.py stack`.
-LARGE_LAYER = 3e6
+# Floating-point operations of a layer in a forward pass of a batch, from which on a stack is slower
+# on a CPU (`python scripts/benchmark.py stack`). That of the default U-Net has 7.5 million.
+LARGE_LAYER = 10e6
 
 
 @dataclass(frozen=True)
