@@ -126,7 +126,7 @@ def arguments(program: str) -> list[str]:
 
 def test_the_commands_are_found():
     assert "-m loss=dice,cce theta=0.05,0.5,0.95" in arguments("python train.py")
-    assert "-m experiment=symmetry hydra/launcher=fused compile=true" in arguments(
+    assert "-m experiment=symmetry compile=true" in arguments(
         "python train.py"
     )
     assert {"benchmark.py probe", "reproduce.py"} <= {
