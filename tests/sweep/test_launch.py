@@ -222,6 +222,20 @@ def test_a_gpu_needs_no_processes(compose, monkeypatch):
     assert launch.start_workers(on_cpu, Options("faster", None, 2, None))[::2] == (2, True)
 
 
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("workers=0", "hydra.launcher.workers must be at least 1, or null, got 0"),
+        ("max_members=-1", "hydra.launcher.max_members must be at least 1, or null, got -1"),
+        ("stack=never", "hydra.launcher.stack must be faster or all, got never"),
+    ],
+)
+def test_a_wrong_setting_of_the_launcher(tmp_path, setting, said):
+    done = run_train("-m", *SMALL, "seed=0,1", f"hydra.launcher.{setting}", cwd=tmp_path, status=2)
+    assert done.stderr.splitlines()[-1] == f"losswatch: {said}"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
 def test_cores_that_the_command_may_not_use_do_not_count(tmp_path):
     core = str(min(os.sched_getaffinity(0)))

@@ -447,7 +447,7 @@ def test_a_sweep_leaves_its_process_as_it_was(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" done ") == 3 and done.stdout.count("exit status 2") == 1
     assert done.stderr.count("training 2 single runs") == 1  # on two cores or more
-    assert done.stderr.count("training 1 stack of up to 1 run") == 1
+    assert done.stderr.count("run 1 of 1: ") == 1
 
 
 # --- Parts ---------------------------------------------------------------------------------------

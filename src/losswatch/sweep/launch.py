@@ -120,7 +120,8 @@ def launch(
     for run in runs:
         prepare(run, context, is_here=options.outer is None)
         (others if run.settings is None or finished(run.folder) else todo).append(run)
-    context.command.facts = replace(context.command.facts, names_starts=False)
+    if len(runs) > 1:
+        context.command.facts = replace(context.command.facts, names_starts=False)
 
     returns: list[Returned] = []
     if options.outer is not None:
@@ -143,7 +144,8 @@ def _train_here(
 ) -> list[Returned]:
     """Train runs in the workers, or in this process; one bar shows all their steps."""
     parts, text = make_parts(runs, workers.count if workers else 1, options)
-    say_what(text, done)
+    if len(runs) > 1:  # the command names a single run
+        say_what(text, done)
     total = sum(map(steps_of, runs))
     with terminal.progress_bar(total, is_shown=runs[0].config.trainer.enable_progress_bar) as bar:
         if workers is None or len(parts) == 1:

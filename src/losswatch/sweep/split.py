@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from losswatch.config.errors import ConfigError
 from losswatch.stack.limits import check_plan
 from losswatch.stack.refusal import NotStackable
 from losswatch.sweep.groups import group_runs, order_groups
@@ -31,6 +32,19 @@ class Options:
     max_members: int | None
     workers: int | None
     outer: Any
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: one is not allowed.
+        """
+        if self.stack not in ("faster", "all"):
+            raise ConfigError(f"hydra.launcher.stack must be faster or all, got {self.stack}")
+        for key in ("max_members", "workers"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"hydra.launcher.{key} must be at least 1, or null, got {value}")
 
 
 def make_parts(runs: Sequence[Run], at_once: int, options: Options) -> tuple[list[Part], str]:
