@@ -1,11 +1,11 @@
-"""Two demonstrations on real images: which loss works there?
+"""Two demonstrations on real images: which loss fails there, and why?
 
-    pip install -e ".[images,joblib]"
-    python scripts/demo.py nuclei     one microscope image with 125 nuclei; 3 minutes on two cores
-    python scripts/demo.py brain      one brain, regions of different sizes; 10 minutes
+    pip install -e ".[images]"
+    python scripts/demo.py nuclei     one microscope image with 125 nuclei; 6 minutes of CPU time
+    python scripts/demo.py brain      one brain, regions of different sizes; 16 minutes of CPU time
 
 Each fetches its data from a package (`pip download stardist`, `apt-get download mricron-data`),
-writes it to a folder, sweeps losses and seeds, and writes a table and a picture to
+writes it to a folder, sweeps losses and seeds, and writes a table and pictures to
 outputs/demo/<name>/README.md. Figures and the comparison of losses are in outputs/demo-<name>/.
 """
 
@@ -25,9 +25,10 @@ import tifffile
 from matplotlib.figure import Figure
 
 from losswatch.data.reading import read
+from losswatch.disk.curves import read_curves
 from losswatch.files import replace_file
 from losswatch.report.runs import loss_order, read_runs
-from losswatch.report.tables import markdown_table
+from losswatch.report.tables import finding_table, markdown_table
 
 ROOT = Path(__file__).parents[1]
 LOSSES = ("cce", "dice", "dice_fg", "dice_square", "dice_ce_nnunet")
@@ -88,24 +89,28 @@ def fetch_brain(folder: Path) -> None:
 
 # --- Sweeps --------------------------------------------------------------------------------------
 
+# Without batch norm, as in the part of the study where foreground-only Dice fails.
 COMMON = [
     "data=folder", f"loss={','.join(LOSSES)}", f"watch=[{','.join(LOSSES)}]", "seed=0,1,2",
-    "optimizer.lr=3e-3", "trainer.accelerator=cpu",
-    "trainer.val_check_interval=100", "probe.every_n_steps=10", "data.num_workers=0",
-    "hydra/launcher=joblib", "trainer.enable_progress_bar=false",
+    "optimizer.lr=3e-3", "model.batch_norm=false", "trainer.accelerator=cpu",
+    "probe.every_n_steps=10", "data.num_workers=0", "trainer.enable_progress_bar=false",
 ]  # fmt: skip
-# What the masks' values mean, for each condition: its name and data.classes.
-NUCLEI = {"nuclei": "{background:0,nucleus:rest}"}
+# What the masks' values mean, for each condition: its name, with the share of foreground in the
+# images that train, and data.classes.
+NUCLEI = {
+    "nuclei, 22 %": "{background:0,region:rest}",
+    "all but nuclei, 78 %": "{background:rest,region:0}",
+}
 BRAIN = {
     "putamen, 0.2 %": "{background:rest,region:1}",
     "grey matter, 20 %": "{background:rest,region:[1,2]}",
     "all but grey matter, 80 %": "{background:[1,2],region:rest}",
     "all but putamen, 99.8 %": "{background:1,region:rest}",
 }
-# Without batch norm, as in the part of the study where foreground-only Dice fails.
+IMAGE = ["trainer.max_steps=150", "trainer.val_check_interval=50"]
 VOLUMES = [
-    "data.patch_size=24", "data.batch_size=2", "data.flip=false", "model.batch_norm=false",
-    "trainer.max_steps=200",
+    "data.patch_size=24", "data.batch_size=2", "data.flip=false",
+    "trainer.max_steps=200", "trainer.val_check_interval=100",
 ]  # fmt: skip
 
 
@@ -120,8 +125,8 @@ def sweep(folder: Path, data: Path, settings: list[str]) -> pd.DataFrame:
 
 TEXT = """# {title}
 
-`python scripts/demo.py {name}`: five losses x three seeds{times}, in {minutes:.0f} minutes on
-two cores. Dice on the validation image, mean over the two classes; mean and range of three seeds.
+`python scripts/demo.py {name}`: 5 losses x 3 seeds x {count} regions as the foreground, without
+batch norm. Dice on the validation image, mean over the two classes; mean and range of three seeds.
 
 {table}
 
@@ -131,51 +136,125 @@ two cores. Dice on the validation image, mean over the two classes; mean and ran
 
 One image, or two halves of one, does not show that a network generalises: the table shows which
 loss learns, not how good the network would be on other images.
+
+## Why
+
+{why}
 """
 
+WHY_NUCLEI = """This is all that losswatch found in the {count} runs with *{condition}*:
 
-def write_report(name: str, title: str, runs: pd.DataFrame, verdict: str) -> None:
-    """Write outputs/demo/<name>/README.md and its picture."""
-    out = ROOT / "outputs" / "demo" / name
-    out.mkdir(parents=True, exist_ok=True)
-    losses, conditions = loss_order(runs["loss"].unique()), runs["condition"].unique()
+{table}
+
+It advises:
+
+> {remedy}
+
+The table of Dice has two of these, the squared denominator (`dice_square`) and added cross entropy
+(`dice_ce_nnunet`). Both learn.
+
+![The loss that trains and its gradient norm, a line for each run](why.png)
+
+The value of `dice_fg` looks like those of the other losses. Its gradient norm does not.
+
+The best constant answer is the reason. Suppose that the network gives each pixel the same
+probability p of foreground, and let f be the share of foreground. Foreground-only Dice (`dice_fg`)
+is then 1 − 2fp / (f + p). It falls all the way to p = 1, so the best constant answer is *all
+foreground*. With f = 0.78 its value is 1 − 1.56 / 1.78 = 0.12, which looks like success. But at
+p = 1 the softmax has no slope, p(1 − p) = 0: no gradient reaches the weights, and the run stays
+there. Cross entropy and Dice over both classes are lowest at p = f. There the slope is
+f(1 − f) = 0.17, and the network can learn to tell the pixels apart.
+
+With f = 0.22 *all foreground* is the best constant answer, too, but the network is not driven there
+first. At p = 1/2 the pull on all pixels alike is f / ((1 − f)(f + 1/2)) times the pull that
+separates the classes. This is 0.4 with f = 0.22, and 2.8 with f = 0.78.
+[The study's report](../../article/report.md) derives it, and
+[the doctor](../../../src/losswatch/doctor/README.md) measures it at the first batch."""
+
+WHY_BRAIN = """[The nuclei](../nuclei/README.md#why) show why foreground-only Dice (`dice_fg`) fails
+where most pixels are foreground."""
+
+
+def by_loss(runs: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """The losses in the order in which they are shown: name, colour and runs of each."""
+    names = loss_order(runs["loss"].unique())
+    return [(name, f"C{i}", runs[runs["loss"] == name]) for i, name in enumerate(names)]
+
+
+def draw_dice(runs: pd.DataFrame) -> Figure:
+    """Dice by loss in each condition, a point for each run."""
+    conditions = list(runs["condition"].unique())
     figure = Figure(figsize=(3.5 + 1.4 * len(conditions), 3.6), layout="constrained")
     axes = figure.add_subplot(ylabel="Dice")
-    for i, loss in enumerate(losses):
-        part = runs[runs["loss"] == loss]
-        places = [list(conditions).index(c) + 0.12 * (i - 2) for c in part["condition"]]
-        axes.plot(places, part["dice"], "o", color=f"C{i}", alpha=0.7, label=loss)
+    for i, (loss, colour, part) in enumerate(by_loss(runs)):
+        places = [conditions.index(c) + 0.12 * (i - 2) for c in part["condition"]]
+        axes.plot(places, part["dice"], "o", color=colour, alpha=0.7, label=loss)
     axes.set_xticks(range(len(conditions)), [c.replace(", ", "\n") for c in conditions])
     axes.set_ylim(0, 1.02)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(out / "dice.png", dpi=120)
+    return figure
+
+
+def draw_training(folder: Path, runs: pd.DataFrame, title: str) -> Figure:
+    """The loss that trains and its gradient norm over the steps, a line for each run."""
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    panels[0].set(xlabel="step", ylabel="loss that trains")
+    panels[1].set(xlabel="step", ylabel="its gradient norm", yscale="log", ylim=(1e-11, 1e2))
+    for axes, kind in zip(panels, ("loss", "grad_norm"), strict=True):
+        for loss, colour, part in by_loss(runs):
+            for run in part["run"]:
+                curve = read_curves(folder / run)[f"{kind}/{loss}"].dropna()
+                axes.plot(curve, color=colour, linewidth=1, label=loss)
+    lines, names = panels[0].get_legend_handles_labels()
+    one_each = dict(zip(names, lines, strict=True))
+    figure.legend(one_each.values(), one_each, loc="outside right upper", fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+def write_report(name: str, title: str, runs: pd.DataFrame, why: str) -> None:
+    """Write outputs/demo/<name>/README.md and its picture of Dice."""
+    out = ROOT / "outputs" / "demo" / name
+    draw_dice(runs).savefig(out / "dice.png", dpi=120)
     cells = runs.pivot_table(
         index="condition", columns="loss", values="dice", sort=False,
         aggfunc=lambda x: f"{x.mean():.3f} ({x.min():.3f} to {x.max():.3f})",
-    )[losses]  # fmt: skip
+    )[loss_order(runs["loss"].unique())]  # fmt: skip
     text = TEXT.format(
-        title=title, name=name, table=markdown_table(cells.reset_index()), verdict=verdict,
-        times=f" x {len(conditions)} sizes" if len(conditions) > 1 else "",
-        minutes=runs["seconds"].sum() / 120,
+        title=title, name=name, table=markdown_table(cells.reset_index()), verdict=verdict(runs),
+        count=len(cells), why=why,
     )  # fmt: skip
     replace_file(out / "README.md", text.encode())
 
 
 def verdict(runs: pd.DataFrame) -> str:
-    """Tell which losses learn nothing: with one class everywhere, Dice is at most 0.5."""
+    """Tell which runs learn nothing: with one class everywhere, Dice is at most 0.5."""
     lines = []
-    best = runs.groupby(["condition", "loss"], sort=False)["dice"].max().unstack()
-    for condition, row in best.iterrows():
-        stuck = [str(loss) for loss, dice in row.items() if dice < 0.6]
-        if len(stuck) == len(row):
+    for condition, part in runs.groupby("condition", sort=False):
+        stuck = part.loc[part["dice"] < 0.6, "loss"].value_counts(sort=False)
+        fail = [f"{loss} fails with {count} of 3 seeds" for loss, count in stuck.items()]
+        if len(stuck) == len(LOSSES) and (stuck == 3).all():
             lines.append(f"- {condition}: no loss learns in so few steps.")
-        elif stuck:
-            lines.append(
-                f"- {condition}: {', '.join(stuck)} fails for all seeds, the others learn."
-            )
+        elif fail:
+            lines.append(f"- {condition}: {', '.join(fail)}. All other runs learn.")
         else:
             lines.append(f"- {condition}: every loss learns.")
     return "\n".join(lines)
+
+
+def explain_nuclei(folder: Path, runs: pd.DataFrame) -> str:
+    """Draw why.png of the last condition; its runs are in `folder`. Returns the text of `Why`."""
+    condition = runs["condition"].iloc[-1]
+    runs = runs[runs["condition"] == condition]
+    out = ROOT / "outputs" / "demo" / "nuclei"
+    draw_training(folder, runs, condition).savefig(out / "why.png", dpi=120)
+    found = runs[["run", "loss", "seed"]].merge(finding_table(folder, runs), on="run")
+    cells = found[["loss", "seed", "name", "step", "text"]].astype(str)
+    return WHY_NUCLEI.format(
+        count=len(runs), condition=condition, table=markdown_table(cells),
+        remedy=" ".join(found["remedy"].unique()),
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -187,7 +266,7 @@ def main() -> int:
     folder = ROOT / "outputs" / f"demo-{name}"
     data = folder.with_name(f"demo-{name}-data")
     fetch, conditions, more, title = {
-        "nuclei": (fetch_nuclei, NUCLEI, ["trainer.max_steps=300"], "Nuclei"),
+        "nuclei": (fetch_nuclei, NUCLEI, IMAGE, "Nuclei, and what is the foreground"),
         "brain": (fetch_brain, BRAIN, VOLUMES, "A brain, and the size of the region"),
     }[name]
     if not data.exists():
@@ -200,7 +279,8 @@ def main() -> int:
     runs = pd.concat(tables)
     report = [sys.executable, str(ROOT / "scripts/report.py"), str(folder)]
     subprocess.run(report, check=True, stdout=subprocess.DEVNULL)
-    write_report(name, title, runs, verdict(runs))
+    (ROOT / "outputs" / "demo" / name).mkdir(parents=True, exist_ok=True)
+    write_report(name, title, runs, explain_nuclei(place, runs) if name == "nuclei" else WHY_BRAIN)
     print(f"outputs/demo/{name}/README.md")
     return 0
 

@@ -1,6 +1,7 @@
 """The README files and the comments in YAML, against the files and commands that they name.
 
-And the packages of pyproject.toml, against the imports.
+And the packages of pyproject.toml, against the imports, and its version, against the other files
+that name it.
 """
 
 import ast
@@ -16,6 +17,7 @@ from urllib.parse import unquote
 
 import hydra
 import pytest
+import yaml
 from conftest import ROOT
 from disks import make_folder
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,7 +27,7 @@ from losswatch.config.quoting import quoted
 from losswatch.losses import CrossEntropy, Dice
 from losswatch.report import losses
 
-FOLDERS = ("conf", "outputs/article", "scripts", "src", "tests")
+FOLDERS = ("conf", "outputs/article", "outputs/demo", "scripts", "src", "tests")
 PAGES = [*ROOT.glob("*.md"), *(page for f in FOLDERS for page in (ROOT / f).rglob("*.md"))]
 EXPERIMENTS = sorted((ROOT / "conf/experiment").glob("*.yaml"))
 PLUGINS = {
@@ -243,6 +245,17 @@ def imports(tree: ast.AST, at_start: bool) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             yield node.module
         yield from imports(node, at_start)
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert citation["title"] == project["name"] and citation["abstract"] == project["description"]
+    assert citation["version"] == project["version"] and citation["license"] == project["license"]
+    assert f"Copyright (c) 2026 {citation['authors'][0]['name']}\n" in read("LICENSE")
+    [newest, *_] = re.findall(r"^## ([\d.]+)", read("CHANGELOG.md"), flags=re.MULTILINE)
+    assert newest == project["version"]
 
 
 def test_all_packages_that_are_imported_are_declared():

@@ -1,10 +1,12 @@
-"""The examples of scripts/examples run, and the installed package is what they need."""
+"""The examples of scripts/examples run, the package is what they need, and a release is whole."""
 
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import textwrap
+import zipfile
 
 import pytest
 from conftest import ENVIRONMENT, PATIENCE, ROOT, run_python, run_train
@@ -125,3 +127,31 @@ def test_the_wheel(tmp_path):
     )
     path, count = done.stdout.split()
     assert os.fspath(there) in path and int(count) == len(list((ROOT / "conf/loss").glob("*.yaml")))
+
+
+@pytest.mark.slow
+def test_a_release(tmp_path):
+    """The source archive holds what is needed, and its wheel is the one that is built here."""
+
+    def build(form, source, into):
+        command = [sys.executable, "-m", "build", "--no-isolation", f"--{form}", "-o", into, source]
+        subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+        [file] = into.iterdir()
+        return file
+
+    def names(wheel):
+        with zipfile.ZipFile(wheel) as files:
+            return set(files.namelist())
+
+    archive = build("sdist", ROOT, tmp_path / "sdist")
+    wheel = build("wheel", ROOT, tmp_path / "wheel")
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", archive, wheel], check=True)
+    with tarfile.open(archive) as files:
+        files.extractall(tmp_path, filter="data")
+    source = tmp_path / archive.name.removesuffix(".tar.gz")
+    top = ["README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "train.py"]
+    below = [path for folder in ("conf", "tests") for path in (ROOT / folder).rglob("*")]
+    files = [path for path in below if path.is_file() and path.parent.name != "__pycache__"]
+    for path in [*top, *(path.relative_to(ROOT) for path in files)]:
+        assert (source / path).read_bytes() == (ROOT / path).read_bytes()
+    assert names(build("wheel", source, tmp_path / "again")) == names(wheel)

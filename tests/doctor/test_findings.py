@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from losswatch import Observer
+from losswatch import Observer, list_losses
 from losswatch.doctor.findings import MOST, RULES, diagnose
 from losswatch.doctor.history import History
 
@@ -184,6 +184,13 @@ NEAR = {
     "the first output of a small head": ({"sign/out_min.0": np.r_[0.1, -ON[1:]]}, {}),
     "regions, each with a sigmoid": ({"sign/label_sum.0": 2}, {"activation": "sigmoid"}),
     "soft labels": ({"sign/label_max.0": 0.6}, {"activation": "sigmoid"}),
+    "a first batch without foreground": (
+        {
+            "sign/label/0.0": np.r_[1, 0.8 * ON[1:]], "sign/label/1.0": np.r_[0, 0.2 * ON[1:]],
+            "grad_norm/own": np.r_[1e-9, 0.5 * FALLING[1:]], "answer/perfect": 0.9,
+            "answer/perfect_half": 0.7, "answer/perfect_quarter": 0.6, "answer/constant": 0.6,
+        }, {},
+    ),
     "some batches without foreground": (
         {"sign/label/1.0": 0.2 * LATE, "sign/label/0.0": 1 - 0.2 * LATE}, {},
     ),
@@ -290,6 +297,16 @@ def test_three_classes_of_which_images_lack_some():
     answers = {f"answer/perfect{end}": 0.6 * ON for end in ("", "_half", "_quarter")}
     sick = {**base.numbers, **answers, "sign/pull_absent.0": 0.4 * ON}
     assert diagnose(replace(base, numbers=sick))[0].name == "absent-class"
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("name", list_losses())
+def test_a_first_batch_of_one_class_is_no_reason_to_blame_a_loss(name, label):
+    torch.manual_seed(0)
+    net = nn.Conv2d(1, 2, 3, padding=1)
+    observer = Observer(list(dict.fromkeys(["cce", "dice", name])), net, trained=name)
+    observer(net(torch.rand(2, 1, 16, 16)), torch.full((2, 16, 16), label))
+    assert observer.findings() == []
 
 
 def test_a_collapse_is_foreseen_at_the_first_batch_and_not_repeated_at_the_end():

@@ -154,6 +154,8 @@ def activation_missing(h: History) -> Finding | None:
                 f"The loss reads probabilities, but the output goes from {low:.3g} to {high:.3g}."
             )
             return Finding("activation-missing", step, text, "Apply softmax or sigmoid first.")
+    if h.is_one_class()[0]:
+        return None  # what Dice says of a missing class depends on its smoothing
     least, most = h.sign("out_min"), h.sign("out_max")
     ends = [h.answer(n) for n in ("background", "foreground")]
     is_linear = abs(h.answer("even") - np.mean(ends)) < 1e-3 * abs(ends[0] - ends[1])
@@ -411,7 +413,7 @@ def opposed(h: History) -> Finding | None:
 def scale(h: History) -> Finding | None:
     if not h.trained:
         return None
-    norm = h.norm(h.trained)[:3]
+    norm = np.where(h.is_one_class(), np.nan, h.norm(h.trained))[:3]
     large = norm / h.yard_norm("ce")[:3]
     small = norm / h.yard_norm("dice", "dice_fg")[:3]
     step = int(h.steps[0])
@@ -440,7 +442,7 @@ def out_of_range(h: History) -> Finding | None:
 
 
 def off_direction(h: History) -> Finding | None:
-    if not h.trained:
+    if not h.trained or h.is_one_class()[0]:
         return None
     start, best, constant = h.start(), h.best_perfect(), h.answer("constant")
     step = int(h.steps[0])
@@ -646,7 +648,7 @@ def score_of_collapse(h: History) -> tuple[float, int]:
 
 
 def collapse_ahead(h: History) -> Finding | None:
-    if not h.trained or h.is_over or len(h) > 3:
+    if not h.trained or h.is_over or len(h) > 3 or h.is_one_class()[0]:
         return None
     score, c = score_of_collapse(h)
     least = COLLAPSE if np.isnan(h.get("body/momentum")[0]) else COLLAPSE_WITH_NORM

@@ -119,6 +119,10 @@ class History:
         """The share [T] of all classes but the background."""
         return 1 - self.by_class(name, head)[:, 0]
 
+    def is_one_class(self) -> np.ndarray:
+        """Whether a batch [T] holds one class only: then a constant answer is a perfect one."""
+        return self.by_class("label").max(1) > 1 - 1e-6
+
     def since(self, is_so: np.ndarray) -> int | None:
         """The first step at which something is so, or None."""
         places = np.flatnonzero(is_so)
