@@ -563,6 +563,7 @@ def interrupted(status, out, said, rows, by="SIGINT"):
     [
         [*FUSED, "hydra.launcher.workers=2"],
         [*FUSED, "hydra.launcher.workers=1"],
+        [*SWEEP, "trainer.gradient_clip_val=1e6", "hydra.launcher.workers=2"],  # single runs
         pytest.param([*SWEEP, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], marks=JOBLIB),
         pytest.param(
             [*FUSED, "hydra.launcher.outer=joblib", "hydra.launcher.max_members=2"], marks=JOBLIB
