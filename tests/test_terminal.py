@@ -137,9 +137,11 @@ def test_a_bar_of_the_images_that_are_looked_at(tmp_path):
     assert status == 2 and "images looked at" not in "\n".join(screens[-1])
 
 
-def test_interrupted(tmp_path):
+@pytest.mark.parametrize("launcher, row", [("auto", ""), ("basic", " interrupted")])
+def test_interrupted(tmp_path, launcher, row):
     """The bar goes, the table comes, and how to go on."""
     command = ["-m", "experiment=smoke", "loss=dice,cce", "trainer.max_steps=5000"]
+    command.append(f"hydra/launcher={launcher}")
     status, screens = watch(*command, cwd=tmp_path, interrupt_at=r"step [1-9][\d,]* of")
     assert status == 130
     [folder] = tmp_path.glob("outputs/*")
@@ -148,7 +150,7 @@ def test_interrupted(tmp_path):
     assert text.endswith("losswatch: interrupted")
     command = f"Resume   python {ROOT / 'train.py'} {' '.join(command)} hydra.sweep.dir=outputs/"
     assert command + folder.name in text.replace("\n", "").replace("losswatch: ", " ")
-    assert re.search(r"^dice .* unfinished  interrupted$", text, re.MULTILINE)
+    assert re.search(rf"^dice .* unfinished *{row}$", text, re.MULTILINE)
 
 
 NOISY = """

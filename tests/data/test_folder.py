@@ -675,7 +675,7 @@ def test_16_bit_tiffs_and_one_output_channel(tmp_path):
         f"checkpoint={folder}", "mode=test", "data=folder", "data.root=t", 
         "trainer.accelerator=cpu", cwd=tmp_path,
     )  # fmt: skip
-    assert "test accuracy" in tested.stderr
+    assert "test Dice" in tested.stderr
     [other] = set(run_folders(tmp_path).values()) - {folder}
     for name, value in read_result(other)["metrics"].items():
         assert value == pytest.approx(read_result(folder)["metrics"][name], rel=1e-5)

@@ -54,7 +54,7 @@ from losswatch.stack import module as stack_module
 from losswatch.stack.fit import fit
 from losswatch.stack.member import make_member
 from losswatch.stack.refusal import NotStackable
-from losswatch.sweep import launch
+from losswatch.sweep import parts
 from losswatch.task import train
 
 FORK = multiprocessing.get_context("fork")
@@ -1151,10 +1151,10 @@ def test_a_group_leaves_out_a_run_that_ended_while_the_lock_was_waited_for(tmp_p
 
     job = SimpleNamespace(folder=tmp_path / "run", plan=object())
     with ExitStack() as held:
-        assert launch._lock(job, held)
-    monkeypatch.setattr(launch, "hold", wait)
+        assert parts._lock(job, held)
+    monkeypatch.setattr(parts, "hold", wait)
     with ExitStack() as held:
-        assert not launch._lock(job, held)
+        assert not parts._lock(job, held)
 
 
 # --- Damaged results -----------------------------------------------------------------------------
@@ -1231,7 +1231,7 @@ def test_mode_test(whole, tmp_path):
     done = run_train(
         "mode=test", "model=convnet", f"checkpoint={file}", "hydra.run.dir=own", cwd=tmp_path
     )
-    assert "test accuracy" in done.stderr
+    assert "test Dice" in done.stderr
     result = read_result(tmp_path / "own")
     assert result["metrics"] == pytest.approx(wanted, rel=1e-5)
     assert result["config"]["data"]["image_size"] == 16

@@ -79,11 +79,19 @@ def test_a_fresh_run(calls):
     assert found["read"] == found["plan"] == found["write"] == 1 and not found["load"]
 
 
-def test_a_sweep(calls):
+@pytest.mark.parametrize(
+    "launcher, images",
+    [
+        (["hydra/launcher=basic"], 4),
+        # A process makes its own images: a plan is sent to it without them.
+        (["hydra.launcher.workers=2", "hydra.launcher.max_members=1"], 4 + 4),
+    ],
+)
+def test_a_sweep(calls, launcher, images):
     """Each run is composed once, read once and planned once; runs that begin alike try one step."""
-    found = calls("-m", "loss=dice,cce", "seed=0,1")
+    found = calls("-m", "loss=dice,cce", "seed=0,1", *launcher)
     assert found["load_sweep_config"] == found["read"] == found["plan"] == found["write"] == 4
-    assert found["ThresholdedImages"] == 4
+    assert found["ThresholdedImages"] == images
     assert found["ConvNet"] == found["CrossEntropy"] == found["Adam"] == 4 + 2
 
 

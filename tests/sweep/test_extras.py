@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from losswatch.command import Command, Facts
 from losswatch.config import schema as config
 from losswatch.disk.curves import read_curves
-from losswatch.sweep import launch
 from losswatch.sweep.exit import clear_errors
+from losswatch.sweep.outer import _outer_launcher
+from losswatch.sweep.parts import Context
 
 # Otherwise Ray leaves a token in the home folder, and colours in the output that it repeats.
 ENVIRONMENT = ENVIRONMENT | {"RAY_AUTH_MODE": "disabled", "RAY_COLOR_PREFIX": "0"}
@@ -200,7 +201,7 @@ def test_an_outer_launcher_that_is_none(capsys, outer, said):
         context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
         with pytest.raises(SystemExit) as stopped, clear_errors(Command(Facts()), {}):
             given = OmegaConf.create({"outer": outer}).outer
-            launch._outer_launcher(given, [], launch.Context(context, None, cfg))
+            _outer_launcher(given, [], Context(context, None, cfg))
     assert stopped.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("losswatch: ") and said in line

@@ -177,7 +177,7 @@ def test_the_best_checkpoint_is_that_of_the_metric(tmp_path):
     tested = run_train(
         "experiment=smoke", "mode=test", "checkpoint=run/checkpoints/best.ckpt", cwd=tmp_path
     )
-    assert "test accuracy" in tested.stderr
+    assert "test Dice" in tested.stderr
 
 
 # --- Schedulers ----------------------------------------------------------------------------------
