@@ -153,8 +153,12 @@ def test_an_error_at_a_stage_is_that_of_its_runs(sweep, stages):
             listed += 1
         else:
             assert run[0] == "config"
-    for status, count in summary.status.value_counts().items():
-        assert len(re.findall(rf" {status[:4]}", done.stdout)) >= count
+    for name, status in summary.status[summary.status != "done"].items():
+        assert re.search(rf"(?m)^{re.escape(name)} +{status} ", done.stdout)
+    # A group whose settings are on disk has a row, which counts its runs that are done: "1 of 2".
+    rows = re.findall(r"(?m)^dice\b.*?  (\d+)(?: of (\d+))?  ", done.stdout)
+    assert sum(int(count) for count, _ in rows) == (summary.status == "done").sum()
+    assert [int(of or count) for count, of in rows] == [2 for name in groups if name != "config"]
     assert "Summary  s/summary.csv" in done.stdout
 
     for (name, _), folder in runs.items():
