@@ -60,6 +60,8 @@ def changed(changes, **options):
 
 
 LATE = (STEPS >= 40).astype(float)  # 1 from step 40 on
+BACKGROUND = {"sign/hard/0.0": np.where(LATE, 1, 0.8), "sign/hard/1.0": np.where(LATE, 0, 0.2)}
+COLLAPSE = BACKGROUND | {"loss/own": 0.6, "answer/constant": 0.6}
 
 # name of the finding, its step, the numbers that show it, options of the record
 SICK = {
@@ -152,8 +154,7 @@ SICK = {
     "statistics crawl": ("mode-gap", 0, {"body/momentum": 1e-3}, {}),
     "statistics of one batch": ("mode-gap", 0, {"body/momentum": 0.99}, {}),
     "background": (
-        "collapsed", 40,
-        {"sign/hard/0.0": np.where(LATE, 1, 0.8), "sign/hard/1.0": np.where(LATE, 0, 0.2)}, {},
+        "collapsed", 40, COLLAPSE, {},
     ),
     "no slope": ("saturated", 40, {"sign/saturated.0": LATE, "sign/wrong.0": 0.2}, {}),
     "stands still": (
@@ -176,6 +177,10 @@ def test_the_record_of_a_disease_is_named_first(row):
 NEAR = {
     "healthy": ({}, {}),
     "one channel": ({}, {"activation": "sigmoid"}),
+    # The probabilities differ between the classes, though all are below 1/2.
+    "one class, but a loss better than of any constant": (
+        BACKGROUND | {"loss/own": np.linspace(0.6, 0.2, T), "answer/constant": 0.6}, {},
+    ),
     "small outputs": ({"sign/out_min.0": -0.99, "sign/out_max.0": 0.99}, {}),
     "probabilities, and a loss that reads them": (
         {"sign/out_min.0": 0, "sign/out_max.0": 1, "sign/out_sum.0": 0, "sign/shift.0": 0.5},
@@ -326,8 +331,7 @@ def test_a_collapse_is_foreseen_at_the_first_batch_and_not_repeated_at_the_end()
 
 
 def test_before_the_end_only_what_is_certain_is_said():
-    collapse = {"sign/hard/0.0": np.where(LATE, 1, 0.8), "sign/hard/1.0": np.where(LATE, 0, 0.2)}
-    record = changed(collapse, counts_steps=True)  # 70 steps
+    record = changed(COLLAPSE, counts_steps=True)  # 70 steps
     assert diagnose(record) == diagnose(replace(record, is_over=False)) == []
     longer = replace(record, steps=3 * STEPS)
     assert [f.name for f in diagnose(longer)] == ["collapsed"]
@@ -335,13 +339,12 @@ def test_before_the_end_only_what_is_certain_is_said():
     assert [f.name for f in diagnose(replace(record, steps=10 * STEPS, is_over=False))] == [
         "collapsed"
     ]
-    assert [f.name for f in diagnose(changed(collapse))] == ["collapsed"]  # counts unknown steps
+    assert [f.name for f in diagnose(changed(COLLAPSE))] == ["collapsed"]  # counts unknown steps
 
 
 def test_batch_norm_is_no_remedy_for_a_network_that_has_it():
-    collapse = {"sign/hard/0.0": np.where(LATE, 1, 0.8), "sign/hard/1.0": np.where(LATE, 0, 0.2)}
-    [with_norm] = diagnose(changed(collapse))
-    [without] = diagnose(changed(collapse | {"body/momentum": np.nan}))
+    [with_norm] = diagnose(changed(COLLAPSE))
+    [without] = diagnose(changed(COLLAPSE | {"body/momentum": np.nan}))
     assert "batch norm" in without.remedy and "batch norm" not in with_norm.remedy
 
 

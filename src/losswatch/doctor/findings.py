@@ -27,6 +27,8 @@ from losswatch.doctor.history import (
 MOST = 3  # findings that are named
 # The score above which a collapse is foreseen: without batch norm, and with it.
 COLLAPSE, COLLAPSE_WITH_NORM = 60.0, 1000.0
+# A loss that is better than the best constant answer by this share of it has learnt something.
+LEARNS = 0.6
 
 
 class Finding(NamedTuple):
@@ -617,13 +619,15 @@ def collapsed(h: History) -> Finding | None:
     least = (100 if h.is_over else 300) if h.counts_steps else 0
     if h.steps[-1] - h.steps[begin] < max(least, h.steps[-1] / 2 if least else 0):
         return None
+    constant = h.answer("constant")
+    if h.trained and last(h.value(h.trained)) < constant - LEARNS * abs(constant):
+        return None  # the network tells the pixels apart, though not yet at probability 1/2
     label = h.by_class("label")[begin:, c]
     what = ("background" if c == 0 else "foreground") if h.classes == 2 else f"class {c}"
     text = (
         f"Every pixel is predicted as {what} since step {h.steps[begin]}, although "
         f"{1 - average(label):.2%} of the labels are something else"
     )
-    constant = h.answer("constant")
     if h.trained and np.isfinite(constant):
         text += (
             f"; {h.trained} is {last(h.value(h.trained)):.4g}, the best constant answer has "

@@ -39,7 +39,7 @@ from losswatch.watch.outputs import WatchedLosses
 
 log = logging.getLogger(__name__)
 
-# The steps at which the doctor looks. A look takes about as long as a step.
+# The steps at which the doctor looks, beside the last one. A look takes about as long as a step.
 FIRST_SIGNS, SIGNS_EVERY = (0, 5, 10, 20, 50), 100
 SAVE_SECONDS = 10  # between checkpoints, at least; with a hundred members each takes a while
 # The largest number of members whose step is one call. With more members a call costs less for
@@ -169,7 +169,8 @@ class StackedModule(pl.LightningModule):
             members, seen = self._members_of(i), []
             for number, step in zip(numbers, steps, strict=True):
                 is_observed = self._is_observed(number)
-                if is_observed and (number in FIRST_SIGNS or number % SIGNS_EVERY == 0):
+                is_last = number == self.trainer.max_steps - 1
+                if is_observed and (number in FIRST_SIGNS or number % SIGNS_EVERY == 0 or is_last):
                     now = chunk._replace(parameters=parameters, buffers=buffers)
                     self._look(now, i, number, step)
                 gradient, buffers, values = self.gradient[is_observed](
