@@ -126,9 +126,7 @@ def arguments(program: str) -> list[str]:
 
 def test_the_commands_are_found():
     assert "-m loss=dice,cce theta=0.05,0.5,0.95" in arguments("python train.py")
-    assert "-m experiment=symmetry compile=true" in arguments(
-        "python train.py"
-    )
+    assert "-m experiment=symmetry compile=true" in arguments("python train.py")
     assert {"benchmark.py probe", "reproduce.py"} <= {
         c.split("/")[1] for c in commands() if "scripts/" in c
     }
