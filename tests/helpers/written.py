@@ -1,6 +1,7 @@
 """Runs that are written, not trained: for the tests of the tab and of report.html."""
 
 import json
+import time
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
@@ -19,12 +20,12 @@ def write_record(folder, curves, dice=()):
         record.add_metrics(step, {"val/dice": value})
 
 
-def write_events(folder, curves, wall_time=1000.0):
+def write_events(folder, curves):
     """An event file, by TensorBoard's own writer."""
     writer = EventFileWriter(str(folder))
     for tag, values in curves.items():
         for step, value in enumerate(values):
-            event = Event(step=step, wall_time=wall_time)
+            event = Event(step=step, wall_time=time.time())
             event.summary.value.add(tag=tag, simple_value=value)
             writer.add_event(event)
     writer.close()
@@ -47,7 +48,7 @@ def write_result(folder, loss, theta=0.5, seed=0, status="done", findings=()):
 def write_run(folder, curves, loss, **result):
     """A run of losswatch: record, event file and result."""
     write_record(folder, curves)
-    write_events(folder, curves, wall_time=result.pop("wall_time", 1000.0))
+    write_events(folder, curves)
     write_result(folder, loss, **result)
     return folder
 
