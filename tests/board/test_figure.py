@@ -150,6 +150,13 @@ def test_seeds_are_their_mean_and_range():
     assert "mean and range of 3 runs" in figure["layout"]["annotations"][0]["text"]
 
 
+def test_a_mean_ends_with_the_shortest_run_and_leaves_out_what_is_no_number():
+    runs = [[1.0, np.nan, 3, 4], [3.0, 5, np.inf]]
+    figure = drawn(Training("a", "cce", [{"loss/cce": curve(values)} for values in runs]))
+    [mean] = lines(figure)
+    assert numbers(mean["x"]).tolist() == [0, 1, 2] and numbers(mean["y"]).tolist() == [2, 5, 3]
+
+
 def test_cosines_are_to_the_trained_gradient():
     curves = two_losses() | {
         "loss/iou": curve([1.0]),

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS
-from losswatch.report.figures import over_runs
 from losswatch.report.runs import loss_order
 from losswatch.report.style import Looks, loss_looks
 from losswatch.text import number_of, printable
@@ -127,11 +126,15 @@ def thinned(curve: pd.Series, points: int = POINTS) -> pd.Series:
     if len(values) > points:
         missing = np.isnan(values)
         ranges = (points - 2) // (3 if missing.any() else 2)
-        place = (steps - steps[0]) / (steps[-1] - steps[0]) * ranges
-        frame = pd.DataFrame({"range": place.astype(int).clip(max=ranges - 1), "value": values})
-        known = frame[~missing].groupby("range")["value"]
-        gaps = frame[missing].drop_duplicates("range").index
-        kept = np.unique([0, *known.idxmin(), *known.idxmax(), *gaps, len(values) - 1])
+        place = ((steps - steps[0]) / (steps[-1] - steps[0]) * ranges).astype(int)
+        place = place.clip(max=ranges - 1)
+        # By range, then by value: the first of a range is its minimum, the last its maximum.
+        known, gaps = np.flatnonzero(~missing), np.flatnonzero(missing)
+        ordered = known[np.lexsort((values[known], place[known]))]
+        low = np.unique(place[ordered], return_index=True)[1]
+        high = np.append(low[1:], len(ordered)) - 1 if len(low) else low
+        gaps = gaps[np.unique(place[gaps], return_index=True)[1]]
+        kept = np.unique([0, *ordered[low], *ordered[high], *gaps, len(values) - 1])
         values, steps = values[kept], steps[kept]
     return pd.Series(values, steps)
 
@@ -179,7 +182,15 @@ def _traces(curves: Sequence[pd.Series], style: dict[str, Any]) -> list[dict[str
     """The line of one loss: a curve, or the mean and the range of several."""
     if len(curves) == 1:
         return [_trace(curves[0], style)]
-    mean, low, high = over_runs([curve.where(np.isfinite(curve)) for curve in curves])
+    # Up to the step that all runs reach: the mean of the others would jump there.
+    end = min(curve.index[-1] for curve in curves)
+    table = pd.concat(curves, axis=1).sort_index().loc[:end]
+    values = table.to_numpy()
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):  # a step without any number
+        mean = pd.Series(np.where(known, values, 0).sum(1) / known.sum(1), table.index)
+    values = np.where(known, values, np.nan)
+    low, high = (pd.Series(f.reduce(values, axis=1), table.index) for f in (np.fmin, np.fmax))
     edge = style | {"showlegend": False, "hoverinfo": "skip", "zorder": 0}
     edge |= {"line": {"width": 0, "color": style["line"]["color"]}}
     return [

@@ -273,7 +273,7 @@ def _draw_losses(
 ) -> None:
     """Draw all curves whose tags begin with `prefix`, as moving means over `window` steps."""
     smooth = [moving_mean(f[[t for t in f if t.startswith(prefix)]], window) for f in frames]
-    mean, low, high = over_runs(smooth)
+    mean, low, high = _over_runs(smooth)
     for tag in mean:
         name = tag.removeprefix(prefix)
         # The line of the trained loss is thicker, and above the other lines.
@@ -291,7 +291,7 @@ def _draw_metric(ax: Axes, frames: Sequence[pd.DataFrame], metric: str) -> None:
     curves = [curve for curve in curves if len(curve)]
     if not curves:
         return
-    mean, low, high = over_runs(curves)
+    mean, low, high = _over_runs(curves)
     marker = "." if len(mean) == 1 else ""
     ax.plot(mean.index, mean, color="black", linewidth=1.2, marker=marker)
     final = pd.Series([curve.iloc[-1] for curve in curves])
@@ -302,7 +302,7 @@ def _draw_metric(ax: Axes, frames: Sequence[pd.DataFrame], metric: str) -> None:
     ax.set_title(text, fontsize=8.5, color="0.3")
 
 
-def over_runs(curves: Sequence[Any]) -> tuple[Any, Any, Any]:
+def _over_runs(curves: Sequence[Any]) -> tuple[Any, Any, Any]:
     """Mean, minimum and maximum of frames or series, at each step that all of them reach."""
     end = min((curve.index[-1] for curve in curves if len(curve)), default=0)
     steps = pd.concat([curve.loc[:end] for curve in curves]).groupby(level=0)
