@@ -277,8 +277,9 @@ def _layout(
             "title": {"text": "step"},
             "matches": "x" if column else None,
             "hoverformat": "d",
-            # Only if both ends are given: Plotly finds the others.
-            **({"range": list(steps)} if np.isfinite(steps).all() else {}),
+            # Plotly finds both ends where one is not given, also after the user has zoomed.
+            **({"range": list(steps)} if np.isfinite(steps).all() else {"autorange": True}),
+            "uirevision": f"{steps}",
         }
         layout["annotations"].append(_title(training, x, looks))
         for place, finding in enumerate(_found(training)):

@@ -74,7 +74,9 @@ function showControls({ sweeps, sweep, menus }) {
 }
 
 async function ask(route, query) {
-  const answer = await fetch(`./${route}?${new URLSearchParams(query)}`);
+  const answer = await fetch(`./${route}?${new URLSearchParams(query)}`).catch(() => {
+    throw new Error("TensorBoard does not answer.");
+  });
   const content = await answer.json().catch(() => ({ error: `TensorBoard: ${answer.status}` }));
   if (content.error) throw new Error(content.error);
   return content;
