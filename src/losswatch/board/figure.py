@@ -119,7 +119,7 @@ def thinned(curve: pd.Series, points: int = POINTS) -> pd.Series:
     drawn as a gap; a range that holds some keeps one.
 
     >>> thinned(pd.Series([0.0, 1.0, 9.0, 1.0, -5.0, 1.0, 2.0]), points=4).tolist()
-    [0.0, -5.0, 9.0, 2.0]
+    [0.0, 9.0, -5.0, 2.0]
     """
     values, steps = curve.to_numpy(np.float64), curve.index.to_numpy()
     values = np.where(np.isfinite(values), values, np.nan)
