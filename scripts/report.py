@@ -6,7 +6,8 @@
     python scripts/report.py outputs/<sweep> --study             axes of the published study
 
 Prints the table of runs, what they show in words, and the comparison of losses, in each condition
-and pooled. Writes summary.csv, comparison.csv, report.md and figures/ into the sweep's folder.
+and pooled. Writes summary.csv, comparison.csv, report.md, report.html and figures/ into the sweep's
+folder. report.html shows values where the mouse is, and needs no network.
 Means, comparisons and figures use only runs that are done, and the other runs are named. A folder
 of sweeps is read as one sweep.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from losswatch.board.page import INSTALL, has_plotly, write_page
 from losswatch.files import replace_file
 from losswatch.report.compare import COMPARED, compare_losses, conditions
 from losswatch.report.dependence import plot_dependence
@@ -65,6 +67,10 @@ def main() -> int:
             figures |= plot_sweep(args.sweep, runs, study=args.study, seeds=True, **style)
         report = args.sweep / "report.md"
         replace_file(report, markdown(args.sweep, runs, comparisons, figures))
+        sentences = in_words(runs)
+        page = None
+        if has_plotly():
+            page = write_page(args.sweep, runs, sentences, comparisons, style["looks"])
 
         if isinstance(sys.stdout, io.TextIOWrapper):  # an output in ASCII cannot show θ
             sys.stdout.reconfigure(errors="replace")
@@ -72,7 +78,7 @@ def main() -> int:
         terminal = sys.stdout is not None and sys.stdout.isatty()
         console = Console(width=None if terminal else 200)
         print_summary(console, runs)
-        if sentences := in_words(runs):
+        if sentences:
             print("\n" + "\n".join(sentences))
         for title, cells in comparisons.items():
             console.print(f"\n[bold]{title}[/]", highlight=False)
@@ -81,6 +87,7 @@ def main() -> int:
             print(f"\nNot done, so in no mean, comparison or figure: {others}")
         if comparisons:
             print(f"\n{printable(args.sweep / 'comparison.csv')} (all rows)")
+        print(printable(page) if page else f"no report.html: Plotly is missing; {INSTALL}")
         print(f"{printable(report)} ({number_of(len(figures), 'figure')})")
     except OSError as error:  # the folder does not exist, holds no runs, or cannot be written to
         print(f"report.py: {printable(error)}", file=sys.stderr)

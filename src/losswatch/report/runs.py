@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,7 @@ def read_runs(sweep_dir: str | Path, *, details: bool = False) -> pd.DataFrame:
     if not folders:
         raise FileNotFoundError(f"holds no runs: {sweep}")
     records = [read_record(folder) for folder in folders]
-    overrides = [parse_overrides(record.overrides or []) for record in records]
-    # A run that was killed before it wrote its config says nothing of what was swept.
-    known = [record.overrides is not None for record in records]
-    others = _other_settings(list(compress(overrides, known)))
-    runs = pd.DataFrame([
-        {"run": folder.relative_to(sweep).as_posix()} | _row(record, others, values)
-        for folder, record, values in zip(folders, records, overrides, strict=True)
-    ])  # fmt: skip
+    runs = as_frame([folder.relative_to(sweep).as_posix() for folder in folders], records)
     if details:
         further = [
             pd.DataFrame([_other_metrics(record) for record in records]),
@@ -88,6 +81,18 @@ def read_runs(sweep_dir: str | Path, *, details: bool = False) -> pd.DataFrame:
         further = [frame[[c for c in frame if c not in runs]] for frame in further]
         return pd.concat([runs, *further], axis=1)
     return runs
+
+
+def as_frame(names: Sequence[str], records: Sequence[Result]) -> pd.DataFrame:
+    """The frame of `read_runs` for runs of these names and records."""
+    overrides = [parse_overrides(record.overrides or []) for record in records]
+    # A run that was killed before it wrote its config says nothing of what was swept.
+    known = [record.overrides is not None for record in records]
+    others = _other_settings(list(compress(overrides, known)))
+    return pd.DataFrame([
+        {"run": name} | _row(record, others, values)
+        for name, record, values in zip(names, records, overrides, strict=True)
+    ])  # fmt: skip
 
 
 def _other_settings(overrides: list[dict[str, str]]) -> list[str]:
@@ -144,7 +149,7 @@ def _find_runs(sweep: Path) -> Iterator[Path]:
         folder = waiting.pop()
         try:
             with os.scandir(folder) as listing:
-                entries = sorted(listing, key=lambda entry: _natural(entry.name))
+                entries = sorted(listing, key=lambda entry: natural(entry.name))
             is_run = folder != sweep and _holds_run(entry.name for entry in entries)
             below = [] if is_run else [Path(entry) for entry in entries if _is_folder(entry)]
         except OSError as error:
@@ -176,10 +181,10 @@ def _holds_run(names: Iterable[str]) -> bool:
     return any(name in ("result.json", ".hydra") or name.startswith(PREFIX) for name in names)
 
 
-def _natural(name: str) -> list[tuple[float, str]]:
+def natural(name: str) -> list[tuple[float, str]]:
     """A sort key that puts 2 before 10.
 
-    >>> sorted(["seed=10", "seed=2", "a"], key=_natural)
+    >>> sorted(["seed=10", "seed=2", "a"], key=natural)
     ['a', 'seed=2', 'seed=10']
     """
     parts = re.split(r"(\d+(?:\.\d+)?)", name)
