@@ -231,16 +231,15 @@ def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch, why):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_sweep_leaves_a_run_that_another_process_took(tmp_path, fused):
+@pytest.mark.parametrize("launcher", ["basic", "auto", "fused"])
+def test_a_sweep_leaves_a_run_that_another_process_took(tmp_path, launcher):
     """The run is taken after the grid was checked; the other runs are trained."""
-    sweep = ["-m", "experiment=smoke", "trainer.max_steps=300", "seed=0,1,2", "hydra.sweep.dir=s"]
-    if fused:
-        sweep += [
-            "hydra/launcher=fused",
-            "hydra.launcher.workers=1",
-            "hydra.launcher.max_members=1",
-        ]
+    sweep = [
+        "-m", "experiment=smoke", "trainer.max_steps=300", "seed=0,1,2", "hydra.sweep.dir=s",
+        f"hydra/launcher={launcher}",
+    ]  # fmt: skip
+    if launcher != "basic":  # one run after the other, too
+        sweep += ["hydra.launcher.workers=1", "hydra.launcher.max_members=1"]
     process = start(*sweep, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not (first := list(tmp_path.glob("s/*seed=0*/events*"))):
         assert process.poll() is None

@@ -209,7 +209,7 @@ def mounted(folder, size, *options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["auto", "basic", "fused", "joblib"])
-@pytest.mark.parametrize("size", ["300k", "3m"])
+@pytest.mark.parametrize("size", ["300k", "1500k"])
 def test_the_disk_fills_during_a_sweep(tmp_path, launcher, size):
     """At most one line a run, one at the end, and the table. With more room it is finished."""
     if launcher == "joblib":
