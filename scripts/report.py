@@ -14,6 +14,7 @@ of sweeps is read as one sweep.
 
 import argparse
 import io
+import logging
 import sys
 from pathlib import Path
 
@@ -45,6 +46,20 @@ ROWS = 30  # of a comparison that a table shows, at most
 PICTURES = 6  # of runs in which something is wrong, at most
 
 
+class Once(logging.Filter):
+    """Passes each message once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_new = text not in self.said
+        self.said.add(text)
+        return is_new
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,6 +71,9 @@ def main() -> int:
     )
     parser.add_argument("--study", action="store_true", help="give the axes the study's limits")
     args = parser.parse_args()
+    # The figures and the page read the same files, and warn of the same damage.
+    assert logging.lastResort is not None
+    logging.lastResort.addFilter(Once())
 
     try:
         runs = write_summary(args.sweep)
