@@ -245,9 +245,7 @@ class Planner:
         length = (
             f"trainer.max_epochs={epochs} sets trainer.max_steps={settings.trainer['max_steps']}"
         )
-        if self.speaks and length not in self._said:
-            self._said.add(length)
-            log.info(length)
+        self._say_once(length)
         return settings
 
     def _check_metrics(self, plan: Plan, facts: DataFacts) -> None:
@@ -284,11 +282,17 @@ class Planner:
         if settings.job.is_sweep or traits is None or traits.layer_flops == math.inf:
             return 1  # the runs of a sweep share the cores
         threads = max(1, min(cpu_count() // ranks, int(traits.layer_flops / FLOPS_OF_THREAD[dims])))
-        line = f"{threads} CPU threads; threads=1 gives the numbers of a sweep to the last digit"
-        if threads > 1 and self.speaks and line not in self._said:
+        if threads > 1:
+            self._say_once(
+                f"{threads} CPU threads; threads=1 gives the numbers of a sweep to the last digit"
+            )
+        return threads
+
+    def _say_once(self, line: str) -> None:
+        """Log a line, for all runs of a command together."""
+        if self.speaks and line not in self._said:
             self._said.add(line)
             log.info(line)
-        return threads
 
     # --- The first step --------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Options:
         """Check the values.
 
         Raises:
-            ConfigError: one is not allowed.
+            ConfigError: a setting of the launcher has a value that is not allowed.
         """
         if self.stack not in ("faster", "all"):
             raise ConfigError(f"hydra.launcher.stack must be faster or all, got {self.stack}")
@@ -57,7 +57,6 @@ def make_parts(runs: Sequence[Run], at_once: int, options: Options) -> tuple[lis
     size = options.max_members or math.ceil(len(runs) / at_once)
     groups, differ = group_runs([run for run in runs if run.plan is not None])
     stacks: list[Part] = []
-    stacked = 0  # groups
     singles = [run for run in runs if run.plan is None]  # of mode=test
     reasons = []
     for group in order_groups(groups):
@@ -68,22 +67,21 @@ def make_parts(runs: Sequence[Run], at_once: int, options: Options) -> tuple[lis
                     stacks.append(Part(part))
                 else:
                     singles += part
-            stacked += 1
         else:
             singles += group
             reasons.append(reason)
     singles.sort(key=lambda run: (-steps_of(run), run.index))  # a long run must not be the last
-    what = []
+    what, notes = [], []
     if stacks:
         largest = max(len(part.runs) for part in stacks)
         what.append(f"{number_of(len(stacks), 'stack')} of up to {number_of(largest, 'run')}")
-        reasons.insert(0, "a run by itself is rounded differently")
-        if stacked > 1:
-            reasons.insert(0, f"they differ in {', '.join(differ)}")
+        if len(groups) - len(reasons) > 1:  # groups of stacks
+            notes.append(f"they differ in {', '.join(differ)}")
+        notes.append("a run by itself is rounded differently")
     if singles:
         what.append(number_of(len(singles), "single run"))
     text = f"{' and '.join(what)}, {min(at_once, len(stacks) + len(singles))} at once"
-    if why := "; ".join(dict.fromkeys(filter(None, reasons))):
+    if why := "; ".join(dict.fromkeys(filter(None, notes + reasons))):
         text += f" ({why})"
     return stacks + [Part([run], is_stack=False) for run in singles], text
 
