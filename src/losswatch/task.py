@@ -318,8 +318,10 @@ def _display_name(job: Job, file: str = "") -> str:
 def _draw_curves(plan: Plan, step: int, findings: Sequence[Mapping[str, Any]] = ()) -> None:
     """Draw the run's curves with its findings: into its folder, and for TensorBoard.
 
-    An error becomes a warning: it does not make the run a failed one.
+    A run that observes nothing has no picture. An error becomes a warning: it does not make the run a failed one.
     """
+    if not plan.settings.probe.every_n_steps:
+        return
     file = plan.folder / PICTURE
     try:
         # Imported late: Matplotlib takes a second, and a run that was done before draws nothing.

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losswatch.data.random import TEST, TRAIN, VAL, ThresholdedImages, image_and_label, uniform
+from losswatch.data.random import (
+    TEST,
+    TRAIN,
+    VAL,
+    ThresholdedImages,
+    image_and_label,
+    label_shift,
+    uniform,
+)
 
 GOLDEN = 0x9E3779B97F4A7C15
 WORD = 2**64 - 1
@@ -163,6 +171,62 @@ def test_label_at_the_threshold_is_background():
     u = torch.tensor([0.25, 0.5, 0.75]).view(1, 1, 3)
     _, label = image_and_label(u, torch.tensor([0.25, 0.5]), 0.0, 1.0)
     assert label.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.3])
+def test_noise_makes_foreground_as_likely_as_a_sigmoid_says(tau):
+    [(u, label)] = make(
+        [0.7], image_size=512, batch_size=4, max_steps=1, noise=tau
+    ).train_dataloader()
+    [(same, sure)] = make([0.7], image_size=512, batch_size=4, max_steps=1).train_dataloader()
+    assert torch.equal(u, same) and not torch.equal(label, sure)
+    u, label = u.flatten().double().numpy(), label.flatten().numpy()
+    eta = 1 / (1 + np.exp((0.7 - u) / tau))
+    for low in np.arange(0, 1, 0.1):  # binomial, in each tenth of the input
+        here = (u >= low) & (u < low + 0.1)
+        spread = np.sqrt((eta[here] * (1 - eta[here])).sum())
+        assert abs(label[here].sum() - eta[here].sum()) <= 5 * spread + 1
+    wrong = label != (u > 0.7)  # noise of one pixel tells nothing of the next one's
+    lag = np.corrcoef((label - eta)[1:], (label - eta)[:-1])[0, 1]
+    assert wrong.any() and abs(lag) < 5 / np.sqrt(len(u))
+
+
+def test_noise_orders_several_classes():
+    """P(class >= k) = sigmoid((u - θ_k) / τ), so that classes keep their order."""
+    [(u, label)] = make([0.3, 0.6], image_size=512, max_steps=1, noise=0.1).train_dataloader()
+    for k, theta in enumerate([0.3, 0.6], start=1):
+        eta = torch.sigmoid((u[:, 0].double() - theta) / 0.1)
+        spread = (eta * (1 - eta)).sum().sqrt()
+        assert abs((label >= k).sum() - eta.sum()) < 5 * spread
+
+
+def test_spread_gives_each_image_its_own_theta():
+    data = make([0.9], image_size=32, batch_size=4096, max_steps=1, theta_spread=0.2)
+    [(u, label)] = data.train_dataloader()
+    for image, mask in zip(u[:200, 0], label[:200], strict=True):  # one threshold for an image
+        assert not mask.any() or image[mask == 0].max() < image[mask == 1].min()
+    empty = ~label.flatten(1).any(1)
+    # θ is uniform on 0.7 to 1.1. An image of 1,024 pixels below 1 is empty at θ < 1 by chance, too.
+    theta = np.linspace(0.7, 1.1, 100_001)
+    chance = np.where(theta < 1, theta**1024, 1).mean()
+    assert abs(empty.double().mean() - chance) < 5 * np.sqrt(chance * (1 - chance) / 4096)
+    share = label.double().mean().item()
+    wanted = np.clip(1 - theta, 0, 1).mean()
+    assert abs(share - wanted) < 5 * np.clip(1 - theta, 0, 1).std() / np.sqrt(4096)
+
+
+def test_noise_and_spread_repeat_with_seed_split_and_step():
+    knobs = {"noise": 0.2, "theta_spread": 0.1, "max_steps": 2}
+    assert_same_batches(make(**knobs).train_dataloader(), make(**knobs).train_dataloader())
+    first, second = (make(**knobs, seed=seed).train_dataloader() for seed in (0, 1))
+    assert not torch.equal(next(iter(first))[1], next(iter(second))[1])
+
+
+def test_the_least_noise_number_is_finite():
+    ends = torch.tensor([0.0, 1 - 2**-24])
+    shift = label_shift(1.0, ends, 0.0, ends)
+    assert shift.isfinite().all() and shift[0] == pytest.approx(-np.log(2**24), rel=1e-3)
+    assert torch.equal(label_shift(0.0, ends, 0.0, ends), torch.zeros(2))
 
 
 def test_volumes():

@@ -42,6 +42,7 @@ GRID = [
     ["loss=dice", "theta=0.3", "seed=0", "optimizer.lr=3e-3"],
     ["loss=cce", "theta=0.5", "seed=1", "optimizer.lr=1e-2", "data.low=1", "data.high=-1"],
     ["loss=dice_square", "theta=0.95", "seed=2", "optimizer.lr=1e-3", "data.high=3"],
+    ["loss=dice", "theta=0.7", "seed=3", "data.noise=0.1", "data.theta_spread=0.2"],
 ]
 
 

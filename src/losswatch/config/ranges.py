@@ -162,6 +162,10 @@ def _check_random(config: Values) -> None:
             raise ConfigError(
                 f"{key} must be a finite number, got {number} (the largest float32 is 3.4e38)"
             )
+    for key in ("noise", "theta_spread"):
+        number = data.get(key, 0)
+        if not is_number(number) or not 0 <= number <= FLOAT32_MAX:
+            raise ConfigError(f"data.{key} must be a number of at least 0, got {number}")
 
 
 def _check_training(config: Values) -> None:

@@ -20,6 +20,9 @@ from losswatch.data.form import Form
 from losswatch.data.loaders import RemainingBatches, batch_loader
 
 TRAIN, VAL, TEST = 0, 1, 2
+# A split has three series of random numbers: its pixels; and, this much further on, the noise of
+# its labels and the θ of its images.
+NOISE, SPREAD = 3, 6
 
 RESOLUTION = 2.0**-24  # pixels are multiples of it
 
@@ -59,19 +62,39 @@ def uniform(seed: Tensor, split: int, step: Tensor, shape: Sequence[int]) -> Ten
 
 
 def image_and_label(
-    u: Tensor, thresholds: Tensor, low: float | Tensor, high: float | Tensor
+    u: Tensor,
+    thresholds: Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
+    shift: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Input `low + (high - low) * u` [N, 1, *space], and its label int64 [N, *space].
 
-    The label is the number of thresholds (float32 [C - 1], sorted) that `u` exceeds. It depends
-    only on `u`, so θ is the share of the background for any input range.
+    The label is the number of thresholds (float32 [C - 1], sorted) that `u + shift` exceeds. The
+    input range does not change it.
 
     >>> u = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 3)
     >>> image_and_label(u, torch.tensor([0.5]), 1.0, 0.0)
     (tensor([[[0.8000, 0.5000, 0.1000]]]), tensor([[0, 0, 1]]))
     """
-    label = (u > thresholds.view(-1, *[1] * (u.ndim - 2))).sum(dim=1)
+    label = (u + shift > thresholds.view(-1, *[1] * (u.ndim - 2))).sum(dim=1)
     return low + (high - low) * u, label
+
+
+def label_shift(
+    noise: float | Tensor, noise_u: Tensor, spread: float | Tensor, spread_u: Tensor
+) -> Tensor:
+    """What is added to pixels before they are compared with θ: the two ways to make labels unsure.
+
+    Logistic noise of scale τ makes a pixel of value u foreground with the probability
+    η(u) = sigmoid((u - θ) / τ). And each image has its own θ, uniform on θ ± spread.
+
+    Args:
+        noise, spread: τ and the spread.
+        noise_u, spread_u: uniform numbers [N, 1, *space] and [N, 1, 1, ...].
+    """
+    inside = noise_u * (1 - 2 * RESOLUTION) + RESOLUTION  # the logarithm of 0 is infinite
+    return noise * (inside.log() - (-inside).log1p()) + spread * (1 - 2 * spread_u)
 
 
 def draw(
@@ -86,16 +109,25 @@ def draw(
     This function draws all images, those of an ordinary run and those of a stack.
 
     Args:
-        numbers: of the run: `seed` (int64 scalar), `thresholds` (float32 [C - 1]), `low`, `high`.
+        numbers: of the run: `seed` (int64 scalar), `thresholds` (float32 [C - 1]), `low`, `high`;
+            and `noise` and `theta_spread`, which are left out where both are 0.
         split: TRAIN, VAL or TEST.
         step: int64 scalar: the step of the training, or the number of a batch in a fixed set.
         shape: [N, 1, *space].
         share: which of the N images to return; all of them are drawn.
     """
-    u = uniform(numbers["seed"], split, step, shape)
-    if share is not None:
-        u = u[share]
-    return image_and_label(u, numbers["thresholds"], numbers["low"], numbers["high"])
+
+    def series(offset: int, shape: Sequence[int]) -> Tensor:
+        u = uniform(numbers["seed"], split + offset, step, shape)
+        return u if share is None else u[share]
+
+    shift: float | Tensor = 0.0
+    if "noise" in numbers:
+        each = (shape[0], *[1] * (len(shape) - 1))  # one number for an image
+        noise_u, spread_u = series(NOISE, shape), series(SPREAD, each)
+        shift = label_shift(numbers["noise"], noise_u, numbers["theta_spread"], spread_u)
+    u = series(0, shape)
+    return image_and_label(u, numbers["thresholds"], numbers["low"], numbers["high"], shift)
 
 
 class _Batches(Dataset):
@@ -117,6 +149,10 @@ class ThresholdedImages(pl.LightningDataModule):
         seed: chooses the images, together with the split and the step.
         image_size, dims: an image has `dims` (2 or 3) sides of `image_size` pixels.
         low, high: the input range.
+        noise: τ; a pixel of value u is foreground with the probability sigmoid((u - θ) / τ), and
+            at 0 where u exceeds θ. Of several classes, each θ has the same noise.
+        theta_spread: each image has its own θ, uniform on θ ± theta_spread. The input does not tell
+            it. Where it is 1 or more, the image is empty.
         batch_size: images of a training step, over all devices together.
         batches: the training repeats the first `batches` batches; 0 repeats none.
         val_size, test_size, eval_batch_size: sizes of the fixed sets, and of their batches.
@@ -132,6 +168,8 @@ class ThresholdedImages(pl.LightningDataModule):
         dims: int = 2,
         low: float = 0.0,
         high: float = 1.0,
+        noise: float = 0.0,
+        theta_spread: float = 0.0,
         batch_size: int = 8,
         batches: int = 0,
         val_size: int = 100,
@@ -142,6 +180,7 @@ class ThresholdedImages(pl.LightningDataModule):
         super().__init__()
         self.thresholds = torch.tensor(thresholds, dtype=torch.float32).reshape(-1)
         self.seed, self.low, self.high = seed, low, high
+        self.noise, self.theta_spread = noise, theta_spread
         self.space = (image_size,) * dims
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.batches = batches
@@ -159,6 +198,11 @@ class ThresholdedImages(pl.LightningDataModule):
                 self.device = self.trainer.strategy.root_device
         self.thresholds = self.thresholds.to(self.device)
 
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the input does not fix the labels."""
+        return bool(self.noise or self.theta_spread)
+
     def draw(self, split: int, step: int, count: int) -> tuple[Tensor, Tensor]:
         """A batch of `count` images and their labels, or this rank's part of it."""
         # `full` writes the number on the device. A copy from the host would wait for all work of
@@ -167,6 +211,8 @@ class ThresholdedImages(pl.LightningDataModule):
         numbers = {
             "seed": seed, "thresholds": self.thresholds, "low": self.low, "high": self.high
         }  # fmt: skip
+        if self.is_unsure:
+            numbers |= {"noise": self.noise, "theta_spread": self.theta_spread}
         # Each rank draws the whole batch and keeps its part. So the number of devices changes no
         # image.
         share = slice(self.rank, None, self.world_size)

@@ -361,6 +361,7 @@ def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[st
     def column(values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32)
 
+    unsure = ("noise", "theta_spread") if any(data.is_unsure for data in datas) else ()
     return Chunk(
         parameters=torch.stack([flatten(state, names) for state in states]),
         buffers={
@@ -374,8 +375,10 @@ def _stack(members: Sequence[Member], rules: Sequence[Rule], losses: Sequence[st
         numbers={
             "seed": torch.tensor([data.seed for data in datas]),
             "thresholds": torch.stack([data.thresholds for data in datas]),
-            "low": column([data.low for data in datas]),
-            "high": column([data.high for data in datas]),
+            **{
+                name: column([getattr(data, name) for data in datas])
+                for name in ("low", "high", *unsure)
+            },
             "trained": column([[float(n == m.trained) for n in losses] for m in members]),
         },
         rates={key: column([r.numbers[key] for r in rules]) for key in rules[0].numbers},

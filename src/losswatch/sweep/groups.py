@@ -46,7 +46,7 @@ def _common_settings(run: Run) -> dict[str, Any]:
     per_run = {"lr", "betas", "eps", "weight_decay", "momentum", "nesterov"}
     config["optimizer"] = {k: v for k, v in config["optimizer"].items() if k not in per_run}
     del config["seed"]
-    of_run = ("low", "high", "seed", "thresholds")
+    of_run = ("low", "high", "noise", "theta_spread", "seed", "thresholds")
     config["data"] = {k: v for k, v in config["data"].items() if k not in of_run}
     if settings.theta is not None:
         config["theta"] = f"{len(thresholds(settings.theta)) + 1} classes"
