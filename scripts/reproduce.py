@@ -11,13 +11,11 @@ skipped, and those that were interrupted go on.
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
+from common.sweeps import train_sweep
 from study.report import write_report
-
-ROOT = Path(__file__).parents[1]
 
 # Centred and flipped inputs. The article's runs have inputs from 0 to 1, and are not trained again.
 MOVED = "data={low:-0.5,high:0.5},{low:1,high:0}"
@@ -46,7 +44,7 @@ def main() -> int:
 
     if not args.no_train:
         for name, overrides in (QUICK if args.quick else SWEEPS).items():
-            if status := sweep(args.runs / name, [*overrides, *args.overrides]):
+            if status := train_sweep(args.runs / name, [*overrides, *args.overrides]):
                 return status
     try:
         others = write_report(args.runs, out)
@@ -57,13 +55,6 @@ def main() -> int:
         print(f"Left out, because they are not done: {others}")
     print(out / "report.md")
     return 0
-
-
-def sweep(folder: Path, overrides: list[str]) -> int:
-    """Train a sweep into a folder, and return the exit status of train.py."""
-    where = f"hydra.sweep.dir={folder}"
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=fused"]
-    return subprocess.run([*command, *overrides, where], check=False).returncode
 
 
 if __name__ == "__main__":

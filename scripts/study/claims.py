@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from common.intervals import count_text
 from losswatch.report.figures import LOSS_WINDOW
-from study.intervals import count_text
 from study.measures import (
     CONVERGED,
     EARLY,

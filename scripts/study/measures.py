@@ -7,11 +7,11 @@ import joblib
 import numpy as np
 import pandas as pd
 
+from common.intervals import Interval, mean_interval, ratio_interval
 from losswatch.disk.curves import read_curves
 from losswatch.events.tags import GRAD_NORM
 from losswatch.report.figures import LOSS_WINDOW, NORM_WINDOW, moving_mean
 from losswatch.report.runs import done, loss_order
-from study.intervals import Interval, mean_interval, ratio_interval
 
 # A run has converged if its final validation accuracy is at least this. Its error is then at most
 # half of that of a constant prediction at θ = 0.05 and 0.95.

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
+from common.intervals import mean_interval
 from study.claims import NAMES
-from study.intervals import mean_interval
 from study.measures import pick
 from study.tables import foreground, on_off
 

@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
+from common.intervals import ratio_interval
+from common.template import fill
 from losswatch.files import replace_file
 from losswatch.report.runs import left_out, read_runs
-from losswatch.report.tables import csv_text, markdown_image, markdown_table
+from losswatch.report.tables import csv_text, markdown_image
 from losswatch.text import markdown_escape
 from study import tables
 from study.claims import judge
 from study.figures import plot_ranges, plot_sweeps
-from study.intervals import ratio_interval
 from study.measures import CONVERGED, EARLY, converged, measured_runs, pick
 from study.published import published_table
 from study.saturation import failing_cell, pull_table, quiet_table
@@ -73,13 +73,9 @@ def render(
         images: the figures of curves, in Markdown.
         left: the runs that are left out.
     """
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
-    environment.filters["table"] = markdown_table
     article = sweeps["article"]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return fill(
+        TEMPLATE,
         CONVERGED=CONVERGED,
         EARLY=EARLY,
         images=images,

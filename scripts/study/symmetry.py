@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from common.intervals import Interval, mean_interval
 from study.claims import NAMES
-from study.intervals import Interval, mean_interval
 from study.measures import norm_ratio, pick
 from study.tables import foreground, on_off
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pandas as pd
 
+from common.intervals import mean_interval, ratio_interval
 from losswatch.report.runs import loss_order
 from losswatch.text import format_value
 from study.claims import NAMES, Claim
-from study.intervals import mean_interval, ratio_interval
 from study.measures import EARLY, SHOT_UP, converged, gains_by_cell, pick, rises
 
 # Columns of `outcome_table` and the settings of the runs in each: for the article, and for sweeps

@@ -318,7 +318,8 @@ def _display_name(job: Job, file: str = "") -> str:
 def _draw_curves(plan: Plan, step: int, findings: Sequence[Mapping[str, Any]] = ()) -> None:
     """Draw the run's curves with its findings: into its folder, and for TensorBoard.
 
-    A run that observes nothing has no picture. An error becomes a warning: it does not make the run a failed one.
+    A run that observes nothing has no picture. An error becomes a warning: it does not make the run
+    a failed one.
     """
     if not plan.settings.probe.every_n_steps:
         return

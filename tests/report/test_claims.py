@@ -15,9 +15,10 @@ import torch
 from conftest import ENVIRONMENT, PATIENCE, ROOT
 
 import reproduce
+from common import intervals
 from losswatch.disk.curves import Curves
 from losswatch.losses import Dice
-from study import claims, intervals, measures, report, saturation, symmetry
+from study import claims, measures, report, saturation, symmetry
 
 
 def write_run(folder, steps=3000):

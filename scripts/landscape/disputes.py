@@ -1,0 +1,83 @@
+"""Three disputes of the literature, each prediction beside its measurement.
+
+Rules, written down before the runs were looked at:
+
+- *Volume*: a prediction holds in a cell if the mean over seeds differs from it by at most 0.01 (one
+  percent of all pixels). The volume of cross entropy is the mean p, that of Dice the share of
+  pixels above 1/2.
+- *Thresholds*: two ways differ in a cell if the 95 % interval of their paired difference in Dice
+  (one pair a seed) leaves out 0. The size is said, too, because a small difference can be certain.
+- *Empty images*: as for the volume, with the false-positive volume on empty images.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from common.intervals import Interval, mean_interval
+from landscape.bayes import Noise, Spread, slope_on_empty
+
+NEAR = 0.01
+PIXELS = 32 * 32
+KEYS = ["theta", "data.noise"]
+
+
+def volumes(runs: pd.DataFrame) -> pd.DataFrame:
+    """Predicted volume beside the closed form, for each loss, θ and τ.
+
+    Columns: loss, theta, tau, true (the share of foreground), wanted, measured (an Interval over
+    seeds), holds.
+    """
+    rows = []
+    for (loss, theta, tau), cell in runs.groupby(["loss", *KEYS], sort=False):
+        wanted = Noise(theta, tau).predicted_volume(loss)
+        measured = mean_interval(cell["soft" if loss == "cce" else "volume"])
+        rows.append({
+            "loss": loss, "theta": theta, "tau": tau, "true": Noise(theta, tau).volume,
+            "wanted": wanted, "measured": measured, "holds": abs(measured.value - wanted) <= NEAR,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def thresholds(runs: pd.DataFrame) -> pd.DataFrame:
+    """Dice of three ways for each θ and τ, and their paired differences.
+
+    The ways are cross entropy at 1/2, cross entropy at D*/2, and soft Dice at 1/2. D* is in
+    the column `possible`.
+    """
+    rows = []
+    for (theta, tau), cell in runs.groupby(KEYS, sort=True):
+        cce, dice = (cell[cell["loss"] == loss].set_index("seed") for loss in ("cce", "dice_fg"))
+        task = Noise(theta, tau)
+        rows.append({
+            "theta": theta, "tau": tau, "possible": float(task.dice(task.best("dice_fg"))),
+            "half": mean_interval(cce["dice_test"]), "best": mean_interval(cce["dice_best"]),
+            "soft": mean_interval(dice["dice_test"]),
+            "soft - half": mean_interval(dice["dice_test"] - cce["dice_test"]),
+            "soft - best": mean_interval(dice["dice_test"] - cce["dice_best"]),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def side(difference: Interval) -> int:
+    """1 or -1 if an interval lies above or below 0, and 0 if it holds 0 or is unknown."""
+    return int(difference.low > 0) - int(difference.high < 0)
+
+
+def empty_images(runs: pd.DataFrame, theta: float, spread: float, batch: int) -> pd.DataFrame:
+    """False-positive volume on empty images, for sums over batch and sample, over smoothing.
+
+    Columns: over, smooth, wanted, measured, holds, slope (of 1 - D by the predicted share of an
+    empty image, at the wanted volume, for sums over the sample).
+    """
+    rows = []
+    for (over, smooth), cell in runs.groupby(["loss.over", "loss.smooth_nr"], sort=True):
+        is_sample = over == "sample"
+        wanted = Spread(theta, spread, PIXELS, 1 if is_sample else batch).best_volume(smooth)
+        measured = mean_interval(cell["volume_empty"])
+        rows.append({
+            "over": over, "smooth": smooth, "wanted": wanted, "measured": measured,
+            "holds": abs(measured.value - wanted) <= NEAR,
+            "slope": slope_on_empty(wanted, smooth, PIXELS) if is_sample else float("nan"),
+        })  # fmt: skip
+    return pd.DataFrame(rows)

@@ -1,0 +1,158 @@
+"""Is a collapse foreseen at step 0? The scores, and the rules by which they are judged.
+
+Written down before the runs were looked at:
+
+- A run has *collapsed* if it predicts one class at all pixels of its last validation.
+- The cells (loss, θ) of the plain network without batch norm are split like a chessboard. The score
+  with the largest area under the ROC curve on the first half is *the score*; of two that differ by
+  less than 0.005 the one earlier in the table. The threshold is the one with the largest share of
+  collapses found minus share of false alarms on that half.
+- It is judged on the other half, with batch norm, on the U-Net, at other learning rates and with
+  three classes. It is *a law there* if the area is at least 0.95, and *fails* below 0.85.
+- Intervals are for 95 %: 2,000 draws of whole cells with replacement, because seeds of a cell are
+  alike. Calibration: a logistic curve is fitted on the first half; elsewhere its mean is compared
+  with the share of runs that collapsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize
+from scipy.special import expit
+from scipy.stats import rankdata
+
+from common.intervals import Interval
+
+DRAWS = 2000
+TIE = 0.005
+LAW, FAILS = 0.95, 0.85
+
+# log of each score, from the numbers of `first_step`.
+SCORES: Mapping[str, Callable[[pd.DataFrame], pd.Series]] = {
+    "pull": lambda f: np.log(f["pull"]),
+    "pull / slope^0.25": lambda f: np.log(f["pull"]) + f["distance"] / 4,
+    "response": lambda f: np.log(f["response"]),
+    "response x distance": lambda f: np.log(f["response"]) + np.log(f["distance"]),
+    "response / slope^0.25": lambda f: np.log(f["response"]) + f["distance"] / 4,
+    "response / slope^0.5": lambda f: np.log(f["response"]) + f["distance"] / 2,
+    "Adam's response": lambda f: np.log(f["adam"]),
+    "Adam's response / slope^0.25": lambda f: np.log(f["adam"]) + f["distance"] / 4,
+    "distance": lambda f: f["distance"],
+}
+
+
+def auc(score: np.ndarray, happened: np.ndarray) -> float:
+    """The area under the ROC curve: P(score of a collapse > score of another run), ties half."""
+    positive = int(happened.sum())
+    negative = len(happened) - positive
+    if not positive or not negative:
+        return float("nan")
+    ranks = rankdata(score)
+    return float((ranks[happened].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def auc_interval(score: np.ndarray, happened: np.ndarray, cell: np.ndarray) -> Interval:
+    """The area with its 95 % interval, by drawing whole cells with replacement."""
+    rng = np.random.default_rng(0)
+    places = [np.flatnonzero(cell == c) for c in np.unique(cell)]
+    draws = []
+    for _ in range(DRAWS):
+        chosen = np.concatenate([places[i] for i in rng.integers(len(places), size=len(places))])
+        draws.append(auc(score[chosen], happened[chosen]))
+    known = np.array(draws)[~np.isnan(draws)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+    return Interval(auc(score, happened), float(low), float(high))
+
+
+def is_first_half(runs: pd.DataFrame) -> pd.Series:
+    """Which runs are in the black fields of the chessboard of losses and θ."""
+    field = sum(pd.factorize(runs[key], sort=True)[0] for key in ("loss", "theta"))
+    return pd.Series(field % 2 == 0, runs.index)
+
+
+def cells(runs: pd.DataFrame) -> np.ndarray:
+    """The number of each run's cell."""
+    keys = ["loss", "theta", "batch_norm", "lr"]
+    return runs.groupby(keys, sort=False).ngroup().to_numpy()
+
+
+def choose(fit: pd.DataFrame) -> str:
+    """The score for the first half, by the rule above."""
+    areas = {
+        name: auc(f(fit).to_numpy(), fit["collapsed"].to_numpy()) for name, f in SCORES.items()
+    }
+    best = max(areas.values())
+    return next(name for name, area in areas.items() if area > best - TIE)
+
+
+def best_threshold(score: np.ndarray, happened: np.ndarray) -> float:
+    """Where the share of collapses found minus the share of false alarms is largest.
+
+    Between two scores it is the middle.
+    """
+    levels = np.unique(score)
+    middles = (levels[1:] + levels[:-1]) / 2
+    gains = [(score[happened] > m).mean() - (score[~happened] > m).mean() for m in middles]
+    return float(middles[int(np.argmax(gains))])
+
+
+def logistic(score: np.ndarray, happened: np.ndarray) -> tuple[float, float]:
+    """Offset and slope of the probability expit(offset + slope·score), by maximum likelihood.
+
+    A weak normal prior on the standardised slope (deviation 10) keeps it finite where a threshold
+    separates all runs.
+    """
+    mean, spread = score.mean(), score.std() or 1.0
+    x = (score - mean) / spread
+
+    def cost(w: np.ndarray) -> float:
+        z = w[0] + w[1] * x
+        return float(np.logaddexp(0, np.where(happened, -z, z)).sum() + w[1] ** 2 / 200)
+
+    offset, slope = minimize(cost, np.zeros(2)).x / np.array([1.0, spread])
+    return float(offset - slope * mean), float(slope)
+
+
+def judge(groups: Mapping[str, pd.DataFrame], name: str) -> pd.DataFrame:
+    """How a score does in each group of runs; the first one is the half that it was fixed on.
+
+    Columns: runs, collapsed, area (an Interval), found and false alarms at the threshold, expected
+    (the mean probability of the logistic curve), observed (the share), verdict.
+    """
+    fit = next(iter(groups.values()))
+    score = SCORES[name]
+    threshold = best_threshold(score(fit).to_numpy(), fit["collapsed"].to_numpy())
+    offset, slope = logistic(score(fit).to_numpy(), fit["collapsed"].to_numpy())
+    rows = []
+    for title, runs in groups.items():
+        x, happened = score(runs).to_numpy(), runs["collapsed"].to_numpy()
+        area = auc_interval(x, happened, cells(runs))
+        rows.append({
+            "group": title, "runs": len(runs), "collapsed": int(happened.sum()), "area": area,
+            "found": int((x[happened] > threshold).sum()),
+            "false alarms": int((x[~happened] > threshold).sum()),
+            "expected": float(expit(offset + slope * x).mean()), "observed": float(happened.mean()),
+            "verdict": verdict(area.value),
+        })  # fmt: skip
+    return pd.DataFrame(rows).assign(threshold=float(np.exp(threshold)))
+
+
+def verdict(area: float) -> str:
+    if np.isnan(area):
+        return "no collapse"
+    return "a law" if area >= LAW else "fails" if area < FAILS else "a tendency"
+
+
+def compare_scores(groups: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The area of each score in each group: a row for each score."""
+    rows = []
+    for name, score in SCORES.items():
+        areas = {
+            title: auc(score(runs).to_numpy(), runs["collapsed"].to_numpy())
+            for title, runs in groups.items()
+        }
+        rows.append({"score": name, **areas})
+    return pd.DataFrame(rows)

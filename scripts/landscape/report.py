@@ -1,0 +1,222 @@
+"""Writes the report of the atlas: numbers of the runs, in the template report.md.j2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from common.template import fill
+from landscape import disputes, figures, foreseen, outcomes
+from landscape.first_step import foresee
+from landscape.sweeps import EMPTY, LOSSES, REMEDIES, UNSURE
+from landscape.trained import answers
+from losswatch.files import replace_file
+from losswatch.report.style import save
+from losswatch.report.tables import csv_text
+
+TEMPLATE = Path(__file__).with_name("report.md.j2")
+NORM = {False: "no batch norm", True: "batch norm"}
+
+
+def write_report(runs: Path, out: Path) -> None:
+    """Write report.md, summary.csv, forecasts.csv and figures/ into `out`.
+
+    Args:
+        runs: the folder of the sweeps.
+
+    Raises:
+        FileNotFoundError: a sweep has no finished runs.
+        OSError: nothing can be written into `out`.
+    """
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    ends = {n: outcomes.read_sweep(str(runs / n)) for n in ("map", "unet", "rates", "three")}
+    remedies = {
+        name: outcomes.read_sweep(str(runs / "remedies" / name.replace(" ", "-")))
+        for name in REMEDIES
+    }
+    unsure = {n: answers(runs / n, outcomes.read_sweep(str(runs / n))) for n in ("noise", "empty")}
+    for name in ("map", "unet", "rates", "three"):
+        ends[name] = pd.concat([ends[name], foresee(runs / name, ends[name])], axis=1)
+    values = {
+        **_map(ends, out),
+        **_rescues(remedies, out),
+        **_forecast(ends, out),
+        **_volumes(unsure["noise"], out),
+        **_thresholds(unsure["noise"], out),
+        **_empty(unsure["empty"], out),
+        **_ranking(ends),
+        **_effort({**ends, **unsure}, remedies),
+    }
+    replace_file(out / "report.md", fill(TEMPLATE, **values))
+    everything = {**ends, **unsure, **{f"remedies: {n}": r for n, r in remedies.items()}}
+    table = pd.concat([r.assign(sweep=name) for name, r in everything.items()])
+    left = ("sweep", "run", "status", "error", "findings", "optimizer", "batch_size", "image_size")
+    columns = ["sweep", *(c for c in table if c not in left)]
+    replace_file(out / "summary.csv", csv_text(table[columns], float_format="%.5g"))
+
+
+# --- The values of the template's sections -------------------------------------------------------
+
+
+def _map(ends: Mapping[str, pd.DataFrame], out: Path) -> dict[str, Any]:
+    panels, seeds = {}, {}
+    for name, title in (("map", "plain network"), ("unet", "U-Net")):
+        for normed, runs in ends[name].groupby("batch_norm"):
+            panel = f"{title}, {NORM[bool(normed)]}"
+            panels[panel] = outcomes.share_table(runs, LOSSES)
+            seeds[panel] = runs["seed"].nunique()
+    save(figures.draw_map(panels, seeds), out / "figures" / "collapse.png")
+    never = sorted(
+        loss
+        for loss in ends["unet"]["loss"].unique()
+        if not any(runs.loc[runs["loss"] == loss, "collapsed"].any() for runs in
+                   (ends["map"], ends["unet"]))
+    )  # fmt: skip
+    return {
+        "dying": {title: outcomes.dying(ends[name]) for name, title in
+                  (("map", "Plain network"), ("unet", "U-Net"))},
+        "never": never,
+        "seeds": ends["map"]["seed"].nunique(),
+    }  # fmt: skip
+
+
+def _rescues(remedies: Mapping[str, pd.DataFrame], out: Path) -> dict[str, Any]:
+    shares = outcomes.rescue_shares(remedies)
+    seeds = remedies["none"]["seed"].nunique()
+    save(figures.draw_rescues(shares, seeds), out / "figures" / "remedies.png")
+    return {"rescues": outcomes.rescues(remedies)}
+
+
+def _forecast(ends: Mapping[str, pd.DataFrame], out: Path) -> dict[str, Any]:
+    groups = forecast_groups(ends)
+    name = foreseen.choose(groups["plain, first half"])
+    judged = foreseen.judge(groups, name)
+    old = foreseen.judge(groups, "pull / slope^0.25")
+    threshold = float(judged["threshold"].iloc[0])
+    save(figures.draw_scores(groups, name, threshold), out / "figures" / "forecast.png")
+    areas = foreseen.compare_scores(groups)
+    areas[areas.columns[1:]] = areas[areas.columns[1:]].map(
+        lambda v: "–" if np.isnan(v) else f"{v:.3f}"
+    )
+    return {
+        "score": name,
+        "threshold": f"{threshold:.3g}",
+        "judged": _judged_table(judged),
+        "judged_by_doctor": _judged_table(old),
+        "doctor_threshold": f"{float(old['threshold'].iloc[0]):.3g}",
+        "areas": areas,
+        "verdicts": dict(zip(judged["group"], judged["verdict"], strict=True)),
+    }
+
+
+def forecast_groups(ends: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The runs on which the score is fixed, and those on which it is judged, by title."""
+    plain = ends["map"][~ends["map"]["batch_norm"].astype(bool)]
+    first = foreseen.is_first_half(plain)
+    groups = {
+        "plain, first half": plain[first],
+        "plain, other half": plain[~first],
+        "plain, batch norm": ends["map"][ends["map"]["batch_norm"].astype(bool)],
+    }
+    for normed, runs in ends["unet"].groupby("batch_norm"):
+        groups[f"U-Net, {NORM[bool(normed)]}"] = runs
+    for rate, runs in ends["rates"].groupby("lr"):
+        groups[f"plain, learning rate {rate:g}"] = runs
+    return {**groups, "plain, three classes": ends["three"]}
+
+
+def _of(counts: pd.Series, totals: pd.Series) -> list[str]:
+    return [f"{count} of {total}" for count, total in zip(counts, totals, strict=True)]
+
+
+def _judged_table(judged: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({
+        "": judged["group"],
+        "collapsed": _of(judged["collapsed"], judged["runs"]),
+        "area under ROC": [area.text() for area in judged["area"]],
+        "found": _of(judged["found"], judged["collapsed"]),
+        "false alarms": _of(judged["false alarms"], judged["runs"] - judged["collapsed"]),
+        "expected share": [f"{x:.2f}" for x in judged["expected"]],
+        "observed": [f"{x:.2f}" for x in judged["observed"]],
+        "verdict": judged["verdict"],
+    })  # fmt: skip
+
+
+def _volumes(noise: pd.DataFrame, out: Path) -> dict[str, Any]:
+    table = disputes.volumes(noise)
+    save(figures.draw_volumes(table), out / "figures" / "volume.png")
+    text = pd.DataFrame({
+        "loss": table["loss"], "θ": table["theta"], "τ": table["tau"],
+        "true": [f"{v:.4f}" for v in table["true"]],
+        "predicted by theory": [f"{v:.4f}" for v in table["wanted"]],
+        "measured": [i.text(4) for i in table["measured"]],
+        "within 0.01": ["yes" if h else "no" for h in table["holds"]],
+    })  # fmt: skip
+    holds = table.groupby("loss", sort=False)["holds"].agg(["sum", "size"])
+    text_holds = ", ".join(f"{loss} {r['sum']} of {r['size']}" for loss, r in holds.iterrows())
+    return {"volumes": text, "volumes_hold": text_holds}
+
+
+def _thresholds(noise: pd.DataFrame, out: Path) -> dict[str, Any]:
+    table = disputes.thresholds(noise)
+    save(figures.draw_thresholds(table), out / "figures" / "thresholds.png")
+    intervals = ["half", "best", "soft", "soft - half", "soft - best"]
+    text = table[["theta", "tau"]].rename(columns={"theta": "θ", "tau": "τ"})
+    text["possible"] = [f"{v:.3f}" for v in table["possible"]]
+    titles = [
+        "CE at 1/2",
+        "CE at D*/2",
+        "soft Dice",
+        "soft Dice − CE at 1/2",
+        "soft Dice − CE at D*/2",
+    ]
+    for column, title in zip(intervals, titles, strict=True):
+        digits = 3 if column in intervals[:3] else 4
+        text[title] = [i.text(digits) for i in table[column]]
+    won = {}
+    for column, key in (("soft - half", "half"), ("soft - best", "best")):
+        sides = [disputes.side(interval) for interval in table[column]]
+        means = [interval.value for interval in table[column]]
+        won[key] = {"better": sides.count(1), "worse": sides.count(-1), "even": sides.count(0),
+                    "largest": f"{max(means):.4f}", "smallest": f"{min(means):.4f}"}  # fmt: skip
+    return {"thresholds": text, "won": won, "cells": len(table)}
+
+
+def _empty(empty: pd.DataFrame, out: Path) -> dict[str, Any]:
+    batch = UNSURE["data.batch_size"]
+    table = disputes.empty_images(empty, EMPTY["theta"], EMPTY["data.theta_spread"], batch)
+    save(figures.draw_empty(table), out / "figures" / "empty.png")
+    text = pd.DataFrame({
+        "sums over": table["over"], "smoothing": [f"{s:g}" for s in table["smooth"]],
+        "predicted by theory": [f"{v:.4f}" for v in table["wanted"]],
+        "measured": [i.text(4) for i in table["measured"]],
+        "within 0.01": ["yes" if h else "no" for h in table["holds"]],
+        "slope on an empty image": ["–" if np.isnan(s) else f"{s:.2g}" for s in table["slope"]],
+    })  # fmt: skip
+    return {"empty": text, "empty_hold": f"{int(table['holds'].sum())} of {len(table)}",
+            "empty_task": EMPTY}  # fmt: skip
+
+
+def _ranking(ends: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    table, concordance = outcomes.ranking(ends["map"])
+    few, few_concordance = outcomes.ranking(pd.concat([ends["map"], ends["unet"]]))
+    return {
+        "ranking": table, "w": f"{concordance['w']:.2f}", "w_p": f"{concordance['p']:.1g}",
+        "conditions": concordance["conditions"],
+        "ranking_both": few, "w_both": f"{few_concordance['w']:.2f}",
+        "conditions_both": few_concordance["conditions"],
+    }  # fmt: skip
+
+
+def _effort(
+    sweeps: Mapping[str, pd.DataFrame], remedies: Mapping[str, pd.DataFrame]
+) -> dict[str, Any]:
+    frames = [*sweeps.values(), *remedies.values()]
+    return {
+        "runs": f"{sum(map(len, frames)):,}",
+        "hours": f"{sum(f['seconds'].sum() for f in frames) / 3600:.1f}",
+    }
