@@ -6,7 +6,8 @@
 
 Runs are written to outputs/atlas_runs (--runs). The report, its figures and summary.csv are
 written to outputs/atlas (--out). With --quick the folders end in _quick. Runs that are done are
-skipped, and those that were interrupted go on.
+skipped, and those that were interrupted go on. If scripts/demo.py was run before, its trainings on
+real images are judged, too.
 """
 
 import argparse
@@ -16,6 +17,12 @@ from pathlib import Path
 from common.sweeps import train_sweep
 from landscape.report import write_report
 from landscape.sweeps import all_sweeps
+
+# The sweeps of scripts/demo.py. They are judged, too, if they are there.
+REAL = {
+    "nuclei, U-Net": Path("outputs/demo-nuclei"),
+    "brain, 3-D U-Net": Path("outputs/demo-brain"),
+}
 
 
 def main() -> int:
@@ -41,7 +48,7 @@ def main() -> int:
     if args.only:
         return 0
     try:
-        write_report(runs, out)
+        write_report(runs, out, {} if args.quick else REAL)
     except OSError as error:  # there are no runs, or nothing can be written
         print(f"atlas.py: {error}", file=sys.stderr)
         return 2

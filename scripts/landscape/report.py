@@ -22,11 +22,12 @@ TEMPLATE = Path(__file__).with_name("report.md.j2")
 NORM = {False: "no batch norm", True: "batch norm"}
 
 
-def write_report(runs: Path, out: Path) -> None:
+def write_report(runs: Path, out: Path, real: Mapping[str, Path]) -> None:
     """Write report.md, summary.csv, forecasts.csv and figures/ into `out`.
 
     Args:
         runs: the folder of the sweeps.
+        real: sweeps on real images, by title; those that are there are judged, too.
 
     Raises:
         FileNotFoundError: a sweep has no finished runs.
@@ -39,12 +40,14 @@ def write_report(runs: Path, out: Path) -> None:
         for name in REMEDIES
     }
     unsure = {n: answers(runs / n, outcomes.read_sweep(str(runs / n))) for n in ("noise", "empty")}
-    for name in ("map", "unet", "rates", "three"):
-        ends[name] = pd.concat([ends[name], foresee(runs / name, ends[name])], axis=1)
+    ends |= {title: outcomes.read_sweep(str(at)) for title, at in real.items() if at.is_dir()}
+    places = {name: runs / name for name in ends} | dict(real)
+    for name in ends:
+        ends[name] = pd.concat([ends[name], foresee(places[name], ends[name])], axis=1)
     values = {
         **_map(ends, out),
         **_rescues(remedies, out),
-        **_forecast(ends, out),
+        **_forecast(ends, real, out),
         **_volumes(unsure["noise"], out),
         **_thresholds(unsure["noise"], out),
         **_empty(unsure["empty"], out),
@@ -91,8 +94,10 @@ def _rescues(remedies: Mapping[str, pd.DataFrame], out: Path) -> dict[str, Any]:
     return {"rescues": outcomes.rescues(remedies)}
 
 
-def _forecast(ends: Mapping[str, pd.DataFrame], out: Path) -> dict[str, Any]:
-    groups = forecast_groups(ends)
+def _forecast(
+    ends: Mapping[str, pd.DataFrame], real: Mapping[str, Path], out: Path
+) -> dict[str, Any]:
+    groups = forecast_groups(ends) | {title: ends[title] for title in real if title in ends}
     name = foreseen.choose(groups["plain, first half"])
     judged = foreseen.judge(groups, name)
     old = foreseen.judge(groups, "pull / slope^0.25")
@@ -109,7 +114,7 @@ def _forecast(ends: Mapping[str, pd.DataFrame], out: Path) -> dict[str, Any]:
         "judged_by_doctor": _judged_table(old),
         "doctor_threshold": f"{float(old['threshold'].iloc[0]):.3g}",
         "areas": areas,
-        "verdicts": dict(zip(judged["group"], judged["verdict"], strict=True)),
+        "missing": [title for title in real if title not in ends],
     }
 
 
