@@ -80,10 +80,11 @@ class Sweep:
         return count
 
     def quick(self) -> Sweep:
-        """The same with fewer runs and steps."""
+        """The same with fewer runs and steps, which compiling would not make faster."""
         kept = {"loss": 4, "theta": 3, "seed": 2, "data.noise": 1}
         swept = {k: _some(v, kept.get(k, len(v))) for k, v in self.swept.items()}
-        return replace(self, swept=swept, steps=max(WARM_UP, self.steps // 5))
+        fixed = {**self.fixed, "compile": False}
+        return replace(self, fixed=fixed, swept=swept, steps=max(WARM_UP, self.steps // 5))
 
 
 def _text(value: Any, runs: str) -> str:
