@@ -72,7 +72,8 @@ def test_at_most_six_columns_and_the_others_are_named(tmp_path):
     answer = board.get("figure")
     assert answer["figure"]["layout"]["grid"]["columns"] == 6
     assert answer["notes"] == [
-        "The first 6 of 8 trainings are shown. Others: by menu or expression."
+        "The first 6 of 8 trainings are shown, 2 are not: choose them by a menu, or by an "
+        "expression on the names of runs."
     ]
     assert "0.7" in board.titles(**{"set.theta": "0.7"})[0]
 

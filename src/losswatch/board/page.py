@@ -55,7 +55,10 @@ def write_page(
     figures = []
     for part in in_parts(grouped(done(runs))):
         trainings = [training_of(column, done(runs), curves, found) for column in part]
-        label = "; ".join(dict.fromkeys(t.title for t in trainings))
+        settings = "; ".join(dict.fromkeys(t.title for t in trainings))
+        # Of the same settings, parts show different losses.
+        losses = ", ".join(dict.fromkeys(t.trained for t in trainings if t.trained))
+        label = ": ".join(filter(None, (settings, losses)))
         figures.append({"label": printable(label), "figure": draw(trainings, looks=looks)})
     names = run_table(runs).assign(**{"folder": runs["run"].map(printable).tolist()})
     findings = finding_table(sweep, runs)

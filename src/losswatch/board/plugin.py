@@ -134,7 +134,8 @@ class LossesPlugin(TBPlugin):
         if len(columns) > COLUMNS:
             total = number_of(len(columns), "training")
             notes.append(
-                f"The first {COLUMNS} of {total} are shown. Others: by menu or expression."
+                f"The first {COLUMNS} of {total} are shown, {len(columns) - COLUMNS} are not: "
+                "choose them by a menu, or by an expression on the names of runs."
             )
         columns = columns[:COLUMNS]
         shown = [run for column in columns for run in column["run"]]
