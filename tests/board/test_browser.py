@@ -141,6 +141,9 @@ def test_the_tab_is_there_and_shows_a_column_a_training(logs, browser):
         (item) => [item.textContent, item.querySelector('.js-line').style.stroke])""")
     assert legend == [["cce", CCE], ["dice", DICE], ["validation Dice", "rgb(0, 0, 0)"]]
 
+    browser.ask("parent.document.body.classList.add('dark-mode')")  # as TensorBoard does
+    browser.until("return getComputedStyle(document.documentElement).filter.startsWith('invert')")
+
     show(browser, url, "someone", 1)
     assert browser.ask(TITLES) == ["the trained loss is not known|someone/version_0"]
     browser.open(f"{url}data/plugin_entry.html?name=losswatch#&p.losswatch.runs=(")

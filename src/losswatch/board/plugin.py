@@ -191,7 +191,8 @@ class LossesPlugin(TBPlugin):
         records = {run: self._record(run) for run in names}
         folders = {run: self._folder(run, needs=ROWS_FILE) for run in names}
         others = [run for run in names if not folders[run]]
-        texts = others and self.data.list_tensors(
+        # To the fast loader no runs at all would mean all of them.
+        texts = {} if not others else self.data.list_tensors(
             ctx, experiment_id=experiment, plugin_name=TEXTS,
             run_tag_filter=RunTagFilter(others, [FINDINGS_TAG]),
         )  # fmt: skip
