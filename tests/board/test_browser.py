@@ -14,6 +14,7 @@ import urllib.request
 import pytest
 from browser import MISSING, Browser, wait
 from conftest import ENVIRONMENT, PATIENCE, ROOT, run_python
+from torch.utils.tensorboard import SummaryWriter
 from written import FINDING, write_events, write_record, write_result, write_run
 
 pytest.importorskip("plotly")
@@ -205,6 +206,9 @@ def test_a_training_grows_and_others_come_and_go_while_shown(logs, browser):
     browser.until(f"{STEPS} === 30")
     write_events(logdir / "live/c", curves(5))
     browser.until(f"{TITLES}.at(-1) === 'the trained loss is not known|live/c'")
+    with SummaryWriter(logdir / "live/c") as writer:  # by TensorBoard's fast loader
+        writer.add_text("findings", "floor (step 4): Low. Wait.\n\nscale (step 2): High. Less.", 4)
+    browser.until(f"{TITLES}.slice(-2).join() === 'scale,floor'")
     shutil.rmtree(logdir / "live/a")
     shutil.rmtree(logdir / "live/c")
     browser.until(f"{TITLES}.join() === 'the trained loss is not known|live/b'")
