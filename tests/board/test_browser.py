@@ -130,6 +130,8 @@ def test_the_tab_is_there_and_shows_a_column_a_training(logs, browser):
         "trained with cce|θ = 0.5 (50 % foreground)", "collapsed",
         "trained with dice|θ = 0.5 (50 % foreground)",
     ]  # fmt: skip
+    low, high = browser.ask("return document.querySelector('#figure')._fullLayout.yaxis3.range")
+    assert 0.4 < low < 0.5 and 0.75 < high < 0.85  # of Dice, which is 0.5 and then 0.75
     titles = "return [...document.querySelectorAll('.g-ytitle, .ytitle, .y2title, .y3title')]"
     rows = browser.ask(f"{titles}.map((x) => x.textContent)")
     assert {"gradient norm", "loss", "validation Dice"} <= {*rows}

@@ -195,7 +195,7 @@ def test_a_title_is_as_wide_as_its_column_and_keeps_a_setting_in_one_line():
 
 def test_a_constant_validation_keeps_the_axis_of_dice():
     figure = drawn(Training("a", "cce", [two_losses() | {"val/dice": curve([0.5, 0.5])}]))
-    assert figure["layout"]["yaxis3"]["autorangeoptions"] == {"minallowed": 0, "maxallowed": 1.02}
+    assert figure["layout"]["yaxis3"]["autorangeoptions"] == {"clipmin": 0, "clipmax": 1.02}
 
 
 def test_options():

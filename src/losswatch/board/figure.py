@@ -262,7 +262,7 @@ def _layout(
         elif prefix == GRAD_COSINE:
             axis |= {"range": [-1.05, 1.05]}
         elif prefix == DICE:  # a constant curve, too, stays in its range
-            axis |= {"autorangeoptions": {"minallowed": 0, "maxallowed": 1.02}}
+            axis |= {"autorangeoptions": {"clipmin": 0, "clipmax": 1.02}}
         else:
             axis |= {"rangemode": "tozero"}
         layout[f"yaxis{row + 1 if row else ''}"] = axis
