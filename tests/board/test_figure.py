@@ -182,6 +182,22 @@ def test_findings_are_marked_at_their_first_step():
     assert told == "step 3: In 2 of 3 runs, first: All is one class. Weights."
 
 
+def test_a_title_is_as_wide_as_its_column_and_keeps_a_setting_in_one_line():
+    title = "θ = 0.05 (95 % foreground)   optimiser = adam   BN = off"
+    for number, lines in ((6, title.split("   ", 1)), (1, [title])):
+        figure = drawn(*[Training(title, "cce", [two_losses()])] * number)
+        found = figure["layout"]["annotations"][0]["text"].split("<br>")
+        assert found == ["<b>trained with cce</b>", *lines]
+    figure = drawn(*[Training("a/long,name " * 30, None, [two_losses()])] * 6)
+    found = figure["layout"]["annotations"][0]["text"].split("<br>")
+    assert len(found) == 4 and found[-1].endswith(" ...")
+
+
+def test_a_constant_validation_keeps_the_axis_of_dice():
+    figure = drawn(Training("a", "cce", [two_losses() | {"val/dice": curve([0.5, 0.5])}]))
+    assert figure["layout"]["yaxis3"]["autorangeoptions"] == {"clipmin": 0, "clipmax": 1.02}
+
+
 def test_options():
     training = Training("a", "cce", [two_losses()])
     figure = drawn(training, log=True, window=3, steps=(1, 3))

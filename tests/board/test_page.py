@@ -75,6 +75,17 @@ def test_more_than_six_trainings_are_in_parts(tmp_path):
     assert figures.count("trained with dice") == 14
 
 
+def test_parts_of_one_setting_are_told_apart(tmp_path):
+    for loss in "abcdefgh":
+        write_run(tmp_path / f"loss={loss}", CURVES, loss, theta=0.25)
+    report(tmp_path, cwd=tmp_path)
+    labels = re.findall(r"<option.*?>(.*?)</option>", (tmp_path / "report.html").read_text())
+    assert labels == [
+        "1 of 2: θ = 0.25 (75 % foreground): a, b, c, d, e, f",
+        "2 of 2: θ = 0.25 (75 % foreground): g, h",
+    ]
+
+
 def test_runs_without_curves_or_without_a_number(tmp_path):
     write_result(tmp_path / "a", "dice")
     report(tmp_path, cwd=tmp_path)

@@ -3,7 +3,6 @@
 Against what was written. `test_browser.py` looks at the tab itself.
 """
 
-import base64
 import json
 import os
 import shutil
@@ -11,62 +10,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from boards import SAMPLES, Board, curves_of
 from tensorboard import default
-from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
-from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.base_plugin import TBContext
+from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 from written import FINDING, write_events, write_record, write_result, write_run
 
 from losswatch.board.plugin import LossesPlugin
 
 pytest.importorskip("plotly")
-
-SAMPLES = 50
-
-
-class Board:
-    """TensorBoard on a folder, without its server."""
-
-    def __init__(self, logdir):
-        self.logdir = logdir
-        self.multiplexer = EventMultiplexer(tensor_size_guidance={"scalars": SAMPLES})
-        data = MultiplexerDataProvider(self.multiplexer, str(logdir))
-        context = TBContext(
-            data_provider=data, logdir=str(logdir), sampling_hints={"scalars": SAMPLES}
-        )
-        self.plugin = LossesPlugin(context)
-        self.reload()
-
-    def reload(self):
-        self.multiplexer.AddRunsFromDirectory(str(self.logdir))
-        self.multiplexer.Reload()
-
-    def get(self, route, status=200, **query):
-        client = Client(self.plugin.get_plugin_apps()[f"/{route}"])
-        answer = client.get(f"/{route}", query_string=query)
-        assert answer.status_code == status, answer.text
-        content = json.loads(answer.text, parse_constant=pytest.fail)
-        assert ("error" in content) == (status != 200)
-        return content
-
-    def titles(self, **query):
-        figure = self.get("figure", **query)["figure"]
-        notes = figure["layout"]["annotations"] if figure else []
-        return [note["text"] for note in notes if "domain" in note["xref"]]
-
-
-def curves_of(figure, column="x", row="y"):
-    """The curves of a column and a row, by name."""
-    return {
-        trace["name"]: [numbers(trace["x"]), numbers(trace["y"])]
-        for trace in figure["data"]
-        if (trace["xaxis"], trace["yaxis"]) == (column, row) and trace.get("hoverinfo") != "skip"
-    }
-
-
-def numbers(packed):
-    return np.frombuffer(base64.b64decode(packed["bdata"]), packed["dtype"]).tolist()
 
 
 def curves(length=5, scale=1.0, names=("cce", "dice")):
@@ -119,7 +72,8 @@ def test_at_most_six_columns_and_the_others_are_named(tmp_path):
     answer = board.get("figure")
     assert answer["figure"]["layout"]["grid"]["columns"] == 6
     assert answer["notes"] == [
-        "The first 6 of 8 trainings are shown. Others: by menu or expression."
+        "The first 6 of 8 trainings are shown, 2 are not: choose them by a menu, or by an "
+        "expression on the names of runs."
     ]
     assert "0.7" in board.titles(**{"set.theta": "0.7"})[0]
 
@@ -199,6 +153,28 @@ def test_a_run_that_is_deleted_while_it_is_shown(tmp_path):
     board.get("figure")
     shutil.rmtree(tmp_path / "a")
     assert curves_of(board.get("figure")["figure"])["cce"][1] == [1, 2, 3, 4, 5]
+
+
+def test_findings_that_a_training_told_tensorboard(tmp_path):
+    """Of somebody's training: whatever they are written as, at their step with their text."""
+    folder = tmp_path / "mine"
+    write_events(folder, curves())
+    board = Board(tmp_path)
+    first = board.get("figure")
+    with SummaryWriter(folder) as writer:
+        writer.add_text("findings", "floor (step 4): It <b>stands</b>. Wait.\n\nnothing known", 4)
+        writer.add_text("findings", "scale (step 1): Large.\n\nfloor (step 2): Low. Wait.", 4)
+    board.reload()
+    assert board.get("figure", version=first["version"])["figure"] is not None
+    assert board.marks() == [
+        ("scale", 1, "step 1: Large."),
+        ("floor", 2, "step 2: Low. Wait."),
+    ]
+    with SummaryWriter(folder) as writer:
+        writer.add_text("findings", "a-<b> (step 3): No name.\n\nfrozen (step 3): <i>Still</i>.", 5)
+    board.reload()
+    assert board.marks()[-1] == ("frozen", 3, "step 3: &lt;i&gt;Still&lt;/i&gt;.")
+    assert len(board.marks()) == 3
 
 
 # --- Bad input ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ the command `losswatch diagnose`."""
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,10 @@ from conftest import ROOT, run_python, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from losswatch import Watch, WatchHandler
+from losswatch import Observer, Watch, WatchHandler
 from losswatch.disk.curves import read_signs
 from losswatch.disk.result import Result
+from losswatch.doctor.findings import Finding
 from losswatch.presets import CONF, list_losses, load_loss
 from losswatch.report import diagnosis
 from losswatch.report.diagnosis import FOUND, findings_of, print_findings
@@ -196,7 +198,24 @@ def test_watch_says_it_in_the_log_and_in_tensorboard(tmp_path, caplog):
     logger.experiment.flush()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert any(t.startswith("findings") for t in events.Tags()["tensors"])
+    [text] = events.Tensors("findings/text_summary")[-1].tensor_proto.string_val
+    assert Finding.of_lines(text.decode())[0][:2] == ("activation-twice", 0)
+
+
+def test_the_last_text_in_tensorboard_holds_all_findings(monkeypatch):
+    """TensorBoard's fast loader drops a text when one of an earlier or the same step follows."""
+    written = []
+    doctor = Observer(["cce"], nn.Conv2d(1, 2, 1), trained="cce").doctor
+    late, early = Finding("floor", 90, "Low.", "Wait."), Finding("scale", 3, "Large.", "Less.")
+    writer = SimpleNamespace(add_text=lambda *args: written.append(args))
+    for step, found in ((100, [late]), (110, [late]), (120, [early, late])):
+        doctor.kept.append((step, torch.zeros(0)))
+        monkeypatch.setattr(doctor, "findings", lambda is_over, found=found: found)
+        doctor.say([writer])
+    assert [(tag, step) for tag, _, step in written] == [("findings", 100), ("findings", 120)]
+    assert Finding.of_lines(written[-1][1]) == [
+        Finding("floor", 90, "Low. Wait.", ""), Finding("scale", 3, "Large. Less.", "")
+    ]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS
+from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS, watched_names
 from losswatch.report.runs import loss_order
 from losswatch.report.style import Looks, loss_looks
 from losswatch.text import number_of, printable
@@ -72,10 +72,10 @@ def draw(
         window: observed steps in the moving mean of norms, values and cosines; 1 is none.
         steps: the first and the last step to show.
     """
-    order = loss_order(_names(trainings))
+    tags = {tag for training in trainings for run in training.runs for tag in run}
+    order = loss_order(watched_names(tags))
     if looks is None or not set(order) <= looks.keys():
         looks = loss_looks(order)
-    tags = {tag for training in trainings for run in training.runs for tag in run}
     rows = [row for row in ROWS if any(tag.startswith(row) for tag in tags)]
     traces: list[dict[str, Any]] = []
     legend: set[str] = set()
@@ -157,14 +157,6 @@ def plain(text: object) -> str:
 
 
 # --- What is watched ------------------------------------------------------------------------------
-
-
-def _names(trainings: Sequence[Training]) -> set[str]:
-    """The losses that have a curve."""
-    tags = {tag for training in trainings for run in training.runs for tag in run}
-    names = {tag.removeprefix(p) for p in (LOSS, GRAD_NORM) for tag in tags if tag.startswith(p)}
-    pairs = (tag.removeprefix(GRAD_COSINE) for tag in tags if tag.startswith(GRAD_COSINE))
-    return names | {name for pair in pairs for name in pair.split("~")}
 
 
 def _tag(prefix: str, name: str, trained: str, tags: Iterable[str]) -> str:
@@ -252,6 +244,7 @@ def _layout(
             "xgap": 0.09,
         },
         "hovermode": "x unified",
+        "hoverlabel": {"namelength": -1},  # whole names
         "height": height,
         "margin": {"l": 75, "r": 20, "t": 80, "b": 45},
         "template": {"layout": {"paper_bgcolor": "white", "plot_bgcolor": "white"}},
@@ -268,7 +261,9 @@ def _layout(
             axis |= {"type": "log", "exponentformat": "power"}
         elif prefix == GRAD_COSINE:
             axis |= {"range": [-1.05, 1.05]}
-        elif prefix != DICE:
+        elif prefix == DICE:  # a constant curve, too, stays in its range
+            axis |= {"autorangeoptions": {"clipmin": 0, "clipmax": 1.02}}
+        else:
             axis |= {"rangemode": "tozero"}
         layout[f"yaxis{row + 1 if row else ''}"] = axis
     for column, training in enumerate(trainings):
@@ -281,7 +276,7 @@ def _layout(
             **({"range": list(steps)} if np.isfinite(steps).all() else {"autorange": True}),
             "uirevision": f"{steps}",
         }
-        layout["annotations"].append(_title(training, x, looks))
+        layout["annotations"].append(_title(training, x, looks, len(trainings)))
         for place, finding in enumerate(_found(training)):
             mark = {"x": finding["step"], "xref": x, "yref": "paper"}
             layout["annotations"].append(mark | _finding(training, finding, place))
@@ -293,11 +288,16 @@ def _layout(
     return layout
 
 
-def _title(training: Training, x: str, looks: Looks) -> dict[str, Any]:
-    """The title of a column."""
+def _title(training: Training, x: str, looks: Looks, columns: int) -> dict[str, Any]:
+    """The title of one of so many columns."""
     trained = training.trained
     text = f"<b>trained with {plain(trained)}</b>" if trained else "the trained loss is not known"
-    lines = textwrap.wrap(training.title.replace(",", ", "), 40)[:3]
+    # As wide as its column; "optimiser = adam" stays together.
+    title = training.title.replace(",", ", ").replace(
+        " = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
+    )
+    lines = textwrap.wrap(title, max(27, 150 // columns), max_lines=3, placeholder=" ...")
+    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
     if len(training.runs) > 1:
         lines.append(f"mean and range of {number_of(len(training.runs), 'run')}")
     return {

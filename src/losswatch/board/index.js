@@ -8,11 +8,14 @@ const STYLE = `
   #controls { display: flex; flex-wrap: wrap; gap: 6px 18px; align-items: center }
   #controls input[type=text] { width: 22em }
   #lines { color: #a04000; margin: 6px 0 }
+  html { overflow-y: scroll; background: white }
+  html.dark { filter: invert(0.9) hue-rotate(180deg) } /* the same hues on a dark page */
 `;
 
 let state = readAddress();
 let version = "";
 let timer, controls, lines, figure;
+let plotly; // fulfilled when Plotly is loaded, or cannot be
 let asked = 0; // number of the newest question; answers to older ones are dropped
 
 /** What the user has chosen, as the address holds it. */
@@ -89,9 +92,11 @@ function showLines(texts) {
 async function refresh() {
   clearTimeout(timer);
   const mine = ++asked;
+  const isDark = window.parent.document.body.classList.contains("dark-mode");
+  document.documentElement.classList.toggle("dark", isDark);
   try {
-    const runs = await ask("runs", state);
-    const answer = await ask("figure", { ...state, version });
+    const query = { ...state, version };
+    const [runs, answer] = await Promise.all([ask("runs", state), ask("figure", query), plotly]);
     if (mine !== asked) return;
     showControls(runs);
     if (answer.version !== version) await showFigure(answer);
@@ -125,7 +130,7 @@ export async function render() {
   figure = element("div", { id: "figure" });
   document.head.append(element("style", { textContent: STYLE }));
   document.body.append(controls, lines, figure);
-  await new Promise((resolve) => {
+  plotly = new Promise((resolve) => {
     const script = element("script", { src: "./plotly.js", onload: resolve, onerror: resolve });
     document.head.append(script);
   });

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,17 +46,19 @@ def write_page(
     """
     from plotly.offline import get_plotlyjs  # an extra
 
-    @cache
-    def record(name: str):
-        return read_record(sweep / name)
-
     def curves(name: str):
         return curves_of(read_curves(sweep / name))
 
+    def found(name: str):
+        return read_record(sweep / name).findings
+
     figures = []
     for part in in_parts(grouped(done(runs))):
-        trainings = [training_of(column, done(runs), record, curves) for column in part]
-        label = "; ".join(dict.fromkeys(t.title for t in trainings))
+        trainings = [training_of(column, done(runs), curves, found) for column in part]
+        settings = "; ".join(dict.fromkeys(t.title for t in trainings))
+        # Of the same settings, parts show different losses.
+        losses = ", ".join(dict.fromkeys(t.trained for t in trainings if t.trained))
+        label = ": ".join(filter(None, (settings, losses)))
         figures.append({"label": printable(label), "figure": draw(trainings, looks=looks)})
     names = run_table(runs).assign(**{"folder": runs["run"].map(printable).tolist()})
     findings = finding_table(sweep, runs)

@@ -23,14 +23,24 @@ from tensorboard.context import RequestContext
 from tensorboard.data.provider import RunTagFilter
 from tensorboard.plugins.base_plugin import FrontendMetadata, TBContext, TBPlugin
 from tensorboard.plugins.scalar.metadata import PLUGIN_NAME as SCALARS
+from tensorboard.plugins.text.metadata import PLUGIN_NAME as TEXTS
 from werkzeug import Request, Response
 
 from losswatch.board.figure import DICE, draw
 from losswatch.board.page import INSTALL, has_plotly
 from losswatch.board.trainings import COLUMNS, curves_of, grouped, training_of
-from losswatch.disk.curves import COLUMNS_FILE, METRICS_FILE, ROWS_FILE, read_curves
+from losswatch.disk.curves import (
+    COLUMNS_FILE,
+    METRICS_FILE,
+    ROWS_FILE,
+    SIGN_COLUMNS_FILE,
+    SIGNS_FILE,
+    read_curves,
+)
 from losswatch.disk.result import Result
-from losswatch.events.tags import GRAD_NORM, LOSS, WATCHED
+from losswatch.doctor.findings import Finding
+from losswatch.events.tags import FINDINGS, GRAD_NORM, LOSS, WATCHED
+from losswatch.report.diagnosis import as_dicts, findings_of
 from losswatch.report.records import read_record
 from losswatch.report.runs import as_frame, natural, swept
 from losswatch.text import format_value, number_of, one_line, printable, reason, shortened
@@ -39,9 +49,11 @@ log = logging.getLogger(__name__)
 
 SAMPLES = 1000  # points of a curve that TensorBoard keeps by default
 ALL = "*"  # in place of a sweep: all runs
+FINDINGS_TAG = f"{FINDINGS}/text_summary"  # as SummaryWriter.add_text calls it
 SETTINGS_FILES = ("config.yaml", "overrides.yaml", "hydra.yaml")
 FILES = (
     *("result.json", ".hydra", ROWS_FILE, COLUMNS_FILE, METRICS_FILE),
+    *(SIGNS_FILE, SIGN_COLUMNS_FILE),
     *(f".hydra/{name}" for name in SETTINGS_FILES),
 )
 
@@ -122,7 +134,8 @@ class LossesPlugin(TBPlugin):
         if len(columns) > COLUMNS:
             total = number_of(len(columns), "training")
             notes.append(
-                f"The first {COLUMNS} of {total} are shown. Others: by menu or expression."
+                f"The first {COLUMNS} of {total} are shown, {len(columns) - COLUMNS} are not: "
+                "choose them by a menu, or by an expression on the names of runs."
             )
         columns = columns[:COLUMNS]
         shown = [run for column in columns for run in column["run"]]
@@ -141,8 +154,7 @@ class LossesPlugin(TBPlugin):
                 f"be missing: {names}"
             )
         trainings = [
-            training_of(column, runs, chosen.records.__getitem__, curves.__getitem__)
-            for column in columns
+            training_of(column, runs, curves.__getitem__, chosen.findings) for column in columns
         ]
         figure = draw(trainings, log=options.log, window=options.window, steps=options.steps)
         return {"version": version, "notes": notes, "figure": figure if trainings else None}
@@ -178,12 +190,21 @@ class LossesPlugin(TBPlugin):
         ]  # fmt: skip
         records = {run: self._record(run) for run in names}
         folders = {run: self._folder(run, needs=ROWS_FILE) for run in names}
+        others = [run for run in names if not folders[run]]
+        # To the fast loader no runs at all would mean all of them.
+        texts = {} if not others else self.data.list_tensors(
+            ctx, experiment_id=experiment, plugin_name=TEXTS,
+            run_tag_filter=RunTagFilter(others, [FINDINGS_TAG]),
+        )  # fmt: skip
         stamps = {
             run: (
                 records[run].status,
-                _stamp(folder, (ROWS_FILE, METRICS_FILE))
+                _stamp(folder, (ROWS_FILE, METRICS_FILE, SIGNS_FILE))
                 if (folder := folders[run])
-                else [(series.max_step, series.max_wall_time) for series in listed[run].values()],
+                else [
+                    (series.max_step, series.max_wall_time)
+                    for series in (*listed[run].values(), *texts.get(run, {}).values())
+                ],
             )
             for run in names
         }
@@ -198,8 +219,22 @@ class LossesPlugin(TBPlugin):
             )  # fmt: skip
             return {tag: _series(points) for tag, points in read.get(run, {}).items()}
 
+        def findings(run: str) -> Sequence[Mapping[str, Any]]:
+            record = records[run]
+            if folder := folders[run]:
+                if record.status in ("done", "failed"):
+                    return record.findings
+                return as_dicts(findings_of(folder, record.choices.get("loss"), is_over=False))
+            if run not in texts:
+                return []
+            read = self.data.read_tensors(
+                ctx, experiment_id=experiment, plugin_name=TEXTS, downsample=10**7,
+                run_tag_filter=RunTagFilter([run], [FINDINGS_TAG]),
+            )  # fmt: skip
+            return as_dicts(_said(read.get(run, {}).get(FINDINGS_TAG, ())))
+
         runs = as_frame(names, [records[run] for run in names])
-        return Choice(options, sweeps, sweep, runs, records, folders, stamps, curves)
+        return Choice(options, sweeps, sweep, runs, records, folders, stamps, curves, findings)
 
     # --- What lies in the log folder --------------------------------------------------------------
 
@@ -277,8 +312,8 @@ class Options(NamedTuple):
 class Choice(NamedTuple):
     """The runs that are chosen by sweep and expression, with the options.
 
-    `records`, `folders`, `stamps` (change with a run's curves) and `curves` are by name of a run. A
-    folder is None where only TensorBoard's samples are there.
+    All from `records` on are by name of a run. A folder is None where only TensorBoard's samples
+    are there. A stamp changes with the run's curves and findings.
     """
 
     options: Options
@@ -289,6 +324,7 @@ class Choice(NamedTuple):
     folders: Mapping[str, Path | None]
     stamps: Mapping[str, Any]
     curves: Callable[[str], dict[str, pd.Series]]
+    findings: Callable[[str], Sequence[Mapping[str, Any]]]
 
     def of_menus(self) -> pd.DataFrame:
         """The runs that are also chosen by the menus. A setting that was not swept chooses none."""
@@ -330,3 +366,10 @@ def _series(points: Sequence[Any]) -> pd.Series:
     steps = np.array([point.step for point in points], np.int64)
     curve = pd.Series([point.value for point in points], steps, dtype=np.float64)
     return curve[~curve.index.duplicated(keep="last")].sort_index()
+
+
+def _said(points: Sequence[Any]) -> list[Finding]:
+    """The findings in texts of TensorBoard. The last text that names one counts."""
+    texts = (text for point in points for text in point.numpy.ravel() if isinstance(text, bytes))
+    found = (Finding.of_lines(text.decode(errors="replace")) for text in texts)
+    return list({finding.name: finding for part in found for finding in part}.values())

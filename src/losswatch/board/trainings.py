@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from losswatch.board.figure import DICE, Curves, Training
-from losswatch.disk.result import Result
 from losswatch.events.tags import WATCHED
 from losswatch.report.figures import describe
 from losswatch.report.runs import by_condition, loss_order, natural, swept
@@ -33,14 +33,14 @@ def grouped(runs: pd.DataFrame) -> list[pd.DataFrame]:
 def training_of(
     column: pd.DataFrame,
     runs: pd.DataFrame,
-    records: Callable[[str], Result],
     curves: Callable[[str], Curves],
+    findings: Callable[[str], Sequence[Mapping[str, Any]]],
 ) -> Training:
     """A column of `grouped(runs)` as the figure takes it.
 
     Args:
-        records: the record of a run, by name.
         curves: the curves of a run, by name.
+        findings: those of a run, by name.
     """
     names, trained = list(column["run"]), column["loss"].iloc[0]
     settings = list(dict.fromkeys(["theta", *(c for c in swept(runs) if c != "seed")]))
@@ -49,7 +49,7 @@ def training_of(
         title=describe(column, settings) if is_known else names[0],
         trained=trained if is_known else None,
         runs=[curves(name) for name in names],
-        findings=[finding for name in names for finding in records(name).findings],
+        findings=[finding for name in names for finding in findings(name)],
     )
 
 

@@ -6,6 +6,7 @@ README.md beside this file says where each threshold comes from.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,6 +43,18 @@ class Finding(NamedTuple):
     def line(self) -> str:
         """The finding as one line."""
         return f"{self.name} (step {self.step}): {self.text} {self.remedy}"
+
+    @classmethod
+    def of_lines(cls, text: str) -> list[Finding]:
+        """The findings whose lines are in a text; other lines are left out.
+
+        Their `text` holds the remedy too, since nothing tells where it begins.
+
+        >>> Finding.of_lines("floor (step 7): Nothing moves. Train longer.\\n\\nmore")
+        [Finding(name='floor', step=7, text='Nothing moves. Train longer.', remedy='')]
+        """
+        lines = re.findall(r"^([\w-]{1,40}) \(step (\d{1,15})\): (.+)$", text, re.MULTILINE)
+        return [cls(name, int(step), text, "") for name, step, text in lines]
 
 
 Rule = Callable[[History], Finding | None]

@@ -5,7 +5,7 @@ Imports nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 # What is observed while training, each followed by a loss's name, or by two as in "a~b".
@@ -30,3 +30,16 @@ def watched_tags(names: Sequence[str], cosines: bool) -> list[str]:
         *(f"{GRAD_NORM}{name}" for name in names),
         *(f"{GRAD_COSINE}{a}~{b}" for a, b in pairs),
     ]
+
+
+def watched_names(tags: Iterable[str]) -> set[str]:
+    """The losses that have a value or a gradient norm among these tags.
+
+    >>> sorted(watched_names(["loss/dice", "grad_norm/cce", "grad_norm/dice", "val/loss/iou"]))
+    ['cce', 'dice']
+    """
+    return {
+        tag.removeprefix(LOSS).removeprefix(GRAD_NORM)
+        for tag in tags
+        if tag.startswith((LOSS, GRAD_NORM))
+    }

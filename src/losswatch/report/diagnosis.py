@@ -22,12 +22,15 @@ from losswatch.text import printable
 FOUND = 3  # the exit status of `losswatch diagnose` if something was found
 
 
-def findings_of(folder: Path, trained: str | None, looks: int | None = None) -> list[Finding]:
+def findings_of(
+    folder: Path, trained: str | None, *, is_over: bool = True, looks: int | None = None
+) -> list[Finding]:
     """The findings from the record in a run's folder; none if it holds no signs.
 
     Args:
         trained: the name of the loss that trains.
-        looks: only so many of the doctor's looks count, as while the run trains.
+        is_over: whether the training has ended. Before that, only what is certain is said.
+        looks: only so many of the doctor's looks count.
     """
     signs, curves = read_signs(folder), read_curves(folder)
     if signs.empty:
@@ -50,7 +53,7 @@ def findings_of(folder: Path, trained: str | None, looks: int | None = None) -> 
         ignore_index=IGNORED,
         heads=len(heads),
         classes=len(classes),
-        is_over=looks is None,
+        is_over=is_over,
         counts_steps=True,
     )
     return diagnose(history)

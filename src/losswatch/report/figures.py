@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from losswatch.disk.curves import ROWS_FILE, read_curves
-from losswatch.events.tags import GRAD_NORM, LOSS
+from losswatch.events.tags import GRAD_NORM, LOSS, watched_names
 from losswatch.report.runs import LABELS, done, loss_order, swept
 from losswatch.report.style import Looks, draw_files, loss_looks, plain_axes, save, show_literally
 from losswatch.text import file_name, format_value, printable
@@ -208,11 +208,7 @@ def draw(
         looks: those of at least the losses in the figure, from `loss_looks`.
     """
     tags = {tag for frames in runs.values() for frame in frames for tag in frame}
-    names = {
-        tag.removeprefix(LOSS).removeprefix(GRAD_NORM)
-        for tag in tags
-        if tag.startswith((LOSS, GRAD_NORM))
-    }
+    names = watched_names(tags)
     if looks is None or not names <= looks.keys():
         looks = loss_looks(names)
     looks = {name: look for name, look in looks.items() if name in names}

@@ -244,7 +244,7 @@ class StackedModule(pl.LightningModule):
 
     def _speak(self, member: Member) -> None:
         """Say what the first batch of a run shows already."""
-        for finding in findings_of(member.folder, member.trained, looks=1):
+        for finding in findings_of(member.folder, member.trained, is_over=False, looks=1):
             log.warning("%s: %s", member.folder.name, finding.line())
 
     def _fail(self, member: Member, what: str, step: int) -> None:

@@ -75,7 +75,7 @@ class Doctor:
         self.weights: Tensor | None = None
         self.statistics: Tensor | None = None
         self.fresh: list[tuple[int, Tensor]] = []  # not drained yet
-        self.said: set[str] = set()
+        self.said: dict[str, Finding] = {}
         self.is_due = self.is_on
 
     def see_trained(
@@ -304,21 +304,26 @@ class Doctor:
         except Exception as error:
             log.debug("losswatch: no findings: %s", reason(error))
             return []
-        self.said |= {finding.name for finding in found}
+        self.said |= {finding.name: finding for finding in found}
         return found
 
     def say(self, writers: Sequence[SummaryWriter]) -> None:
         """Say the findings that are new: in the log, and in TensorBoard as a text.
 
+        The text holds those said before as well, a paragraph each, at the step of the last look:
+        TensorBoard drops a text when one of an earlier or the same step follows.
+
         A writer that fails, as on a full disk, does not end the training.
         """
-        for finding in self.news() if self.is_on else ():
+        news = self.news() if self.is_on else []
+        for finding in news:
             log.warning("losswatch: %s", finding.line())
-            try:
-                for writer in writers:
-                    writer.add_text(FINDINGS, finding.line(), finding.step)
-            except Exception as error:
-                log.warning("losswatch: findings are not in TensorBoard: %s", reason(error))
+        try:
+            for writer in writers if news else ():
+                text = "\n\n".join(finding.line() for finding in self.said.values())
+                writer.add_text(FINDINGS, text, self.kept[-1][0])
+        except Exception as error:
+            log.warning("losswatch: findings are not in TensorBoard: %s", reason(error))
 
 
 def _moved(before: Tensor | None, now: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
