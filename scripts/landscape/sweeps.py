@@ -125,7 +125,7 @@ def all_sweeps() -> list[Sweep]:
     ]  # fmt: skip
     sweeps += [
         Sweep(f"remedies/{name.replace(' ', '-')}",
-              PLAIN | {"loss": "dice_fg", "watch": "[cce]"} | own,
+              PLAIN | {"loss": "dice_fg", "watch": "[cce]", "compile": False} | own,
               {"theta": (0.01, 0.05, 0.2), "seed": ten}, 2000)
         for name, own in REMEDIES.items()
     ]  # fmt: skip
