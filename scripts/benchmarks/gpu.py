@@ -49,8 +49,10 @@ def sweep(*overrides: str, show: Callable[[float, Runs], None]) -> None:
             cwd=folder, check=False, stdout=sys.stderr,
         )  # fmt: skip
         seconds = time.perf_counter() - begin
-        with Path(folder, "sweep", "summary.csv").open(encoding="utf-8", newline="") as file:
-            show(seconds, list(csv.DictReader(file)))
+        summary = Path(folder, "sweep", "summary.csv")
+        if summary.exists():
+            with summary.open(encoding="utf-8", newline="") as file:
+                show(seconds, list(csv.DictReader(file)))
     if done.returncode:
         raise SystemExit(f"train.py ended with exit status {done.returncode}")
 
@@ -59,7 +61,7 @@ def each_run(part: str, seconds: float, runs: Runs) -> None:
     row(part, "the whole command", f"{seconds:.0f} s")
     for run in runs:
         scores = ", ".join(f"{name} {run[name]:.6}" for name in ("dice", "accuracy"))
-        row(part, run["run"], f"{run['status']}: {scores}, {float(run['seconds']):.1f} s")
+        row(part, run["run"], f"{run['status']}: {scores}, {run['seconds']:.5} s")
 
 
 def all_runs(part: str, seconds: float, runs: Runs) -> None:
@@ -96,8 +98,6 @@ def watching(part: str, encoder: str, batch: int, size: int, device: str, rounds
         row(part, f"{what}: {name}", f"{ms:.1f} ms, × plain {ms / times[watch.PLAIN]:.2f}")
 
 
-PLAIN, *UNETS = RUNS
-EAGER = ("probe off", "probe on")
 PARTS: dict[str, Callable[[], None]] = {
     "six": partial(
         sweep, "loss=dice,cce", "theta=0.05,0.5,0.95", show=partial(each_run, "six")
@@ -107,13 +107,13 @@ PARTS: dict[str, Callable[[], None]] = {
         show=partial(each_run, "precision"),
     ),
     "speed": partial(
-        speed, "speed", {PLAIN: tuple(WAYS)} | dict.fromkeys(UNETS, EAGER), "cuda", 3
+        speed, "speed", dict.fromkeys(RUNS, ("probe off", "probe on")), "cuda", 3
     ),
     "grid": partial(
         sweep, "experiment=article", "compile=true", show=partial(all_runs, "grid")
     ),
     "watch": partial(watching, "watch", "resnet50", 8, 512, "cuda", 10),
     "compiled": partial(
-        speed, "compiled", dict.fromkeys(UNETS, ("compile=true",)), "cuda", 3
+        speed, "compiled", dict.fromkeys(RUNS, ("compile=true",)), "cuda", 3
     ),
 }  # fmt: skip

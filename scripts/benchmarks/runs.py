@@ -6,6 +6,7 @@ the start nor compiling counts.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def _speed(
             longer = seconds_of(plan, overrides, 4 + steps) - short
         if longer >= seconds:
             return steps / longer, max(seen, default=None)
-        steps *= 4
+        # A few steps may take less time than the start varies by, so what they say is limited.
+        steps *= min(20, max(2, math.ceil(seconds / longer))) if longer > 0 else 4
 
 
 @contextmanager
