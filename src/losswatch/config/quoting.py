@@ -59,9 +59,8 @@ def with_data(arguments: Sequence[str]) -> list[str]:
     ['mode=predict', 'data.root=new', 'data=folder']
     """
     keys = {argument.partition("=")[0] for argument in arguments}
-    if "mode=predict" in arguments and not keys & {"data", "experiment"}:
-        return [*arguments, "data=folder"]
-    return [*arguments]
+    is_needed = "mode=predict" in arguments and not keys & {"data", "experiment"}
+    return [*arguments, "data=folder"] if is_needed else list(arguments)
 
 
 def _existing(text: str) -> list[str] | None:

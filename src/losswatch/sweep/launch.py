@@ -211,7 +211,7 @@ def _side_by_side(
                 else:
                     returns += result
     except KeyboardInterrupt:
-        workers.stop()
+        workers.stop()  # first, so that they write nothing more
         begun = [part for part, _, _ in at_work.values()] + [part for part, _ in suspects]
         _record_interrupts(begun)
         raise
