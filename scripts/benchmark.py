@@ -10,6 +10,7 @@
     python scripts/benchmark.py threads   what more CPU threads bring for a single run
     python scripts/benchmark.py scaling   time and memory of a stack by its number of runs
     python scripts/benchmark.py folder    reading a folder of images before training
+    python scripts/benchmark.py gpu PART  a part of scripts/gpu.sh
 
 `losses` and `watch` also measure other libraries that are installed:
 pip install monai kornia segmentation-models-pytorch nnunetv2 torchjd wandb
@@ -26,7 +27,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ROOT, folder, launchers, losses, probe, runs, scaling, stack, threads, watch
+from benchmarks import (
+    ROOT,
+    folder,
+    gpu,
+    launchers,
+    losses,
+    probe,
+    runs,
+    scaling,
+    stack,
+    threads,
+    watch,
+)
 
 
 def main() -> None:
@@ -41,7 +54,7 @@ def main() -> None:
     section = sections.add_parser("folder", help="reading a folder of images before training")
     section.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
     section = sections.add_parser("run", help="steps per second of a whole run")
-    section.add_argument("--steps", type=int, default=3000, help="larger networks make fewer steps")
+    section.add_argument("--seconds", type=float, default=10, help="of each training, at least")
     section = sections.add_parser("sweep", help="runs x steps per second of each launcher")
     section.add_argument(
         "--steps", type=int, default=1000, help="slower launchers make fewer steps"
@@ -58,6 +71,8 @@ def main() -> None:
     section.add_argument("--steps", type=int, default=500, help="smaller stacks make more steps")
     section.add_argument("--runs", type=int, nargs="+", default=[1, 4, 14, 56, 168, 504])
     section.add_argument("--figure", type=Path, default=ROOT / "outputs/article/scaling.png")
+    section = sections.add_parser("gpu", help="a part of scripts/gpu.sh")
+    section.add_argument("part", choices=list(gpu.PARTS))
     args = parser.parse_args()
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}")
@@ -70,7 +85,7 @@ def main() -> None:
     elif args.section == "folder":
         folder.measure(args.rounds)
     elif args.section == "run":
-        runs.measure_runs(args.steps)
+        runs.measure_runs(args.seconds)
     elif args.section == "sweep":
         runs.measure_sweeps(args.steps, args.runs)
     elif args.section == "launchers":
@@ -79,6 +94,8 @@ def main() -> None:
         stack.measure(args.steps)
     elif args.section == "threads":
         threads.measure(args.rounds)
+    elif args.section == "gpu":
+        gpu.measure(args.part)
     else:
         scaling.measure(args.steps, args.runs, args.figure)
 

@@ -74,16 +74,19 @@ ARTICLE = ("cce", "dice", "dice_fg", "dice_square", "dice_fg_square")
 
 # --- Devices -------------------------------------------------------------------------------------
 
-GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 
-
-@pytest.fixture(params=["cpu", *GPU])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """The CPU, and the GPU where there is one: also a value of `trainer.accelerator`."""
+    """The CPU and the GPU: also a value of `trainer.accelerator`."""
     if request.param == "cuda":  # as exact as the CPU, and the same twice
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return request.param
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no GPU")
 
 
 @pytest.fixture(autouse=True)

@@ -23,19 +23,27 @@ def watched_step(
     batch: Callable[[], Any],
     every: int,
     diagnose: bool = False,
+    precision: Precision | None = None,
 ) -> Job:
-    """A job that makes one step of a module on a new batch, and observes each `every`-th step."""
+    """A job that makes one step of a module on a new batch, and observes each `every`-th step.
+
+    Args:
+        precision: the plugin with which Lightning would train; float32 if None.
+    """
+    plugin = precision or Precision()
     watch = Watch(losses, criterion, every_n_steps=every, strict=True, diagnose=diagnose)
     trainer: Any = SimpleNamespace(
-        global_step=0, accumulate_grad_batches=1, world_size=1, precision="32-true", loggers=[],
+        global_step=0, accumulate_grad_batches=1, world_size=1, loggers=[],
         fit_loop=SimpleNamespace(_should_accumulate=lambda: False), is_global_zero=True,
-        precision_plugin=Precision(), lightning_module=module, callbacks=[watch],
+        precision=plugin.precision, precision_plugin=plugin, lightning_module=module,
+        callbacks=[watch],
     )  # fmt: skip
     watch.on_fit_start(trainer, module)
 
     def step() -> None:
         watch.on_train_batch_start(trainer)
-        loss: Any = module.training_step(batch(), 0)
+        with plugin.forward_context():
+            loss: Any = module.training_step(batch(), 0)
         optimizer.zero_grad()
         watch.on_before_backward(trainer, module, loss)
         loss.backward()

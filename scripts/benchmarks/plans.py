@@ -1,8 +1,10 @@
-"""Makes plans of runs in this process."""
+"""Makes plans of runs in this process, and trains them."""
 
 from __future__ import annotations
 
 import functools
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from losswatch.config.sources import Sources
 from losswatch.disk.checkpoint_files import settings_to_keep
 from losswatch.run.plan import Plan
 from losswatch.run.planner import Planner
+from losswatch.task import train
 
 MakePlan = Callable[[Sequence[str], Path], Plan]
 
@@ -34,3 +37,13 @@ def plans() -> Iterator[MakePlan]:
             return planner.plan(read(), read)
 
         yield plan
+
+
+def seconds_of(plan: MakePlan, overrides: Sequence[str], steps: int) -> float:
+    """Seconds of a training in this process, with a validation and the test at its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        length = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
+        made = plan([*overrides, *length], Path(folder))
+        begin = time.perf_counter()
+        train(made)
+        return time.perf_counter() - begin

@@ -1,35 +1,36 @@
-"""Whole runs and sweeps of train.py, each command in a new process.
+"""Whole runs in this process, and sweeps of train.py, each command in a new process.
 
-The speed is computed from the time of a long command minus that of a short one, so that neither
+The speed is computed from the time of a long training minus that of a short one, so that neither
 the start nor compiling counts.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import ROOT
+from benchmarks.plans import MakePlan, plans, seconds_of
 
 COMMON = ("model=convnet", "data.batch_size=2", "optimizer.lr=1e-3",
           "trainer.val_check_interval=250", "trainer.enable_progress_bar=false")  # fmt: skip
 
 UNET = ["model=unet", "data.batch_size=8", "data.val_size=8", "data.test_size=8"]
-# Network and images of a run; its steps are `--steps` divided by the number.
-RUNS: dict[str, tuple[list[str], int]] = {
-    "article's net, 2×32×32": ([], 1),
-    "U-Net (8, 16, 32), 8×64×64": ([*UNET, "data.image_size=64"], 10),
-    "U-Net (8, 16, 32), 8×256×256": ([*UNET, "data.image_size=256"], 100),
-    "U-Net (8, 16, 32), 8×512×512": ([*UNET, "data.image_size=512"], 300),
+RUNS: dict[str, list[str]] = {  # network and images
+    "article's net, 2×32×32": [],
+    "U-Net (8, 16, 32), 8×64×64": [*UNET, "data.image_size=64"],
+    "U-Net (8, 16, 32), 8×256×256": [*UNET, "data.image_size=256"],
+    "U-Net (8, 16, 32), 8×512×512": [*UNET, "data.image_size=512"],
 }
 WAYS = {
     "probe off": ["probe.every_n_steps=0"],
@@ -48,29 +49,78 @@ def train(*overrides: str, flags: Sequence[str] = ()) -> None:
     )
 
 
-def measure_runs(steps: int) -> None:
-    """Print the steps per second of runs, from result.json of a long and a short run."""
+def measure_runs(seconds: float) -> None:
+    """Print the steps a second of runs on the CPU, with one thread."""
     table = Table("run", title="Lightning, data, probe of five losses and events; one thread")
     for way in WAYS:
         table.add_column(f"{way}, steps/s", justify="right")
-    for title, (settings, share) in RUNS.items():
+    for title, settings in RUNS.items():
+        # Compiling only helps small networks.
+        ways = {w: WAYS[w] for w in WAYS if w != "compile=true" or UNET[0] not in settings}
         row = []
-        for way, extra in WAYS.items():
-            if way == "compile=true" and UNET[0] in settings:  # compiling only helps small networks
-                continue
-            short, seconds = 250 // share + 2, []
-            # The first run fills the compiler's cache.
-            for count in (short, short, short + steps // share):
-                with tempfile.TemporaryDirectory() as folder:
-                    place = [f"hydra.run.dir={folder}/run", f"trainer.val_check_interval={count}"]
-                    train(*settings, *extra, *place, f"trainer.max_steps={count}")
-                    result = Path(folder, "run/result.json").read_text("utf-8")
-                    seconds.append(json.loads(result)["seconds"])
-            pace = (steps // share) / (seconds[2] - seconds[1])
+        for way, pace, _ in speeds(settings, ways, "cpu", seconds):
             row.append(f"{pace:,.0f}" if pace >= 100 else f"{pace:.3g}")
             print(f"{title}, {way}: {row[-1]} steps/s", file=sys.stderr)
         table.add_row(title, *row)
     Console(width=100).print(table)
+
+
+def speeds(
+    settings: Sequence[str], ways: Mapping[str, Sequence[str]], device: str, seconds: float
+) -> Iterator[tuple[str, float, int | None]]:
+    """Steps a second of a run in each way, and the highest utilisation of the GPU in percent.
+
+    Args:
+        ways: overrides for each.
+        device: a value of `trainer.accelerator`.
+        seconds: that the long training takes more than the short one, at least.
+    """
+    steps = 4.0
+    with plans() as plan:
+        for way, extra in ways.items():
+            common = [*COMMON, f"trainer.accelerator={device}", *settings, *extra]
+            pace, load = _speed(plan, common, int(steps), device, seconds)
+            yield way, pace, load
+            steps = max(4, pace * seconds)  # a guess for the next way
+
+
+def _speed(
+    plan: MakePlan, overrides: Sequence[str], steps: int, device: str, seconds: float
+) -> tuple[float, int | None]:
+    """As `speeds`; `steps` is a guess of how many take that long."""
+    seconds_of(plan, overrides, 4)  # fills the caches of cuDNN and of the compiler
+    short = seconds_of(plan, overrides, 4)
+    while True:
+        with _utilisation(device) as seen:
+            longer = seconds_of(plan, overrides, 4 + steps) - short
+        if longer >= seconds:
+            return steps / longer, max(seen, default=None)
+        # A few steps may take less time than the start varies by, so what they say is limited.
+        steps *= min(20, max(2, math.ceil(seconds / longer))) if longer > 0 else 4
+
+
+@contextmanager
+def _utilisation(device: str) -> Iterator[list[int]]:
+    """A list that has the percentages which nvidia-smi reports of the GPU, once the block ends.
+
+    It is empty on a CPU, and where there is no nvidia-smi or it does not know.
+    """
+    seen: list[int] = []
+    process = None
+    if device == "cuda":
+        gpu = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+        query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        with suppress(FileNotFoundError):
+            process = subprocess.Popen(
+                ["nvidia-smi", gpu, *query, "--loop-ms=200"], stdout=subprocess.PIPE, text=True
+            )
+    try:
+        yield seen
+    finally:
+        if process is not None:
+            process.terminate()
+            lines = process.communicate()[0].splitlines()
+            seen += [int(line) for line in lines if line.strip().isdigit()]
 
 
 def measure_sweeps(steps: int, counts: list[int]) -> None:

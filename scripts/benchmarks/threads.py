@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 from joblib import cpu_count
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.plans import MakePlan, plans
-from losswatch.run import train as run
+from benchmarks.plans import plans, seconds_of
 
 COMMON = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "data.val_size=1",
-          "data.test_size=1", "trainer.val_check_interval=1000"]  # fmt: skip
+          "data.test_size=1"]  # fmt: skip
 CASES = {
     "U-Net, 8 x 32 x 32": [],
     "U-Net, 8 x 64 x 64": ["data.image_size=64"],
     "U-Net, 8 x 128 x 128": ["data.image_size=128"],
     "U-Net, 4 x 256 x 256": ["data.image_size=256", "data.batch_size=4"],
+    "MONAI's U-Net, 8 x 64 x 64": ["model=monai_unet", "data.image_size=64"],
+    "MONAI's U-Net, 8 x 128 x 128": ["model=monai_unet", "data.image_size=128"],
     "U-Net, 8 x 16 x 16 x 16": ["data.dims=3", "data.image_size=16"],
     "U-Net, 2 x 32 x 32 x 32": ["data.dims=3", "data.batch_size=2"],
 }
@@ -40,22 +39,11 @@ def measure(rounds: int) -> None:
             paces: dict[int, list[float]] = {1: [], cores: []}
             for _ in range(rounds):
                 for threads, found in paces.items():
-                    found.append(_pace(plan, [*overrides, f"threads={threads}"], steps))
+                    settings = [*COMMON, *overrides, f"threads={threads}"]
+                    short, long = (seconds_of(plan, settings, n) for n in (4, 4 + steps))
+                    found.append(1e3 * (long - short) / steps)
             one, all_cores = min(paces[1]), min(paces[cores])
             cells = [f"{traits.layer_flops / 1e6:.0f}", f"{one:.0f}", f"{all_cores:.0f}"]
             table.add_row(name, *cells, f"{one / all_cores:.2f}")
             print(name, *cells, file=sys.stderr)
     Console(width=100).print(table)
-
-
-def _pace(plan: MakePlan, overrides: list[str], steps: int) -> float:
-    """Milliseconds of a step: a long training minus a short one."""
-
-    def seconds(length: int) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            made = plan([*COMMON, *overrides, f"trainer.max_steps={length}"], Path(folder))
-            begin = time.perf_counter()
-            run.train(made)
-            return time.perf_counter() - begin
-
-    return 1e3 * (seconds(steps + 4) - seconds(4)) / steps

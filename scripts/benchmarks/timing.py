@@ -12,8 +12,8 @@ import torch
 Job = Callable[[], object]
 
 
-def interleaved(jobs: Mapping[str, Job], rounds: int) -> dict[str, float]:
-    """Median CPU milliseconds of each job over `rounds` rounds.
+def interleaved(jobs: Mapping[str, Job], rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Median milliseconds of each job over `rounds` rounds: CPU time, or on a GPU until its end.
 
     The jobs take turns, so that other work on the machine slows all of them alike. The order is
     shuffled in each round, because each job changes the CPU's caches for the next. Two more rounds
@@ -24,11 +24,18 @@ def interleaved(jobs: Mapping[str, Job], rounds: int) -> dict[str, float]:
     for i in range(rounds + 2):
         shuffled.shuffle(order)
         for name, job in order:
-            start = time.process_time()
+            start = _now(device)
             job()
             if i >= 2:
-                times[name].append(1e3 * (time.process_time() - start))
+                times[name].append(1e3 * (_now(device) - start))
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _now(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()  # a GPU works on after a call has returned
+    return time.perf_counter()
 
 
 def peak_memory(job: Job) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import Precision
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from benchmarks.timing import Job, interleaved, peak_memory
 from losswatch import Observer
 
 PLAIN = "plain PyTorch, one loss"
+EVERY, NOT_OBSERVED = "Watch, every step", "Watch, a step that is not observed"
 
 
 def unet(encoder: str) -> nn.Module:
@@ -31,15 +33,19 @@ def unet(encoder: str) -> nn.Module:
 class Training(pl.LightningModule):
     """A step of a network of segmentation_models_pytorch, trained with losswatch's Dice."""
 
-    def __init__(self, encoder: str, size: int) -> None:
+    def __init__(
+        self, encoder: str, batch: int, size: int, device: str = "cpu",
+        precision: Precision | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         torch.manual_seed(0)
-        self.net = unet(encoder)
+        self.net = unet(encoder).to(device)
         self.losses = article()
         self.loss_fn = self.losses["dice"]
-        self.images = torch.randn(4, 3, size, size)
-        self.masks = torch.randint(0, 2, (4, size, size))
+        self.images = torch.randn(batch, 3, size, size, device=device)
+        self.masks = torch.randint(0, 2, (batch, size, size), device=device)
         self.adam = torch.optim.Adam(self.net.parameters())
+        self.precision = precision or Precision()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, masks = batch
@@ -48,8 +54,9 @@ class Training(pl.LightningModule):
     def step(self, before: Callable[[Tensor, Tensor], object] = lambda logits, value: None) -> None:
         """One step of plain PyTorch, with a call of `before` before the backward pass."""
         self.adam.zero_grad()
-        logits = self.net(self.images)
-        value = self.loss_fn(logits, self.masks)
+        with self.precision.forward_context():
+            logits = self.net(self.images)
+            value = self.loss_fn(logits, self.masks)
         before(logits, value)
         value.backward()
         self.adam.step()
@@ -76,7 +83,22 @@ def observed(module: Training) -> Job:
 
 def watched(module: Training, every: int) -> Job:
     batch = module.images, module.masks
-    return watched_step(module, module.losses, "loss_fn", module.adam, lambda: batch, every)
+    return watched_step(
+        module, module.losses, "loss_fn", module.adam, lambda: batch, every,
+        precision=module.precision,
+    )  # fmt: skip
+
+
+def steps(make: Callable[[], Training]) -> dict[str, Job]:
+    """Steps of plain PyTorch, and with `Watch`, by name."""
+    rare = watched(make(), 10**9)
+    rare()  # observes its first step, and no other
+    return {PLAIN: make().step, EVERY: watched(make(), 1), NOT_OBSERVED: rare}
+
+
+def add_mean(times: dict[str, float]) -> None:
+    """Add the time of a step if every 50th is observed."""
+    times["Watch, every 50 steps (mean)"] = (times[EVERY] + 49 * times[NOT_OBSERVED]) / 50
 
 
 @contextmanager
@@ -97,15 +119,8 @@ def has(name: str) -> bool:
 def measure(rounds: int) -> None:
     """Print the times of a step, and the memory of a step of a larger network."""
     torch.set_num_threads(1)
-    make = partial(Training, "resnet18", 256)
-    rare = watched(make(), 10**9)
-    rare()  # observes its first step, and no other
-    jobs: dict[str, Job] = {
-        PLAIN: make().step,
-        "Watch, every step": watched(make(), 1),
-        "Watch, a step that is not observed": rare,
-        "Observer, every step": observed(make()),
-    }
+    make = partial(Training, "resnet18", 4, 256)
+    jobs = steps(make) | {"Observer, every step": observed(make())}
     module = make()
     jobs["one autograd.grad per loss"] = partial(module.step, partial(one_by_one, module))
     if has("torchjd"):
@@ -119,8 +134,7 @@ def measure(rounds: int) -> None:
         times["wandb.watch: histograms of one gradient"] = (
             alone["wandb.watch"] * times[PLAIN] / alone[PLAIN]
         )
-    every, free = times["Watch, every step"], times["Watch, a step that is not observed"]
-    times["Watch, every 50 steps (mean)"] = (every + 49 * free) / 50
+    add_mean(times)
     table = Table("a step", title="smp Unet(resnet18), 4×3×256×256, five losses, one thread")
     table.add_column("ms", justify="right")
     table.add_column("× plain", justify="right")
@@ -128,7 +142,7 @@ def measure(rounds: int) -> None:
         table.add_row(name, f"{ms:.0f}", f"{ms / times[PLAIN]:.2f}")
     Console(width=100).print(table)
 
-    big = Training("resnet50", 64)
+    big = Training("resnet50", 4, 64)
     size = sum(p.numel() for p in big.net.parameters()) * 4 / 2**20
     title = f"smp Unet(resnet50), {size / 4 * 2**20 / 1e6:.0f} million parameters = {size:.0f} MiB"
     table = Table("peak memory of a step", title=title)

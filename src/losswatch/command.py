@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from losswatch.config import schema
 from losswatch.config.names import sweep_name
-from losswatch.config.quoting import quoted
+from losswatch.config.quoting import quoted, with_data
 from losswatch.config.settings import Job, Settings
 from losswatch.config.sources import Sources
 from losswatch.presets import CONF
@@ -166,11 +166,12 @@ def main() -> None:
         print_findings(sys.argv[2:])
         return
     typed = sys.argv[1:]
-    sys.argv[1:] = map(quoted, typed)
+    asked = [quoted(argument) for argument in typed]
+    sys.argv[1:] = with_data(asked)
     schema.use_checked_sweeper()
     # What an earlier command in this process has left.
     HydraConfig.instance().cfg = None
     sweep_name.cache_clear()
     command = Command(Facts())
-    with clear_errors(command, dict(zip(sys.argv[1:], typed, strict=True))):
+    with clear_errors(command, dict(zip(asked, typed, strict=True))):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(command)()

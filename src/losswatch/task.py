@@ -226,11 +226,11 @@ def _result(
     job: Job,
     settings: Settings | None,
     status: str,
-    seconds: float,
+    seconds: float | None,
     reached: Reached | None = None,
     error: str | None = None,
 ) -> Result:
-    """The result of an attempt; `seconds` is how long it took."""
+    """The result of an attempt; `seconds` is how long it took, if that is known."""
     return Result(
         run=job.folder.name,
         status=status,
@@ -271,8 +271,7 @@ def _fail(
     # On Ctrl-C Lightning shuts down in order, and then exits.
     if isinstance(error, KeyboardInterrupt | SystemExit) or command.is_terminated:
         if is_first:
-            result = _result(job, plan.settings, "unfinished", seconds, error="interrupted")
-            result.write(plan.folder)
+            record_interrupt(plan.settings, seconds)
             _say_how_to_resume(plan)
         raise KeyboardInterrupt from error
     if isinstance(error, ConfigError) and not job.is_sweep:
@@ -280,6 +279,12 @@ def _fail(
     if is_first:
         _record_failure(job, plan.settings, error, seconds)
     command.status = 1
+
+
+def record_interrupt(settings: Settings, seconds: float | None = None) -> None:
+    """Write that Ctrl-C or SIGTERM has ended a run, whose lock the caller holds."""
+    result = _result(settings.job, settings, "unfinished", seconds, error="interrupted")
+    result.write(settings.job.folder)
 
 
 def _record_failure(

@@ -39,6 +39,7 @@ ALONE = [
     ("data.theta_spread=inf", "data.theta_spread must be a number of at least 0, got inf"),
     ("data.low=nan", "data.low must be a finite number, got nan"),
     ("data.high=-inf", "data.high must be a finite number, got -inf"),
+    ("data=folder", r"^data=folder needs data.root=<folder of images>$"),
     ("threads=0", "threads must be a whole number of at least 1, or auto, got 0"),
     ("threads=many", "threads must be a whole number of at least 1, or auto, got many"),
     ("seed=-1", "seed must be a whole number of at least 0, got -1"),

@@ -934,6 +934,8 @@ def test_modes_that_need_images(tmp_path):
     done = run_train("mode=test", *given, cwd=tmp_path, status=2)
     assert "mode=test: the data have no images for a test" in done.stderr
     done = run_train("mode=predict", given[0], cwd=tmp_path, status=2)
+    assert done.stderr.splitlines()[-1].endswith("data=folder needs data.root=<folder of images>")
+    done = run_train("mode=predict", given[0], "data=random", cwd=tmp_path, status=2)
     assert "mode=predict needs data=folder and data.root=" in done.stderr
     done = run_train(
         "mode=predict", given[0], "data=folder", "data.root=no", cwd=tmp_path, status=2

@@ -120,6 +120,13 @@ def test_a_folder_of_sweeps_is_one_and_mappings_are_told_apart(tmp_path):
     assert list(runs["data.low"]) == [0, 1] and list(runs["data.high"]) == [1, 0]
 
 
+def test_names_in_a_list_are_joined(tmp_path):
+    for name, watch in (("a", ["cce", "dice"]), ("b", ["dice"])):
+        override = [f"watch=[{','.join(watch)}]"]
+        write_result(tmp_path / name, overrides=override, config={"watch": watch})
+    assert list(read_runs(tmp_path)["watch"]) == ["cce, dice", "dice"]
+
+
 def test_runs_have_settings_results_and_status(tmp_path, caplog):
     write_result(tmp_path / "loss=dice,seed=10", seed=10)
     write_result(tmp_path / "loss=dice,seed=2", seed=2, theta=[0.3, 0.6])

@@ -172,6 +172,8 @@ def test_another_network_is_refused_before_any_work(runs, plan_test):
         ({"model": {"_target_": "os.system", "command": "x"}}, "its model is made by os.system"),
         ({"model": {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "os.getcwd"}]}},
          "its model is made by os.getcwd"),
+        ({"model": {"_target_": "torch.fx.graph_module.reduce_graph_module"}},
+         "its model is made by torch.fx.graph_module.reduce_graph_module"),
         ({"data": {"_target_": "subprocess.Popen"}}, "its data is made by subprocess.Popen"),
         ({"model": {"_target_": "torch.nn.Identity", "x": "${oc.env:HOME}"}},
          r"its model refers to \$\{oc.env:HOME\}"),
@@ -256,7 +258,7 @@ def test_a_folder_of_images(tmp_path):
     )  # fmt: skip
     run = run_folders(tmp_path)["run"]
     run_train("mode=test", "checkpoint=outputs/s/run", "trainer.accelerator=cpu", cwd=tmp_path)
-    images = ["data=folder", "data.root=a/img", "trainer.accelerator=cpu"]
+    images = ["data.root=a/img", "trainer.accelerator=cpu"]
     run_train("mode=predict", "checkpoint=outputs/s/run", *images, cwd=tmp_path)
     found = {name.split(",")[0]: folder for name, folder in run_folders(tmp_path).items()}
     assert found.keys() == {"run", "test_run", "predict_run"}

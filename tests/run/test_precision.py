@@ -126,19 +126,20 @@ def test_float16_reaches_the_same_accuracy(make):
     assert accuracy[1] == pytest.approx(accuracy[0], abs=0.005)
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="16-mixed needs a GPU")
+def on_gpu(*values):
+    return pytest.param(*values, "cuda", marks=pytest.mark.gpu)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["convnet", "unet"])
 @pytest.mark.parametrize(
     "precision, accelerator",
-    [("bf16-mixed", "cpu"), pytest.param("16-mixed", "gpu", marks=on_gpu)],
+    [("bf16-mixed", "cpu"), on_gpu("bf16-mixed"), on_gpu("16-mixed")],
 )
 def test_mixed_precision_reaches_the_same_accuracy(tmp_path, model, precision, accelerator):
     common = [f"model={model}", f"trainer.accelerator={accelerator}"]
     for name in ("32-true", precision):
-        run_train(*common, f"trainer.precision={name}", cwd=tmp_path)
+        run_train(*common, f"trainer.precision={name}", cwd=tmp_path, fresh=accelerator == "cuda")
     results = [read_result(folder) for folder in run_folders(tmp_path).values()]
     single, half = sorted(results, key=lambda r: r["config"]["trainer"]["precision"] != "32-true")
     accuracy = single["metrics"]["test/accuracy"]

@@ -309,9 +309,11 @@ def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
 
     monkeypatch.setattr(StackedModule, "training_step", cut)
     with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning turns one into the other
-        parts._train(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]), {})
+        stack = parts.Part(jobs(["loss=dice", "theta=0.05"], ["loss=cce", "theta=0.3"]))
+        parts.train_part(stack, context=None)
     runs = read_runs(tmp_path)
     assert list(runs["status"]) == ["unfinished"] * 2
+    assert list(runs["error"]) == ["interrupted"] * 2
     assert list(runs["loss"]) == ["dice", "cce"] and list(runs["theta"]) == [0.05, 0.3]
 
 

@@ -112,9 +112,8 @@ def test_all_processes_of_a_sweep_with_loaders(tmp_path, launcher, rows):
         done = process.result()
     terminated(process.returncode, done.stdout, done.stderr, rows)
     for folder in tmp_path.glob("s/*/"):
-        if launcher == "basic":
-            result = read_result(folder)
-            assert (result["status"], result["error"]) == ("unfinished", "interrupted")
+        result = read_result(folder)
+        assert (result["status"], result["error"]) == ("unfinished", "interrupted")
         steps = read_curves(folder)["loss/dice"].dropna().index
         assert list(steps) == list(range(len(steps)))
         assert len(steps) >= newest(folder)[1]["global_step"]

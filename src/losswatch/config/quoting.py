@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -49,6 +50,17 @@ def quoted(argument: str) -> str:
         return argument
     text = ",".join(part if _is_read(key, part) else _as_text(part) for part in value.split(","))
     return f"{key}={text}" if _is_read(key, text) else argument
+
+
+def with_data(arguments: Sequence[str]) -> list[str]:
+    """The arguments, and `data=folder` if they ask for a prediction, which needs it.
+
+    >>> with_data(["mode=predict", "data.root=new"])
+    ['mode=predict', 'data.root=new', 'data=folder']
+    """
+    keys = {argument.partition("=")[0] for argument in arguments}
+    is_needed = "mode=predict" in arguments and not keys & {"data", "experiment"}
+    return [*arguments, "data=folder"] if is_needed else list(arguments)
 
 
 def _existing(text: str) -> list[str] | None:

@@ -100,6 +100,8 @@ def check_values(config: Values) -> None:
         )
     if mode == "predict" and target != FOLDER:
         raise ConfigError("mode=predict needs data=folder and data.root=<folder of images>")
+    if target == FOLDER and config["data"].get("root") == "???":
+        raise ConfigError("data=folder needs data.root=<folder of images>")
     if (mode == "train") != (config["checkpoint"] is None):
         raise ConfigError(
             "mode=test and mode=predict need checkpoint=<file or run folder>, and checkpoint needs "

@@ -248,7 +248,9 @@ def _refusal(node: Any) -> str | None:
 def _makes_module(target: Any) -> bool:
     """Whether a target is a class of networks, losses or data modules, or cannot be imported.
 
-    What cannot be imported is refused later, as in any config.
+    What cannot be imported is refused later, as in any config. A function may do anything, even if
+    its annotation promises a module: `torch.fx.graph_module.reduce_graph_module` runs any text as
+    code.
     """
     try:
         found = get_object(target)

@@ -139,6 +139,8 @@ def _watched(record: Result) -> dict[str, float]:
 def _plain(value: Any) -> bool | int | float | str | None:
     if isinstance(value, int) and abs(value) >= 2**63:  # pandas 2 holds no such integer
         return printable(value)
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return printable(", ".join(value))
     return value if isinstance(value, bool | int | float | None) else printable(value)
 
 

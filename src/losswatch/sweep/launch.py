@@ -23,6 +23,8 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from omegaconf import DictConfig, OmegaConf
 
 from losswatch import terminal
+from losswatch.config.errors import ConfigError
+from losswatch.disk.locks import hold
 from losswatch.disk.result import finished
 from losswatch.stack.member import Failure
 from losswatch.stack.refusal import NotStackable
@@ -42,6 +44,7 @@ from losswatch.sweep.parts import (
 )
 from losswatch.sweep.split import Options, make_parts, say_what, steps_of, uses_gpu
 from losswatch.sweep.workers import Workers
+from losswatch.task import record_interrupt
 
 KILLED = "the process that trained it was killed, because it lacked memory or native code crashed"
 PROCESS_MB = 600  # memory of a process that trains, without the images that it keeps
@@ -158,6 +161,15 @@ def _train_here(
             raise
 
 
+def _record_interrupts(parts: Iterable[Part]) -> None:
+    """Write that Ctrl-C or SIGTERM has ended the runs that the workers had begun."""
+    for run in itertools.chain.from_iterable(part.runs for part in parts):
+        if run.settings is None or not (run.folder / ".hydra").is_dir() or finished(run.folder):
+            continue
+        with suppress(ConfigError, OSError), hold(run.folder):
+            record_interrupt(run.settings)
+
+
 def _side_by_side(
     parts: Iterable[Part], context: Context, workers: Workers, file: Path
 ) -> list[Returned]:
@@ -175,28 +187,34 @@ def _side_by_side(
     waiting = deque(zip(parts, rows, strict=False))
     suspects: deque[tuple[Part, int]] = deque()  # one of them has killed its process
     at_work: dict[Future, tuple[Part, int, bool]] = {}  # with whether no other part is
-    while waiting or suspects or at_work:
-        alone = bool(suspects)
-        source = suspects if alone else waiting
-        while source and len(at_work) < (1 if alone else workers.count):
-            part, row = source.popleft()
-            task = _Task(part, file, row, context, Singleton.get_state())
-            # By cloudpickle, because Hydra's state holds functions that have no name.
-            at_work[workers.submit(joblib.wrap_non_picklable_objects(task))] = part, row, alone
-        for future in wait(at_work, return_when=FIRST_COMPLETED).done:
-            part, row, was_alone = at_work.pop(future)
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                if not was_alone:
-                    suspects.append((part, row))
-                    continue
-                killed = Failure(RuntimeError(KILLED))
-                result = [(run.index, finish(run, context, killed)) for run in part.runs]
-            if isinstance(result, NotStackable):
-                waiting.extend(zip(single_parts(part, result), rows, strict=False))
-            else:
-                returns += result
+    try:
+        while waiting or suspects or at_work:
+            alone = bool(suspects)
+            source = suspects if alone else waiting
+            while source and len(at_work) < (1 if alone else workers.count):
+                part, row = source.popleft()
+                task = _Task(part, file, row, context, Singleton.get_state())
+                # By cloudpickle, because Hydra's state holds functions that have no name.
+                at_work[workers.submit(joblib.wrap_non_picklable_objects(task))] = part, row, alone
+            for future in wait(at_work, return_when=FIRST_COMPLETED).done:
+                part, row, was_alone = at_work.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    if not was_alone:
+                        suspects.append((part, row))
+                        continue
+                    killed = Failure(RuntimeError(KILLED))
+                    result = [(run.index, finish(run, context, killed)) for run in part.runs]
+                if isinstance(result, NotStackable):
+                    waiting.extend(zip(single_parts(part, result), rows, strict=False))
+                else:
+                    returns += result
+    except KeyboardInterrupt:
+        workers.stop()  # first, so that they write nothing more
+        begun = [part for part, _, _ in at_work.values()] + [part for part, _ in suspects]
+        _record_interrupts(begun)
+        raise
     return returns
 
 

@@ -32,7 +32,7 @@ from losswatch.stack.limits import check_plan
 from losswatch.stack.member import Failure, Member, make_member
 from losswatch.stack.refusal import NotStackable
 from losswatch.sweep.jobs import Run, compose_run
-from losswatch.task import finish_stacked
+from losswatch.task import finish_stacked, record_interrupt
 from losswatch.terminal import say
 from losswatch.text import number_of, one_line
 
@@ -119,6 +119,11 @@ def train_part(part: Part, context: Context) -> list[Returned] | NotStackable:
         except Exception as error:
             for run in todo:
                 outcomes.setdefault(run.folder, Failure(error))
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns one into the other
+            for run in todo:
+                assert run.settings is not None
+                record_interrupt(run.settings)
+            raise
         return [(run.index, finish(run, context, outcomes.get(run.folder))) for run in part.runs]
 
 
