@@ -10,13 +10,19 @@ Let g be the derivative of the loss by the logits z [N, C, *space].
 
     alike = Σ_c |Σ_pixels g_c|,  apart = Σ_c Σ_pixels -g_c·(y_c - mean y_c),  pull = alike / apart.
 
-*The response.* But pixels share the weights w. A step of gradient descent moves z by
+*The gain* of the network. But pixels share the weights w, and for a direction v of the logits
 
-    dz = -J·Jᵀ·g,  J = dz/dw,
+    |Jᵀ·v|² / |v|²,  J = dz/dw,
 
-and a network can answer more strongly to the common part of g than to the rest, or, with batch
-norm, less. The response is the same quotient of dz. If the answer of all pixels moves by D, the
-classes come apart by D / response. So for a flat softmax the response alone decides.
+tells how strongly the network answers to it. The gain is that of a move alike at all pixels over
+that of the move apart, y - mean y. Batch norm makes it small.
+
+*The response* takes both together. A step of gradient descent moves z by
+
+    dz = -J·Jᵀ·g,
+
+and the response is the same quotient of dz as the pull is of g. If the answer of all pixels moves
+by D, the classes come apart by D / response. So for a flat softmax it alone should decide.
 
 *The distance* of the best constant answer p is -log of the slope p(1 - p) there. It is large where
 the softmax is flat. Where it is not, the pull on all pixels ends at p, and the other one goes on.
@@ -72,7 +78,7 @@ def of_run(folder: Path) -> dict[str, float]:
 
 
 def first_step(net: nn.Module, loss: nn.Module, image: Tensor, label: Tensor) -> dict[str, float]:
-    """pull, response (of gradient descent), adam (its first step), and distance; see above.
+    """pull, gain, response (of gradient descent), adam (its first step), distance; see above.
 
     Args:
         net: float64, in training mode.
@@ -91,15 +97,23 @@ def first_step(net: nn.Module, loss: nn.Module, image: Tensor, label: Tensor) ->
         moved = {name: w + size * direction[name] for name, w in weights.items()}
         return (forward(moved) - logits.detach()) / size
 
+    def strength(v: Tensor) -> float:
+        """How strongly the network answers to a direction of the logits: |Jᵀ·v|² / |v|²."""
+        pulled = torch.autograd.grad(logits, list(net.parameters()), v, retain_graph=True)
+        return float(sum((d**2).sum() for d in pulled) / (v**2).sum())
+
     logits = forward(dict(net.named_parameters()))
     [g] = torch.autograd.grad(loss(logits, label), [logits], retain_graph=True)
-    gradients = torch.autograd.grad(logits, list(net.parameters()), g)
+    gradients = torch.autograd.grad(logits, list(net.parameters()), g, retain_graph=True)
     down = {name: -d for name, d in zip(weights, gradients, strict=True)}
     # The first step of Adam has the size of the learning rate in each weight.
     sign = {name: d.sign() for name, d in down.items()}
     y = nn.functional.one_hot(label, logits.shape[1]).movedim(-1, 1).double()
+    pixels = [0, *range(2, g.ndim)]
+    alike, apart = g.mean(pixels, keepdim=True).expand_as(g), y - y.mean(pixels, keepdim=True)
     return {
         "pull": _quotient(-g, y),
+        "gain": strength(alike) / strength(apart),
         "response": _quotient(move(down), y),
         "adam": _quotient(move(sign), y),
         "distance": -float(np.log(max(slope_at_best_constant(loss, y, label), LEAST_SLOPE))),

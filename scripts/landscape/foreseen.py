@@ -1,6 +1,7 @@
 """Is a collapse foreseen at step 0? The scores, and the rules by which they are judged.
 
-Written down before the runs were looked at:
+Written down before the runs were looked at; only the gain was added when those of the plain network
+without batch norm were known, and no others:
 
 - A run has *collapsed* if it predicts one class at all pixels of its last validation.
 - The cells (loss, θ) of the plain network without batch norm are split like a chessboard. The score
@@ -35,6 +36,8 @@ LAW, FAILS = 0.95, 0.85
 SCORES: Mapping[str, Callable[[pd.DataFrame], pd.Series]] = {
     "pull": lambda f: np.log(f["pull"]),
     "pull / slope^0.25": lambda f: np.log(f["pull"]) + f["distance"] / 4,
+    "pull x gain": lambda f: np.log(f["pull"] * f["gain"]),
+    "pull x gain / slope^0.25": lambda f: np.log(f["pull"] * f["gain"]) + f["distance"] / 4,
     "response": lambda f: np.log(f["response"]),
     "response x distance": lambda f: np.log(f["response"]) + np.log(f["distance"]),
     "response / slope^0.25": lambda f: np.log(f["response"]) + f["distance"] / 4,

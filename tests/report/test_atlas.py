@@ -123,6 +123,11 @@ def test_the_response_is_minus_jacobian_times_its_transpose_times_g(batch):
     [g] = torch.autograd.grad(loss(logits, label), logits)
     rows = torch.cat([part.reshape(g.numel(), -1) for part in jacobian], 1)
     down = -(rows.T @ g.flatten())
+    common = g.mean([0, 2, 3], keepdim=True).expand_as(g).flatten()
+    y = nn.functional.one_hot(label, 2).movedim(-1, 1).double()
+    apart = (y - y.mean([0, 2, 3], keepdim=True)).flatten()
+    strength = [(v @ rows @ rows.T @ v) / (v @ v) for v in (common, apart)]
+    assert found["gain"] == pytest.approx(float(strength[0] / strength[1]))
     moves = {"pull": -g.flatten(), "response": rows @ down, "adam": rows @ down.sign()}
     for name, move in moves.items():
         z = move.view(2, 2, 16)
