@@ -18,13 +18,11 @@ def at_class_share(theta: float, **settings: Any) -> ConvNet:
     return net
 
 
-def warmed_up(run: str, **settings: Any) -> ConvNet:
-    """A network with the weights of a run.
+def warmed_up(runs: str, theta: float, **settings: Any) -> ConvNet:
+    """A network with the weights of the run of the same θ and seed in a folder of runs.
 
-    Args:
-        run: the run's folder without ",seed=…" at its end. The seed is the one that was set before
-            networks draw their weights.
+    The seed is the one that is set before a network draws its weights.
     """
     net = ConvNet(**settings)
-    load_net(net, find_checkpoint(f"{run},seed={torch.initial_seed()}"))
+    load_net(net, find_checkpoint(f"{runs}/theta={theta},seed={torch.initial_seed()}"))
     return net

@@ -37,7 +37,8 @@ REMEDIES: Mapping[str, dict[str, Any]] = {
     "learning rate x 10": {"optimizer.lr": 1e-2},
     "warm-up with cross entropy": {
         "model._target_": "landscape.starts.warmed_up",
-        "+model.run": "{runs}/warm-up/loss=cce,theta=${{theta}}",
+        "+model.runs": "{runs}/warm-up",
+        "+model.theta": "${{theta}}",
     },
     "bias at the class share": {
         "model._target_": "landscape.starts.at_class_share",

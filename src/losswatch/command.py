@@ -77,28 +77,20 @@ class Command:
         self.line, self.status = "", 0
         self._planner: Planner | None = None
 
-    def planner(self, job: Job, is_here: bool = True) -> Planner:
-        """The one planner of this process.
-
-        Args:
-            job: of any run of the command.
-            is_here: see `Planner`.
-        """
+    def planner(self, job: Job) -> Planner:
+        """The one planner of this process; `job` is that of any run of the command."""
         # Imported late: PyTorch takes seconds, and --help or a misspelt key needs none of it.
         from losswatch.run.planner import Planner
 
         if self._planner is None:
-            self._planner = Planner(Sources(job.search_path), self.facts.found, is_here)
+            self._planner = Planner(Sources(job.search_path), self.facts.found)
         return self._planner
 
-    def read(
-        self, cfg: DictConfig, job: Job, is_here: bool = True, steps: int | None = None
-    ) -> Settings:
+    def read(self, cfg: DictConfig, job: Job, steps: int | None = None) -> Settings:
         """The settings of a composed config.
 
         Args:
             job: what Hydra knows of the run.
-            is_here: see `Planner`.
             steps: see `Settings.read`.
 
         Raises:
@@ -106,7 +98,7 @@ class Command:
         """
         from losswatch.disk.checkpoint_files import settings_to_keep  # imported late, as above
 
-        sources = self.planner(job, is_here).sources
+        sources = self.planner(job).sources
         return Settings.read(cfg, job, sources, settings_to_keep, steps)
 
     def begin_sweep(self, folder: Path, runs: dict[tuple[str, ...], Run]) -> None:

@@ -32,8 +32,8 @@ def test_float16_is_refused_on_a_cpu(compose, precision):
 
 def unchecked(composed, folder):
     """The plan of a run whose first step has not been tried."""
-    planner = Planner(composed.planner.sources, is_here=False)
-    return planner.plan(composed.settings(folder), composed.settings)
+    planner = Planner(composed.planner.sources)
+    return planner.plan(composed.settings(folder), composed.settings, is_here=False)
 
 
 @pytest.mark.parametrize(

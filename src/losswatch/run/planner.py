@@ -94,11 +94,10 @@ class Planner:
     Args:
         sources: the files of losses.
         found: what another process has found out.
-        is_here: whether the runs are trained on this machine. If not, no step is tried.
     """
 
-    def __init__(self, sources: Sources, found: Found | None = None, is_here: bool = True) -> None:
-        self.sources, self.is_here = sources, is_here
+    def __init__(self, sources: Sources, found: Found | None = None) -> None:
+        self.sources = sources
         self.found = Found()
         if found:
             self.found.data |= found.data
@@ -110,12 +109,13 @@ class Planner:
         self._passed: set[str] = set()  # callbacks that were checked
         self._said: set[str] = set()  # lines that were printed
 
-    def plan(self, settings: Settings, read: Callable[..., Settings]) -> Plan:
+    def plan(self, settings: Settings, read: Callable[..., Settings], is_here: bool = True) -> Plan:
         """The plan of a run.
 
         Args:
             settings: the run's.
             read: makes the settings anew for a training of so many `steps`.
+            is_here: whether the run is trained on this machine. If not, no step is tried.
 
         Raises:
             ConfigError: the run cannot work. The message is one line for the user.
@@ -123,7 +123,7 @@ class Planner:
         with quiet():
             options = self._options(settings)
             ranks = 1
-            if self.is_here:
+            if is_here:
                 ranks = ranks_of(self._trainer(options, settings.job.is_sweep))
             checkpoint = (
                 None if settings.checkpoint is None else find_checkpoint(settings.checkpoint)
@@ -146,7 +146,7 @@ class Planner:
             self._check_metrics(plan, facts)
             if checkpoint is not None:
                 load_net(make_net(plan), checkpoint)  # refuses another network before any work
-            traits = self._find_traits(plan) if self.is_here else None
+            traits = self._find_traits(plan) if is_here else None
             # The user's own module is made again for the training. It may have its own random
             # generator, and looking at the data has drawn from that.
             kept = data if data is not None and is_ours(data) else None

@@ -49,7 +49,7 @@ def check_grid(runs: Sequence[Run], command: Command, is_here: bool) -> dict[tup
     Args:
         runs: composed.
         command: the sweep's.
-        is_here: see `Planner`.
+        is_here: see `Planner.plan`.
 
     Raises:
         ConfigError: a run cannot work, or its folder is that of another run, holds another run or

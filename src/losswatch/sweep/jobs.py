@@ -46,16 +46,16 @@ class Run:
 
         Args:
             command: the sweep's.
-            is_here: see `Planner`.
+            is_here: see `Planner.plan`.
 
         Raises:
             ConfigError: the run cannot work.
         """
         _make_current(self.config)
         job = Job.read(self.config.hydra, self.folder)
-        read = functools.partial(command.read, self.config, job, is_here)
+        read = functools.partial(command.read, self.config, job)
         self.settings = read()
-        plan = command.planner(job, is_here).plan(self.settings, read)
+        plan = command.planner(job).plan(self.settings, read, is_here)
         self.settings = plan.settings
         # Otherwise the process that works on the run plans it: a plan to test holds the network.
         self.plan = plan if is_here and self.settings.mode == "train" else None

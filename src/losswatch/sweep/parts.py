@@ -79,7 +79,7 @@ def prepare(run: Run, context: Context, is_here: bool = True) -> None:
     If the settings of a run of a search cannot work, `settings` stays None.
 
     Args:
-        is_here: see `Planner`.
+        is_here: see `Planner.plan`.
     """
     if run.settings is None:
         with suppress(ConfigError):
