@@ -27,10 +27,12 @@ from scipy.special import expit
 from scipy.stats import rankdata
 
 from common.intervals import Interval
+from losswatch.doctor.findings import COLLAPSE, COLLAPSE_WITH_NORM
 
 DRAWS = 2000
 TIE = 0.005
 LAW, FAILS = 0.95, 0.85
+DOCTOR = "pull / slope^0.25"  # the score of the doctor, which sees the logits and not the network
 
 # log of each score, from the numbers of `first_step`.
 SCORES: Mapping[str, Callable[[pd.DataFrame], pd.Series]] = {
@@ -141,6 +143,33 @@ def judge(groups: Mapping[str, pd.DataFrame], name: str) -> pd.DataFrame:
             "verdict": verdict(area.value),
         })  # fmt: skip
     return pd.DataFrame(rows).assign(threshold=float(np.exp(threshold)))
+
+
+def judge_doctor(groups: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """What the doctor's finding `collapse-ahead` would say of each group of runs.
+
+    Its thresholds are the lowest multiples of 100 that at most 2 % of the map's runs exceed that do
+    not collapse, without batch norm and with it.
+    """
+    rows = []
+    for title, runs in groups.items():
+        score = np.exp(SCORES[DOCTOR](runs))
+        said = score > np.where(runs["batch_norm"], COLLAPSE_WITH_NORM, COLLAPSE)
+        happened = runs["collapsed"]
+        rows.append({
+            "group": title, "runs": len(runs), "collapsed": int(happened.sum()),
+            "found": int((said & happened).sum()), "false alarms": int((said & ~happened).sum()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def quiet_threshold(runs: pd.DataFrame, most: float = 0.02) -> int:
+    """The lowest multiple of 100 that at most this share of the runs exceeds that do not collapse.
+
+    The score is the doctor's.
+    """
+    score = np.exp(SCORES[DOCTOR](runs[~runs["collapsed"]]))
+    return next(level for level in range(0, 10**8, 100) if (score > level).mean() <= most)
 
 
 def verdict(area: float) -> str:

@@ -14,6 +14,7 @@ from landscape import disputes, figures, foreseen, outcomes
 from landscape.first_step import foresee
 from landscape.sweeps import EMPTY, LOSSES, REMEDIES, UNSURE
 from landscape.trained import answers
+from losswatch.doctor.findings import COLLAPSE, COLLAPSE_WITH_NORM
 from losswatch.files import replace_file
 from losswatch.report.style import save
 from losswatch.report.tables import csv_text
@@ -100,7 +101,7 @@ def _forecast(
     groups = forecast_groups(ends) | {title: ends[title] for title in real if title in ends}
     name = foreseen.choose(groups["plain, first half"])
     judged = foreseen.judge(groups, name)
-    old = foreseen.judge(groups, "pull / slope^0.25")
+    said = foreseen.judge_doctor(groups)
     threshold = float(judged["threshold"].iloc[0])
     save(figures.draw_scores(groups, name, threshold), out / "figures" / "forecast.png")
     areas = foreseen.compare_scores(groups)
@@ -111,8 +112,15 @@ def _forecast(
         "score": name,
         "threshold": f"{threshold:.3g}",
         "judged": _judged_table(judged),
-        "judged_by_doctor": _judged_table(old),
-        "doctor_threshold": f"{float(old['threshold'].iloc[0]):.3g}",
+        "said": pd.DataFrame(
+            {
+                "": said["group"],
+                "found": _of(said["found"], said["collapsed"]),
+                "false alarms": _of(said["false alarms"], said["runs"] - said["collapsed"]),
+            }
+        ),
+        "quiet": [foreseen.quiet_threshold(r) for _, r in ends["map"].groupby("batch_norm")],
+        "doctor": [COLLAPSE, COLLAPSE_WITH_NORM],
         "areas": areas,
         "missing": [title for title in real if title not in ends],
     }

@@ -52,7 +52,9 @@ WARM_UP = 200  # steps
 # The smoothing of a foreground-only Dice where images are often empty.
 SMOOTHINGS = (1e-7, 1e-5, 1e-3, 0.1, 1.0, 10.0, 100.0)
 EMPTY = {"theta": 0.9, "data.theta_spread": 0.2}
-UNSURE = PLAIN | {"model.batch_norm": True, "data.batch_size": 8, "data.test_size": 1}
+# Without batch norm: its running statistics follow the weights late. They moved all volumes by 0.01
+# to 0.02 in a first try.
+UNSURE = PLAIN | {"data.batch_size": 8, "data.test_size": 1, "optimizer.lr": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def all_sweeps() -> list[Sweep]:
         for name, own in REMEDIES.items()
     ]  # fmt: skip
     sweeps += [
-        Sweep("noise", UNSURE | _watched(("cce", "dice", "dice_fg")) | {"optimizer.lr": 1e-2},
+        Sweep("noise", UNSURE | _watched(("cce", "dice", "dice_fg")),
               {"loss": ("cce", "dice_fg", "dice"), "theta": (0.5, 0.8, 0.95),
                "data.noise": (0.02, 0.05, 0.1, 0.2), "seed": five}, 3000),
         Sweep("empty", UNSURE | EMPTY | {"loss": "dice_fg", "watch": "[cce]", "compile": False,

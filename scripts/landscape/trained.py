@@ -40,7 +40,7 @@ def answer(folder: Path, run: Mapping[Any, Any]) -> dict[str, float]:
     """
     torch.set_num_threads(1)
     tau, spread = run.get("data.noise", 0.0), run.get("data.theta_spread", 0.0)
-    net = ConvNet(1, 2, batch_norm=True).eval()
+    net = ConvNet(1, 2).eval()
     load_net(net, find_checkpoint(str(folder)))
     data = ThresholdedImages(run["theta"], seed=run["seed"], noise=tau, theta_spread=spread)
     batches = [data.draw(TEST, i, IMAGES) for i in range(BATCHES)]

@@ -26,8 +26,9 @@ from losswatch.doctor.history import (
 )
 
 MOST = 3  # findings that are named
-# The score above which a collapse is foreseen: without batch norm, and with it.
-COLLAPSE, COLLAPSE_WITH_NORM = 60.0, 1000.0
+# The score above which a collapse is foreseen, without batch norm and with it: from the atlas
+# (scripts/landscape/foreseen.py).
+COLLAPSE, COLLAPSE_WITH_NORM = 200.0, 400.0
 # A loss that is better than the best constant answer by this share of it has learnt something.
 LEARNS = 0.6
 
