@@ -67,8 +67,9 @@ def side(difference: Interval) -> int:
 def empty_images(runs: pd.DataFrame, theta: float, spread: float, batch: int) -> pd.DataFrame:
     """False-positive volume on empty images, for sums over batch and sample, over smoothing.
 
-    Columns: over, smooth, wanted, measured, holds, slope (of 1 - D by the predicted share of an
-    empty image, at the wanted volume, for sums over the sample).
+    Columns: over, smooth, wanted, measured, holds, inside (whether the interval holds what is
+    wanted), slope (of 1 - D by the predicted share of an empty image, at the wanted volume, for
+    sums over the sample).
     """
     rows = []
     for (over, smooth), cell in runs.groupby(["loss.over", "loss.smooth_nr"], sort=True):
@@ -78,6 +79,7 @@ def empty_images(runs: pd.DataFrame, theta: float, spread: float, batch: int) ->
         rows.append({
             "over": over, "smooth": smooth, "wanted": wanted, "measured": measured,
             "holds": abs(measured.value - wanted) <= NEAR,
+            "inside": measured.low <= wanted <= measured.high,
             "slope": slope_on_empty(wanted, smooth, PIXELS) if is_sample else float("nan"),
         })  # fmt: skip
     return pd.DataFrame(rows)

@@ -40,7 +40,14 @@ def write_report(runs: Path, out: Path, real: Mapping[str, Path]) -> None:
         name: outcomes.read_sweep(str(runs / "remedies" / name.replace(" ", "-")))
         for name in REMEDIES
     }
-    unsure = {n: answers(runs / n, outcomes.read_sweep(str(runs / n))) for n in ("noise", "empty")}
+    # The spread is the same in all runs, so no column of theirs tells it.
+    spreads = {"noise": 0.0, "empty": EMPTY["data.theta_spread"]}
+    unsure = {
+        n: answers(
+            runs / n, outcomes.read_sweep(str(runs / n)).assign(**{"data.theta_spread": spread})
+        )
+        for n, spread in spreads.items()
+    }
     ends |= {title: outcomes.read_sweep(str(at)) for title, at in real.items() if at.is_dir()}
     places = {name: runs / name for name in ends} | dict(real)
     for name in ends:
@@ -120,8 +127,9 @@ def _forecast(
             }
         ),
         "quiet": [foreseen.quiet_threshold(r) for _, r in ends["map"].groupby("batch_norm")],
-        "doctor": [COLLAPSE, COLLAPSE_WITH_NORM],
+        "doctor": [f"{COLLAPSE:g}", f"{COLLAPSE_WITH_NORM:g}"],
         "areas": areas,
+        "three": int(ends["three"]["collapsed"].sum()),
         "missing": [title for title in real if title not in ends],
     }
 
@@ -208,9 +216,11 @@ def _empty(empty: pd.DataFrame, out: Path) -> dict[str, Any]:
         "predicted by theory": [f"{v:.4f}" for v in table["wanted"]],
         "measured": [i.text(4) for i in table["measured"]],
         "within 0.01": ["yes" if h else "no" for h in table["holds"]],
+        "in the interval": ["yes" if h else "no" for h in table["inside"]],
         "slope on an empty image": ["–" if np.isnan(s) else f"{s:.2g}" for s in table["slope"]],
     })  # fmt: skip
     return {"empty": text, "empty_hold": f"{int(table['holds'].sum())} of {len(table)}",
+            "empty_inside": f"{int(table['inside'].sum())} of {len(table)}",
             "empty_task": EMPTY}  # fmt: skip
 
 
