@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def write_report(runs: Path, out: Path, real: Mapping[str, Path]) -> None:
         )
         for n, spread in spreads.items()
     }
-    ends |= {title: outcomes.read_sweep(str(at)) for title, at in real.items() if at.is_dir()}
+    for title, at in real.items():
+        with suppress(FileNotFoundError):
+            ends[title] = outcomes.read_sweep(str(at))
     places = {name: runs / name for name in ends} | dict(real)
     for name in ends:
         ends[name] = pd.concat([ends[name], foresee(places[name], ends[name])], axis=1)
