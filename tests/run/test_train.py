@@ -34,6 +34,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
 from losswatch import task
+from losswatch.config.schema import Probe
 from losswatch.config.settings import LATER, Job
 from losswatch.disk.curves import read_curves
 from losswatch.disk.hparams import add_hparams
@@ -443,9 +444,15 @@ def test_a_checkout_in_a_folder_of_any_name(tmp_path):
 def test_curves_without_an_event_file(tmp_path):
     """A finished run whose event file somebody removed is done all the same."""
     job = SimpleNamespace(base=tmp_path.parent, folder=tmp_path)
-    settings = SimpleNamespace(trained="dice", job=job)
+    settings = SimpleNamespace(trained="dice", job=job, probe=Probe(1, False))
     task._draw_curves(SimpleNamespace(folder=tmp_path, settings=settings), step=3)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_a_run_that_observes_nothing_has_no_picture(tmp_path):
+    settings = SimpleNamespace(trained="dice", probe=Probe(0, False))
+    task._draw_curves(SimpleNamespace(folder=tmp_path, settings=settings), step=3)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_picture_that_cannot_be_drawn(tmp_path):
