@@ -175,11 +175,11 @@ def test_groups_one_after_another(six, tmp_path):
 def test_groups_taken_up_again(grouped, tmp_path):
     """Only the missing runs are given to the outer launcher."""
     args = [*GROUPED, "hydra.launcher.outer=basic", "hydra.sweep.dir=outputs/again"]
-    run_train(*args, "loss=dice,cce", "theta=0.05", cwd=tmp_path)
+    run_train(*args, "loss=dice,cce", "theta=0.05,0.5", cwd=tmp_path)
     done = run_train(*args, *GRID, "hydra.launcher.max_members=null", cwd=tmp_path)
     assert training_line(done.stderr) == (
-        "training 1 job of up to 4 runs, by BasicLauncher "
-        "(hydra.launcher.max_members sets how large); 2 runs done before"
+        "training 1 job of up to 2 runs, by BasicLauncher "
+        "(hydra.launcher.max_members sets how large); 4 runs done before"
     )
     _, summary = outcome(tmp_path)
     pd.testing.assert_frame_equal(summary, grouped.summary, rtol=1e-3, atol=1e-3)
