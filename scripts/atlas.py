@@ -1,7 +1,7 @@
 """The atlas: which loss works when, from many short trainings of the toy task.
 
-    python scripts/atlas.py                        everything: an hour on two cores
-    python scripts/atlas.py --quick                the same with fewer runs and steps: minutes
+    python scripts/atlas.py                        everything: one to three hours on two cores
+    python scripts/atlas.py --quick                the same with fewer runs and steps
     python scripts/atlas.py --no-train             only the report, from existing runs
 
 Runs are written to outputs/atlas_runs (--runs). The report, its figures and summary.csv are
