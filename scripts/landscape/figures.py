@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -102,45 +102,48 @@ def draw_scores(groups: Mapping[str, pd.DataFrame], name: str, threshold: float)
 
 def draw_volumes(table: pd.DataFrame) -> Figure:
     """Predicted volume over noise for each loss: lines are the closed form, points the runs."""
-    thetas, losses = sorted(table["theta"].unique()), list(dict.fromkeys(table["loss"]))
+    losses = list(dict.fromkeys(table["loss"]))
     looks = loss_looks(losses)
-    figure = Figure((2.7 * len(thetas), 2.9), dpi=160, layout="constrained")
-    axes = figure.subplots(1, len(thetas), squeeze=False)[0]
     tau = np.linspace(0.004, max(table["tau"]) * 1.05, 60)
-    for ax, theta in zip(axes, thetas, strict=True):
+
+    def draw(ax: Axes, theta: float, rows: pd.DataFrame) -> None:
         for loss in losses:
             line = [Noise(theta, t).predicted_volume(loss) for t in tau]
             ax.plot(tau, line, color=looks[loss]["color"], linewidth=1.3)
-            cell = table[(table["theta"] == theta) & (table["loss"] == loss)]
+            cell = rows[rows["loss"] == loss]
             _points(ax, cell["tau"], cell["measured"], looks[loss]["color"], loss)
-        ax.set_title(f"θ = {theta:g}", fontsize=9)
-        ax.set_xlabel("label noise τ", fontsize=9)
-        plain_axes(ax)
-        ax.tick_params(labelsize=8)
-    axes[0].set_ylabel("predicted share of foreground", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return figure
+
+    return _over_noise(table, "predicted share of foreground", draw)
 
 
 def draw_thresholds(table: pd.DataFrame) -> Figure:
     """Dice of soft Dice minus that of cross entropy, cut at 1/2 and at D*/2."""
-    thetas = sorted(table["theta"].unique())
-    figure = Figure((2.7 * len(thetas), 2.9), dpi=160, layout="constrained")
-    axes = figure.subplots(1, len(thetas), squeeze=False)[0]
-    for ax, theta in zip(axes, thetas, strict=True):
-        cell = table[table["theta"] == theta]
+
+    def draw(ax: Axes, theta: float, rows: pd.DataFrame) -> None:
         ax.axhline(0, color="0.4", linewidth=0.8)
         for column, hue, cut in (("soft - half", HUES[4], "1/2"), ("soft - best", HUES[0], "D*/2")):
             label = f"cross entropy cut at {cut}"
-            _points(ax, cell["tau"], cell[column], hue, label, line=True)
+            _points(ax, rows["tau"], rows[column], hue, label, line=True)
+
+    return _over_noise(table, "Dice of soft Dice minus …", draw)
+
+
+def _over_noise(
+    table: pd.DataFrame, label: str, draw: Callable[[Axes, float, pd.DataFrame], None]
+) -> Figure:
+    """A panel over the label noise τ for each θ of a table; `draw` gets its axes, θ and rows."""
+    panels = table.groupby("theta")
+    figure = Figure((2.7 * len(panels), 2.9), dpi=160, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (theta, rows) in zip(axes, panels, strict=True):
+        draw(ax, theta, rows)
         ax.set_title(f"θ = {theta:g}", fontsize=9)
         ax.set_xlabel("label noise τ", fontsize=9)
         plain_axes(ax)
         ax.tick_params(labelsize=8)
-    axes[0].set_ylabel("Dice of soft Dice minus …", fontsize=9)
+    axes[0].set_ylabel(label, fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from losswatch.report.runs import done, read_runs
 DIES = 0.5  # a loss dies in a cell where at least this share of its runs collapses
 
 
-def read_sweep(folder: str) -> pd.DataFrame:
+def read_sweep(folder: Path) -> pd.DataFrame:
     """The finished runs of a sweep, with `collapsed`.
 
     Raises:
@@ -129,7 +130,4 @@ def where(condition: tuple[str, bool, float]) -> str:
     'convnet, no batch norm, 95 % foreground'
     """
     model, normed, theta = condition
-    return (
-        f"{model}, {'' if normed else 'no '}batch norm, {1 - theta:.0%}".replace("%", " %")
-        + " foreground"
-    )
+    return f"{model}, {'' if normed else 'no '}batch norm, {100 * (1 - theta):.0f} % foreground"

@@ -25,7 +25,7 @@ NORM = {False: "no batch norm", True: "batch norm"}
 
 
 def write_report(runs: Path, out: Path, real: Mapping[str, Path]) -> None:
-    """Write report.md, summary.csv, forecasts.csv and figures/ into `out`.
+    """Write report.md, summary.csv and figures/ into `out`.
 
     Args:
         runs: the folder of the sweeps.
@@ -36,22 +36,19 @@ def write_report(runs: Path, out: Path, real: Mapping[str, Path]) -> None:
         OSError: nothing can be written into `out`.
     """
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    ends = {n: outcomes.read_sweep(str(runs / n)) for n in ("map", "unet", "rates", "three")}
+    ends = {n: outcomes.read_sweep(runs / n) for n in ("map", "unet", "rates", "three")}
     remedies = {
-        name: outcomes.read_sweep(str(runs / "remedies" / name.replace(" ", "-")))
-        for name in REMEDIES
+        name: outcomes.read_sweep(runs / "remedies" / name.replace(" ", "-")) for name in REMEDIES
     }
     # The spread is the same in all runs, so no column of theirs tells it.
     spreads = {"noise": 0.0, "empty": EMPTY["data.theta_spread"]}
     unsure = {
-        n: answers(
-            runs / n, outcomes.read_sweep(str(runs / n)).assign(**{"data.theta_spread": spread})
-        )
+        n: answers(runs / n, outcomes.read_sweep(runs / n).assign(**{"data.theta_spread": spread}))
         for n, spread in spreads.items()
     }
     for title, at in real.items():
         with suppress(FileNotFoundError):
-            ends[title] = outcomes.read_sweep(str(at))
+            ends[title] = outcomes.read_sweep(at)
     places = {name: runs / name for name in ends} | dict(real)
     for name in ends:
         ends[name] = pd.concat([ends[name], foresee(places[name], ends[name])], axis=1)
@@ -68,7 +65,7 @@ def write_report(runs: Path, out: Path, real: Mapping[str, Path]) -> None:
     replace_file(out / "report.md", fill(TEMPLATE, **values))
     everything = {**ends, **unsure, **{f"remedies: {n}": r for n, r in remedies.items()}}
     table = pd.concat([r.assign(sweep=name) for name, r in everything.items()])
-    left = ("sweep", "run", "status", "error", "findings", "optimizer", "batch_size", "image_size")
+    left = ("sweep", "run", "status", "error", "findings", "optimizer")
     columns = ["sweep", *(c for c in table if c not in left)]
     replace_file(out / "summary.csv", csv_text(table[columns], float_format="%.5g"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 # The losses that people use: the study's five, MONAI's, nnU-Net's, Tversky's, focal Tversky's, and
@@ -77,10 +78,7 @@ class Sweep:
     @property
     def count(self) -> int:
         """The number of runs."""
-        count = 1
-        for values in self.swept.values():
-            count *= len(values)
-        return count
+        return prod(map(len, self.swept.values()))
 
     def quick(self) -> Sweep:
         """The same with fewer runs and steps, which compiling would not make faster."""
