@@ -13,7 +13,7 @@ import pandas as pd
 from common.template import fill
 from landscape import disputes, figures, foreseen, outcomes
 from landscape.first_step import foresee
-from landscape.sweeps import EMPTY, LOSSES, REMEDIES, UNSURE
+from landscape.sweeps import EMPTY, LOSSES, NOISE, REMEDIES
 from landscape.trained import answers
 from losswatch.doctor.findings import COLLAPSE, COLLAPSE_WITH_NORM
 from losswatch.files import replace_file
@@ -40,11 +40,10 @@ def write_report(runs: Path, out: Path, real: Mapping[str, Path]) -> None:
     remedies = {
         name: outcomes.read_sweep(runs / "remedies" / name.replace(" ", "-")) for name in REMEDIES
     }
-    # The spread is the same in all runs, so no column of theirs tells it.
-    spreads = {"noise": 0.0, "empty": EMPTY["data.theta_spread"]}
+    # What is the same in all runs of a sweep is no column of theirs.
     unsure = {
-        n: answers(runs / n, outcomes.read_sweep(runs / n).assign(**{"data.theta_spread": spread}))
-        for n, spread in spreads.items()
+        n: answers(runs / n, outcomes.read_sweep(runs / n).assign(**task))
+        for n, task in {"noise": NOISE, "empty": EMPTY}.items()
     }
     for title, at in real.items():
         with suppress(FileNotFoundError):
@@ -208,20 +207,23 @@ def _thresholds(noise: pd.DataFrame, out: Path) -> dict[str, Any]:
 
 
 def _empty(empty: pd.DataFrame, out: Path) -> dict[str, Any]:
-    batch = UNSURE["data.batch_size"]
-    table = disputes.empty_images(empty, EMPTY["theta"], EMPTY["data.theta_spread"], batch)
+    table = disputes.empty_images(empty)
     save(figures.draw_empty(table), out / "figures" / "empty.png")
     text = pd.DataFrame({
         "sums over": table["over"], "smoothing": [f"{s:g}" for s in table["smooth"]],
         "predicted by theory": [f"{v:.4f}" for v in table["wanted"]],
-        "measured": [i.text(4) for i in table["measured"]],
+        "predict none": _of(table["none"], table["runs"]),
+        "measured on the others": [i.text(4) for i in table["measured"]],
         "within 0.01": ["yes" if h else "no" for h in table["holds"]],
-        "in the interval": ["yes" if h else "no" for h in table["inside"]],
         "slope on an empty image": ["–" if np.isnan(s) else f"{s:.2g}" for s in table["slope"]],
     })  # fmt: skip
-    return {"empty": text, "empty_hold": f"{int(table['holds'].sum())} of {len(table)}",
-            "empty_inside": f"{int(table['inside'].sum())} of {len(table)}",
-            "empty_task": EMPTY}  # fmt: skip
+    pulled = table.loc[(table["over"] == "sample") & (table["none"] > 0), "smooth"]
+    return {
+        "empty": text,
+        "empty_hold": f"{int(table['holds'].sum())} of {len(table)}",
+        "empty_task": EMPTY,
+        "pulled": [f"{s:g}" for s in pulled],
+    }
 
 
 def _ranking(ends: Mapping[str, pd.DataFrame]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from losswatch.disk.checkpoint import load_net
 from losswatch.disk.checkpoint_files import find_checkpoint
 from losswatch.nets import ConvNet
 
-IMAGES, BATCHES = 50, 8  # of 32 x 32 pixels: 409,600 pixels
+IMAGES, BATCHES = 50, 16
 
 
 def answers(sweep: Path, runs: pd.DataFrame) -> pd.DataFrame:
@@ -39,10 +39,13 @@ def answer(folder: Path, run: Mapping[Any, Any]) -> dict[str, float]:
     true: the share of foreground.
     """
     torch.set_num_threads(1)
-    tau, spread = run.get("data.noise", 0.0), run.get("data.theta_spread", 0.0)
+    tau = run.get("data.noise", 0.0)
     net = ConvNet(1, 2).eval()
     load_net(net, find_checkpoint(str(folder)))
-    data = ThresholdedImages(run["theta"], seed=run["seed"], noise=tau, theta_spread=spread)
+    data = ThresholdedImages(
+        run["theta"], seed=run["seed"], image_size=run["data.image_size"], noise=tau,
+        theta_spread=run["data.theta_spread"],
+    )  # fmt: skip
     batches = [data.draw(TEST, i, IMAGES) for i in range(BATCHES)]
     p = torch.cat([net(image).softmax(1)[:, 1] for image, _ in batches]).double()
     y = torch.cat([label for _, label in batches]).double()

@@ -104,20 +104,24 @@ def by_a_loop(folder):
                 writer.add_scalar(f"grad_norm/{name}", norm, step)
             text = "\n\n".join(finding.line() for finding in observer.findings())
             writer.add_text("findings", text, step)
+            writer.add_text("trained", "cce", step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     return training.values
 
 
-@pytest.mark.parametrize("train", [by_lightning, by_ignite, by_a_loop])
+@pytest.mark.parametrize(
+    "train, trained",
+    [(by_lightning, "loss_fn"), (by_ignite, "CrossEntropyLoss"), (by_a_loop, "cce")],
+)
 @pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning")
-def test_a_training_of_ones_own(tmp_path, train):
+def test_a_training_of_ones_own(tmp_path, train, trained):
     values = train(tmp_path / "mine")
     board = Board(tmp_path)
     assert board.plugin.is_active()
     [title] = board.titles()
-    assert title == "the trained loss is not known<br>mine"
+    assert title == f"<b>trained with {trained}</b><br>mine"
     answer = board.get("figure")
     assert answer["notes"] == []
     norms, losses = (curves_of(answer["figure"], row=row) for row in ("y", "y2"))

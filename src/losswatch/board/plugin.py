@@ -39,7 +39,7 @@ from losswatch.disk.curves import (
 )
 from losswatch.disk.result import Result
 from losswatch.doctor.findings import Finding
-from losswatch.events.tags import FINDINGS, GRAD_NORM, LOSS, WATCHED
+from losswatch.events.tags import FINDINGS, GRAD_NORM, LOSS, TRAINED, WATCHED
 from losswatch.report.diagnosis import as_dicts, findings_of
 from losswatch.report.records import read_record
 from losswatch.report.runs import as_frame, natural, swept
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 SAMPLES = 1000  # points of a curve that TensorBoard keeps by default
 ALL = "*"  # in place of a sweep: all runs
-FINDINGS_TAG = f"{FINDINGS}/text_summary"  # as SummaryWriter.add_text calls it
+FINDINGS_TAG, TRAINED_TAG = (f"{tag}/text_summary" for tag in (FINDINGS, TRAINED))  # of add_text
 SETTINGS_FILES = ("config.yaml", "overrides.yaml", "hydra.yaml")
 FILES = (
     *("result.json", ".hydra", ROWS_FILE, COLUMNS_FILE, METRICS_FILE),
@@ -154,7 +154,8 @@ class LossesPlugin(TBPlugin):
                 f"be missing: {names}"
             )
         trainings = [
-            training_of(column, runs, curves.__getitem__, chosen.findings) for column in columns
+            training_of(column, runs, curves.__getitem__, chosen.findings, chosen.told)
+            for column in columns
         ]
         figure = draw(trainings, log=options.log, window=options.window, steps=options.steps)
         return {"version": version, "notes": notes, "figure": figure if trainings else None}
@@ -194,7 +195,7 @@ class LossesPlugin(TBPlugin):
         # To the fast loader no runs at all would mean all of them.
         texts = {} if not others else self.data.list_tensors(
             ctx, experiment_id=experiment, plugin_name=TEXTS,
-            run_tag_filter=RunTagFilter(others, [FINDINGS_TAG]),
+            run_tag_filter=RunTagFilter(others, [FINDINGS_TAG, TRAINED_TAG]),
         )  # fmt: skip
         stamps = {
             run: (
@@ -225,16 +226,25 @@ class LossesPlugin(TBPlugin):
                 if record.status in ("done", "failed"):
                     return record.findings
                 return as_dicts(findings_of(folder, record.choices.get("loss"), is_over=False))
-            if run not in texts:
+            return as_dicts(_said(read_texts(run, FINDINGS_TAG)))
+
+        def told(run: str) -> str | None:
+            return next(iter(read_texts(run, TRAINED_TAG)), None)
+
+        def read_texts(run: str, tag: str) -> list[str]:
+            if tag not in texts.get(run, {}):
                 return []
             read = self.data.read_tensors(
                 ctx, experiment_id=experiment, plugin_name=TEXTS, downsample=10**7,
-                run_tag_filter=RunTagFilter([run], [FINDINGS_TAG]),
+                run_tag_filter=RunTagFilter([run], [tag]),
             )  # fmt: skip
-            return as_dicts(_said(read.get(run, {}).get(FINDINGS_TAG, ())))
+            cells = (cell for point in read[run][tag] for cell in point.numpy.ravel())
+            return [cell.decode(errors="replace") for cell in cells if isinstance(cell, bytes)]
 
         runs = as_frame(names, [records[run] for run in names])
-        return Choice(options, sweeps, sweep, runs, records, folders, stamps, curves, findings)
+        return Choice(
+            options, sweeps, sweep, runs, records, folders, stamps, curves, findings, told
+        )
 
     # --- What lies in the log folder --------------------------------------------------------------
 
@@ -325,6 +335,7 @@ class Choice(NamedTuple):
     stamps: Mapping[str, Any]
     curves: Callable[[str], dict[str, pd.Series]]
     findings: Callable[[str], Sequence[Mapping[str, Any]]]
+    told: Callable[[str], str | None]  # the trained loss, as a text of TensorBoard tells it
 
     def of_menus(self) -> pd.DataFrame:
         """The runs that are also chosen by the menus. A setting that was not swept chooses none."""
@@ -368,8 +379,7 @@ def _series(points: Sequence[Any]) -> pd.Series:
     return curve[~curve.index.duplicated(keep="last")].sort_index()
 
 
-def _said(points: Sequence[Any]) -> list[Finding]:
+def _said(texts: Sequence[str]) -> list[Finding]:
     """The findings in texts of TensorBoard. The last text that names one counts."""
-    texts = (text for point in points for text in point.numpy.ravel() if isinstance(text, bytes))
-    found = (Finding.of_lines(text.decode(errors="replace")) for text in texts)
+    found = map(Finding.of_lines, texts)
     return list({finding.name: finding for part in found for finding in part}.values())

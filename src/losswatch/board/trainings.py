@@ -35,19 +35,21 @@ def training_of(
     runs: pd.DataFrame,
     curves: Callable[[str], Curves],
     findings: Callable[[str], Sequence[Mapping[str, Any]]],
+    told: Callable[[str], str | None] = lambda run: None,
 ) -> Training:
     """A column of `grouped(runs)` as the figure takes it.
 
     Args:
         curves: the curves of a run, by name.
         findings: those of a run, by name.
+        told: the trained loss of a run that was not made by train.py, by name; None: unknown.
     """
     names, trained = list(column["run"]), column["loss"].iloc[0]
     settings = list(dict.fromkeys(["theta", *(c for c in swept(runs) if c != "seed")]))
     is_known = isinstance(trained, str)
     return Training(
         title=describe(column, settings) if is_known else names[0],
-        trained=trained if is_known else None,
+        trained=trained if is_known else told(names[0]),
         runs=[curves(name) for name in names],
         findings=[finding for name in names for finding in findings(name)],
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
+from losswatch.events.tags import TRAINED
 from losswatch.watch.observer import Observer, Seen
 from losswatch.watch.outputs import Losses, unused_name
 from losswatch.watch.record import Record
@@ -132,6 +133,8 @@ class WatchHandler:
         observer.diagnose(self.record.step, names, self.seen[1:])
         if not self.record.tags:
             self.record.open(names, span.values.device, observer.explain)
+            if self.writer is not None and observer.doctor.trained is not None:
+                self.writer.add_text(TRAINED, observer.doctor.trained, self.record.step)
         if self.record.add(*self.seen[1:], fault=observer.fault, failed=observer.failed):
             self.flush()
         if observer.doctor.count == 1:  # what the first batch shows already
