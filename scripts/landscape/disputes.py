@@ -7,8 +7,10 @@ Rules, written down before the runs were looked at:
   pixels above 1/2.
 - *Thresholds*: two ways differ in a cell if the 95 % interval of their paired difference in Dice
   (one pair a seed) leaves out 0. The size is said, too, because a small difference can be certain.
-- *Empty images*: as for the volume, with the false-positive volume on empty images. (Added after a
-  first look: runs that predict no foreground on any image are counted, and left out of the mean.)
+- *Empty images*: as for the volume, with the false-positive volume on empty images.
+
+Added after a first look: of the volumes, runs that end at one class at all pixels are counted, and
+left out of the mean. They have learnt no answer that theory could tell.
 """
 
 from __future__ import annotations
@@ -26,16 +28,18 @@ KEYS = ["theta", "data.noise"]
 def volumes(runs: pd.DataFrame) -> pd.DataFrame:
     """Predicted volume beside the closed form, for each loss, θ and τ.
 
-    Columns: loss, theta, tau, true (the share of foreground), wanted, measured (an Interval over
-    seeds), holds.
+    Columns: loss, theta, tau, true (the share of foreground), wanted, runs, constant (the number of
+    runs that end at one class), measured (an Interval over the others), holds.
     """
     rows = []
     for (loss, theta, tau), cell in runs.groupby(["loss", *KEYS], sort=False):
         wanted = Noise(theta, tau).predicted_volume(loss)
-        measured = mean_interval(cell["soft" if loss == "cce" else "volume"])
+        is_constant = cell["volume"].isin([0.0, 1.0])
+        measured = mean_interval(cell.loc[~is_constant, "soft" if loss == "cce" else "volume"])
         rows.append({
             "loss": loss, "theta": theta, "tau": tau, "true": Noise(theta, tau).volume,
-            "wanted": wanted, "measured": measured, "holds": abs(measured.value - wanted) <= NEAR,
+            "wanted": wanted, "runs": len(cell), "constant": int(is_constant.sum()),
+            "measured": measured, "holds": abs(measured.value - wanted) <= NEAR,
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -68,9 +72,9 @@ def side(difference: Interval) -> int:
 def empty_images(runs: pd.DataFrame) -> pd.DataFrame:
     """False-positive volume on empty images, for sums over batch and sample, over smoothing.
 
-    Columns: over, smooth, wanted, runs, none (the number of runs that predict no foreground),
-    measured (on the others), holds, slope (of 1 - D by the predicted share of an empty image, at
-    the wanted volume, for sums over the sample).
+    Columns: over, smooth, wanted, runs, constant (the number of runs that end at one class),
+    measured (an Interval over the others), holds, slope (of 1 - D by the predicted share of an
+    empty image, at the wanted volume, for sums over the sample).
     """
     pixels = EMPTY["data.image_size"] ** 2
     tasks = {
@@ -80,12 +84,12 @@ def empty_images(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (over, smooth), cell in runs.groupby(["loss.over", "loss.smooth_nr"], sort=True):
         wanted = tasks[over].best_volume(smooth)
-        is_none = cell["volume"] == 0
-        measured = mean_interval(cell.loc[~is_none, "volume_empty"])
+        is_constant = cell["volume"].isin([0.0, 1.0])
+        measured = mean_interval(cell.loc[~is_constant, "volume_empty"])
         slope = slope_on_empty(wanted, smooth, pixels) if over == "sample" else float("nan")
         rows.append({
             "over": over, "smooth": smooth, "wanted": wanted, "runs": len(cell),
-            "none": int(is_none.sum()), "measured": measured,
+            "constant": int(is_constant.sum()), "measured": measured,
             "holds": abs(measured.value - wanted) <= NEAR, "slope": slope,
         })  # fmt: skip
     return pd.DataFrame(rows)

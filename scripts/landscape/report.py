@@ -173,7 +173,8 @@ def _volumes(noise: pd.DataFrame, out: Path) -> dict[str, Any]:
         "loss": table["loss"], "θ": table["theta"], "τ": table["tau"],
         "true": [f"{v:.4f}" for v in table["true"]],
         "predicted by theory": [f"{v:.4f}" for v in table["wanted"]],
-        "measured": [i.text(4) for i in table["measured"]],
+        "one class": _of(table["constant"], table["runs"]),
+        "measured on the others": [i.text(4) for i in table["measured"]],
         "within 0.01": ["yes" if h else "no" for h in table["holds"]],
     })  # fmt: skip
     holds = table.groupby("loss", sort=False)["holds"].agg(["sum", "size"])
@@ -212,12 +213,12 @@ def _empty(empty: pd.DataFrame, out: Path) -> dict[str, Any]:
     text = pd.DataFrame({
         "sums over": table["over"], "smoothing": [f"{s:g}" for s in table["smooth"]],
         "predicted by theory": [f"{v:.4f}" for v in table["wanted"]],
-        "predict none": _of(table["none"], table["runs"]),
+        "one class": _of(table["constant"], table["runs"]),
         "measured on the others": [i.text(4) for i in table["measured"]],
         "within 0.01": ["yes" if h else "no" for h in table["holds"]],
         "slope on an empty image": ["–" if np.isnan(s) else f"{s:.2g}" for s in table["slope"]],
     })  # fmt: skip
-    pulled = table.loc[(table["over"] == "sample") & (table["none"] > 0), "smooth"]
+    pulled = table.loc[(table["over"] == "sample") & (table["constant"] > 0), "smooth"]
     return {
         "empty": text,
         "empty_hold": f"{int(table['holds'].sum())} of {len(table)}",
