@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def write_report(runs: Path, out: Path, real: Mapping[str, Path]) -> None:
     places = {name: runs / name for name in ends} | dict(real)
     for name in ends:
         ends[name] = pd.concat([ends[name], foresee(places[name], ends[name])], axis=1)
+    everything = {**ends, **unsure, **{f"remedies: {n}": r for n, r in remedies.items()}}
     values = {
         **_map(ends, out),
         **_rescues(remedies, out),
@@ -59,10 +60,9 @@ def write_report(runs: Path, out: Path, real: Mapping[str, Path]) -> None:
         **_thresholds(unsure["noise"], out),
         **_empty(unsure["empty"], out),
         **_ranking(ends),
-        **_effort({**ends, **unsure}, remedies),
+        **_effort([r for n, r in everything.items() if n not in real]),
     }
     replace_file(out / "report.md", fill(TEMPLATE, **values))
-    everything = {**ends, **unsure, **{f"remedies: {n}": r for n, r in remedies.items()}}
     table = pd.concat([r.assign(sweep=name) for name, r in everything.items()])
     left = ("sweep", "run", "status", "error", "findings", "optimizer")
     columns = ["sweep", *(c for c in table if c not in left)]
@@ -238,11 +238,6 @@ def _ranking(ends: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _effort(
-    sweeps: Mapping[str, pd.DataFrame], remedies: Mapping[str, pd.DataFrame]
-) -> dict[str, Any]:
-    frames = [*sweeps.values(), *remedies.values()]
-    return {
-        "runs": f"{sum(map(len, frames)):,}",
-        "hours": f"{sum(f['seconds'].sum() for f in frames) / 3600:.1f}",
-    }
+def _effort(sweeps: Sequence[pd.DataFrame]) -> dict[str, Any]:
+    seconds = sum(runs["seconds"].sum() for runs in sweeps)
+    return {"runs": f"{sum(map(len, sweeps)):,}", "hours": f"{seconds / 3600:.1f}"}

@@ -92,7 +92,7 @@ class Sweep:
 
     def quick(self) -> Sweep:
         """The same with fewer runs and steps, which compiling would not make faster."""
-        kept = {"loss": 4, "theta": 3, "seed": 2, "data.noise": 1}
+        kept = {"loss": 4, "theta": 3, "seed": 2, "data.noise": 2}
         swept = {k: _some(v, kept.get(k, len(v))) for k, v in self.swept.items()}
         fixed = {**self.fixed, "compile": False}
         return replace(self, fixed=fixed, swept=swept, steps=max(WARM_UP, self.steps // 5))
