@@ -1,12 +1,13 @@
 """Two demonstrations on real images: which loss fails there, and why?
 
     pip install -e ".[images]"
-    python scripts/demo.py nuclei     one microscope image with 125 nuclei; 6 minutes of CPU time
-    python scripts/demo.py brain      one brain, regions of different sizes; 16 minutes of CPU time
+    python scripts/demo.py nuclei     one microscope image with 125 nuclei; 3 to 6 minutes
+    python scripts/demo.py brain      one brain, regions of different sizes; 8 to 20 minutes
 
-Each fetches its data from a package (`pip download stardist`, `apt-get download mricron-data`),
-writes it to a folder, sweeps losses and seeds, and writes a table and pictures to
-outputs/demo/<name>/README.md. Figures and the comparison of losses are in outputs/demo-<name>/.
+The times are for two cores. Each fetches its data from a package (`pip download stardist`,
+`apt-get download mricron-data`), writes it to a folder, sweeps losses and seeds, and writes a table
+and pictures to outputs/demo/<name>/README.md. Figures and the comparison of losses are in
+outputs/demo-<name>/.
 """
 
 import argparse
