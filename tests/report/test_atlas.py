@@ -261,6 +261,20 @@ def test_ways_are_compared_by_pairs_of_seeds():
     assert table.loc["cce", "holds"] and not table.loc["dice_fg", "holds"]  # wanted: 0.2587
 
 
+def test_runs_that_end_at_one_class_are_counted_and_left_out_of_volumes():
+    runs = frame(loss="dice_fg", theta=0.5, **{"data.noise": 0.2}, volume=[0.59, 0.6, 1.0])
+    [row] = disputes.volumes(runs).to_dict("records")
+    assert (row["runs"], row["constant"], row["holds"]) == (3, 1, True)  # wanted: 0.5956
+    assert row["measured"].value == pytest.approx(0.595)
+    where = {"loss.over": "sample", "loss.smooth_nr": 1e-5}
+    runs = frame(**where, volume=[0.17, 0.0], volume_empty=[0.172, 0.0])
+    [row] = disputes.empty_images(runs).to_dict("records")
+    assert (row["runs"], row["constant"], row["holds"]) == (2, 1, True)  # wanted: 0.167
+    assert row["measured"].value == pytest.approx(0.172)
+    alone = disputes.empty_images(frame(**where, volume=[0.0], volume_empty=[0.0]))
+    assert not alone["holds"].any() and alone["measured"][0].text() == "–"
+
+
 # --- The command ---------------------------------------------------------------------------------
 
 
