@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
-from losswatch.events.tags import TRAINED
 from losswatch.watch.observer import Observer, Seen
 from losswatch.watch.outputs import Losses, unused_name
 from losswatch.watch.record import Record
@@ -132,9 +131,8 @@ class WatchHandler:
         self.seen = Seen(names, *observer.values_norms_cosines(span))
         observer.diagnose(self.record.step, names, self.seen[1:])
         if not self.record.tags:
-            self.record.open(names, span.values.device, observer.explain)
-            if self.writer is not None and observer.doctor.trained is not None:
-                self.writer.add_text(TRAINED, observer.doctor.trained, self.record.step)
+            trained = observer.doctor.trained
+            self.record.open(names, span.values.device, observer.explain, trained)
         if self.record.add(*self.seen[1:], fault=observer.fault, failed=observer.failed):
             self.flush()
         if observer.doctor.count == 1:  # what the first batch shows already

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from losswatch import compat
 from losswatch.events.charts import add_charts
-from losswatch.events.tags import TRAINED
 from losswatch.losses.ranks import max_over_ranks
 from losswatch.watch.criterion import find_criterion, output_and_target
 from losswatch.watch.library import as_callback, have_hooks_around_backward, library
@@ -288,12 +287,9 @@ class Watch(Callback):
         span = reorder(concat_spans(spans), there + (names if values else []), every)
         self.names = every
         if not self.record.tags:
-            self.record.open(every, span.values.device, self.observer.explain)
+            trained = self.observer.doctor.trained
+            self.record.open(every, span.values.device, self.observer.explain, trained)
             self._log_start(watched, span.values, names[-1] if values else None, calls[-1].value)
-            if len(names) == 1:
-                for logger in self._tensorboards(trainer):
-                    if not getattr(logger, "has_charts", False):  # a run of train.py
-                        logger.experiment.add_text(TRAINED, names[0], self.record.step)
         if is_alone and own_row is not None and self.reuses_gradient is not False:
             self.pending = Pending(span, every.index(names[0]), own_row)
         elif trainer.accumulate_grad_batches == 1 and trainer.world_size == 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS, watched_tags
+from losswatch.events.tags import GRAD_COSINE, GRAD_NORM, LOSS, TRAINED, watched_tags
 from losswatch.text import reason
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Record:
         self.step, self.is_due, self.is_off = step - 1, False, False
         self.tags: list[str] = []
         self.steps: list[int] = []
+        self.trained: str | None = None
+        self.blocks = 0  # the number of blocks that were drained
         self.explain: Callable[[Sequence[float]], str] = str
         self.block = self.newest = torch.empty(0)
         self.written = time.monotonic()
@@ -82,6 +84,7 @@ class Record:
         names: Sequence[str],
         device: torch.device,
         explain: Callable[[Sequence[float]], str],
+        trained: str | None = None,
     ) -> None:
         """Prepare the blocks, at the first observation.
 
@@ -89,8 +92,10 @@ class Record:
             names: of the observed losses.
             device: of the numbers.
             explain: turns the three numbers of a fault (`losses.inputs`) into a line.
+            trained: the name of the trained loss; None: unknown.
         """
         self.tags, self.explain = watched_tags(names, self.cosines), explain
+        self.trained = trained
         self.block = torch.empty(self.BLOCK, len(self.tags), device=device)
         self.faults = torch.zeros(self.BLOCK, 3, device=device)
 
@@ -138,6 +143,7 @@ class Record:
         steps, self.steps, self.written = np.array(self.steps, int), [], time.monotonic()
         if not len(steps):
             return steps, np.empty((0, len(self.tags)))
+        self.blocks += 1
         values = self.block[: len(steps)].cpu().numpy()
         faults = self.faults[: len(steps)].cpu().numpy().copy()
         self.faults.zero_()
@@ -154,7 +160,9 @@ class Record:
         return steps, values
 
     def write(self, writer: SummaryWriter, steps: np.ndarray, values: np.ndarray) -> None:
-        """Write a block to TensorBoard."""
+        """Write a block to TensorBoard; with the first one, the name of the trained loss."""
         from losswatch.events.encode import write_scalars
 
         write_scalars(writer, self.tags, steps, values)
+        if self.blocks == 1 and self.trained is not None:
+            writer.add_text(TRAINED, self.trained, steps[0])
