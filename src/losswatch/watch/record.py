@@ -84,7 +84,7 @@ class Record:
         names: Sequence[str],
         device: torch.device,
         explain: Callable[[Sequence[float]], str],
-        trained: str | None = None,
+        trained: str | None,
     ) -> None:
         """Prepare the blocks, at the first observation.
 
