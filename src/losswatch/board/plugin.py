@@ -238,7 +238,8 @@ class LossesPlugin(TBPlugin):
                 ctx, experiment_id=experiment, plugin_name=TEXTS, downsample=10**7,
                 run_tag_filter=RunTagFilter([run], [tag]),
             )  # fmt: skip
-            cells = (cell for point in read[run][tag] for cell in point.numpy.ravel())
+            points = read.get(run, {}).get(tag, ())
+            cells = (cell for point in points for cell in point.numpy.ravel())
             return [cell.decode(errors="replace") for cell in cells if isinstance(cell, bytes)]
 
         runs = as_frame(names, [records[run] for run in names])
