@@ -39,7 +39,7 @@ from scipy.special import expit
 
 # Where the largest value of a function with several hills is looked for.
 GRID = np.linspace(0, 1, 2001)
-IMAGES = 51_200  # of `Spread`, that are simulated
+IMAGES = 51_200  # the number of images that `Spread` simulates
 
 
 def softplus(x: np.ndarray | float) -> np.ndarray:

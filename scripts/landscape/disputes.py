@@ -15,6 +15,8 @@ left out of the mean. They have learnt no answer that theory could tell.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from common.intervals import Interval, mean_interval
@@ -34,14 +36,21 @@ def volumes(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (loss, theta, tau), cell in runs.groupby(["loss", *KEYS], sort=False):
         wanted = Noise(theta, tau).predicted_volume(loss)
-        is_constant = cell["volume"].isin([0.0, 1.0])
-        measured = mean_interval(cell.loc[~is_constant, "soft" if loss == "cce" else "volume"])
         rows.append({
             "loss": loss, "theta": theta, "tau": tau, "true": Noise(theta, tau).volume,
-            "wanted": wanted, "runs": len(cell), "constant": int(is_constant.sum()),
-            "measured": measured, "holds": abs(measured.value - wanted) <= NEAR,
+            **_beside(wanted, cell, "soft" if loss == "cce" else "volume"),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _beside(wanted: float, cell: pd.DataFrame, column: str) -> dict[str, Any]:
+    """What theory wants beside what the runs of a cell measured, without those of one class."""
+    is_constant = cell["volume"].isin([0.0, 1.0])
+    measured = mean_interval(cell.loc[~is_constant, column])
+    return {
+        "wanted": wanted, "runs": len(cell), "constant": int(is_constant.sum()),
+        "measured": measured, "holds": abs(measured.value - wanted) <= NEAR,
+    }  # fmt: skip
 
 
 def thresholds(runs: pd.DataFrame) -> pd.DataFrame:
@@ -84,12 +93,8 @@ def empty_images(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (over, smooth), cell in runs.groupby(["loss.over", "loss.smooth_nr"], sort=True):
         wanted = tasks[over].best_volume(smooth)
-        is_constant = cell["volume"].isin([0.0, 1.0])
-        measured = mean_interval(cell.loc[~is_constant, "volume_empty"])
         slope = slope_on_empty(wanted, smooth, pixels) if over == "sample" else float("nan")
         rows.append({
-            "over": over, "smooth": smooth, "wanted": wanted, "runs": len(cell),
-            "constant": int(is_constant.sum()), "measured": measured,
-            "holds": abs(measured.value - wanted) <= NEAR, "slope": slope,
+            "over": over, "smooth": smooth, **_beside(wanted, cell, "volume_empty"), "slope": slope,
         })  # fmt: skip
     return pd.DataFrame(rows)

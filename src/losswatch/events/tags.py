@@ -15,7 +15,7 @@ WATCHED = (LOSS, GRAD_NORM, GRAD_COSINE)
 PREDICTED = "predicted"  # val/predicted/<class>: the share of pixels that get the class
 PICTURES = "images/input_label_prediction"  # of each validation
 FINDINGS = "findings"  # a text, see doctor/README.md
-TRAINED = "trained"  # a text: the name of the trained loss, where no run of train.py tells it
+TRAINED = "trained"  # a text: the name of the trained loss of a training without train.py
 CURVES = "images/curves"  # of the whole run: each loss in a colour of its own
 
 
