@@ -1,6 +1,11 @@
 """The images: splitmix64 in plain Python gives the same numbers; statistics; independence."""
 
+import sys
+import time
 from itertools import islice
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Client
+from multiprocessing.process import current_process
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from losswatch.data.loaders import batch_loader
 from losswatch.data.random import (
     TEST,
     TRAIN,
@@ -286,3 +292,25 @@ def test_seed_and_batch_size():
     [(c, _)] = make(max_steps=1, batch_size=5).train_dataloader()
     assert not torch.equal(a, b)
     assert torch.equal(a, c[:3])  # a larger batch adds images
+
+
+class Addresses(torch.utils.data.Dataset):
+    """Item 0 is where the worker hands over its batches; item 1 is an error in its thread."""
+
+    def __getitem__(self, number):
+        if number:
+            sys.excepthook(ValueError, ValueError("of the worker"), None)
+            return number
+        resource_sharer.DupFd(1)  # starts the thread
+        return resource_sharer._resource_sharer._address
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the worker is forked, and shares the output")
+def test_a_worker_whose_batch_is_not_taken_prints_nothing(capfd):
+    """As when Ctrl-C ends the training while it takes a batch; another error is still printed."""
+    batches = iter(batch_loader(Addresses(), range(2), num_workers=1))
+    address = next(batches)
+    Client(address, authkey=bytes(current_process().authkey)).close()
+    time.sleep(0.5)
+    next(batches)
+    assert capfd.readouterr().err == "ValueError: of the worker\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import TracebackType
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -46,6 +47,21 @@ class _Loader(Resumable, DataLoader):
     pass
 
 
+def _end_quietly(_: int) -> None:
+    """Let a worker print no error if the training ends while it takes a batch.
+
+    A thread of the worker hands over the batches, and loses its connection then. Errors of reading
+    images do not come here: PyTorch raises them in the training.
+    """
+    show = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, (OSError, EOFError)):
+            show(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 def batch_loader(dataset: Dataset, numbers: Sampler[int] | range, num_workers: int) -> DataLoader:
     """A loader of a data set whose items are whole batches.
 
@@ -59,6 +75,7 @@ def batch_loader(dataset: Dataset, numbers: Sampler[int] | range, num_workers: i
         sampler=numbers,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_end_quietly,
         # Forked processes share the images in memory. In a process of joblib, the default method
         # is neither fork nor spawn, and cannot start any process.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
