@@ -18,6 +18,7 @@ CASES = {
     "U-Net, 8 x 64 x 64": ["data.image_size=64"],
     "U-Net, 8 x 128 x 128": ["data.image_size=128"],
     "U-Net, 4 x 256 x 256": ["data.image_size=256", "data.batch_size=4"],
+    "U-Net, 8 x 256 x 256": ["data.image_size=256"],
     "MONAI's U-Net, 8 x 64 x 64": ["model=monai_unet", "data.image_size=64"],
     "MONAI's U-Net, 8 x 128 x 128": ["model=monai_unet", "data.image_size=128"],
     "U-Net, 8 x 16 x 16 x 16": ["data.dims=3", "data.image_size=16"],

@@ -102,10 +102,15 @@ def wait_for(url, is_so):
     return wait(ask, url, PATIENCE)
 
 
+def wait_for_runs(url, start, number):
+    """Until TensorBoard knows so many runs whose names start so."""
+    tags = f"{url}data/plugin/scalars/tags"
+    wait_for(tags, lambda runs: sum(name.startswith(start) for name in runs) == number)
+
+
 def show(browser, url, sweep, number):
     """Open the tab, without TensorBoard around it, on a folder of so many runs."""
-    runs = f"{url}data/plugin/losswatch/runs?sweep={sweep}"
-    wait_for(runs, lambda answer: len(answer["runs"]) == number)
+    wait_for_runs(url, f"{sweep}/", number)
     browser.open(f"{url}data/plugin_entry.html?name=losswatch#&p.losswatch.sweep={sweep}")
     browser.until(STEPS)
 
@@ -118,9 +123,7 @@ def test_the_tab_is_there_and_shows_a_column_a_training(logs, browser):
         write_events(folder, curves())
         write_result(folder, loss, findings=[FINDING] if loss == "cce" else [])
     write_events(logdir / "someone/version_0", curves())
-    wait_for(
-        f"{url}data/plugin/losswatch/runs?sweep=*", lambda answer: len(answer["runs"]) >= 3
-    )  # fmt: skip
+    wait_for_runs(url, ("sweep/", "someone/"), 3)
     # TensorBoard's own page: the name of the tab, and that it was chosen.
     browser.open(f"{url}#losswatch&p.losswatch.sweep=sweep")
     browser.until("return document.body.innerText.toLowerCase().includes('losses')")
@@ -172,8 +175,7 @@ def test_the_mouse_shows_all_losses_at_a_step(logs, browser):
 def test_a_range_of_steps_stays_and_is_in_the_address(logs, browser):
     logdir, url = logs
     write_run(logdir / "zoom/a", curves(40), "cce")
-    runs = f"{url}data/plugin/losswatch/runs?sweep=zoom"
-    wait_for(runs, lambda answer: len(answer["runs"]) == 1)
+    wait_for_runs(url, "zoom/", 1)
     browser.open(f"{url}#losswatch&p.losswatch.sweep=zoom")
     browser.enter(FRAME)
     browser.until(STEPS)

@@ -118,7 +118,8 @@ def test_a_column_a_training_and_a_row_a_quantity():
                 }[kind]
             )
             found = lines(figure, xaxis=column, yaxis=axis)
-            assert [trace["name"] for trace in found] == ["cce", "dice"]
+            assert {trace["name"] for trace in found} == {"cce", "dice"}
+            assert found[-1]["name"] == trained  # above the others
             for trace in found:
                 np.testing.assert_array_equal(numbers(trace["x"]), range(5))
                 np.testing.assert_array_equal(numbers(trace["y"]), factor * np.arange(1.0, 6))
@@ -134,7 +135,9 @@ def test_a_loss_has_the_colour_of_the_other_figures_and_one_line_in_the_legend()
     figure = drawn(Training("a", "cce", [two_losses()]), Training("b", "dice", [two_losses()]))
     looks = loss_looks(["cce", "dice"])
     assert {t["line"]["color"] for t in lines(figure, name="dice")} == {looks["dice"]["color"]}
-    assert [t["name"] for t in figure["data"] if t["showlegend"]] == ["cce", "dice"]
+    legend = [t for t in figure["data"] if t["showlegend"]]
+    ordered = sorted(legend, key=lambda trace: trace["legendrank"])
+    assert [trace["name"] for trace in ordered] == ["cce", "dice"]
     given_looks = {"cce": looks["dice"], "dice": looks["cce"]}
     figure = drawn(Training("a", None, [two_losses()]), looks=given_looks)
     assert {t["line"]["color"] for t in lines(figure, name="cce")} == {looks["dice"]["color"]}

@@ -48,10 +48,9 @@ def test_the_newest_sweep_comes_first_with_what_was_swept(tmp_path):
                 write_run(folder, curves(), loss, theta=theta)
     board = Board(tmp_path)
     assert board.plugin.is_active()
-    runs = board.get("runs")
-    assert runs["sweeps"] == ["b", "a"] and runs["sweep"] == "b"
-    assert runs["menus"] == {"loss": ["cce", "dice"], "theta": ["0.05", "0.5"]}
-    assert {run["loss"] for run in runs["runs"]} == {"cce", "dice"}
+    answer = board.get("figure")
+    assert answer["sweeps"] == ["b", "a"] and answer["sweep"] == "b"
+    assert answer["menus"] == {"loss": ["cce", "dice"], "theta": ["0.05", "0.5"]}
     assert board.titles() == [
         f"<b>trained with {loss}</b><br>θ = {theta} ({share} % foreground)"
         for theta, share in ((0.05, 95), (0.5, 50))
@@ -109,6 +108,22 @@ def test_a_runs_own_record_is_read_whole(tmp_path):
     )
 
 
+def test_as_many_points_as_pixels_show_and_no_spike_vanishes(tmp_path):
+    values = np.sin(np.arange(3000.0)).astype(np.float32)
+    values[[333, 1666]] = 77.0, -77.0
+    for theta in (0.05, 0.5):
+        write_run(tmp_path / f"theta={theta}", {"loss/cce": values.tolist()}, "cce", theta=theta)
+    board = Board(tmp_path)
+    versions = set()
+    for width, most in ((400, 400), (600, 600), (5000, 1000), (0, 100)):  # of two columns
+        answer = board.get("figure", width=width)
+        versions.add(answer["version"])
+        steps, shown = curves_of(answer["figure"])["cce"]
+        assert 0.9 * most < len(steps) <= most
+        assert max(shown) == 77 and min(shown) == -77
+    assert len(versions) == 4
+
+
 def test_a_training_that_someone_else_wrote_is_shown_from_tensorboards_sample(tmp_path):
     write_events(tmp_path / "logs/version_0", curves(200))
     write_events(tmp_path / "logs/version_1", curves(20))
@@ -124,7 +139,7 @@ def test_a_training_that_someone_else_wrote_is_shown_from_tensorboards_sample(tm
     steps, shown = curves_of(answer["figure"])["dice"]
     assert len(steps) == SAMPLES and shown == [step + 1 for step in steps]
     assert curves_of(answer["figure"], "x2")["dice"] == [list(range(20)), list(range(1, 21))]
-    assert {run["loss"] for run in board.get("runs")["runs"]} == {None}
+    assert answer["menus"] == {}
 
 
 def test_new_data_change_the_version_and_nothing_else_does(tmp_path):
@@ -133,7 +148,8 @@ def test_new_data_change_the_version_and_nothing_else_does(tmp_path):
     write_events(tmp_path / "foreign", curves(5))
     board = Board(tmp_path)
     first = board.get("figure")
-    assert board.get("figure", version=first["version"]) == {"version": first["version"]}
+    same = {"version": first["version"], "sweeps": ["."], "sweep": ".", "menus": {}}
+    assert board.get("figure", version=first["version"]) == same
     write_record(tmp_path / "own", curves(8))
     second = board.get("figure", version=first["version"])
     assert len(curves_of(second["figure"], "x2")["cce"][0]) == 5 + 3  # steps 0 to 4 again, then 3
@@ -187,10 +203,12 @@ def test_an_empty_folder_and_one_without_our_tags(tmp_path):
     for folder in ("empty", "foreign"):
         board = Board(tmp_path / folder)
         assert not board.plugin.is_active()
-        assert board.get("runs") == {"sweeps": [], "sweep": "*", "menus": {}, "runs": []}
         answer = board.get("figure")
-        assert answer["figure"] is None
-        assert answer["notes"] == ["No run has curves loss/<name> or grad_norm/<name> (yet)."]
+        assert answer.pop("version")
+        assert answer == {
+            "sweeps": [], "sweep": "*", "menus": {}, "figure": None,
+            "notes": ["No run has curves loss/<name> or grad_norm/<name> (yet)."],
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -220,15 +238,17 @@ def test_losses_that_only_some_runs_have_and_odd_tags(tmp_path):
 def test_26_losses(tmp_path):
     names = [f"loss_{i}" for i in range(26)]
     write_run(tmp_path / "a", curves(names=names), "loss_3")
-    assert list(curves_of(Board(tmp_path).get("figure")["figure"])) == sorted(names)
+    shown = list(curves_of(Board(tmp_path).get("figure")["figure"]))
+    assert sorted(shown) == sorted(names) and shown[-1] == "loss_3"  # above the others
 
 
 @pytest.mark.parametrize(
     "query, error",
     [
         ({"runs": "("}, "runs: not a regular expression"),
-        ({"smooth": "x"}, "smooth, from and to must be numbers"),
-        ({"from": "a"}, "smooth, from and to must be numbers"),
+        ({"smooth": "x"}, "smooth, width, from and to must be numbers"),
+        ({"width": "1e3"}, "smooth, width, from and to must be numbers"),
+        ({"from": "a"}, "smooth, width, from and to must be numbers"),
     ],
 )
 def test_a_wrong_option_is_one_line(tmp_path, query, error):
@@ -297,7 +317,6 @@ def test_a_link_to_a_run_is_not_followed(secret):
 def test_a_run_whose_name_leads_outside(secret, name):
     secret.logdir.mkdir()
     (secret.logdir / "a").mkdir()
-    plugin = LossesPlugin(TBContext(logdir=os.fspath(secret.logdir)))
-    assert plugin._folder(name) is None
-    assert plugin._record(name).choices == {}
-    assert plugin._folder(str(secret.logdir / "a")) == secret.logdir / "a"
+    logs = LossesPlugin(TBContext(logdir=os.fspath(secret.logdir))).logs
+    assert logs.folder(name) is None
+    assert logs.folder(str(secret.logdir / "a")) == secret.logdir / "a"

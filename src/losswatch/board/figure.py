@@ -21,7 +21,7 @@ from losswatch.report.runs import loss_order
 from losswatch.report.style import Looks, loss_looks
 from losswatch.text import number_of, printable
 
-POINTS = 1000  # of a curve, at most
+POINTS = 1000  # of a curve, at most, where the width of the figure is not known
 DICE = "val/dice"
 ROWS = {
     GRAD_NORM: "gradient norm",
@@ -55,6 +55,7 @@ class Training:
 def draw(
     trainings: Sequence[Training],
     *,
+    points: int = POINTS,
     looks: Looks | None = None,
     log: bool = False,
     window: int = 1,
@@ -67,6 +68,7 @@ def draw(
     mean and range.
 
     Args:
+        points: of a curve, at most.
         looks: those of at least the losses in the figure, from `loss_looks`.
         log: whether the axis of the gradient norms is logarithmic.
         window: observed steps in the moving mean of norms, values and cosines; 1 is none.
@@ -77,7 +79,9 @@ def draw(
     if looks is None or not set(order) <= looks.keys():
         looks = loss_looks(order)
     rows = [row for row in ROWS if any(tag.startswith(row) for tag in tags)]
-    traces: list[dict[str, Any]] = []
+    bands: list[dict[str, Any]] = []
+    thin: list[dict[str, Any]] = []
+    thick: list[dict[str, Any]] = []
     legend: set[str] = set()
     for column, training in enumerate(trainings):
         for row, prefix in enumerate(rows):
@@ -101,15 +105,17 @@ def draw(
                     "legendrank": 2000 if is_metric else rank + 1,
                     "showlegend": name not in legend,
                     "line": line | {"width": 2.5 if is_trained else 1.3},
-                    "zorder": 2 if is_trained else 1,
                 }
-                traces += _traces(curves, style)
+                *band, mean = _traces(curves, style, points)
+                bands += band
+                (thick if is_trained else thin).append(mean)
                 legend.add(name)
     height = round(max(ROW * len(rows), LEGEND_LINE * len(legend)) + AROUND)
     layout = _layout(trainings, rows, looks, log, steps, height)
     # By default Plotly has a button that sends the data to its makers' site.
     config = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
-    return {"data": traces, "layout": layout, "config": config}
+    data = [*bands, *thin, *thick]  # later ones lie above
+    return {"data": data, "layout": layout, "config": config}
 
 
 def thinned(curve: pd.Series, points: int = POINTS) -> pd.Series:
@@ -128,13 +134,17 @@ def thinned(curve: pd.Series, points: int = POINTS) -> pd.Series:
         ranges = (points - 2) // (3 if missing.any() else 2)
         place = ((steps - steps[0]) / (steps[-1] - steps[0]) * ranges).astype(int)
         place = place.clip(max=ranges - 1)
-        # By range, then by value: the first of a range is its minimum, the last its maximum.
-        known, gaps = np.flatnonzero(~missing), np.flatnonzero(missing)
-        ordered = known[np.lexsort((values[known], place[known]))]
-        low = np.unique(place[ordered], return_index=True)[1]
-        high = np.append(low[1:], len(ordered)) - 1 if len(low) else low
-        gaps = gaps[np.unique(place[gaps], return_index=True)[1]]
-        kept = np.unique([0, *ordered[low], *ordered[high], *gaps, len(values) - 1])
+        starts = np.flatnonzero(np.diff(place, prepend=-1))
+        lengths = np.diff(starts, append=len(place))
+        low, high = (np.repeat(f.reduceat(values, starts), lengths) for f in (np.fmin, np.fmax))
+
+        def first(is_kept: np.ndarray) -> np.ndarray:
+            """The first such point of each range."""
+            found = np.flatnonzero(is_kept)
+            return found[np.unique(place[found], return_index=True)[1]]
+
+        chosen = map(first, (values == low, values == high, missing))
+        kept = np.unique(np.concatenate([[0, len(values) - 1], *chosen]))
         values, steps = values[kept], steps[kept]
     return pd.Series(values, steps)
 
@@ -170,10 +180,12 @@ def _tag(prefix: str, name: str, trained: str, tags: Iterable[str]) -> str:
 # --- Plotly ---------------------------------------------------------------------------------------
 
 
-def _traces(curves: Sequence[pd.Series], style: dict[str, Any]) -> list[dict[str, Any]]:
+def _traces(
+    curves: Sequence[pd.Series], style: dict[str, Any], points: int
+) -> list[dict[str, Any]]:
     """The line of one loss: a curve, or the mean and the range of several."""
     if len(curves) == 1:
-        return [_trace(curves[0], style)]
+        return [_trace(curves[0], style, points)]
     # Up to the step that all runs reach: the mean of the others would jump there.
     end = min(curve.index[-1] for curve in curves)
     table = pd.concat(curves, axis=1).sort_index().loc[:end]
@@ -183,17 +195,18 @@ def _traces(curves: Sequence[pd.Series], style: dict[str, Any]) -> list[dict[str
         mean = pd.Series(np.where(known, values, 0).sum(1) / known.sum(1), table.index)
     values = np.where(known, values, np.nan)
     low, high = (pd.Series(f.reduce(values, axis=1), table.index) for f in (np.fmin, np.fmax))
-    edge = style | {"showlegend": False, "hoverinfo": "skip", "zorder": 0}
+    edge = style | {"showlegend": False, "hoverinfo": "skip"}
     edge |= {"line": {"width": 0, "color": style["line"]["color"]}}
     return [
-        _trace(low, edge),
-        _trace(high, edge) | {"fill": "tonexty", "fillcolor": _faint(style["line"]["color"])},
-        _trace(mean, style),
+        _trace(low, edge, points),
+        _trace(high, edge, points)
+        | {"fill": "tonexty", "fillcolor": _faint(style["line"]["color"])},
+        _trace(mean, style, points),
     ]
 
 
-def _trace(curve: pd.Series, style: dict[str, Any]) -> dict[str, Any]:
-    curve = thinned(curve)
+def _trace(curve: pd.Series, style: dict[str, Any], points: int) -> dict[str, Any]:
+    curve = thinned(curve, points)
     steps = curve.index.to_numpy()
     is_small = not len(steps) or abs(steps).max() < 2**31
     return style | {

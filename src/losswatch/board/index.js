@@ -76,8 +76,8 @@ function showControls({ sweeps, sweep, menus }) {
   );
 }
 
-async function ask(route, query) {
-  const answer = await fetch(`./${route}?${new URLSearchParams(query)}`).catch(() => {
+async function ask(query) {
+  const answer = await fetch(`./figure?${new URLSearchParams(query)}`).catch(() => {
     throw new Error("TensorBoard does not answer.");
   });
   const content = await answer.json().catch(() => ({ error: `TensorBoard: ${answer.status}` }));
@@ -95,10 +95,10 @@ async function refresh() {
   const isDark = window.parent.document.body.classList.contains("dark-mode");
   document.documentElement.classList.toggle("dark", isDark);
   try {
-    const query = { ...state, version };
-    const [runs, answer] = await Promise.all([ask("runs", state), ask("figure", query), plotly]);
+    const query = { ...state, version, width: figure.clientWidth };
+    const [answer] = await Promise.all([ask(query), plotly]);
     if (mine !== asked) return;
-    showControls(runs);
+    showControls(answer);
     if (answer.version !== version) await showFigure(answer);
   } catch (error) {
     if (mine !== asked) return;
