@@ -22,8 +22,8 @@ GRIDS = {
     "six runs on a folder": [
         "data=folder", "data.root=images", "loss=dice,cce", "seed=0,1,2", "trainer.max_steps=100",
     ],
-    "the study's grid, one seed, 500 steps": [
-        "experiment=article", "seed=0", "trainer.max_steps=500",
+    "the study's grid, one seed, 100 steps": [
+        "experiment=article", "seed=0", "trainer.max_steps=100",
     ],
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ Against what was written. `test_browser.py` looks at the tab itself.
 import json
 import os
 import shutil
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +37,7 @@ def test_tensorboard_finds_the_plugin():
     assert plugin.frontend_metadata().tab_name == "Losses" and not plugin.is_active()
     page = Client(plugin.get_plugin_apps()["/index.js"]).get("/index.js")
     assert page.mimetype == "text/javascript" and "export async function render" in page.text
+    assert f'"./plotly.js?{version("plotly")}"' in page.text
     script = Client(plugin.get_plugin_apps()["/plotly.js"]).get("/plotly.js")
     assert script.status_code == 200 and "Plotly" in script.text[-(10**6) :] + script.text[: 10**6]
 
