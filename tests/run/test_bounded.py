@@ -73,11 +73,15 @@ def test_a_long_run(tmp_path, compiled):
 
 
 def test_a_sweep_of_500_runs(tmp_path):
-    """From the 100th run on memory grows by less than 0.05 MiB a run; the summary is right."""
+    """From the 100th run on memory grows by less than 0.05 MiB a run; the summary is right.
+
+    One run after the other, in one process.
+    """
     begin, memory, said = time.monotonic(), [], []
     with start(
         "-m", "experiment=smoke", "loss=dice,cce", "theta=0.1,0.3,0.5,0.7,0.9", "seed=range(50)",
-        "trainer.max_steps=2", "data.image_size=8", "hydra.sweep.dir=sweep", cwd=tmp_path,
+        "trainer.max_steps=2", "data.image_size=8", "hydra.sweep.dir=sweep", "hydra/launcher=basic",
+        cwd=tmp_path,
     ) as process:  # fmt: skip
         for line in process.stderr:
             if line.startswith("run "):

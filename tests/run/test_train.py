@@ -243,10 +243,13 @@ def test_checkpoint_is_plain_and_of_the_last_step(smoke):
 
 @pytest.mark.slow
 def test_repeats_itself_also_with_workers(smoke, tmp_path):
-    """The smoke run again, in a sweep with other numbers of workers and another seed."""
+    """The smoke run again, in a sweep with other numbers of workers and another seed.
+
+    One run after the other: a stack rounds differently.
+    """
     run_train(
         "-m", "experiment=smoke", "seed=3,4", "probe.cosines=true", "data.num_workers=0,2",
-        cwd=tmp_path,
+        "hydra/launcher=basic", cwd=tmp_path,
     )  # fmt: skip
     wanted = read_curves(smoke.folder)
     folders = run_folders(tmp_path)
