@@ -21,7 +21,7 @@ from losswatch.report.runs import loss_order
 from losswatch.report.style import Looks, loss_looks
 from losswatch.text import number_of, printable
 
-POINTS = 1000  # of a curve, at most, where the width of the figure is not known
+POINTS = 1000  # of a curve, at most
 DICE = "val/dice"
 ROWS = {
     GRAD_NORM: "gradient norm",

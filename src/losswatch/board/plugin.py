@@ -79,32 +79,36 @@ class LossesPlugin(TBPlugin):
         events = Events(self.data, self.samples, context, experiment)
         options = Options.of(request.args)
         chosen = Chosen(options, events, self.logs)
-        columns = grouped(chosen.runs) if len(chosen.runs) else []
-        shown = [run for column in columns[:COLUMNS] for run in column["run"]]
-        state = [*options[:-1], len(chosen.sweeps), len(columns)]
+        every = grouped(chosen.runs) if len(chosen.runs) else []
+        columns = every[:COLUMNS]
+        shown = [run for column in columns for run in column["run"]]
+        state = [*options[:-1], len(chosen.sweeps), len(every)]
         state += [(run, chosen.stamp(run)) for run in shown]
         digest = hashlib.sha256(repr(state).encode()).hexdigest()
         choices = {"sweeps": chosen.sweeps, "sweep": chosen.sweep, "menus": chosen.menus}
         if digest == options.version:
             return choices | {"version": digest}
         curves = {run: chosen.curves(run) for run in shown}
-        trainings = [
-            training_of(
-                column, chosen.runs, curves.__getitem__, chosen.findings, chosen.trained
+        figure = None
+        if columns:
+            trainings = [
+                training_of(
+                    column, chosen.runs, curves.__getitem__, chosen.findings, chosen.trained
+                )
+                for column in columns
+            ]  # fmt: skip
+            # A minimum and a maximum for each pixel, as far as a curve may have so many points.
+            points = max(100, min(POINTS, 2 * options.width // len(columns)))
+            figure = draw(
+                trainings,
+                points=points,
+                log=options.log,
+                window=options.window,
+                steps=options.steps,
             )
-            for column in columns[:COLUMNS]
-        ]  # fmt: skip
-        # A minimum and a maximum for each pixel, as far as a curve may have so many points.
-        points = max(100, min(POINTS, 2 * options.width // max(len(trainings), 1)))
-        figure = draw(
-            trainings, points=points, log=options.log, window=options.window, steps=options.steps
-        )
         sampled = [r for r in shown if not chosen.has_record(r) and events.is_sampled(curves[r])]
-        return choices | {
-            "version": digest,
-            "notes": _notes(chosen, len(columns), sampled, self.samples),
-            "figure": figure if trainings else None,
-        }
+        notes = _notes(chosen, len(every), sampled, self.samples)
+        return choices | {"version": digest, "notes": notes, "figure": figure}
 
 
 def _notes(chosen: Chosen, columns: int, sampled: list[str], samples: int) -> list[str]:
