@@ -430,10 +430,11 @@ def test_reentrant_checkpointing():
         Observer(["cce"], net.parameters())(net(images), target)
 
 
-def test_parameters_spread_over_ranks(tmp_path):
+def test_parameters_spread_over_ranks(tmp_path, monkeypatch):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # PyTorch's own stays, with the rank
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         net = small()
