@@ -102,17 +102,17 @@ def test_steps_move_nothing_between_host_and_device(make_run, monkeypatch, net, 
     names = (*ARTICLE, "cce_stable", "dice_monai", "dice_nnunet", "dice_smp")
     losses = load_losses(*names, weighted=CrossEntropy(weight=[0.5] * classes))
     run = make_run(
-        net, batch_norm=True, classes=classes, losses=losses, probe=probe(cosines=True), steps=6,
+        net, batch_norm=True, classes=classes, losses=losses, probe=probe(cosines=True), steps=3,
         validate=False, strategy=SingleDeviceStrategy(META, accelerator=MetaAccelerator()),
         accelerator="auto",
     )  # fmt: skip
     run.trainer.logger = None
     with Transfers(lambda: run.trainer.global_step) as transfers:
         run.trainer.fit(run.module, run.data)
-    assert run.trainer.global_step == 6
+    assert run.trainer.global_step == 3
     assert run.data.thresholds.device == META  # where the images are drawn
-    assert [seen for seen in transfers.seen if 1 <= seen[0] < 6] == []
-    assert transfers.seen[6, "read"]  # what was observed, and the weights
+    assert [seen for seen in transfers.seen if 1 <= seen[0] < 3] == []
+    assert transfers.seen[3, "read"]  # what was observed, and the weights
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/loss").glob("*.yaml")), ids=lambda p: p.stem)

@@ -529,7 +529,7 @@ def test_torch_func_differentiates_sums_of_parts_of_a_batch(loss):
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(
     "name, backend",
-    [("article", "aot_eager"), slow("article", "inductor"), slow("zoo", "inductor")],
+    [("article", "eager"), slow("article", "inductor"), slow("zoo", "inductor")],
 )
 def test_compile_without_graph_breaks(name, backend):
     losses = {n: load(n) for n in ARTICLE} if name == "article" else zoo(2)
@@ -546,22 +546,23 @@ def test_compile_without_graph_breaks(name, backend):
     for a, b in zip(rows, rows2, strict=True):
         assert torch.allclose(a, b, atol=2e-6)
     x = logits.clone().requires_grad_()
-    v = torch.compile(Dice(), fullgraph=True)(x, target)
+    v = torch.compile(Dice(), fullgraph=True, backend=backend)(x, target)
     assert torch.allclose(torch.autograd.grad(v, x)[0], gradient(Dice(), logits, target), atol=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(
-    "classes, ignore_index", [(2, None), pytest.param(4, 0, marks=pytest.mark.slow)]
+    "classes, ignore_index, count", [(2, None, 2), slow(2, None, 4), slow(4, 0, 4)]
 )
-def test_compiled_values_and_gradient_are_exact(classes, ignore_index):
+def test_compiled_values_and_gradient_are_exact(classes, ignore_index, count):
     """Large logits and many pixels, where a compiler's sum in float32 loses digits."""
     torch._dynamo.reset()
     shared = {"ignore_index": ignore_index}
-    joint = LossSet({
-        "cce": CrossEntropy(**shared), "stable": CrossEntropy(clip=None, **shared),
-        "dice": Dice(**shared), "square": Dice(exponent=2, **shared),
-    })  # fmt: skip
+    losses = {
+        "cce": CrossEntropy(**shared), "dice": Dice(**shared),
+        "stable": CrossEntropy(clip=None, **shared), "square": Dice(exponent=2, **shared),
+    }  # fmt: skip
+    joint = LossSet(dict(list(losses.items())[:count]))  # compiling takes seconds for each loss
     logits, target = batch(c=classes, space=(256, 256), dtype=torch.float32)
     x = (20 * logits).requires_grad_()
 
