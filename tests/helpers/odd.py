@@ -53,12 +53,15 @@ class Row:
     criterion: Callable[[], nn.Module] = Odd  # it trains
     shared: str | None = None  # the watched loss that trains, instead
     loop: Callable[[Run], None] | None = None  # None: plain PyTorch
-    steps: int = 3
+    steps: int = 0  # 0: two, or three if the second target is bad
     refused: str | None = None  # the line at the first observation
     lines: tuple[str, ...] = ()  # all that is said
     nan: dict[int, tuple[str, ...]] = field(default_factory=dict)  # of a step
     shares: dict[int, float] = field(default_factory=dict)  # of a step's gradient, unless it is 1
     tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        self.steps = self.steps or (3 if self.bad else 2)
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Images and class indices of a step."""

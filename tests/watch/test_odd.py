@@ -1,8 +1,8 @@
 """Odd networks, targets, losses and loops, as one table: right, or refused in one line.
 
 *Right*: values, norms and cosines are those of one backward pass for each loss by a fresh network,
-in each of three steps. Weights, buffers, the optimiser's state, random numbers and what modules
-keep by themselves are equal to the bit with and without watching.
+in each of two steps, or three. Weights, buffers, the optimiser's state, random numbers and what
+modules keep by themselves are equal to the bit with and without watching.
 """
 
 import logging
