@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ARTICLE, load_losses, probe
+from conftest import ARTICLE, load_losses, probe, slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, gradients
@@ -39,7 +39,7 @@ def assert_exact(observed, reference):
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("net", ["convnet", "unet"])
-@pytest.mark.parametrize("trained", ["dice", "cce"])
+@pytest.mark.parametrize("trained", ["dice", slow("cce")])
 def test_equals_one_gradient_per_loss(
     make_run, observed, device, net, batch_norm, classes, trained
 ):
@@ -175,7 +175,7 @@ def test_unused_parameters_count_as_zero(make_run, observed):
 # --- It changes nothing --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [slow(1), 3])
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("net", ["convnet", "unet"])
 @pytest.mark.parametrize(

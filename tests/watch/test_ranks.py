@@ -37,7 +37,7 @@ def pair(tmp_path_factory):
         done = run_train(
             "--config-dir", str(own.parent), "experiment=smoke", *more,
             f"watch=[{','.join([*NAMES, 'foreign'])}]", "data.batch_size=5", "data.val_size=5",
-            "trainer.max_steps=25", "trainer.val_check_interval=10", cwd=cwd,
+            "trainer.max_steps=12", "trainer.val_check_interval=10", cwd=cwd,
         )  # fmt: skip
         [folder] = (cwd / "outputs").glob("*/*/")
         found.append((folder, done.stderr + done.stdout))
@@ -48,7 +48,7 @@ def pair(tmp_path_factory):
 def test_two_ranks_observe_what_one_process_does(pair):
     """Values and gradient norms of each loss of conf/loss at each step; validations, too."""
     one, two = (read_curves(folder) for folder in pair[:2])
-    assert len(one.filter(like="grad_norm/").dropna()) == 25
+    assert len(one.filter(like="grad_norm/").dropna()) == 12
     assert {f"{kind}/{name}" for kind in ("loss", "grad_norm") for name in NAMES} <= {*two.columns}
     assert two.columns.equals(one.columns) and two.index.equals(one.index)
     same = two.columns.drop(["loss/foreign", "grad_norm/foreign"])
@@ -67,13 +67,13 @@ def test_a_loss_that_knows_nothing_of_ranks(pair, compose):
     assert scalars["loss/foreign"][0] == pytest.approx(sum(shares) / 2, rel=1e-6)
     assert abs(shares[0] - shares[1]) > 1e-4
     means = scalars[["val/loss/foreign", "val/loss/cce_stable"]].dropna().to_numpy()
-    assert len(means) == 3
+    assert len(means) == 2
     np.testing.assert_allclose(means[:, 0], means[:, 1], rtol=1e-5)
 
 
 def test_two_ranks_end_with_the_same_weights(pair):
     one, two = (
-        torch.load(folder / "checkpoints" / "step=25.ckpt", weights_only=True)["state_dict"]
+        torch.load(folder / "checkpoints" / "step=12.ckpt", weights_only=True)["state_dict"]
         for folder in pair[:2]
     )
     for name, tensor in one.items():
