@@ -1,12 +1,11 @@
 """Forked runs of train.py: the slow imports are done once, not once a run.
 
-A fresh `python train.py` needs six seconds of CPU time to import torch, Lightning and what they
-import. The server below imports them once and forks for each run, so a run begins at once. The
-child process runs train.py as `__main__` and ends as any interpreter does. Nothing of losswatch is
-imported before the fork.
+A fresh `python train.py` needs six seconds of CPU time to import torch, Lightning, losswatch and
+what they import. The server below imports them once and forks for each run, so a run begins at
+once. The child process runs train.py as `__main__` and ends as any interpreter does.
 
-What a forked run cannot show: warnings while other packages are imported, and whatever Python or
-these packages read from the environment when they start.
+What a forked run cannot show: warnings while packages are imported, imports that need one another,
+and whatever Python or these packages read from the environment when they start.
 """
 
 from __future__ import annotations
@@ -162,12 +161,22 @@ if __name__ == "__main__":
     import torch.utils.tensorboard  # noqa: F401
     import torchmetrics.segmentation  # noqa: F401
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.plugins import Plugins
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from omegaconf import OmegaConf
     from PIL import Image
 
-    # The first picture needs fonts, and the first override of a kind its parser's tables.
+    import losswatch.report.figures
+    import losswatch.report.words
+    import losswatch.run.planner
+    import losswatch.sweep.callback
+    import losswatch.sweep.launch
+    import losswatch.task  # noqa: F401
+
+    # Hydra imports all plugins when it starts, the first picture needs fonts, and the first
+    # override of a kind its parser's tables.
+    Plugins.instance()
     Image.preinit()
     FigureCanvasAgg(figure := Figure())
     figure.text(0, 0, "$1$")
