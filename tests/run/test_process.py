@@ -147,3 +147,5 @@ def test_threads_of_a_run(compose, tmp_path, monkeypatch, caplog):
     assert threads("threads=auto", "data.image_size=64") == 6
     assert threads("threads=auto", "data.image_size=64", is_sweep=True) == 1
     assert threads("threads=3") == 3
+    monkeypatch.setattr(planner, "FLOPS_OF_THREAD", {3: 1.0})  # as for signals of one axis
+    assert threads("threads=auto", "data.image_size=64") == 1

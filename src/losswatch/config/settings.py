@@ -1,4 +1,4 @@
-"""A run's settings as one typed object. Nothing below this file sees Hydra's config.
+"""A run's settings as one typed object. What trains a run sees nothing of Hydra's config.
 
 Imports no torch.
 """

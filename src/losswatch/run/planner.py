@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 # Floating-point operations of a layer in a forward pass that keep a CPU thread busy, by dimensions:
 # two threads are then at least 1.3 times as fast as one, with the U-Net of losswatch
-# (`python scripts/benchmark.py threads`).
+# (`python scripts/benchmark.py threads`). For signals of one axis nothing was measured.
 FLOPS_OF_THREAD = {2: 200e6, 3: 25e6}
 
 
@@ -282,7 +282,8 @@ class Planner:
             return settings.threads
         if settings.job.is_sweep or traits is None or traits.layer_flops == math.inf:
             return 1  # the runs of a sweep share the cores
-        threads = max(1, min(cpu_count() // ranks, int(traits.layer_flops / FLOPS_OF_THREAD[dims])))
+        busy = int(traits.layer_flops / FLOPS_OF_THREAD.get(dims, math.inf))
+        threads = max(1, min(cpu_count() // ranks, busy))
         if threads > 1:
             self._say_once(
                 f"{threads} CPU threads; threads=1 gives the numbers of a sweep to the last digit"
