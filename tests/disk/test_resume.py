@@ -19,7 +19,16 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_python, run_train, slow
+from conftest import (
+    ENVIRONMENT,
+    PATIENCE,
+    ROOT,
+    read_result,
+    run_script,
+    run_train,
+    signal_at,
+    slow,
+)
 from curves import assert_same, assert_same_training, events_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -151,13 +160,6 @@ def start(*overrides, cwd, **options):
     )  # fmt: skip
 
 
-def run_script(text, *overrides, cwd):
-    """train.py after some lines of Python."""
-    text += f"import runpy, sys\nsys.argv[0] = {str(ROOT / 'train.py')!r}\n"
-    (cwd / "script.py").write_text(text + "runpy.run_path(sys.argv[0], run_name='__main__')\n")
-    return run_python("script.py", *overrides, cwd=cwd, status=None)
-
-
 @contextmanager
 def held_elsewhere(folder, then):
     """Another process holds the run and calls `then(file, sender)`; yields what it sends first."""
@@ -274,14 +276,7 @@ def test_the_same_command_beside_itself(tmp_path):
 )
 def test_killed_and_resumed(whole, tmp_path, by):
     """It equals an uninterrupted run."""
-    script = (
-        "import os\n"
-        "from losswatch.run.callbacks import Images\n"
-        "def on_train_batch_end(self, trainer, module, outputs, batch, index):\n"
-        f"    if index == 14: os.kill(os.getpid(), {int(by)})\n"
-        "Images.on_train_batch_end = on_train_batch_end\n"
-    )
-    done = run_script(script, *RUN, "hydra.run.dir=run", cwd=tmp_path)
+    done = run_script(signal_at(by, 15), *RUN, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == -by if by == signal.SIGKILL else done.returncode > 0
     assert newest(tmp_path / "run")[1]["global_step"] == 10
     done = run_train(*RUN, "resume=run", cwd=tmp_path)
