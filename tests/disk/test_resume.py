@@ -965,7 +965,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_p
 FALLING = ["scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=1.0"]
 # The first validation is the best one: the metric is better the smaller it is.
 FIRST_IS_BEST = ["callbacks=best", "callbacks.best.mode=min"]
-STOPPING = ["callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2"]
+STOPPING = [
+    "callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2",
+    "callbacks.early_stopping.mode=min",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
