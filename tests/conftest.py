@@ -296,6 +296,26 @@ def run_python(*command: str, cwd: Path, status: int | None = 0, fresh: bool = F
     return done
 
 
+def run_script(lines: str, *args: str, cwd: Path):
+    """train.py after some lines of Python, whatever its exit status; see `run_python`."""
+    program = f"import runpy, sys\nsys.argv[0] = {str(ROOT / 'train.py')!r}\n"
+    program += "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    (cwd / "script.py").write_text(lines + program)
+    return run_python("script.py", *args, cwd=cwd, status=None)
+
+
+def signal_at(number: int, batch: int) -> str:
+    """Lines for `run_script`: the process sends itself a signal after so many batches."""
+    return (
+        "import os\n"
+        "from losswatch.run.callbacks import Images\n"
+        "def on_train_batch_end(self, trainer, module, outputs, batch, index):\n"
+        f"    if index + 1 == {batch}:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "Images.on_train_batch_end = on_train_batch_end\n"
+    )
+
+
 def run_folders(cwd: Path) -> dict[str, Path]:
     """The runs below `cwd`/outputs by name."""
     return {

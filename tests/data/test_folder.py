@@ -27,9 +27,12 @@ from losswatch.data.folder import FolderImages
 from losswatch.data.form import Form
 from losswatch.data.reading import read
 from losswatch.data.writing import write_mask
+from losswatch.disk.resume import check_folder
 from losswatch.run import build
+from losswatch.run.callbacks import Images
 from losswatch.run.module import SegmentationModule
 from losswatch.run.scores import ImageScores
+from losswatch.task import train as run_task
 
 RNG = np.random.default_rng(0)
 
@@ -707,34 +710,59 @@ def test_16_bit_tiffs_and_one_output_channel(tmp_path):
         )
 
 
-def test_nnunets_layout_with_ignored_pixels(tmp_path):
+@pytest.fixture
+def train_here(compose, tmp_path, monkeypatch):
+    """train_here(folder, ...) -> (plan, what was reached) of a run that is trained in this process.
+
+    Modules in `tmp_path` can be imported; `mine` in it is a folder as conf.
+    """
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a module may change within a second
+
+    def run(folder, *overrides):
+        monkeypatch.delitem(sys.modules, "cells", raising=False)  # of another case
+        plan = compose(*overrides, "trainer.enable_progress_bar=false").plan(tmp_path / folder)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return plan, run_task(plan)
+
+    return run
+
+
+FEW = [*SHORT, "data.num_workers=0", "trainer.max_steps=4", "trainer.val_check_interval=2"]
+
+
+def test_nnunets_layout_with_ignored_pixels(train_here, tmp_path, capfd):
     """Losses, norms, metrics and pictures do not depend on what is under ignored pixels."""
     make_nnunet(tmp_path / "n", ignored=3)
-    folder, done = train(tmp_path, "data.root=n", "loss=dice", "watch=[cce,dice,dice_ce_nnunet]",
-                         "data.patch_size=null")  # fmt: skip
-    assert "lower" in done.stderr
-    metrics = read_result(folder)["metrics"]
-    assert {"val/dice/upper", "val/dice/lower", "test/loss/dice_ce_nnunet"} <= set(metrics)
+    _, reached = train_here(
+        "run", *FEW, f"data.root={tmp_path / 'n'}", "loss=dice", "data.patch_size=null",
+        "watch=[cce,dice,dice_ce_nnunet]",
+    )  # fmt: skip
+    assert "lower" in capfd.readouterr().err
+    assert {"val/dice/upper", "val/dice/lower", "test/loss/dice_ce_nnunet"} <= set(reached.metrics)
 
 
-def test_overlapping_regions(tmp_path):
+def test_overlapping_regions(train_here, tmp_path):
     make_nnunet(tmp_path / "r", regions=True)
-    folder, _ = train(tmp_path, "data.root=r", "loss=dice_cce", "watch=[cce,dice,dice_fg]")
-    scalars, images = curves(folder)
+    options = [f"data.root={tmp_path / 'r'}", "loss=dice_cce", "watch=[cce,dice,dice_fg]"]
+    train_here("run", *FEW, "model=convnet", *options)
+    scalars, images = curves(tmp_path / "run")
     assert scalars["loss/cce"][0][1] == pytest.approx(0.69, abs=0.3)  # two fair coins
     assert {"val/dice/whole", "val/dice/core"} <= set(scalars)
 
 
-def test_a_volume(tmp_path):
+def test_a_volume(train_here, tmp_path):
     rng = np.random.default_rng(0)
     for i in range(4):
         mask = np.zeros((24, 20, 16), np.uint8)
         mask[5 + i : 14 + i, 4:12, 5:10] = 1
         save(tmp_path / f"v/images/{i}.nii.gz", (rng.random(mask.shape) + mask).astype(np.float32))
         save(tmp_path / f"v/masks/{i}.nii.gz", mask)
-    folder, _ = train(tmp_path, "data.root=v", "data.patch_size=8", "model=monai_unet",
-                      "model.channels=[4,8]", "model.strides=[2]")  # fmt: skip
-    assert read_result(folder)["status"] == "done"
+    _, reached = train_here(
+        "run", *FEW, f"data.root={tmp_path / 'v'}", "data.patch_size=8", "model=monai_unet",
+        "model.channels=[4,8]", "model.strides=[2]",
+    )  # fmt: skip
+    assert reached.is_done
 
 
 @pytest.mark.slow
@@ -804,22 +832,30 @@ def train_cells(folder, *options, module=MODULE, **kwargs):
     )  # fmt: skip
 
 
+@pytest.fixture
+def train_cells_here(train_here, tmp_path):
+    """train_cells_here(folder, ...): the same in this process, see `train_here`."""
+
+    def run(folder, *options, module=MODULE):
+        write_cells(tmp_path, module)
+        mine = f"hydra.searchpath=['{tmp_path}/mine']"
+        return train_here(folder, mine, "data=cells", "model=convnet", *options)
+
+    return run
+
+
 @pytest.mark.parametrize("as_dict", [False, True])
-def test_a_users_data_module(tmp_path, as_dict):
-    done = train_cells(
-        tmp_path, f"+data.as_dict={as_dict}", 
-        "trainer.max_steps=12", "trainer.val_check_interval=5", "seed=4",
-    )  # fmt: skip
-    [folder] = run_folders(tmp_path).values()
-    metrics = read_result(folder)["metrics"]
-    assert {"val/dice/class_2", "val/accuracy"} <= set(metrics), done.stderr
-    assert not any(name.startswith("test/") for name in metrics)
-    scalars, _ = curves(folder)
+def test_a_users_data_module(train_cells_here, tmp_path, as_dict):
+    options = ["trainer.max_steps=12", "trainer.val_check_interval=5", "seed=4"]
+    _, reached = train_cells_here("run", f"+data.as_dict={as_dict}", *options)
+    assert {"val/dice/class_2", "val/accuracy"} <= set(reached.metrics)
+    assert not any(name.startswith("test/") for name in reached.metrics)
+    scalars, _ = curves(tmp_path / "run")
     assert [step for step, _ in scalars["val/dice"]] == [5, 10, 12]
     assert [step for step, _ in scalars["loss/cce"]] == list(range(12))
 
 
-def test_epochs_of_a_users_data_module(tmp_path):
+def test_epochs_of_a_users_data_module(train_cells_here, tmp_path, monkeypatch):
     """Four passes over three batches, also for a schedule; resumed bit for bit."""
     options = [
         "trainer.max_epochs=4", "trainer.accumulate_grad_batches=2", "scheduler=cosine",
@@ -827,19 +863,24 @@ def test_epochs_of_a_users_data_module(tmp_path):
     ]  # fmt: skip
     done = train_cells(tmp_path, *options, "hydra.run.dir=whole")
     assert "trainer.max_epochs=4 sets trainer.max_steps=6\n" in done.stderr
+    assert "Warning" not in done.stderr
     result = read_result(tmp_path / "whole")
     assert (result["steps"], result["config"]["scheduler"]["T_max"]) == (6, 6)
     assert [step for step, _ in curves(tmp_path / "whole")[0]["val/accuracy"]] == [2, 4, 6]
 
-    stop = ["hydra.run.dir=half", "+trainer.max_time=00:00:00:00"]
-    train_cells(tmp_path, *options, *stop, status=1)
-    assert "of 6 steps" in read_result(tmp_path / "half")["error"]
-    # With twice as many images the schedule would be another one.
-    more = MODULE.replace("12,", "24,")
-    done = train_cells(tmp_path, *options, "resume=half", module=more, status=2)
-    assert "T_max was 6, now 12" in done.stderr
-    done = train_cells(tmp_path, *options, "resume=half")
-    assert "Warning" not in done.stderr
+    def stop(self, trainer, module, outputs, batch, index):
+        trainer.should_stop = index >= 5
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Images, "on_train_batch_end", stop, raising=False)
+        plan, reached = train_cells_here("half", *options)
+        assert (plan.steps, reached.steps, reached.is_done) == (6, 3, False)
+        # With twice as many images the schedule would be another one.
+        plan, _ = train_cells_here("more", *options, module=MODULE.replace("12,", "24,"))
+    with pytest.raises(ConfigError, match="T_max was 6, now 12"):
+        check_folder(tmp_path / "half", plan.settings.as_config())
+    _, reached = train_cells_here("half", *options)
+    assert reached.is_done
     assert curves(tmp_path / "half")[0] == curves(tmp_path / "whole")[0]
     weights = [
         torch.load(tmp_path / name / "checkpoints/step=6.ckpt", weights_only=True)["state_dict"]
@@ -854,18 +895,18 @@ HOOK = """
 """
 
 
-def test_a_module_that_changes_batches_after_their_transfer(tmp_path):
+def test_a_module_that_changes_batches_after_their_transfer(train_cells_here):
     module = MODULE.replace("TensorDataset(images,", "TensorDataset((255 * images).byte(),") + HOOK
-    train_cells(tmp_path, "trainer.max_steps=3", "hydra.run.dir=run", module=module)
-    assert read_result(tmp_path / "run")["status"] == "done"
+    _, reached = train_cells_here("run", "trainer.max_steps=3", module=module)
+    assert reached.is_done
 
 
-def test_a_plateau_with_a_users_data_module(tmp_path):
+def test_a_plateau_with_a_users_data_module(train_cells_here, tmp_path):
     """Its validations are counted through all passes."""
-    train_cells(
-        tmp_path, "scheduler=plateau", "scheduler.patience=0", "+scheduler.eps=0",
+    train_cells_here(
+        "run", "scheduler=plateau", "scheduler.patience=0", "+scheduler.eps=0",
         "optimizer.lr=1e-9", "callbacks=lr_monitor", "trainer.max_steps=20",
-        "trainer.val_check_interval=5", "trainer.accumulate_grad_batches=2", "hydra.run.dir=run",
+        "trainer.val_check_interval=5", "trainer.accumulate_grad_batches=2",
     )  # fmt: skip
     rates = [*dict(curves(tmp_path / "run")[0]["lr-Adam"]).values()]
     assert rates == pytest.approx([1e-9] * 10 + [3e-10] * 5 + [9e-11] * 5, rel=1e-4, abs=0)
@@ -914,8 +955,8 @@ def test_the_fused_launcher_trains_them_one_by_one(tmp_path):
     make_folder(tmp_path / "a", 10)
     images = len(FolderImages(str(tmp_path / "a"), patch_size=16).layout.cases["train"])
     done = run_train(
-        "-m", *SHORT, "data.root=a", "data.batch_size=4", "trainer.max_epochs=1,3",
-        "hydra/launcher=fused", "hydra.launcher.workers=1", cwd=tmp_path,
+        "-m", *FEW, "data.root=a", "data.batch_size=4", "trainer.max_epochs=1,3",
+        "watch=[dice]", "hydra/launcher=fused", "hydra.launcher.workers=1", cwd=tmp_path,
     )  # fmt: skip
     assert "(images that are read from files need the ordinary step)" in done.stderr
     results = [read_result(folder) for folder in run_folders(tmp_path).values()]

@@ -19,7 +19,16 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, read_result, run_train, slow
+from conftest import (
+    ENVIRONMENT,
+    PATIENCE,
+    ROOT,
+    read_result,
+    run_script,
+    run_train,
+    signal_at,
+    slow,
+)
 from curves import assert_same, assert_same_training, events_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -27,6 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 from losswatch.config.errors import ConfigError
 from losswatch.config.kept import Kept
 from losswatch.config.names import run_folder
+from losswatch.config.quoting import quoted
 from losswatch.data.form import Form
 from losswatch.disk import checkpoint_files as checkpoints
 from losswatch.disk.checkpoint import load_net, to_keep
@@ -58,15 +68,13 @@ from losswatch.sweep import parts
 from losswatch.task import train
 
 FORK = multiprocessing.get_context("fork")
-RUN = ["experiment=smoke", "trainer.max_steps=200", "trainer.val_check_interval=20", "seed=5"]
+RUN = ["experiment=smoke", "seed=3", "probe.cosines=true"]  # of the fixture `smoke`
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run that was not interrupted."""
-    cwd = tmp_path_factory.mktemp("whole")
-    run_train(*RUN, "hydra.run.dir=run", cwd=cwd)
-    return cwd / "run"
+@pytest.fixture
+def whole(smoke):
+    """The folder of a run that was not interrupted; tests may only read it."""
+    return smoke.folder
 
 
 def checkpoint_names(folder):
@@ -80,7 +88,7 @@ def files_beside(folder):
 
 @pytest.fixture
 def train_here(compose, monkeypatch):
-    """train_here(folder, ...): trains as train.py does, 40 steps with a validation every ten.
+    """train_here(folder, ...): trains as train.py does, 8 steps with a validation every two.
 
     `stop`: the time is up after so many batches. `die`: an error occurs then. `kill`: the process
     ends then, as by kill -9.
@@ -97,8 +105,8 @@ def train_here(compose, monkeypatch):
 
         monkeypatch.setattr(Images, "on_train_batch_end", on_train_batch_end, raising=False)
         composed = compose(
-            "experiment=smoke", "seed=5", "trainer.max_steps=40",
-            "trainer.enable_progress_bar=false", *overrides,
+            "experiment=smoke", "seed=5", "trainer.max_steps=8", "trainer.val_check_interval=2",
+            "watch=[cce,dice]", "trainer.enable_progress_bar=false", *overrides,
         )  # fmt: skip
         folder.mkdir(exist_ok=True)
         return train(composed.plan(folder))
@@ -150,24 +158,6 @@ def start(*overrides, cwd, **options):
         [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, env=ENVIRONMENT,
         **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL) | options,
     )  # fmt: skip
-
-
-def killed(cwd, overrides, by, checkpoints):
-    """Start a run, and kill it after its n-th checkpoint; whether that was before its end."""
-    process = SERVER.start(str(ROOT / "train.py"), *overrides, cwd=cwd)
-    old = {file.name for file in cwd.glob("**/*.ckpt")}
-    seen: set = set()
-    try:
-        while len(seen - old) < checkpoints:
-            seen |= {file.name for file in cwd.glob("**/*.ckpt")}
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=0.002)
-                break
-        process.send_signal(by)
-        return process.wait(PATIENCE) != 0
-    finally:
-        process.kill()
-        process.result()
 
 
 @contextmanager
@@ -285,17 +275,22 @@ def test_the_same_command_beside_itself(tmp_path):
     ],
 )
 def test_killed_and_resumed(whole, tmp_path, by):
-    """It equals an uninterrupted run. With kill -9 a resumed run is killed, too."""
-    folder = tmp_path / "run"
-    assert killed(tmp_path, [*RUN, f"hydra.run.dir={folder}"], by, 3)
-    before, _ = newest(folder)
-    if by is signal.SIGKILL:
-        assert killed(tmp_path, [*RUN, f"resume={folder}"], by, 2)
-        assert newest(folder)[1]["global_step"] >= 60
-    done = run_train(*RUN, f"resume={folder}", cwd=tmp_path)
-    assert "resumed from step" in done.stderr
-    assert_same(folder, whole)
-    assert before.name != "step=200.ckpt"
+    """It equals an uninterrupted run."""
+    done = run_script(signal_at(by, 15), *RUN, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == -by if by == signal.SIGKILL else done.returncode > 0
+    assert newest(tmp_path / "run")[1]["global_step"] == 10
+    done = run_train(*RUN, "resume=run", cwd=tmp_path)
+    assert "resumed from step 10" in done.stderr
+    assert_same(tmp_path / "run", whole)
+
+
+def test_killed_twice(train_here, straight, tmp_path):
+    """A resumed run is killed, too."""
+    for kill in (3, 7):
+        in_a_process(train_here, tmp_path / "run", kill=kill)
+        assert newest(tmp_path / "run")[1]["global_step"] == kill - 1
+    in_a_process(train_here, tmp_path / "run")
+    assert_same_training(tmp_path / "run", straight)
 
 
 @pytest.mark.slow
@@ -475,16 +470,16 @@ def test_a_checkpoint_takes_the_place_of_one_of_its_name(
 ):
     """A resumed run replaces files of the same name; otherwise its weights would not be used."""
     folder = tmp_path / "run"
-    died(folder, 25)
-    for step in (30, 40):
+    died(folder, 5)
+    for step in (6, 8):
         path = checkpoint_path(folder, step)
-        shutil.copy(checkpoint_path(folder, 20), path)
+        shutil.copy(checkpoint_path(folder, 4), path)
         if damage:
             damage(path)
     train_here(folder)
-    assert checkpoint_names(folder) == ["step=30.ckpt", "step=40.ckpt"]
+    assert checkpoint_names(folder) == ["step=6.ckpt", "step=8.ckpt"]
     assert_same_training(folder, straight)
-    assert find_checkpoint(str(folder))["global_step"] == 40
+    assert find_checkpoint(str(folder))["global_step"] == 8
 
 
 def test_a_stack_that_fails_after_its_last_step_is_tested_alone(train_here, tmp_path, monkeypatch):
@@ -502,7 +497,7 @@ def test_a_stack_that_fails_after_its_last_step_is_tested_alone(train_here, tmp_
     folder = tmp_path / "run"
     monkeypatch.setattr(SegmentationModule, "training_step", no_step)
     alone = train_here(folder, "compile=true")
-    assert alone.steps == whole.steps == 40 and alone.is_done
+    assert alone.steps == whole.steps == 8 and alone.is_done
     assert alone.metrics == pytest.approx(whole.metrics, abs=1e-5)  # rounded otherwise
     curves, wanted = read_curves(folder), read_curves(tmp_path / "whole")
     pd.testing.assert_frame_equal(curves[wanted.columns], wanted)
@@ -593,15 +588,29 @@ def test_another_config_is_refused(whole, tmp_path):
     [line] = done.stderr.splitlines()
     assert "optimizer.lr was 0.003, now 0.1; theta was 0.5, now 0.3" in line
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("place", ["nowhere", ""])  # "": a shell's variable that is not set
+def test_a_folder_that_is_not_there(place):
+    with pytest.raises(ConfigError, match=f"^resume={place}: there is no such run folder$"):
+        run_folder(place, [])
+
+
+@pytest.mark.slow
+def test_what_the_command_says_of_such_a_folder(tmp_path):
     done = run_train(*RUN, "resume=nowhere", cwd=tmp_path, status=2)
     assert done.stderr == "losswatch: resume=nowhere: there is no such run folder\n"
-    with pytest.raises(ConfigError, match="^resume=: there is no such run folder$"):
-        run_folder("", [])  # of a shell's variable that is not set
+
+
+def test_a_sweep_is_not_resumed_as_a_run(tmp_path):
+    """Hydra composes the config of a sweep without its folder."""
     done = run_train("-m", *RUN, "resume=run", cwd=tmp_path, status=2)
     assert "hydra.sweep.dir=" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone(whole, tmp_path):
+    """As below, where it is finished while the command waits for its lock."""
     shutil.copytree(whole, tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*") if p.suffix != ".log"}
     more = "trainer.enable_progress_bar=false"  # a harmless key
@@ -612,25 +621,24 @@ def test_a_finished_run_is_left_alone(whole, tmp_path):
 
 # --- Sweeps --------------------------------------------------------------------------------------
 
-SWEEP = [
-    "experiment=smoke", "loss=dice,cce", "seed=0,1", "trainer.max_steps=60",
-]  # fmt: skip
-
-
+SWEEP = ["experiment=smoke", "loss=dice,cce", "theta=0.05,0.5"]
 OTHERS = ("basic", "joblib")
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("sweep")
-    run_train("-m", *SWEEP, "hydra/launcher=basic", "hydra.sweep.dir=s", cwd=cwd)
-    return cwd / "s"
+def swept(six, tmp_path_factory):
+    """The folder of a sweep of four of those runs, which tests may only read."""
+    folder = tmp_path_factory.mktemp("sweep") / "s"
+    shutil.copytree(six.folder, folder)
+    for run in folder.glob("*theta=0.95"):
+        shutil.rmtree(run)
+    return folder
 
 
 @pytest.mark.parametrize(
     "launcher", ["auto", "fused", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
 )
-def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
+def test_a_sweep_is_taken_up_again(swept, train_here, tmp_path, launcher):
     """One run is done, one failed, one is half done, one is missing: in the end all are done."""
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
@@ -642,12 +650,11 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
     (failed / "result.json").write_text(json.dumps(result))
     for run in (half, missing):
         shutil.rmtree(run)
-    own = ["loss=dice", "seed=0"]
+    own = ["loss=dice", "theta=0.05"]
     assert half.name == ",".join(own)
-    assert killed(
-        tmp_path, ["experiment=smoke", *own, *SWEEP[3:], "hydra.run.dir=s/half"], signal.SIGKILL, 2
-    )
-    (sweep / "half").rename(half)
+    own += ["seed=0", "watch=[cce,dice,dice_fg,dice_square,dice_fg_square]"]
+    own += ["trainer.max_steps=30", "trainer.val_check_interval=10"]
+    in_a_process(train_here, half, *own, kill=15)
     workers = ["hydra.launcher.workers=1"] if launcher == "fused" else []
     said = run_train(
         "-m", *SWEEP, f"hydra/launcher={launcher}", *workers, "hydra.sweep.dir=s", cwd=tmp_path
@@ -655,15 +662,16 @@ def test_a_sweep_is_taken_up_again(swept, tmp_path, launcher):
     if launcher != "joblib":
         assert said.count("done before, skipped") == 1
         assert said.count("resumed from step") == 2
-        assert said.count("resumed from step 60") == 1  # the failed one has only its test left
+        assert said.count("resumed from step 30") == 1  # the failed one has only its test left
     assert (done / "result.json").stat().st_mtime_ns == stamp
     summary, reference = (pd.read_csv(folder / "summary.csv") for folder in (sweep, swept))
     assert list(summary.status) == ["done"] * 4
+    reference = reference[reference.theta != 0.95].reset_index(drop=True)
     columns = ["run", "accuracy", "dice", "iou"]
     near = {"rtol": 0.02} if launcher == "fused" else {"check_exact": True}
     pd.testing.assert_frame_equal(summary[columns], reference[columns], **near)
     for run in (failed, half, missing):
-        assert list(read_curves(run)["loss/dice"].dropna().index) == list(range(60))
+        assert list(read_curves(run)["loss/dice"].dropna().index) == list(range(30))
 
 
 @pytest.mark.slow
@@ -751,7 +759,7 @@ def test_other_programs_event_files_are_left_alone(train_here, straight, tmp_pat
     folder.mkdir()
     file, content = add_foreign(folder)
     with pytest.raises(SystemError):
-        train_here(folder, die=25)
+        train_here(folder, die=5)
     assert file.read_bytes() == content
     assert f"({file.name}), left alone" in caplog.text
     file.write_bytes(content * 2)
@@ -824,8 +832,8 @@ def test_a_run_that_was_just_begun_can_be_resumed(tmp_path):
 def test_a_record_that_lost_something(train_here, straight, died, tmp_path, caplog, damage, name):
     """Training goes on from a checkpoint whose record is whole, or starts anew."""
     folder = tmp_path / "run"
-    died(folder, 35)
-    size = read_about(checkpoint_path(folder, 20)).sizes[name]
+    died(folder, 7)
+    size = read_about(checkpoint_path(folder, 4)).sizes[name]
     if damage == "removed":
         (folder / name).unlink()
     else:
@@ -833,7 +841,7 @@ def test_a_record_that_lost_something(train_here, straight, died, tmp_path, capl
     caplog.clear()
     train_here(folder)
     said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    then = "goes on from step=20.ckpt" if damage == "cut" else "starts anew"
+    then = "goes on from step=4.ckpt" if damage == "cut" else "starts anew"
     assert len(said) == 1 and name in said[0] and said[0].endswith(f"training {then}")
     assert_same_training(folder, straight)
 
@@ -842,14 +850,14 @@ def test_a_record_that_lost_something(train_here, straight, died, tmp_path, capl
 def test_an_event_file_that_lost_something(train_here, straight, died, tmp_path, caplog, damage):
     """TensorBoard shows less; the run goes on as if nothing were lost."""
     folder = tmp_path / "run"
-    died(folder, 35)
+    died(folder, 7)
     [file] = folder.glob("events.*")
     file.unlink() if damage == "removed" else os.truncate(file, 100)
     caplog.clear()
     caplog.set_level("INFO")
     train_here(folder)
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
-    assert "resumed from step 30" in caplog.text
+    assert "resumed from step 6" in caplog.text
     assert_same_training(folder, straight, events=False)
 
 
@@ -898,16 +906,16 @@ def test_a_checkpoint_without_what_stands_beside_it(tmp_path, change):
 def test_what_is_compared_is_not_loaded(train_here, straight, died, tmp_path, monkeypatch):
     """Weights are loaded once, by the Trainer."""
     folder, loaded = tmp_path / "run", []
-    died(folder, 35)
+    died(folder, 7)
     original = torch.load
     monkeypatch.setattr(
         torch, "load", lambda file, *a, **k: loaded.append(str(file)) or original(file, *a, **k)
     )
-    config = read_about(checkpoint_path(folder, 30)).config
+    config = read_about(checkpoint_path(folder, 6)).config
     check_folder(folder, config)
     check_run(folder)
     start = find_start(folder)
-    assert not loaded and start.step == 30 and set(start.metrics) >= {"val/accuracy"}
+    assert not loaded and start.step == 6 and set(start.metrics) >= {"val/accuracy"}
     train_here(folder)
     assert len(loaded) == 1
     monkeypatch.undo()
@@ -940,7 +948,7 @@ def test_a_fused_run_says_that_it_starts_anew(compose, tmp_path):
 # --- Stopped before the end ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [23, 30])
+@pytest.mark.parametrize("stop", [5, 6])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_path, stop):
     """Stopped between validations or at one. The validation where it stops is not in the curves."""
     folder, limit = tmp_path / "run", "+trainer.max_time=01:00:00:00"
@@ -949,7 +957,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_p
     content = newest(folder)[1]
     assert content["global_step"] == stop
     assert not content["callbacks"]  # with the timer's state no time would be left
-    assert train_here(folder, limit)[0] == 40
+    assert train_here(folder, limit)[0] == 8
     assert_same_training(folder, straight)
 
 
@@ -957,7 +965,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train_here, straight, tmp_p
 FALLING = ["scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=1.0"]
 # The first validation is the best one: the metric is better the smaller it is.
 FIRST_IS_BEST = ["callbacks=best", "callbacks.best.mode=min"]
-STOPPING = ["callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2"]
+STOPPING = [
+    "callbacks=[best,early_stopping]", "callbacks.early_stopping.patience=2",
+    "callbacks.early_stopping.mode=min",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -972,7 +983,7 @@ def test_a_kill_between_validations(train_here, tmp_path, options, accumulated):
     options = [*options, f"trainer.accumulate_grad_batches={accumulated}"]
     train_here(tmp_path / "whole", *options)
     with suppress(SystemError):
-        train_here(tmp_path / "run", *options, die=15 * accumulated)
+        train_here(tmp_path / "run", *options, die=3 * accumulated)
     train_here(tmp_path / "run", *options)
     assert_same_training(tmp_path / "run", tmp_path / "whole")
     states = [newest(tmp_path / name)[1] for name in ("run", "whole")]
@@ -988,7 +999,7 @@ def test_a_kill_between_validations(train_here, tmp_path, options, accumulated):
 @pytest.mark.parametrize(
     "options",
     [
-        ["trainer.max_steps=20", "trainer.val_check_interval=15", "logger=csv"],
+        ["trainer.max_steps=4", "trainer.val_check_interval=3", "logger=csv"],
         # Early stopping after the second validation.
         ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=1e-12"],
     ],
@@ -1007,7 +1018,7 @@ def test_a_kill_after_the_last_checkpoint(train_here, tmp_path, monkeypatch, opt
     in_a_process(train_here, tmp_path / "run", *options)
     monkeypatch.undo()
     last = newest(tmp_path / "run")[1]["global_step"]
-    assert last == whole.steps == 20
+    assert last == whole.steps == 4
     monkeypatch.setattr(SegmentationModule, "training_step", no_step)
     assert train_here(tmp_path / "run", *options) == whole
     assert_same_training(tmp_path / "run", tmp_path / "whole")
@@ -1027,13 +1038,13 @@ def test_a_kill_after_the_last_checkpoint(train_here, tmp_path, monkeypatch, opt
 
 def test_a_kill_between_writes_of_a_logger(train_here, tmp_path):
     """What it was given before the last checkpoint is in its file; the run is watched as before."""
-    folder, options = tmp_path / "run", ["logger=csv", "probe.every_n_steps=15"]
-    in_a_process(train_here, folder, *options, kill=25)
+    folder, options = tmp_path / "run", ["logger=csv", "probe.every_n_steps=3"]
+    in_a_process(train_here, folder, *options, kill=5)
     rows = pd.read_csv(folder / "csv/version_0/metrics.csv").set_index("step")
-    assert list(rows["val/accuracy"].dropna().index) == [10, 20]
-    assert list(rows["loss/dice"].dropna().index) == [0, 15]
+    assert list(rows["val/accuracy"].dropna().index) == [2, 4]
+    assert list(rows["loss/dice"].dropna().index) == [0, 3]
     train_here(folder, *options)
-    assert list(read_curves(folder)["loss/dice"].dropna().index) == [0, 15, 30]
+    assert list(read_curves(folder)["loss/dice"].dropna().index) == [0, 3, 6]
 
 
 def test_checkpoints_in_folders_of_the_users(train_here, tmp_path):
@@ -1044,29 +1055,30 @@ def test_checkpoints_in_folders_of_the_users(train_here, tmp_path):
     )  # fmt: skip
     found = tmp_path.glob("run/mine/checkpoints/*.ckpt")
     assert {path.name: load_checkpoint(path)["global_step"] for path in found} == {
-        f"step={step}.ckpt": step for step in (10, 20, 30, 40)
+        f"step={step}.ckpt": step for step in (2, 4, 6, 8)
     }
-    assert checkpoint_names(tmp_path / "run") == ["step=30.ckpt", "step=40.ckpt"]
+    assert checkpoint_names(tmp_path / "run") == ["step=6.ckpt", "step=8.ckpt"]
     train_here(
         tmp_path / "other", "callbacks=best", "callbacks.best.filename='a/b-{step}'",
-        "trainer.max_steps=10",
+        "trainer.max_steps=2",
     )  # fmt: skip
-    assert checkpoint_names(tmp_path / "other") == ["a", "step=10.ckpt"]
-    assert load_checkpoint(tmp_path / "other/checkpoints/a/b-step=10.ckpt")["global_step"] == 10
+    assert checkpoint_names(tmp_path / "other") == ["a", "step=2.ckpt"]
+    assert load_checkpoint(tmp_path / "other/checkpoints/a/b-step=2.ckpt")["global_step"] == 2
 
 
-@pytest.mark.parametrize("end", [{"stop": 25}, {"die": 35}])
-def test_accumulated_gradients_are_in_no_checkpoint(train_here, tmp_path, end):
+@pytest.mark.parametrize("end", [{"stop": 13}, {"die": 18}])
+def test_accumulated_gradients_are_in_no_checkpoint(train_here, kept, tmp_path, end):
     """The end of the time may fall within a step: no checkpoint is saved there."""
     accumulate = ["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=5"]
-    accumulate += ["trainer.max_steps=12"]
-    train_here(tmp_path / "whole", *accumulate)
+    accumulate += ["trainer.max_steps=6"]
+    if not (whole := kept / "accumulated").exists():
+        train_here(whole, *accumulate)
     folder = tmp_path / "run"
     with suppress(SystemError):
         steps, *_ = train_here(folder, *accumulate, **end)
-        assert steps == 7
-    assert train_here(folder, *accumulate)[0] == 12
-    assert_same_training(folder, tmp_path / "whole")
+        assert steps == 4
+    assert train_here(folder, *accumulate)[0] == 6
+    assert_same_training(folder, whole)
 
 
 @pytest.mark.slow
@@ -1113,6 +1125,9 @@ def test_options_that_would_end_training_early_are_refused(compose, option):
     name, value = option.split("=")
     with pytest.raises(ConfigError, match=f"trainer.{name}=(?i:{value}) would end training before"):
         compose("experiment=smoke", f"+trainer.{option}").plan()
+
+
+def test_options_that_do_not_end_training_early(compose):
     harmless = ["fast_dev_run=false", "limit_train_batches=1.0", "overfit_batches=0.0"]
     compose("experiment=smoke", *(f"+trainer.{option}" for option in harmless)).plan()
 
@@ -1123,23 +1138,23 @@ def test_options_that_would_end_training_early_are_refused(compose, option):
 def test_a_run_that_ended_while_the_lock_was_waited_for(whole, tmp_path):
     """Its result is read again under the lock, and it is not trained a second time."""
     script = (
-        "import runpy, shutil, sys, losswatch.disk.locks as locks\n"
+        "import shutil, losswatch.disk.locks as locks\n"
         "hold = locks.hold\n"
         "def wait(folder):\n"
         f"    shutil.copytree({str(whole)!r}, folder, dirs_exist_ok=True)\n"
         "    return hold(folder)\n"
         "locks.hold = wait\n"
-        f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    (tmp_path / "script.py").write_text(script)
-    before = {p.name: p.read_bytes() for p in whole.glob("*") if p.suffix != ".log" and p.is_file()}
-    process = SERVER.start("script.py", *RUN, "hydra.run.dir=run", cwd=tmp_path)
-    process.wait(PATIENCE)
-    done = process.result()
+    shutil.copytree(whole / ".hydra", tmp_path / "run" / ".hydra")  # it had just begun
+    more = "trainer.enable_progress_bar=false"  # a harmless key
+    done = run_script(script, *RUN, "resume=run", more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "done before, skipped" in done.stderr and "resumed" not in done.stderr
-    after = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*") if p.is_file()}
+    before, after = (
+        {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.glob("*") if p.is_file()}
+        for run in (whole, tmp_path / "run")
+    )
+    del before["train.log"]
     assert before.items() <= after.items()
 
 
@@ -1191,7 +1206,7 @@ def test_a_run_whose_result_is_damaged_is_taken_up(straight, train_here, tmp_pat
     train_here(folder)
     [said] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "done, but without metrics" in said and said.endswith(
-        "training goes on from step=40.ckpt"
+        "training goes on from step=8.ckpt"
     )
     assert_same_training(folder, straight)
 
@@ -1223,30 +1238,49 @@ def test_a_results_text_is_shown_on_one_line(compose, tmp_path, text):
 # --- Testing a checkpoint ------------------------------------------------------------------------
 
 
-def test_mode_test(whole, tmp_path):
+def test_mode_test(whole, compose, tmp_path):
     """The run's metrics again, from its folder or file; its θ and data unless others are given."""
+    wanted = {k: v for k, v in read_result(whole)["metrics"].items() if k.startswith("test/")}
+    [file] = whole.glob("checkpoints/*.ckpt")
+
+    def tested(place, *overrides):
+        composed = compose("mode=test", "model=convnet", quoted(f"checkpoint={place}"), *overrides)
+        return ordinary.test(composed.plan(tmp_path / str(len(overrides)))).metrics
+
+    assert tested(file) == pytest.approx(wanted, rel=1e-5)
+    run_train("-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9", "seed=7",
+              "hydra.sweep.dir=other", "hydra/launcher=fused", "hydra.launcher.workers=1",
+              cwd=tmp_path)  # fmt: skip
+    others = [read_result(file.parent) for file in tmp_path.glob("other/*/result.json")]
+    assert {(r["config"]["theta"], r["config"]["seed"]) for r in others} == {(0.6, 7), (0.9, 7)}
+    assert {r["config"]["data"]["image_size"] for r in others} == {16}
+    found = {r["run"]: r["metrics"]["test/accuracy"] for r in others}
+    [other] = (r["metrics"] for r in others if r["config"]["theta"] == 0.6)
+    assert other == pytest.approx(tested(whole, "theta=0.6", "seed=7"), rel=1e-5)
+    assert len({*found.values(), wanted["test/accuracy"]}) == 3
+    summary = pd.read_csv(tmp_path / "other" / "summary.csv")
+    assert dict(zip(summary.run, summary.accuracy, strict=True)) == pytest.approx(found)
+
+
+@pytest.mark.slow
+def test_mode_test_on_the_command_line(whole, tmp_path):
+    """A single run names the checkpoint's file; a sweep gives the same by each launcher."""
     wanted = {k: v for k, v in read_result(whole)["metrics"].items() if k.startswith("test/")}
     [file] = whole.glob("checkpoints/*.ckpt")
     done = run_train(
         "mode=test", "model=convnet", f"checkpoint={file}", "hydra.run.dir=own", cwd=tmp_path
     )
     assert "test Dice" in done.stderr
-    result = read_result(tmp_path / "own")
-    assert result["metrics"] == pytest.approx(wanted, rel=1e-5)
-    assert result["config"]["data"]["image_size"] == 16
-    run_train("-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9", "seed=7",
-              "hydra.sweep.dir=other", cwd=tmp_path)  # fmt: skip
-    others = [read_result(file.parent) for file in tmp_path.glob("other/*/result.json")]
-    assert {(r["config"]["theta"], r["config"]["seed"]) for r in others} == {(0.6, 7), (0.9, 7)}
-    found = {r["run"]: r["metrics"]["test/accuracy"] for r in others}
-    assert max(found.values()) < wanted["test/accuracy"]
-    summary = pd.read_csv(tmp_path / "other" / "summary.csv")
-    assert dict(zip(summary.run, summary.accuracy, strict=True)) == pytest.approx(found)
-    run_train("-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9", "seed=7",
-              "hydra.sweep.dir=fused", "hydra/launcher=fused", "hydra.launcher.workers=1",
-              cwd=tmp_path)  # fmt: skip
-    fused = [read_result(file.parent) for file in tmp_path.glob("fused/*/result.json")]
-    assert {r["run"]: r["metrics"]["test/accuracy"] for r in fused} == found
+    assert read_result(tmp_path / "own")["metrics"] == pytest.approx(wanted, rel=1e-5)
+    found = []
+    for name, more in (("auto", []), ("fused", ["hydra.launcher.workers=1"])):
+        run_train(
+            "-m", "mode=test", "model=convnet", f"checkpoint={whole}", "theta=0.6,0.9",
+            f"hydra.sweep.dir={name}", f"hydra/launcher={name}", *more, cwd=tmp_path,
+        )  # fmt: skip
+        results = [read_result(file.parent) for file in tmp_path.glob(f"{name}/*/result.json")]
+        found.append({r["run"]: r["metrics"]["test/accuracy"] for r in results})
+    assert len(found[0]) == 2 and found[0] == found[1]
 
 
 @pytest.mark.parametrize(
@@ -1258,14 +1292,14 @@ def test_mode_test(whole, tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_shape(whole, compose, overrides, said, tmp_path):
-    composed = compose("mode=test", f"checkpoint={whole}", *overrides)
+    composed = compose("mode=test", quoted(f"checkpoint={whole}"), *overrides)
     with pytest.raises(ConfigError, match=said):
         ordinary.test(composed.plan(tmp_path))
 
 
 def test_a_test_that_was_cut_off_is_given_again(whole, compose, tmp_path, monkeypatch):
     """Its folder is not taken for one of an older version, and its log is begun anew."""
-    composed = compose("mode=test", f"checkpoint={whole}", "model=convnet")
+    composed = compose("mode=test", quoted(f"checkpoint={whole}"), "model=convnet")
     plan = composed.plan(tmp_path)
 
     def cut_off(*_):
@@ -1306,11 +1340,10 @@ def test_a_checkpoints_config_is_only_numbers(compose):
     assert settings.as_config() == wanted
 
 
-def test_no_checkpoint(tmp_path):
+def test_no_checkpoint(refusal):
     missing = "nowhere/step=3.ckpt"  # Hydra would not read its "="
-    done = run_train("mode=test", f"checkpoint={missing}", cwd=tmp_path, status=2)
-    assert f"checkpoint={missing}: there is no such file or run folder" in done.stderr
-    assert "Traceback" not in done.stderr
+    line = refusal("mode=test", f"checkpoint={missing}")
+    assert f"checkpoint={missing}: there is no such file or run folder" in line
 
 
 # --- The disk is full ----------------------------------------------------------------------------

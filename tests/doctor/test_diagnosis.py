@@ -26,8 +26,8 @@ from losswatch.watch.doctor import kind_of, terms_of
 
 COLLAPSE = (
     "model=convnet", "model.batch_norm=false", "theta=0.05", "data.image_size=16",
-    "data.val_size=8", "data.test_size=8", "trainer.max_steps=400",
-    "trainer.val_check_interval=400",
+    "data.val_size=8", "data.test_size=8", "trainer.max_steps=120",
+    "trainer.val_check_interval=120", "optimizer.lr=0.01", "watch=[dice_fg,dice_square]",
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_a_collapse_is_named_in_every_place(sweep, launcher, capsys):
     found = runs(folder / launcher)
     result = json.loads((found["dice_fg"] / "result.json").read_text())
     [collapsed, *_] = result["findings"]
-    assert collapsed["name"] == "collapsed" and 0 <= collapsed["step"] < 300
+    assert collapsed["name"] == "collapsed" and 0 <= collapsed["step"] < 100
     assert "Every pixel is predicted as foreground since step" in collapsed["text"]
     assert set(collapsed) == {"name", "step", "text", "remedy"}
     assert json.loads((found["dice_square"] / "result.json").read_text())["findings"] == []
@@ -93,7 +93,7 @@ def test_a_stack_and_a_single_run_see_the_same_batches(sweep):
     one, stacked = (
         read_signs(runs(folder / launcher)["dice_square"]) for launcher in ("basic", "fused")
     )
-    assert len(stacked) >= 8
+    assert list(stacked.index) == [0, 5, 10, 20, 50, 100, 119]
     first = sorted(set(one.columns) & set(stacked.columns))
     first = [c for c in first if c.startswith(("sign/", "answer/")) and "ends_in" not in c]
     both = one.index.intersection(stacked.index)[:4]

@@ -25,25 +25,25 @@ def typed(draw, dtype):
     return lambda label: draw(label).astype(dtype)
 
 
-def nearest_of(dtype, ending, high=255, scale=1.0):
+def nearest_of(dtype, ending, high=255, scale=1.0, slow=False):
     def build(root):
         return pairs(root, mask=f"masks/{{}}{ending}", draw=typed(near(high, scale), dtype))
 
     build.__name__ = f"nearest_{np.dtype(dtype).str.strip('<|=').replace('>', 'big_')}"
     classes = f"data.classes={{background:0,cell:{int(high * scale)}}}"
-    case(classes, "data.nearest=true", classes=CELL, said="nearest")(build)
+    case(classes, "data.nearest=true", classes=CELL, said="nearest", slow=slow)(build)
 
 
 nearest_of("u1", ".png")
-nearest_of("u2", ".tif")
-nearest_of("u4", ".tif")
+nearest_of("u2", ".tif", slow=True)
+nearest_of("u4", ".tif", slow=True)
 nearest_of("u8", ".npy")
 nearest_of("i1", ".npy", 127)
-nearest_of("i4", ".tif")
+nearest_of("i4", ".tif", slow=True)
 nearest_of("i8", ".npy")
 nearest_of("f2", ".npy", 254, 0.5)
 nearest_of("f4", ".tif", 254, 0.5)
-nearest_of(">u2", ".npy")
+nearest_of(">u2", ".npy", slow=True)
 nearest_of(">i4", ".npy")
 nearest_of(">f4", ".npy", 254, 0.5)
 

@@ -1,10 +1,16 @@
 """Nothing is done twice: what a run, a sweep and a resumed run make, compose, check and load."""
 
 import os
+import pickle
 from collections import Counter
+from functools import partial
 
 import pytest
 from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, run_folders, run_train
+
+from losswatch.command import Command, Facts
+from losswatch.config.settings import Job
+from losswatch.task import train
 
 # Notes each call of these in a line of `calls`, with the process, and then runs train.py.
 COUNTING = f"""
@@ -46,7 +52,8 @@ torch.load = counted
 sys.argv[0] = {str(ROOT / "train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-RUN = ["experiment=smoke", "trainer.max_steps=20", "trainer.val_check_interval=10"]
+RUN = ["experiment=smoke", "trainer.max_steps=2", "trainer.val_check_interval=1"]
+UNOBSERVED = "probe.every_n_steps=0"  # so no curves are drawn, which takes a fifth of a run
 
 
 @pytest.fixture
@@ -67,48 +74,46 @@ def calls(tmp_path):
     return run
 
 
-def test_a_fresh_run(calls):
+def test_a_fresh_run_and_a_resumed_one(calls, tmp_path):
     """Network, losses and optimiser for the tried step and the training; the data once.
 
-    Hydra composes the config twice, and the files of all watched losses are in a third one.
+    Hydra composes the config twice, and the files of all watched losses are in a third one. The
+    weights of a resumed run are loaded once.
     """
-    found = calls()
+    found = calls("hydra.run.dir=run")
     assert found["load_configuration"] == 3
     assert found["ConvNet"] == found["CrossEntropy"] == found["Adam"] == 2
     assert found["ThresholdedImages"] == 1
     assert found["read"] == found["plan"] == found["write"] == 1 and not found["load"]
+    (tmp_path / "run" / "result.json").unlink()
+    assert calls("resume=run")["load"] == 1
 
 
-@pytest.mark.parametrize(
-    "launcher, images",
-    [
-        (["hydra/launcher=basic"], 4),
-        # A process makes its own images: a plan is sent to it without them.
-        (["hydra.launcher.workers=2", "hydra.launcher.max_members=1"], 4 + 4),
-    ],
-)
-def test_a_sweep(calls, launcher, images):
-    """Each run is composed once, read once and planned once; runs that begin alike try one step."""
-    found = calls("-m", "loss=dice,cce", "seed=0,1", *launcher)
-    assert found["load_sweep_config"] == found["read"] == found["plan"] == found["write"] == 4
-    assert found["ThresholdedImages"] == images
-    assert found["ConvNet"] == found["CrossEntropy"] == found["Adam"] == 4 + 2
+def test_a_sweep(calls):
+    """Each run is composed once, read once and planned once. These runs begin differently."""
+    found = calls("-m", "loss=dice,cce", "hydra/launcher=basic", UNOBSERVED)
+    assert found["load_sweep_config"] == found["read"] == found["plan"] == found["write"] == 2
+    assert found["ThresholdedImages"] == 2
+    assert found["ConvNet"] == found["CrossEntropy"] == found["Adam"] == 2 + 2
+
+
+def test_a_sweep_of_several_processes(calls):
+    """A process makes its own images: a plan is sent to it without them.
+
+    Runs that begin alike try one step.
+    """
+    launcher = ["hydra.launcher.workers=2", "hydra.launcher.max_members=1"]
+    found = calls("-m", "seed=0,1", *launcher, UNOBSERVED)
+    assert found["load_sweep_config"] == found["read"] == found["plan"] == found["write"] == 2
+    assert found["ThresholdedImages"] == 2 + 2
+    assert found["ConvNet"] == found["CrossEntropy"] == found["Adam"] == 2 + 1
 
 
 def test_a_fused_sweep(calls):
-    found = calls(
-        "-m", "seed=0,1,2", "hydra/launcher=fused", "hydra.launcher.workers=1"
-    )  # fmt: skip
-    assert found["load_sweep_config"] == found["read"] == found["plan"] == found["write"] == 3
-    assert found["ThresholdedImages"] == 3 and found["CrossEntropy"] == 2
-    assert found["ConvNet"] == found["Adam"] == 3 + 1
-
-
-def test_a_resumed_run(calls, tmp_path):
-    """Its weights are loaded once."""
-    calls("hydra.run.dir=run")
-    (tmp_path / "run" / "result.json").unlink()
-    assert calls("resume=run")["load"] == 1
+    found = calls("-m", "seed=0,1", "hydra/launcher=fused", "hydra.launcher.workers=1")
+    assert found["load_sweep_config"] == found["read"] == found["plan"] == found["write"] == 2
+    assert found["ThresholdedImages"] == 2 and found["CrossEntropy"] == 2
+    assert found["ConvNet"] == found["Adam"] == 2 + 1
 
 
 OWN = """
@@ -141,13 +146,54 @@ class Net(ConvNet):
 """
 
 
+def write_own(folder):
+    """A network and data of the user's, which note in a file that they are made."""
+    (folder / "own.py").write_text(OWN)
+    (folder / "conf" / "data").mkdir(parents=True)
+    (folder / "conf" / "data" / "mine.yaml").write_text("_target_: own.Data\n")
+
+
+def test_a_process_is_told_what_was_found(tmp_path, compose, monkeypatch):
+    """One process reads the data through and tries the steps; another one gets its command."""
+    write_own(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setattr("losswatch.command.silence_logging", lambda: None)
+
+    def plan(command, seed):
+        cfg = compose(
+            f"hydra.searchpath=['{tmp_path}/conf']", *RUN[1:], "model=convnet",
+            "model._target_=own.Net", "data=mine", f"seed={seed}",
+        ).cfg  # fmt: skip
+        job = Job.read(cfg.hydra, tmp_path / f"{seed}")
+        read = partial(command.read, cfg, job)
+        return command.planner(job).plan(read(), read)
+
+    def counted():
+        return Counter(line.split()[1] for line in (tmp_path / "calls").read_text().splitlines())
+
+    first = Command(Facts())
+    for seed in (0, 1):
+        plan(first, seed)
+    first.begin_sweep(tmp_path, {})
+    before = counted()
+    assert before["net"] == 1  # the tried step serves both seeds
+    other = pickle.loads(pickle.dumps(first))
+    assert other is not first
+    for seed in (0, 1):
+        planned = plan(other, seed)
+        assert counted() == before + Counter(net=seed, data=seed, loader=2 * seed)
+        planned.folder.mkdir()
+        train(planned)
+    # Each run makes its network and its data, and one loader each to train and to validate.
+    assert counted() == before + Counter(net=2, data=2, loader=4)
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_processes_of_a_launcher_are_told_what_was_found(tmp_path):
-    """One process reads the data through and tries the steps; the others train."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    (tmp_path / "own.py").write_text(OWN)
-    (tmp_path / "conf" / "data").mkdir(parents=True)
-    (tmp_path / "conf" / "data" / "mine.yaml").write_text("_target_: own.Data\n")
+    write_own(tmp_path)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     run_train(
         "-m", "--config-dir", "conf", *RUN[1:], "model=convnet", "model._target_=own.Net",

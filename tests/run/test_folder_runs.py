@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import make_losses, read_result, run_train
+from conftest import make_losses, read_result, run_train, slow
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -29,6 +29,7 @@ from losswatch.data.form import Form
 from losswatch.disk.curves import read_curves
 from losswatch.run.module import SegmentationModule
 from losswatch.run.scores import ImageScores
+from losswatch.task import train
 
 
 @pytest.fixture(autouse=True)
@@ -277,16 +278,31 @@ def test_a_share_is_one_image_of_each_device(tmp_path, compose):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with images a, without any for a test, and a run that was trained on them."""
+def images(tmp_path_factory):
+    """A folder with images a, without any for a test, and with colours, an image of three channels.
+
+    Tests may only read it.
+    """
     cwd = tmp_path_factory.mktemp("trained")
     make_folder(cwd / "a", train=3, val=2)
-    run_train(*RUN, "data.ignore_index=9", "hydra.run.dir=run", cwd=cwd)
     colours = np.zeros((20, 20, 3), np.uint8)
     (cwd / "colours").mkdir()
     Image.fromarray(colours).save(cwd / "colours/0.png")
     (cwd / "none").mkdir()
     return cwd
+
+
+@pytest.fixture
+def trained(images, compose, monkeypatch):
+    """That folder, with a run that was trained on a."""
+    monkeypatch.chdir(images)
+    if not (images / "run").exists():
+        plan = compose(*RUN, "data.ignore_index=9", "trainer.enable_progress_bar=false").plan(
+            images / "run"
+        )
+        plan.folder.mkdir()
+        train(plan)
+    return images
 
 
 REFUSED = {
@@ -302,16 +318,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_mode_that_cannot_work_is_refused(trained, compose, monkeypatch, case):
+def test_a_mode_that_cannot_work_is_refused(trained, compose, case):
     overrides, message = REFUSED[case]
-    monkeypatch.chdir(trained)
     with pytest.raises(ConfigError, match=message) as raised:
         compose(*RUN, "checkpoint=run", *overrides).plan()
     assert "\n" not in str(raised.value)
 
 
 def test_a_mode_that_cannot_work_ends_before_any_work(trained):
-    for case, start in (("no test", []), ("channels", []), ("no folder", ["-m"])):
+    for case, start in (("channels", []), ("no folder", ["-m"])):
         overrides, message = REFUSED[case]
         done = run_train(*start, *RUN, "checkpoint=run", *overrides, cwd=trained, status=2)
         assert re.search(message, last_line(done)), done.stderr
@@ -393,24 +408,37 @@ def root_of(argument, cwd):
     return OmegaConf.create(done.stdout).data.root
 
 
+def pasted(line):
+    """What a shell makes of the setting that a line gives."""
+    _, hint = line.split(" quote the value for Hydra: ")
+    return subprocess.run(
+        ["sh", "-c", f"printf %s {hint}"], capture_output=True, text=True
+    ).stdout  # fmt: skip
+
+
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_the_line_about_a_name_can_be_pasted_into_a_shell(tmp_path, name):
+def test_the_line_about_a_name_can_be_pasted_into_a_shell(refusal, compose, name):
+    line = refusal("data=folder", f"data.root={name}")
+    assert line.startswith(f"data.root={name}: ")
+    assert compose("data=folder", quoted(pasted(line))).cfg.data.root == name
+
+
+@pytest.mark.parametrize("name", [AMBIGUOUS[0], *map(slow, AMBIGUOUS[1:])])
+def test_the_command_says_it_and_takes_it(tmp_path, name):
     line = last_line(run_train("data=folder", f"data.root={name}", cwd=tmp_path, status=2))
     assert line.startswith(f"losswatch: data.root={name}: ")
-    _, hint = line.split(" quote the value for Hydra: ")
-    shell = subprocess.run(["sh", "-c", f"printf %s {hint}"], capture_output=True, text=True)
-    assert root_of(shell.stdout, tmp_path) == name
+    assert root_of(pasted(line), tmp_path) == name
 
 
-def test_any_setting_that_hydra_cannot_read(tmp_path):
+def test_any_setting_that_hydra_cannot_read(tmp_path, refusal):
     """Text is quoted; a list with a mistake is not."""
     done = run_train("tags=[a", cwd=tmp_path, status=2)
     assert last_line(done) == (
         "losswatch: tags=[a: the value cannot be read; if it is text, quote the value for Hydra: "
         "\"tags='[a'\""
     )
-    done = run_train("watch=dice,cce", cwd=tmp_path, status=2)
-    assert "add -m; for a list give watch=[dice,cce]; for text quote" in last_line(done)
+    line = refusal("watch=dice,cce")
+    assert "add -m; for a list give watch=[dice,cce]; for text quote" in line
     assert quoted("model.name=Größe 1") == "model.name='Größe 1'"
     assert quoted("loss.name=ö") == "++loss.name='ö'"
     for argument in ("seed=range(start=0,stop=2)", "theta=[0.3,0.6]", "loss=dice,cce", "a b=ö"):

@@ -10,10 +10,12 @@ import pytest
 from conftest import ENVIRONMENT, read_result, run_folders, run_train
 from PIL import Image
 
+from losswatch import task
 from losswatch.config.errors import ConfigError
 from losswatch.config.quoting import quoted
 from losswatch.disk.checkpoint import to_keep
 from losswatch.disk.checkpoint_files import find_checkpoint
+from losswatch.run import train as ordinary
 
 THEIRS = """
 from torch import nn
@@ -117,16 +119,18 @@ def test_runs_of_one_name_in_two_sweeps(runs):
     )
 
 
-def test_a_file_and_a_network_made_by_a_function(runs):
+def test_a_file_and_a_network_made_by_a_function(runs, refusal, monkeypatch):
     """A file in the run's folder works, too. Only a file of the user's may name a function."""
     before = set(run_folders(runs.cwd).values())
     made = "checkpoint=outputs/s/model=made/checkpoints/step=4.ckpt"
-    refused = run_train("mode=test", made, cwd=runs.cwd, env=runs.env, status=2)
-    assert refused.stderr.splitlines()[-1] == (
-        "losswatch: checkpoint: its model is made by theirs.make, which is not a class of modules; "
+    monkeypatch.chdir(runs.cwd)
+    monkeypatch.syspath_prepend(runs.cwd)
+    assert refusal("mode=test", made) == (
+        "checkpoint: its model is made by theirs.make, which is not a class of modules; "
         "give its file again, by --config-dir <folder> and model=made"
     )
-    run_train("--config-dir", "mine", "mode=test", made, "model=made", cwd=runs.cwd, env=runs.env)
+    given = ["--config-dir", "mine", "mode=test", made, "model=made"]
+    assert "test Dice" in run_train(*given, cwd=runs.cwd, env=runs.env).stderr
     [test] = {
         f for f in set(run_folders(runs.cwd).values()) - before if (f / "result.json").exists()
     }
@@ -242,7 +246,7 @@ def test_paths_with_commas(tmp_path, monkeypatch):
     assert quoted("resume=a,c=1,d=2") == "resume='a,c=1,d=2'"
 
 
-def test_a_folder_of_images(tmp_path):
+def test_a_folder_of_images(tmp_path, compose, monkeypatch):
     """Its settings are the run's, the text among them; a prediction names its own images."""
     generator = np.random.default_rng(0)
     for i in range(6):
@@ -250,27 +254,30 @@ def test_a_folder_of_images(tmp_path):
         for kind, array in (("img", mask * 200), ("lab", mask)):
             (tmp_path / "a" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(tmp_path / "a" / kind / f"{i}.png")
-    run_train(
+    monkeypatch.chdir(tmp_path)
+    given = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    plan = compose(
         "data=folder", "data.root=a", "data.images=img", "data.masks=lab", "data.patch_size=16",
         "data.num_workers=0", "data.classes={background:0,cell:1}", "data.target=sigmoid",
-        "model=convnet", "loss=dice_ce_monai", "trainer.accelerator=cpu", "trainer.max_steps=4",
-        "trainer.val_check_interval=4", "hydra.run.dir=outputs/s/run", cwd=tmp_path,
-    )  # fmt: skip
-    run = run_folders(tmp_path)["run"]
-    run_train("mode=test", "checkpoint=outputs/s/run", "trainer.accelerator=cpu", cwd=tmp_path)
-    images = ["data.root=a/img", "trainer.accelerator=cpu"]
-    run_train("mode=predict", "checkpoint=outputs/s/run", *images, cwd=tmp_path)
-    found = {name.split(",")[0]: folder for name, folder in run_folders(tmp_path).items()}
-    assert found.keys() == {"run", "test_run", "predict_run"}
-    assert scores_of(found["test_run"]) == pytest.approx(scores_of(run), rel=1e-5)
-    assert {"test/dice/cell", "test/loss/dice_ce_monai"} <= scores_of(run).keys()
-    config, wanted = (read_result(folder)["config"] for folder in (found["test_run"], run))
-    assert (config["data"], config["theta"]) == (
-        wanted["data"] | {"axes": config["data"]["axes"]},
-        None,
-    )
-    masks = {path.name: path for path in (found["predict_run"] / "predictions").iterdir()}
+        "model=convnet", "loss=dice_ce_monai", "trainer.max_steps=4", *given,
+        "trainer.val_check_interval=4",
+    ).plan(tmp_path / "outputs/s/run")  # fmt: skip
+    plan.folder.mkdir(parents=True)
+    trained = task.train(plan).metrics
+    of_test = compose("mode=test", "checkpoint=outputs/s/run", *given).plan(tmp_path / "test")
+    tested = ordinary.test(of_test).metrics
+    wanted = {name: value for name, value in trained.items() if name.startswith("test/")}
+    assert tested == pytest.approx(wanted, rel=1e-5)
+    assert {"test/dice/cell", "test/loss/dice_ce_monai"} <= wanted.keys()
+    found, config = of_test.settings, plan.settings
+    assert (found.data, found.theta) == (config.data | {"axes": found.data["axes"]}, None)
+    run_train("mode=predict", "checkpoint=outputs/s/run", "data.root=a/img", given[0], cwd=tmp_path)
+    [(name, predicted)] = run_folders(tmp_path).items()
+    assert name.split(",")[0] == "predict_run"
+    masks = {path.name: path for path in (predicted / "predictions").iterdir()}
     assert len(masks) == 6
-    for path in (found["test_run"] / "predictions").iterdir():
+    written = [*(tmp_path / "test" / "predictions").iterdir()]
+    assert written
+    for path in written:
         with Image.open(path) as one, Image.open(masks[path.name]) as other:
             np.testing.assert_array_equal(one, other)

@@ -6,8 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,12 +16,13 @@ import torch
 from conftest import (
     ARTICLE,
     ENVIRONMENT,
-    PATIENCE,
     ROOT,
     SERVER,
     read_result,
     run_folders,
+    run_script,
     run_train,
+    signal_at,
 )
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -38,6 +37,7 @@ from losswatch.config.schema import Probe
 from losswatch.config.settings import LATER, Job
 from losswatch.disk.curves import read_curves
 from losswatch.disk.hparams import add_hparams
+from losswatch.disk.result import finished
 
 METRICS = ["accuracy", "dice", "iou", "dice/class_0", "dice/class_1", "iou/class_0", "iou/class_1"]
 
@@ -315,8 +315,9 @@ def others(tmp_path_factory):
     path = os.pathsep.join([str(cwd), os.environ.get("PYTHONPATH", "")])
     done = run_train(
         "-m", "--config-dir", "conf", "experiment=smoke", "model=mine", "loss=mse,boom",
-        "theta=0.5,[0.3,0.6]", f"watch=[{','.join([*ARTICLE, *LONG, 'mse', 'monai'])}]",
-        "+trainer.default_root_dir='a b/\"c\"; d'", "trainer.max_steps=10",
+        "theta=0.5,[0.3,0.6]", "watch=[cce,mse,monai]",
+        f"tags=[{','.join(LONG)}]", "+trainer.default_root_dir='a b/\"c\"; d'",
+        "trainer.max_steps=4",
         cwd=cwd, status=1, env=ENVIRONMENT | {"PYTHONPATH": path},
     )  # fmt: skip
     runs = {name: read_result(folder) for name, folder in run_folders(cwd).items()}
@@ -335,7 +336,7 @@ def test_own_losses_and_network(others):
         assert result["status"] == "done" and result["choices"]["model"] == "mine"
         frame = read_curves(run_folders(cwd)[name])
         for loss in ("cce", "mse", "monai"):
-            assert len(frame[f"loss/{loss}"].dropna()) == 10
+            assert len(frame[f"loss/{loss}"].dropna()) == 4
             assert (frame[f"grad_norm/{loss}"].dropna() > 0).all()
         classes = 3 if isinstance(result["config"]["theta"], list) else 2
         assert f"val/dice/class_{classes - 1}" in result["metrics"]
@@ -380,50 +381,28 @@ def test_help_is_worth_reading(tmp_path):
 
 
 def test_interrupted_run_loses_nothing(tmp_path):
-    """Control-C: all steps are on disk, and the command printed goes on with the run."""
-    process = SERVER.start(
-        str(ROOT / "train.py"), "experiment=smoke", "trainer.max_steps=1000000",
-        "trainer.val_check_interval=500", cwd=tmp_path,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + PATIENCE
-        # After the first validation training is under way, and the next validation is far off.
-        while not list(tmp_path.rglob("*.ckpt")):
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(timeout=0.1)
-            assert time.monotonic() < deadline
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        process.wait(PATIENCE)
-    finally:
-        process.kill()
-        done = process.result()
+    """Control-C: all steps are on disk, and the command printed goes on with the run.
+
+    Its folder has a name to be quoted, and is named from where the command was given.
+    """
+    options = ["experiment=smoke", "hydra.job.chdir=true", "hydra.run.dir=a b,c"]
+    done = run_script(signal_at(signal.SIGINT, 15), *options, cwd=tmp_path)
     assert done.returncode != 0
     assert "Traceback" not in done.stdout + done.stderr
-    [folder] = run_folders(tmp_path).values()
+    folder = tmp_path / "a b,c"
     assert read_result(folder)["status"] == "unfinished"
     steps = read_curves(folder)["loss/dice"].dropna().index
     validated = read_curves(folder)["val/accuracy"].dropna().index
     assert list(steps) == list(range(len(steps)))
-    assert len(steps) > validated.max() >= 500, "the last block was lost"
+    assert len(steps) > validated.max() == 10, "the last block was lost"
     *_, resume, last = done.stderr.splitlines()
     assert last == "losswatch: interrupted"
     word, python, program, *arguments = shlex.split(resume)
     assert (word, python, program) == ("Resume", "python", str(ROOT / "train.py"))
-    assert arguments[-1] == f"resume={folder.relative_to(tmp_path)}"
-    again = run_train(*arguments, "+trainer.max_time=00:00:00:00", cwd=tmp_path, status=1)
-    assert f"resumed from step {validated.max()}" in again.stderr
-
-
-def test_the_command_that_resumes_in_another_working_directory(tmp_path):
-    options = ["experiment=smoke", "hydra.job.chdir=true", "+trainer.max_time=00:00:00:00"]
-    done = run_train(*options, "hydra.run.dir=a b,c", cwd=tmp_path, status=1)
-    assert "unfinished after 0 of 30 steps: a b,c" in done.stderr
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("Resume")]
-    *_, last = shlex.split(line)
-    assert last == "resume=a b,c"
-    run_train("experiment=smoke", last, cwd=tmp_path)
-    assert read_result(tmp_path / "a b,c")["status"] == "done"
+    assert arguments[-1] == "resume=a b,c"
+    again = run_train("experiment=smoke", arguments[-1], cwd=tmp_path)
+    assert "resumed from step 10" in again.stderr
+    assert read_result(folder)["status"] == "done"
 
 
 def test_a_checkout_in_a_folder_of_any_name(tmp_path):
@@ -438,6 +417,7 @@ def test_a_checkout_in_a_folder_of_any_name(tmp_path):
     assert done.returncode == 1
     [line] = [line for line in done.stderr.splitlines() if line.startswith("Resume")]
     [folder] = run_folders(tmp_path).values()
+    assert f"unfinished after 0 of 30 steps: {folder.relative_to(tmp_path)}\n" in done.stderr
     assert shlex.split(line) == [
         "Resume", "python", str(program), *options, "++loss.exponent=2",
         f"resume={folder.relative_to(tmp_path)}",
@@ -458,18 +438,30 @@ def test_a_run_that_observes_nothing_has_no_picture(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_that_cannot_be_drawn(tmp_path):
+def test_a_picture_that_cannot_be_drawn(tmp_path, compose, caplog):
     """The run is done all the same; it is drawn when the same command is given again."""
-    (folder := tmp_path / "run" / "curves.png").mkdir(parents=True)
-    command = ["experiment=smoke", "trainer.max_steps=10"]
+    (picture := tmp_path / "run" / "curves.png").mkdir(parents=True)
+    command = ["experiment=smoke", "trainer.max_steps=2"]
     done = run_train(*command, "hydra.run.dir=run", cwd=tmp_path)
     [said] = [line for line in done.stderr.splitlines() if "cannot be drawn" in line]
     assert said.startswith("run/curves.png cannot be drawn: IsADirectoryError: ")
     assert "Traceback" not in done.stderr
-    written = (tmp_path / "run/result.json").read_bytes()
     assert read_result(tmp_path / "run")["status"] == "done"
-    folder.rmdir()
-    again = run_train(*command, "resume=run", cwd=tmp_path)
+    picture.rmdir()
+    caplog.set_level("INFO")
+    task._skip(finished(tmp_path / "run"), compose(*command).plan(tmp_path / "run"))
+    assert "done before, skipped" in caplog.text and "cannot be drawn" not in caplog.text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_picture_that_is_missing_on_the_command_line(smoke, tmp_path):
+    """Nothing else of the finished run is changed."""
+    shutil.copytree(smoke.folder, tmp_path / "run")
+    (tmp_path / "run/curves.png").unlink()
+    given = ["experiment=smoke", "seed=3", "probe.cosines=true", "resume=run"]
+    again = run_train(*given, cwd=tmp_path)
     assert "done before, skipped" in again.stderr and "cannot be drawn" not in again.stderr
-    assert folder.read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "run/result.json").read_bytes() == written
+    assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    wanted = (smoke.folder / "result.json").read_bytes()
+    assert (tmp_path / "run/result.json").read_bytes() == wanted
