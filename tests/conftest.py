@@ -31,6 +31,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from forks import ForkServer
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from omegaconf import DictConfig, OmegaConf
 
 from losswatch.command import Command, Facts
@@ -130,6 +131,20 @@ def sources() -> Sources:
     return Sources()
 
 
+FILES: dict[tuple[str, str], bytes] = {}
+read_config = FileConfigSource.load_config
+
+
+def read_once(source: FileConfigSource, path: str):
+    """Hydra reads fourteen YAML files for a config, a third of its time; those of conf are kept."""
+    if source.path != str(ROOT / "conf"):
+        return read_config(source, path)
+    key = source.provider, path
+    if key not in FILES:
+        FILES[key] = pickle.dumps(read_config(source, path))
+    return pickle.loads(FILES[key])
+
+
 @functools.cache
 def pickled_config(overrides: tuple[str, ...], cwd: str) -> bytes:
     """Hydra composes a config in a tenth of a second, and many tests ask for the same one."""
@@ -139,9 +154,10 @@ def pickled_config(overrides: tuple[str, ...], cwd: str) -> bytes:
 
 
 @pytest.fixture
-def compose(tmp_path):
+def compose(tmp_path, monkeypatch):
     """compose("loss=dice", ...) -> Composed, without a process of its own."""
     schema.register()
+    monkeypatch.setattr(FileConfigSource, "load_config", read_once)
 
     def make(*overrides: str) -> Composed:
         cfg = pickle.loads(pickled_config(overrides, os.getcwd()))
@@ -334,7 +350,7 @@ def smoke(tmp_path_factory):
 
 def six_runs(cwd):
     command = ["-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95"]
-    done = run_train(*command, "hydra/launcher=basic", cwd=cwd)
+    done = run_train(*command, "hydra/launcher=basic", cwd=cwd, fresh=True)
     [folder] = (cwd / "outputs").iterdir()
     return SimpleNamespace(folder=folder, done=done, runs=run_folders(cwd))
 
