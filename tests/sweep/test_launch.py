@@ -168,6 +168,13 @@ def test_large_layers_are_trained_run_by_run(jobs):
     assert decided(runs, 2)[0] == [([0, 1], True), ([2], False)]
 
 
+def test_a_stack_repeats_no_batches(jobs):
+    runs = jobs(*(["data.batches=1", loss] for loss in ("loss=dice", "loss=cce")))
+    made, text = decided(runs, 1)
+    assert made == [([0], False), ([1], False)]
+    assert text == "2 single runs, 1 at once (data.batches=1 needs the ordinary step)"
+
+
 def test_as_many_processes_as_runs_need_no_stack(jobs):
     made, text = decided(jobs(["seed=0"], ["seed=1"]), 4)
     assert made == [([0], False), ([1], False)]
