@@ -1,6 +1,7 @@
 """The groups logger, callbacks and scheduler, `metric`, and keys that nothing reads."""
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -23,7 +24,9 @@ from losswatch import task
 from losswatch.config.errors import ConfigError
 from losswatch.data.loaders import RemainingBatches
 from losswatch.disk.result import Result
+from losswatch.disk.resume import find_start
 from losswatch.run.build import make_loggers, make_scheduler
+from losswatch.run.module import SegmentationModule
 
 QUICK = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval=4"]
 
@@ -35,13 +38,36 @@ def train_here(compose, tmp_path):
     The same folder again resumes the run.
     """
 
-    def train_here(*arguments, folder="run", done=True):
+    def train_here(*arguments, folder="run"):
         folder = tmp_path / folder
         folder.mkdir(exist_ok=True)
-        assert task.train(compose(*QUICK, *arguments).plan(folder)).is_done == done
+        task.train(compose(*QUICK, *arguments).plan(folder))
         return folder
 
     return train_here
+
+
+@pytest.fixture
+def cut_here(train_here, monkeypatch, tmp_path):
+    """cut_here(...): a run as of `train_here` that is interrupted in its seventh step.
+
+    It has a checkpoint of the validation after four steps.
+    """
+    step, calls = SegmentationModule.training_step, itertools.count(1)
+
+    def training_step(*arguments):
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    def cut_here(*arguments, folder="run"):
+        with monkeypatch.context() as patched:
+            patched.setattr(SegmentationModule, "training_step", training_step)
+            with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning exits after Ctrl-C
+                train_here(*arguments, folder=folder)
+        assert find_start(tmp_path / folder).step == 4
+
+    return cut_here
 
 
 def train(cwd, *arguments, **options):
@@ -211,7 +237,7 @@ def test_a_plateau_lowers_the_rate(train_here, metric):
     assert rates == pytest.approx([1e-12] * 8 + [3e-13] * 4, rel=1e-4, abs=0)
 
 
-def test_resuming_keeps_scheduler_and_patience(train_here, device):
+def test_resuming_keeps_scheduler_and_patience(train_here, cut_here, device):
     """Bit for bit: the optimiser's rate and the count of validations go on where they were."""
     options = [
         f"trainer.accelerator={device}",
@@ -219,7 +245,7 @@ def test_resuming_keeps_scheduler_and_patience(train_here, device):
         "callbacks.early_stopping.patience=50",
     ]  # fmt: skip
     whole = train_here(*options, folder="whole")
-    train_here(*options, "+trainer.max_time=00:00:00:00", folder="half", done=False)
+    cut_here(*options, folder="half")
     half = train_here(*options, folder="half")
     states = [
         torch.load(folder / "checkpoints/step=24.ckpt", weights_only=True)
@@ -359,9 +385,9 @@ def test_overfit_trains_on_one_batch_again_and_again(train_here):
     assert losses == pytest.approx([losses[0]] * 12, rel=1e-6)
 
 
-def test_two_batches_take_turns_in_a_resumed_run_too(train_here):
+def test_two_batches_take_turns_in_a_resumed_run_too(train_here, cut_here):
     options = ["data.batches=2", "optimizer.lr=1e-12"]
-    train_here(*options, "+trainer.max_time=00:00:00:00", done=False)
+    cut_here(*options)
     losses = [value for _, value in curve(train_here(*options), "loss/dice")]
     assert losses == pytest.approx(losses[:2] * 6, rel=1e-6)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
