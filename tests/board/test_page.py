@@ -10,13 +10,19 @@ import pytest
 from conftest import ROOT, run_python
 from written import FINDING, write_result, write_run
 
+from losswatch.board.page import write_page
+from losswatch.report.runs import all_losses, read_runs
+from losswatch.report.style import loss_looks
+
 pytest.importorskip("plotly")
 
 CURVES = {"loss/cce": [1.0, 0.5], "grad_norm/cce": [2.0, 1.0], "loss/dice": [0.9, 0.8]}
 
 
-def report(folder, *arguments, **options):
-    return run_python(str(ROOT / "scripts/report.py"), str(folder), *arguments, **options)
+def page_of(folder):
+    """The page alone, without the figures that scripts/report.py draws."""
+    runs = read_runs(folder)
+    return write_page(folder, runs, [], {}, loss_looks(all_losses(runs))).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,7 @@ def page(tmp_path_factory):
                 folder = sweep / f"theta={theta},loss={loss[:4]},seed={seed}"
                 write_run(folder, CURVES, loss, theta=theta, seed=seed, findings=[FINDING])
     write_result(sweep / "other", "dice", status="failed")
-    done = report(sweep, cwd=sweep)
+    done = run_python(str(ROOT / "scripts/report.py"), str(sweep), cwd=sweep)
     assert str(sweep / "report.html") in done.stdout
     return (sweep / "report.html").read_text()
 
@@ -66,20 +72,18 @@ def test_text_of_runs_is_escaped_and_nothing_is_loaded(page):
 
 
 def test_more_than_six_trainings_are_in_parts(tmp_path):
-    for i in range(14):
+    for i in range(13):
         write_run(tmp_path / f"theta={i / 20}", CURVES, "dice", theta=i / 20)
-    report(tmp_path, cwd=tmp_path)
-    page = (tmp_path / "report.html").read_text()
+    page = page_of(tmp_path)
     assert re.findall(r"<option.*?>(\d of 3)", page) == ["1 of 3", "2 of 3", "3 of 3"]
     [figures] = re.findall(r"^const figures = (.*);$", page, flags=re.MULTILINE)
-    assert figures.count("trained with dice") == 14
+    assert figures.count("trained with dice") == 13
 
 
 def test_parts_of_one_setting_are_told_apart(tmp_path):
     for loss in "abcdefgh":
         write_run(tmp_path / f"loss={loss}", CURVES, loss, theta=0.25)
-    report(tmp_path, cwd=tmp_path)
-    labels = re.findall(r"<option.*?>(.*?)</option>", (tmp_path / "report.html").read_text())
+    labels = re.findall(r"<option.*?>(.*?)</option>", page_of(tmp_path))
     assert labels == [
         "1 of 2: θ = 0.25 (75 % foreground): a, b, c, d, e, f",
         "2 of 2: θ = 0.25 (75 % foreground): g, h",
@@ -88,11 +92,9 @@ def test_parts_of_one_setting_are_told_apart(tmp_path):
 
 def test_runs_without_curves_or_without_a_number(tmp_path):
     write_result(tmp_path / "a", "dice")
-    report(tmp_path, cwd=tmp_path)
-    assert "<td>done</td>" in (tmp_path / "report.html").read_text()
+    assert "<td>done</td>" in page_of(tmp_path)
     write_run(tmp_path / "b", {"loss/cce": [np.nan], "grad_norm/cce": [np.inf]}, "cce")
-    report(tmp_path, cwd=tmp_path)
-    assert "trained with cce" in (tmp_path / "report.html").read_text()
+    assert "trained with cce" in page_of(tmp_path)
 
 
 def test_without_plotly_one_line_says_how_to_install_it(tmp_path, monkeypatch, capsys):

@@ -473,7 +473,7 @@ def test_odd_values_are_shown(tmp_path, main, caplog, changes):
 @pytest.mark.parametrize(
     "content",
     [
-        "[" * 10_000, "theta: ${a.${b}",
+        "[" * 2_000, "theta: ${a.${b}",
         "theta: !!int ''", "theta: !!bool x", "theta: !!timestamp x",
         "theta: !!python/tuple [1]", "\x00", "{", "pipe",
     ],
@@ -493,22 +493,25 @@ def test_a_config_file_that_hydra_did_not_write_is_survived(tmp_path, caplog, no
         assert message.startswith(f"{tmp_path / 'b/.hydra'}: unreadable, settings left out")
 
 
-@pytest.mark.parametrize(
-    "name", ["x\x1b[31m\x07", "x\ny", "[red]x[bold]", "a|b", "=1+1", " x", "x" * 255]
-)
-def test_any_folder_name_is_shown_as_text(tmp_path, main, capsys, caplog, name):
+def test_any_folder_name_is_shown_as_text(tmp_path, main, capsys, caplog):
+    names = ["x\x1b[31m\x07", "x\ny", "[red]x[bold]", "a|b", "=1+1", " x", "x" * 255]
     write_result(tmp_path / "a")
-    write_result(tmp_path / name, "cce", status="failed", error="x")
-    for run in ("a", name):
+    for name in names:
+        write_result(tmp_path / name, "cce", status="failed", error="x")
+    for run in ("a", *names):
         write_curves(tmp_path / run, range(3))
     assert main(tmp_path) == 0 and not caplog.messages
     [figure] = (tmp_path / "figures").iterdir()
     assert figure.stat().st_size
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    shown = [
+        "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+        for name in names
+    ]
     runs = pd.read_csv(tmp_path / "summary.csv")
-    assert set(runs["run"]) == {"a", "'=1+1" if name == "=1+1" else shown}
+    assert set(runs["run"]) == {"a"} | {"'=1+1" if name == "=1+1" else name for name in shown}
     page = (tmp_path / "report.md").read_text()
-    assert re.sub(r"([|\[\]])", r"\\\1", f"- {shown}: failed") in page
+    for name in shown:
+        assert re.sub(r"([|\[\]])", r"\\\1", f"- {name}: failed") in page
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -791,11 +794,10 @@ def test_the_accuracy_has_no_axis_beyond_1():
 
 
 def test_figures_of_ones_own_images_have_no_theta(tmp_path):
-    for loss in ("cce", "dice"):
-        for lr in (1e-3, 1e-2):
-            config = {"theta": None, "model": {}, "optimizer": {"lr": lr}}
-            write_result(tmp_path / f"{loss}{lr}", loss, config=config)
-            write_curves(tmp_path / f"{loss}{lr}", range(3))
+    for lr in (1e-3, 1e-2):
+        config = {"theta": None, "model": {}, "optimizer": {"lr": lr}}
+        write_result(tmp_path / f"{lr}", config=config)
+        write_curves(tmp_path / f"{lr}", range(3))
     runs = read_runs(tmp_path)
     titles = [*figures.plot_sweep(tmp_path, runs), *dependence.plot_dependence(tmp_path, runs)]
     assert titles == [
@@ -875,7 +877,8 @@ def test_a_figure_per_combination_or_per_seed(tmp_path):
     assert [path.name for path in paths.values()] == ["theta=0.05.png", "theta=0.5.png"]
     assert list(paths)[0] == "θ = 0.05 (95 % foreground)   optimiser = adam   BN = off"
     assert all(path.parent == tmp_path / "figures" and path.exists() for path in paths.values())
-    paths = figures.plot_sweep(tmp_path, runs[runs["theta"] == 0.05], seeds=True)
+    few = runs[(runs["theta"] == 0.05) & (runs["loss"] == "dice")]
+    paths = figures.plot_sweep(tmp_path, few, seeds=True)
     assert [path.name for path in paths.values()] == ["seed=0.png", "seed=1.png"]
 
 
@@ -1055,17 +1058,18 @@ def test_script_reports_from_disk_without_torch(tmp_path):
     assert len(pd.read_csv(sweep / "summary.csv")) == 5
 
 
-def test_script_compares_in_each_condition_and_then_pooled(tmp_path):
+def test_script_compares_in_each_condition_and_then_pooled(tmp_path, main, capsys):
     sweep = tmp_path / "sweep"
     opposite(sweep)
-    done = report(sweep)
+    assert main(sweep) == 0
+    printed = capsys.readouterr().out
     each, pooled = (
-        done.stdout.index(title) for title in ("Losses, pair by pair, in each", "Pooled over all")
+        printed.index(title) for title in ("Losses, pair by pair, in each", "Pooled over all")
     )
-    assert "+0.2100 ± 0.0248 (" in done.stdout[each:pooled]
-    assert "0.95  cce − dice      3  -0.2100 ± 0.0248 (" in done.stdout[each:pooled]
-    assert re.search(r"cce − dice +6  [-+]0\.0000 ± 0\.2", done.stdout[pooled:])
-    tables = done.stdout[each : done.stdout.index("comparison.csv")]
+    assert "+0.2100 ± 0.0248 (" in printed[each:pooled]
+    assert "0.95  cce − dice      3  -0.2100 ± 0.0248 (" in printed[each:pooled]
+    assert re.search(r"cce − dice +6  [-+]0\.0000 ± 0\.2", printed[pooled:])
+    tables = printed[each : printed.index("comparison.csv")]
     assert max(map(len, tables.splitlines()[:-1])) <= 80
     rows = pd.read_csv(sweep / "comparison.csv")
     assert rows["pooled"].tolist() == [False] * 4 + [True] * 3
@@ -1076,19 +1080,19 @@ def test_script_compares_in_each_condition_and_then_pooled(tmp_path):
 
 
 def test_a_long_comparison_shows_the_smallest_p(tmp_path, main, capsys):
-    """40 conditions, each with a larger difference than the one before, and so a smaller p."""
-    for i in range(40):
+    """32 conditions, each with a larger difference than the one before, and so a smaller p."""
+    for i in range(32):
         for seed in range(2):
             for loss, gain in (("cce", 0), ("dice", 1e-3 * (i + 1) + 1e-4 * seed)):
                 write_result(tmp_path / f"{loss}{i},{seed}", loss, i, seed, accuracy=0.5 + gain)
     assert main(tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "in each condition (30 of 40: those with the smallest p)" in printed
+    assert "in each condition (30 of 32: those with the smallest p)" in printed
     shown = printed[printed.index("in each") : printed.index("Pooled")]
     assert re.findall(r"^ *(\d+)  cce − dice", shown, re.MULTILINE) == [
-        str(i) for i in range(10, 40)
+        str(i) for i in range(2, 32)
     ]
-    assert len(pd.read_csv(tmp_path / "comparison.csv")) == 41
+    assert len(pd.read_csv(tmp_path / "comparison.csv")) == 33
     assert f"{tmp_path / 'comparison.csv'} (all rows)" in printed
 
 
@@ -1119,12 +1123,11 @@ def test_script_refuses_an_unknown_format_in_one_line(tmp_path, main, capsys):
     )
 
 
-def test_script_refuses_a_folder_without_runs_in_one_line(tmp_path):
+def test_script_refuses_a_folder_without_runs_in_one_line(tmp_path, main, capsys):
     with pytest.raises(FileNotFoundError, match="no such folder: .*none"):
         read_runs(tmp_path / "none")
-    done = report(tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert messages(done) == [f"report.py: holds no runs: {tmp_path}"]
+    assert main(tmp_path) == 2
+    assert capsys.readouterr() == ("", f"report.py: holds no runs: {tmp_path}\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from curves import assert_same
 from omegaconf import OmegaConf
 from processes import session
 
+from losswatch.config.errors import ConfigError
 from losswatch.disk.curves import read_curves
 from losswatch.disk.locks import hold
 from losswatch.report.runs import read_runs
@@ -36,12 +38,13 @@ SMALL = ["experiment=smoke", "trainer.max_steps=12", "trainer.val_check_interval
 
 @pytest.fixture
 def jobs(compose, tmp_path):
-    """jobs([overrides], ...) -> what the launcher makes of them."""
+    """jobs([overrides], ...) -> what the launcher makes of them; one planner plans all."""
 
     def make(*runs, planned=True):
-        found = []
+        found, planner = [], compose(*SMALL).planner
         for i, overrides in enumerate(runs):
             composed, folder = compose(*SMALL, *overrides), tmp_path / str(i)
+            composed.planner = planner
             settings = composed.settings(folder, is_sweep=True)
             plan = composed.plan(folder, is_sweep=True) if planned else None
             found.append(Run(i, composed.cfg, folder, settings, plan))
@@ -57,24 +60,20 @@ def indices(found):
 @pytest.mark.parametrize(
     "values",
     [
-        ["seed=0", "seed=1"],
-        ["theta=0.05", "theta=0.5", "theta=0.95"],
+        # Each differs from the run without overrides.
+        [
+            "", "seed=1", "theta=0.05", "theta=[0.5]", "loss=cce", "optimizer.lr=1e-2",
+            "optimizer.weight_decay=0.1", "optimizer.betas=[0.5,0.99]", "optimizer.eps=1e-3",
+            "data.low=-1", "data.high=3",
+        ],
         ["theta=[0.1,0.2]", "theta=[0.3,0.6]"],
-        ["theta=0.5", "theta=[0.5]"],
-        ["loss=dice", "loss=cce", "loss=dice_fg"],
-        ["optimizer.lr=1e-3", "optimizer.lr=1e-2"],
-        ["optimizer.weight_decay=0", "optimizer.weight_decay=0.1"],
-        ["optimizer.betas=[0.9,0.99]", "optimizer.betas=[0.5,0.99]"],
-        ["optimizer.eps=1e-3", "optimizer.eps=1e-8"],
-        ["data.low=0", "data.low=-1", "data.high=3"],
-        ["watch=[cce,dice]", "watch=[dice,cce]"],
-        ["watch=[cce,dice]", "watch=[cce]"],  # dice is trained with
+        ["watch=[cce,dice]", "watch=[dice,cce]", "watch=[cce]"],  # dice is trained with
     ],
-)
+)  # fmt: skip
 def test_what_may_differ_stays_together(jobs, values):
-    found, differ = group_runs(jobs(*([value] for value in values), planned=False))
-    assert indices(found) == [list(range(len(values)))]
+    found, differ = group_runs(jobs(*(value.split() for value in values), planned=False))
     assert differ == []
+    assert indices(found) == [list(range(len(values)))]
 
 
 @pytest.mark.parametrize("values", ["momentum=0 momentum=0.9", "nesterov=true weight_decay=0.1"])
@@ -85,32 +84,32 @@ def test_numbers_of_sgd_stay_together(jobs, values):
 
 
 @pytest.mark.parametrize(
-    "values, name",
+    "value, name",
     [
-        (["model=convnet", "model=unet"], "model._target_"),
-        (["model.batch_norm=true", "model.batch_norm=false"], "model.batch_norm"),
-        (["model.width=3", "model.width=4"], "model.width"),
-        (["model.bn_momentum=0.3", "model.bn_momentum=0.4"], "model.bn_momentum"),
-        (["optimizer=adam", "optimizer=sgd"], "optimizer._target_"),
-        (["optimizer=adam", "optimizer=adamw"], "optimizer._target_"),
-        (["+optimizer.amsgrad=true", "+optimizer.amsgrad=false"], "optimizer.amsgrad"),
-        (["theta=0.5", "theta=[0.3,0.6]"], "theta"),
-        (["compile=true", "compile=false"], "compile"),
-        (["probe.every_n_steps=1", "probe.every_n_steps=2"], "probe.every_n_steps"),
-        (["probe.cosines=true", "probe.cosines=false"], "probe.cosines"),
-        (["trainer.max_steps=5", "trainer.max_steps=6"], "trainer.max_steps"),
-        (["trainer.precision=64-true", "trainer.precision=32-true"], "trainer.precision"),
-        (["data.image_size=8", "data.image_size=16"], "data.image_size"),
-        (["data.batch_size=3", "data.batch_size=2"], "data.batch_size"),
-        (["data.dims=3", "data.dims=2"], "data.dims"),
-        (["data.val_size=3", "data.val_size=4"], "data.val_size"),
-        (["watch=[cce]", "watch=[dice_fg]"], "watched"),
-        (["loss=dice", "loss=dice_log"], "watched"),
+        ("model=unet", "model._target_"),
+        ("model.batch_norm=true", "model.batch_norm"),
+        slow("model.width=3", "model.width"),
+        slow("model.bn_momentum=0.3", "model.bn_momentum"),
+        ("optimizer=sgd", "optimizer._target_"),
+        slow("optimizer=adamw", "optimizer._target_"),
+        ("+optimizer.amsgrad=true", "optimizer.amsgrad"),
+        ("theta=[0.3,0.6]", "theta"),
+        ("compile=true", "compile"),
+        ("probe.every_n_steps=2", "probe.every_n_steps"),
+        slow("probe.cosines=true", "probe.cosines"),
+        ("trainer.max_steps=5", "trainer.max_steps"),
+        slow("trainer.precision=64-true", "trainer.precision"),
+        ("data.image_size=8", "data.image_size"),
+        slow("data.batch_size=3", "data.batch_size"),
+        slow("data.dims=3", "data.dims"),
+        slow("data.val_size=4", "data.val_size"),
+        ("watch=[cce]", "watched"),
+        ("loss=dice_log", "watched"),
     ],
 )
-def test_what_must_be_equal_splits(jobs, values, name):
+def test_what_must_be_equal_splits(jobs, value, name):
     """Groups are in the order of their first runs, and the key in which they differ is named."""
-    found, differ = group_runs(jobs([values[0]], [values[1]], [values[0], "seed=3"], planned=False))
+    found, differ = group_runs(jobs([value], [], [value], planned=False))
     assert indices(found) == [[0, 2], [1]]
     assert name in differ
     assert {key.split(".")[0] for key in differ} == {name.split(".")[0]}
@@ -169,6 +168,13 @@ def test_large_layers_are_trained_run_by_run(jobs):
     assert decided(runs, 2)[0] == [([0, 1], True), ([2], False)]
 
 
+def test_a_stack_repeats_no_batches(jobs):
+    runs = jobs(*(["data.batches=1", loss] for loss in ("loss=dice", "loss=cce")))
+    made, text = decided(runs, 1)
+    assert made == [([0], False), ([1], False)]
+    assert text == "2 single runs, 1 at once (data.batches=1 needs the ordinary step)"
+
+
 def test_as_many_processes_as_runs_need_no_stack(jobs):
     made, text = decided(jobs(["seed=0"], ["seed=1"]), 4)
     assert made == [([0], False), ([1], False)]
@@ -205,7 +211,7 @@ def test_the_number_of_processes(compose, monkeypatch, extra, options, cores, gi
     monkeypatch.setattr(launch.joblib, "cpu_count", lambda: cores)
     monkeypatch.setattr(launch, "_memory_mb", lambda: gib * 1024)
     monkeypatch.setattr(launch, "Workers", lambda *args: args)
-    configs = [compose(*SMALL, *extra, f"seed={i}").cfg for i in range(5)]
+    configs = [compose(*SMALL, *extra).cfg] * 5
     made = launch.start_workers(configs, Options(**{**vars(AUTO), **options}))
     one_thread = not any("threads" in override for override in extra)
     assert made == (count and (count, max(1, cores // count), one_thread))
@@ -215,10 +221,10 @@ def test_a_gpu_needs_no_processes(compose, monkeypatch):
     """Unless they are asked for. They start anew, because PyTorch cannot use a GPU after a fork."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(launch, "Workers", lambda *args: args)
-    configs = [compose(*SMALL, f"seed={i}").cfg for i in range(3)]
+    configs = [compose(*SMALL).cfg] * 3
     assert launch.start_workers(configs, AUTO) is None
     assert launch.start_workers(configs, Options("faster", None, 2, None))[::2] == (2, False)
-    on_cpu = [compose(*SMALL, "trainer.accelerator=cpu", f"seed={i}").cfg for i in range(3)]
+    on_cpu = [compose(*SMALL, "trainer.accelerator=cpu").cfg] * 3
     assert launch.start_workers(on_cpu, Options("faster", None, 2, None))[::2] == (2, True)
 
 
@@ -226,8 +232,8 @@ def test_a_gpu_needs_no_processes(compose, monkeypatch):
     "setting, said",
     [
         ("workers=0", "hydra.launcher.workers must be at least 1, or null, got 0"),
-        ("max_members=-1", "hydra.launcher.max_members must be at least 1, or null, got -1"),
-        ("stack=never", "hydra.launcher.stack must be faster or all, got never"),
+        slow("max_members=-1", "hydra.launcher.max_members must be at least 1, or null, got -1"),
+        slow("stack=never", "hydra.launcher.stack must be faster or all, got never"),
     ],
 )
 def test_a_wrong_setting_of_the_launcher(tmp_path, setting, said):
@@ -236,7 +242,41 @@ def test_a_wrong_setting_of_the_launcher(tmp_path, setting, said):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"workers": 0}, "workers must be at least 1, or null, got 0"),
+        ({"max_members": -1}, "max_members must be at least 1, or null, got -1"),
+        ({"stack": "never"}, "stack must be faster or all, got never"),
+    ],
+)
+def test_options_of_the_launcher_are_checked(wrong, said):
+    with pytest.raises(ConfigError, match=f"^hydra.launcher.{said}$"):
+        replace(AUTO, **wrong)
+
+
+AFFINITY = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system has no affinity"
+)
+
+
+@AFFINITY
+def test_cores_that_the_process_may_not_use_do_not_count(compose, monkeypatch):
+    monkeypatch.setattr(launch, "_memory_mb", lambda: 2**16)
+    monkeypatch.setattr(launch, "Workers", lambda *args: args)
+    configs, cores = [compose(*SMALL).cfg] * 2, os.sched_getaffinity(0)
+    found = []
+    for allowed in (cores, {min(cores)}):
+        os.sched_setaffinity(0, allowed)
+        try:
+            found.append(launch.start_workers(configs, AUTO))
+        finally:
+            os.sched_setaffinity(0, cores)
+    assert found[1] is None and (len(cores) == 1 or found[0][0] == 2)
+
+
+@AFFINITY
+@pytest.mark.slow
 def test_cores_that_the_command_may_not_use_do_not_count(tmp_path):
     core = str(min(os.sched_getaffinity(0)))
     command = ["taskset", "-c", core, sys.executable, str(ROOT / "train.py"), "-m", *SMALL]
@@ -250,8 +290,8 @@ def test_cores_that_the_command_may_not_use_do_not_count(tmp_path):
 # --- Memory --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fits", [slow(4), 2, slow(1)])
-def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
+@pytest.mark.parametrize("count, fits", [(3, 1), slow(5, 4), slow(5, 2), slow(5, 1)])
+def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, count, fits):
     """Like a group too large for a GPU. Each run is trained once, and leaves one event file."""
     trained = []
     train = StackedModule.training_step
@@ -263,12 +303,12 @@ def test_halves_where_memory_runs_out(jobs, monkeypatch, caplog, fits):
         train(module, *args)
 
     monkeypatch.setattr(StackedModule, "training_step", small)
-    runs, outcomes = jobs(*([f"seed={i}"] for i in range(5))), {}
+    runs, outcomes = jobs(*([f"seed={i}"] for i in range(count))), {}
     parts._train(runs, outcomes)
-    assert sum(trained) == 5 * 2 and max(trained) <= fits  # two blocks each
+    assert sum(trained) == count * 2 and max(trained) <= fits  # two blocks each
     assert list(outcomes) == [run.folder for run in runs]
     said = [r.getMessage() for r in caplog.records if "do not fit into memory" in r.getMessage()]
-    assert said[0] == "5 runs do not fit into memory; trying half as many at once"
+    assert said[0] == f"{count} runs do not fit into memory; trying half as many at once"
     for run in runs:
         assert outcomes[run.folder].result()["test/accuracy"] > 0
         assert list(read_curves(run.folder)["loss/dice"].dropna().index) == list(range(12))
@@ -320,8 +360,8 @@ def test_what_is_cut_off_is_known_by_its_settings(jobs, monkeypatch, tmp_path):
 # --- The command ---------------------------------------------------------------------------------
 
 
-def sweep(cwd, *args, status=0):
-    done = run_train("-m", *SMALL, *args, cwd=cwd, status=status)
+def sweep(cwd, *args, status=0, start=SMALL):
+    done = run_train("-m", *start, *args, cwd=cwd, status=status)
     [folder] = (cwd / "outputs").iterdir()
     return SimpleNamespace(folder=folder, done=done, runs=run_folders(cwd), said=done.stderr)
 
@@ -337,24 +377,19 @@ def training_line(said):
     return line
 
 
-GRID = ["loss=dice,cce", "theta=0.3,0.9", "seed=3"]
+GRID = ["loss=dice,cce", "theta=0.05,0.5,0.95"]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(six, tmp_path_factory):
     """The same sweep by both launchers."""
-    return [
-        sweep(tmp_path_factory.mktemp(name), *GRID, *args)
-        for name, args in [
-            ("basic", ["hydra/launcher=basic"]),
-            ("fused", ["hydra/launcher=fused", "hydra.launcher.workers=2"]),
-        ]
-    ]
+    options = ["hydra/launcher=fused", "hydra.launcher.workers=2"]
+    return six, sweep(tmp_path_factory.mktemp("fused"), *GRID, *options, start=SMALL[:1])
 
 
 def test_same_files(two):
     basic, fused = two
-    assert len(basic.runs) == 4
+    assert len(basic.runs) == 6
     assert tree(fused.folder) == tree(basic.folder)
 
 
@@ -386,28 +421,29 @@ def test_same_summary(two):
 def test_what_is_said(two):
     _, fused = two
     assert training_line(fused.said) == (
-        "training 2 stacks of up to 2 runs, 2 at once (a run by itself is rounded differently)"
+        "training 2 stacks of up to 3 runs, 2 at once (a run by itself is rounded differently)"
     )
     assert "Warning" not in fused.said + fused.done.stdout
     assert "one by one" not in fused.said
     assert not re.search(r"run \d+ of", fused.said)
     ended = re.findall(r"^val .* in .* s: (.*)$", fused.said, re.MULTILINE)
     assert sorted(ended) == sorted(fused.runs)
-    assert sum("done" in line.split() for line in fused.done.stdout.splitlines()) == 4
+    assert sum("done" in line.split() for line in fused.done.stdout.splitlines()) == 6
 
 
 def test_single_runs_side_by_side_are_those_of_the_basic_launcher(six, tmp_path):
-    """To the last bit, and with the same files."""
+    """To the last bit, and with the same files. One run begins where another has ended."""
     done = run_train(
-        "-m", "experiment=smoke", "loss=dice,cce", "theta=0.05,0.5,0.95",
+        "-m", "experiment=smoke", "loss=dice", "theta=0.05,0.5,0.95",
         "hydra.launcher.workers=2", "hydra.launcher.max_members=1", cwd=tmp_path,
     )  # fmt: skip
-    assert training_line(done.stderr) == "training 6 single runs, 2 at once"
+    assert training_line(done.stderr) == "training 3 single runs, 2 at once"
     assert not re.search(r"run \d+ of", done.stderr)
     runs = run_folders(tmp_path)
-    assert tree(next(iter(runs.values())).parent) == tree(six.folder)
-    for name, folder in six.runs.items():
-        assert_same(runs[name], folder)
+    assert set(runs) == {f"theta={theta}" for theta in (0.05, 0.5, 0.95)}
+    for name, folder in runs.items():
+        assert tree(folder) == tree(six.runs[f"loss=dice,{name}"])
+        assert_same(folder, six.runs[f"loss=dice,{name}"])
 
 
 def complete(swept, count):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_train
+from conftest import ENVIRONMENT, PATIENCE, ROOT, read_result, run_python, run_train
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from switches import switches
@@ -153,16 +153,16 @@ def statuses(sweep_dir):
     return {result["config"]["optimizer"]["lr"]: result["status"] for result in results}
 
 
-def case(name, preexec_fn, encoding, printed, last, slow=True):
-    marks = [pytest.mark.slow] * slow
-    return pytest.param(preexec_fn, encoding, printed, last, marks=marks, id=name)
+def case(name, preexec_fn, encoding, printed, last):
+    return pytest.param(preexec_fn, encoding, printed, last, id=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preexec_fn, encoding, printed, last",
     [
         case("full output", full(1), "utf-8", "", "losswatch: .*: .*No space left"),
-        case("all closed", closed(0, 1, 2), "utf-8", "", "", slow=False),
+        case("all closed", closed(0, 1, 2), "utf-8", "", ""),
         case("cp1252", None, "cp1252", r"loss \| +\? \|", ".*failed: Floating"),
         case("ascii", None, "ascii", r"loss \| +\? \|", ".*failed: Floating"),
         case("closed output", closed(1), "utf-8", "", ".*failed: Floating"),
@@ -171,10 +171,7 @@ def case(name, preexec_fn, encoding, printed, last, slow=True):
         case("all full", full(1, 2), "utf-8", "", ""),
     ],
 )
-@pytest.mark.parametrize(
-    "launcher",
-    ["auto", *(pytest.param(n, marks=pytest.mark.slow) for n in ("basic", "fused", "joblib"))],
-)
+@pytest.mark.parametrize("launcher", ["auto", "basic", "fused", "joblib"])
 def test_a_failed_run_is_told_by_the_exit_status(
     tmp_path, launcher, preexec_fn, encoding, printed, last
 ):
@@ -197,6 +194,29 @@ def test_a_failed_run_is_told_by_the_exit_status(
     ends = lines[-1:] if launcher == "basic" else lines
     assert any(re.match(last, line) for line in ends) if last else not lines
     assert not re.search("Traceback|Warning|ignored", done.stderr)
+
+
+# What Python finds where all streams were closed before it started.
+CLOSED = """
+import os, runpy, sys
+for stream in range(3):
+    os.close(stream)
+sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_failed_run_without_streams_is_told_by_the_exit_status(tmp_path):
+    """And without a disk for the logs. The runs are trained, and summary.csv is written."""
+    (tmp_path / "closed.py").write_text(CLOSED)
+    done = run_python(
+        "closed.py", str(ROOT / "train.py"), *TINY, "optimizer.lr=1e-3,1e30",
+        "hydra.job_logging.handlers.file.filename=/dev/full", cwd=tmp_path, status=1,
+    )  # fmt: skip
+    assert statuses(tmp_path / "s") == {1e-3: "done", 1e30: "failed"}
+    assert sorted(pd.read_csv(tmp_path / "s" / "summary.csv").status) == ["done", "failed"]
+    assert not done.stdout + done.stderr
 
 
 def mounted(folder, size, *options):

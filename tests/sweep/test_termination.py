@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import ROOT, SERVER, read_result
+from conftest import ROOT, SERVER, read_result, slow
 from disks import SHORT, make_folder
 from processes import session
 
@@ -82,13 +82,24 @@ def terminated(status, out, said, rows):
     assert not rows or "Resume   python" in out
 
 
+RANDOM = ["experiment=smoke", "trainer.accelerator=cpu"]
+FOLDER = [*SHORT, "data.root=a", "model=convnet"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processes")
-@pytest.mark.parametrize("launcher, rows", [("basic", 1), ("auto", 2)])
-def test_all_processes_of_a_sweep_with_loaders(tmp_path, launcher, rows):
+@pytest.mark.parametrize(
+    "launcher, rows, data",
+    [
+        ("basic", 1, RANDOM), ("auto", 2, RANDOM), slow("basic", 1, FOLDER),
+        slow("auto", 2, FOLDER),
+    ],
+)  # fmt: skip
+def test_all_processes_of_a_sweep_with_loaders(tmp_path, launcher, rows, data):
     """Their workers end by the signal, too; the sweep goes on to no other run."""
-    make_folder(tmp_path / "a")
+    if data == FOLDER:
+        make_folder(tmp_path / "a")
     command = [
-        "-m", *SHORT, "data.root=a", "seed=0,1", "data.num_workers=2", "model=convnet",
+        "-m", *data, "seed=0,1", "data.num_workers=2",
         "trainer.max_steps=100000", "trainer.val_check_interval=5", "hydra.sweep.dir=s",
         f"hydra/launcher={launcher}", *(["hydra.launcher.workers=2"] if launcher == "auto" else []),
     ]  # fmt: skip
