@@ -6,6 +6,7 @@ so the bar that is shown now is state of this module.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -27,8 +28,13 @@ T = TypeVar("T")
 
 REDRAW_SECONDS = 0.2
 
-# Without markup, because what others print while a bar is shown goes through this console, too.
-_console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+@functools.cache
+def _console() -> Console:
+    """The process's one console. rich looks at the terminal when a console is made."""
+    # Without markup, because what others print while a bar is shown goes through it, too.
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+
 
 # --- Lines ---------------------------------------------------------------------------------------
 
@@ -55,10 +61,10 @@ def say(message: str) -> None:
         if _redraws():
             # The last line of the terminal may hold a line of `say_for_now`, or the bar of another
             # process; this line replaces it. A Segment, because rich would break a long Text.
-            _console.print(Segments([Segment(f"\r\x1b[K{message}\n")]), crop=False)
+            _console().print(Segments([Segment(f"\r\x1b[K{message}\n")]), crop=False)
         else:
             print(message, file=sys.stderr)
-    flush(_console.file)
+    flush(_console().file)
 
 
 def say_for_now(message: str) -> None:
@@ -108,7 +114,7 @@ def followed(results: Iterator[T], total: int, what: str) -> Iterator[T]:
     begin = drawn = time.monotonic()
     with Progress(
         columns, BarColumn(bar_width=16), TimeRemainingColumn(compact=True),
-        console=_console, transient=True, auto_refresh=False, disable=not is_shown,
+        console=_console(), transient=True, auto_refresh=False, disable=not is_shown,
     ) as progress:  # fmt: skip
         task = progress.add_task(what, total=total, visible=False)
         for result in results:
@@ -155,13 +161,13 @@ class Bar(ProgressSink):
         self.is_shown = _redraws() and multiprocessing.parent_process() is None
         self.progress = Progress(
             TextColumn("step {task.completed:,.0f} of {task.total:,.0f}"),
-            *([BarColumn(bar_width=16)] if _console.width >= 60 else []),
+            *([BarColumn(bar_width=16)] if _console().width >= 60 else []),
             TimeRemainingColumn(compact=True),
             TextColumn("left  {task.description}", markup=False),
         )
         self.task = self.progress.add_task("", total=total, completed=done)
         self.live = Live(
-            console=_console, transient=True, auto_refresh=False,
+            console=_console(), transient=True, auto_refresh=False,
             redirect_stdout=sys.stdout.isatty(),
         )  # fmt: skip
         self.below, self.waiting = "", 0
