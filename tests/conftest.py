@@ -31,7 +31,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from forks import ForkServer
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from lightning_fabric.utilities import registry
 from omegaconf import DictConfig, OmegaConf
 
 from losswatch.command import Command, Facts
@@ -53,6 +53,9 @@ from losswatch.run.planner import Planner
 from losswatch.sweep.exit import verdict
 from losswatch.watch import record
 from losswatch.watch.lightning import Watch
+
+# Lightning looks through all installed packages for each Trainer, which takes most of its time.
+registry.entry_points = functools.cache(registry.entry_points)
 
 # A shell switches Ctrl-C off for what it starts with `&`, and child processes inherit that. Tests
 # send it to theirs.
@@ -132,27 +135,18 @@ def sources() -> Sources:
 
 
 KEPT = (str(ROOT / "conf"), os.path.dirname(hydra.__file__))
-PICKLED: dict[str, bytes] = {}
-load_yaml, merge_files = OmegaConf.load, ConfigLoaderImpl._compose_config_from_defaults_list
+load_yaml = OmegaConf.load
 
 
-def pickled_once(key: str, make):
-    if key not in PICKLED:
-        PICKLED[key] = pickle.dumps(make())
-    return pickle.loads(PICKLED[key])
+@functools.cache
+def pickled_yaml(path: str) -> bytes:
+    return pickle.dumps(load_yaml(path))
 
 
 def load_once(file):
     """Hydra reads 14 files for a config, in a third of its time; its own and those of conf stay."""
-    path = str(getattr(file, "name", ""))
-    return pickled_once(path, lambda: load_yaml(file)) if path.startswith(KEPT) else load_yaml(file)
-
-
-def merge_once(loader, defaults, repo):
-    """And merges them in another third. What the overrides change comes after this."""
-    if any(s.scheme() == "file" and not s.path.startswith(KEPT) for s in repo.get_sources()):
-        return merge_files(loader, defaults, repo)
-    return pickled_once(repr(defaults), lambda: merge_files(loader, defaults, repo))
+    path = str(getattr(file, "name", file))
+    return pickle.loads(pickled_yaml(path)) if path.startswith(KEPT) else load_yaml(file)
 
 
 @functools.cache
@@ -168,7 +162,6 @@ def compose(tmp_path, monkeypatch):
     """compose("loss=dice", ...) -> Composed, without a process of its own."""
     schema.register()
     monkeypatch.setattr(OmegaConf, "load", load_once)
-    monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", merge_once)
 
     def make(*overrides: str) -> Composed:
         cfg = pickle.loads(pickled_config(overrides, os.getcwd()))

@@ -76,7 +76,7 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
             read = functools.partial(command.read, cfg, job)
             settings = read()
             if settings.resume:
-                check_run(Path(settings.resume))
+                check_run(job.folder, settings.resume)
             plan = command.planner(job).plan(settings, read)
     except ConfigError as error:
         if not job.is_sweep:

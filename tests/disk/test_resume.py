@@ -808,7 +808,7 @@ def test_what_is_no_run_is_not_resumed(swept, tmp_path):
         with pytest.raises(
             ConfigError, match=f"resume={folder} is not the folder of a run; {holds}"
         ):
-            check_run(folder)
+            check_run(folder, str(folder))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     done = run_train("experiment=smoke", "resume=sweep", cwd=tmp_path, status=2)
     [line] = done.stderr.splitlines()
@@ -822,9 +822,9 @@ def test_a_run_that_was_just_begun_can_be_resumed(tmp_path):
         folder = tmp_path / name[:6]
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("theta: 0.5\nseed: 0\n")
-        check_run(folder)
+        check_run(folder, name)
     Result(status="failed", config={"theta": 0.5}).write(empty := tmp_path)
-    check_run(empty)
+    check_run(empty, str(empty))
 
 
 @pytest.mark.parametrize("name", ["curves.f32", "metrics.jsonl"])
@@ -913,7 +913,7 @@ def test_what_is_compared_is_not_loaded(train_here, straight, died, tmp_path, mo
     )
     config = read_about(checkpoint_path(folder, 6)).config
     check_folder(folder, config)
-    check_run(folder)
+    check_run(folder, str(folder))
     start = find_start(folder)
     assert not loaded and start.step == 6 and set(start.metrics) >= {"val/accuracy"}
     train_here(folder)

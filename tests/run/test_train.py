@@ -400,7 +400,7 @@ def test_interrupted_run_loses_nothing(tmp_path):
     word, python, program, *arguments = shlex.split(resume)
     assert (word, python, program) == ("Resume", "python", str(ROOT / "train.py"))
     assert arguments[-1] == "resume=a b,c"
-    again = run_train("experiment=smoke", arguments[-1], cwd=tmp_path)
+    again = run_train(*arguments, cwd=tmp_path)
     assert "resumed from step 10" in again.stderr
     assert read_result(folder)["status"] == "done"
 

@@ -59,14 +59,15 @@ def log_resume(notice: str | None, step: int) -> None:
         log.info("resumed from step %d", step)
 
 
-def check_run(folder: Path) -> None:
+def check_run(folder: Path, name: str) -> None:
     """Check that a folder is that of a run, finished or not.
+
+    Args:
+        name: the folder as the user has named it.
 
     Raises:
         ConfigError: the folder is not that of a run; the message says what it holds.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"resume={folder}: there is no such run folder")
     if holds_run(folder):
         return
     with suppress(ValueError):
@@ -74,7 +75,7 @@ def check_run(folder: Path) -> None:
             return
     if event_files(folder) or any(saved(folder)):
         return
-    raise ConfigError(f"resume={folder} is not the folder of a run; {what_it_holds(folder)}")
+    raise ConfigError(f"resume={name} is not the folder of a run; {what_it_holds(folder)}")
 
 
 def check_folder(folder: Path, config: Mapping[str, Any], is_sweep: bool = False) -> None:
