@@ -199,9 +199,9 @@ def test_block_size(interval):
 
 @pytest.mark.parametrize("block", [slow(1), 5, slow(10)])
 def test_blocks_change_nothing(both, monkeypatch, block):
-    runs = both(alone=False)
+    runs = both(alone=False, grid=GRID[:2])
     monkeypatch.setattr(stack_fit, "BLOCK", block)
-    others = both(alone=False, name="blocks")
+    others = both(alone=False, name="blocks", grid=GRID[:2])
     for a, b in zip(runs.members, others.members, strict=True):
         assert read_curves(a.folder).equals(read_curves(b.folder))
         assert a.metrics == b.metrics
