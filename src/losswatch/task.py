@@ -76,7 +76,13 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
             read = functools.partial(command.read, cfg, job)
             settings = read()
             if settings.resume:
-                check_run(job.folder, settings.resume)
+                resumed = job.base / settings.resume
+                check_run(resumed, settings.resume)
+                if resumed.resolve() != job.folder.resolve():
+                    raise ConfigError(
+                        f"resume={settings.resume} goes on in that folder; "
+                        "leave out hydra.run.dir, which names another one"
+                    )
             plan = command.planner(job).plan(settings, read)
     except ConfigError as error:
         if not job.is_sweep:

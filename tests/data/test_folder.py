@@ -732,7 +732,7 @@ FEW = [*SHORT, "data.num_workers=0", "trainer.max_steps=4", "trainer.val_check_i
 
 
 def test_nnunets_layout_with_ignored_pixels(train_here, tmp_path, capfd):
-    """Losses, norms, metrics and pictures do not depend on what is under ignored pixels."""
+    """A folder in nnU-Net's layout, some of whose pixels are ignored, is trained on and tested."""
     make_nnunet(tmp_path / "n", ignored=3)
     _, reached = train_here(
         "run", *FEW, f"data.root={tmp_path / 'n'}", "loss=dice", "data.patch_size=null",

@@ -596,6 +596,15 @@ def test_a_folder_that_is_not_there(place):
         run_folder(place, [])
 
 
+def test_two_folders_of_one_run(whole, tmp_path):
+    """Nothing is trained in either; the folder of the run is as it was."""
+    shutil.copytree(whole, tmp_path / "a")
+    done = run_train(*RUN, "resume=a", "hydra.run.dir=b", cwd=tmp_path, status=2)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("losswatch: resume=a goes on in that folder; leave out hydra.run.dir,")
+    assert not list((tmp_path / "b").iterdir())
+
+
 @pytest.mark.slow
 def test_what_the_command_says_of_such_a_folder(tmp_path):
     done = run_train(*RUN, "resume=nowhere", cwd=tmp_path, status=2)
@@ -610,7 +619,10 @@ def test_a_sweep_is_not_resumed_as_a_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_run_is_left_alone(whole, tmp_path):
-    """As below, where it is finished while the command waits for its lock."""
+    """The run was done before the command was given.
+
+    `test_a_run_that_ended_while_the_lock_was_waited_for` shows the same of one that ends later.
+    """
     shutil.copytree(whole, tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*") if p.suffix != ".log"}
     more = "trainer.enable_progress_bar=false"  # a harmless key
@@ -627,7 +639,7 @@ OTHERS = ("basic", "joblib")
 
 @pytest.fixture(scope="module")
 def swept(six, tmp_path_factory):
-    """The folder of a sweep of four of those runs, which tests may only read."""
+    """A copy of the sweep `six` without the runs of one θ, which summary.csv still lists."""
     folder = tmp_path_factory.mktemp("sweep") / "s"
     shutil.copytree(six.folder, folder)
     for run in folder.glob("*theta=0.95"):
@@ -1066,7 +1078,7 @@ def test_checkpoints_in_folders_of_the_users(train_here, tmp_path):
     assert load_checkpoint(tmp_path / "other/checkpoints/a/b-step=2.ckpt")["global_step"] == 2
 
 
-@pytest.mark.parametrize("end", [{"stop": 13}, {"die": 18}])
+@pytest.mark.parametrize("end", [{"stop": 13}, {"die": 22}])
 def test_accumulated_gradients_are_in_no_checkpoint(train_here, kept, tmp_path, end):
     """The end of the time may fall within a step: no checkpoint is saved there."""
     accumulate = ["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=5"]
@@ -1077,6 +1089,7 @@ def test_accumulated_gradients_are_in_no_checkpoint(train_here, kept, tmp_path, 
     with suppress(SystemError):
         steps, *_ = train_here(folder, *accumulate, **end)
         assert steps == 4
+    assert newest(folder)[1]["global_step"] == (4 if "stop" in end else 5)
     assert train_here(folder, *accumulate)[0] == 6
     assert_same_training(folder, whole)
 

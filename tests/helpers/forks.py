@@ -6,8 +6,8 @@ once. The child process runs train.py as `__main__`.
 
 What a forked run cannot show: warnings while packages are imported, imports that need one another,
 whatever Python or these packages read from the environment when they start, and what Python says
-of objects, such as open files, that are left when it takes its modules apart. The fixture `smoke`,
-which is no fork, shows all this.
+of objects, such as open files, that are left when it takes its modules apart. The fixtures `smoke`
+and `six`, which are no forks, show all this.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ForkServer:
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, __file__], env=self.env, text=True, bufsize=1,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
             atexit.register(self.process.communicate)  # closes its stdin, which ends it
         return Fork(self.process, args, cwd, dict(env or {}), streams)
@@ -202,6 +202,6 @@ if __name__ == "__main__":
     # The end of an interpreter, but for taking all modules apart, which needs 0.3 seconds.
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(status)

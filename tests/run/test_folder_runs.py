@@ -279,9 +279,9 @@ def test_a_share_is_one_image_of_each_device(tmp_path, compose):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder with images a, without any for a test, and with colours, an image of three channels.
+    """Tests may only read it.
 
-    Tests may only read it.
+    `a`: images to train and validate on, none to test on. `colours`: one image of three channels.
     """
     cwd = tmp_path_factory.mktemp("trained")
     make_folder(cwd / "a", train=3, val=2)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARTICLE, load_losses, slow
+from conftest import ARTICLE, load_losses
 from oracle import expected, gradients, truth
 from torch import nn
 from torch._dynamo.utils import counters
@@ -310,7 +310,7 @@ compiling = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:Depreca
 FEW = {"dtype": torch.float32, "names": ("cce", "dice")}  # compiling takes a second for each loss
 
 
-@pytest.fixture(scope="module", params=["traced", slow("inductor")])
+@pytest.fixture(scope="module", params=["traced", "inductor"])
 def fast(request):
     """One step of a stack as the compiler gets it, or compiled, which takes half a minute."""
     stack = make_stack("convnet", **FEW)

@@ -60,7 +60,7 @@ def indices(found):
 @pytest.mark.parametrize(
     "values",
     [
-        # Each differs from the run without overrides.
+        # The first has no overrides, and each of the others differs from it in one setting.
         [
             "", "seed=1", "theta=0.05", "theta=[0.5]", "loss=cce", "optimizer.lr=1e-2",
             "optimizer.weight_decay=0.1", "optimizer.betas=[0.5,0.99]", "optimizer.eps=1e-3",
@@ -441,6 +441,11 @@ def test_single_runs_side_by_side_are_those_of_the_basic_launcher(six, tmp_path)
     assert not re.search(r"run \d+ of", done.stderr)
     runs = run_folders(tmp_path)
     assert set(runs) == {f"theta={theta}" for theta in (0.05, 0.5, 0.95)}
+    files = [
+        {file.name for file in folder.iterdir() if file.is_file()}
+        for folder in (next(iter(runs.values())).parent, six.folder)
+    ]
+    assert files[0] == files[1]
     for name, folder in runs.items():
         assert tree(folder) == tree(six.runs[f"loss=dice,{name}"])
         assert_same(folder, six.runs[f"loss=dice,{name}"])

@@ -527,16 +527,17 @@ def test_interrupted_in_one_line(tmp_path, capsys, sweep_in, interrupt, folder):
     assert capsys.readouterr().err == "losswatch: interrupted\n"
 
 
-def test_a_sweep_that_ends_early_shows_its_table(six, capsys, sweep_in):
+def test_a_sweep_that_ends_early_shows_its_table(six, tmp_path, capsys, sweep_in):
     """The exit status is that of the error that ended it."""
+    shutil.copytree(six.folder, tmp_path / "s")
     for error, status in ((OSError("full"), 1), (ValueError("x\ny"), 1), (SystemExit(2), 2)):
-        with pytest.raises(SystemExit) as stopped, sweep_in(six.folder):
+        with pytest.raises(SystemExit) as stopped, sweep_in(tmp_path / "s"):
             raise error
         assert stopped.value.code == status
         out, err = capsys.readouterr()
         assert out.count(" done ") == 6
         assert len(err.splitlines()) == (status == 1) and " ".join(str(error).split()) in err + "2"
-    with sweep_in(six.folder):
+    with sweep_in(tmp_path / "s"):
         pass
     assert capsys.readouterr().out.count(" done ") == 6
 

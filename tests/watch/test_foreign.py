@@ -22,6 +22,7 @@ from conftest import (
     read_result,
     run_folders,
     run_train,
+    slow,
 )
 from foreign import LOSSES, NETS, monai
 from oracle import Oracle, by_copies, truth
@@ -245,21 +246,22 @@ def compose_or_refuse(compose, key, value):
     return OmegaConf.select(composed.cfg, name)
 
 
+@pytest.mark.parametrize("values", ["few", slow("all")])
 @pytest.mark.parametrize("key", FLAGS)
-def test_a_truth_value_is_one_or_refused(compose, key):
+def test_a_truth_value_is_one_or_refused(compose, key, values):
     meant = {"true": True, "on": True, "yes": True, "1": True,
              "false": False, "off": False, "no": False}  # fmt: skip
     more = ("1", "''", "on", "off", "yes", "no", "None")
-    for value in ("true", "maybe", *(more if key in ONE_OF_EACH else ())):
+    for value in ("true", "maybe", *(more if key in ONE_OF_EACH or values == "all" else ())):
         used = compose_or_refuse(compose, key, value)
         assert used is None or used is meant[value], (key, value, used)
     assert compose_or_refuse(compose, key, "false") is False
 
 
+@pytest.mark.parametrize("value", ["true", "''", slow("off"), slow("maybe")])
 @pytest.mark.parametrize("key", NUMBERS)
-def test_a_truth_value_is_no_number(compose, key):
-    for value in ("true", "''"):
-        assert compose_or_refuse(compose, key, value) is None, (key, value)
+def test_a_truth_value_is_no_number(compose, key, value):
+    assert compose_or_refuse(compose, key, value) is None
 
 
 # --- One's own files ---------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def test_make_losses_of_the_zoo(compose):
 # --- The same seed, the same numbers ------------------------------------------------------------
 
 DRAWS = [
-    "experiment=smoke", "model._target_=foreign.Dropped", "trainer.max_steps=80",
+    "experiment=smoke", "model._target_=foreign.Dropped", "trainer.max_steps=120",
     "loss._target_=foreign.Noisy", "trainer.val_check_interval=20",
 ]  # fmt: skip
 

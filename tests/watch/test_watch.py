@@ -133,7 +133,10 @@ def test_mixed_precision(precision):
 
 
 class Warm(Plain):
-    """A first pass backward, of which PyTorch keeps nothing, comes before the first step."""
+    """A backward pass comes before the first step.
+
+    By default PyTorch then compiles the network for single passes, which a watched step is not.
+    """
 
     def on_train_start(self):
         logits = self.net(torch.ones(2, 3, 8, 8))

@@ -68,6 +68,8 @@ def check_run(folder: Path, name: str) -> None:
     Raises:
         ConfigError: the folder is not that of a run; the message says what it holds.
     """
+    if not folder.is_dir():
+        raise ConfigError(f"resume={name}: there is no such run folder")
     if holds_run(folder):
         return
     with suppress(ValueError):
