@@ -76,13 +76,7 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
             read = functools.partial(command.read, cfg, job)
             settings = read()
             if settings.resume:
-                resumed = job.base / settings.resume
-                check_run(resumed, settings.resume)
-                if resumed.resolve() != job.folder.resolve():
-                    raise ConfigError(
-                        f"resume={settings.resume} goes on in that folder; "
-                        "leave out hydra.run.dir, which names another one"
-                    )
+                _check_resumed(job, settings.resume)
             plan = command.planner(job).plan(settings, read)
     except ConfigError as error:
         if not job.is_sweep:
@@ -107,6 +101,17 @@ def _run(command: Command, cfg: DictConfig, job: Job) -> float | None:
         else:
             command.refuse(str(error))
         return None
+
+
+def _check_resumed(job: Job, resume: str) -> None:
+    """Check that `resume` names a run, and that the command works in its folder."""
+    folder = job.base / resume
+    check_run(folder, resume)
+    if folder.resolve() != job.folder.resolve():
+        raise ConfigError(
+            f"resume={resume} goes on in that folder; "
+            "leave out hydra.run.dir, which names another one"
+        )
 
 
 def finish_stacked(

@@ -6,15 +6,15 @@ from collections import Counter
 from functools import partial
 
 import pytest
-from conftest import ENVIRONMENT, PATIENCE, ROOT, SERVER, run_folders, run_train
+from conftest import ENVIRONMENT, run_folders, run_script, run_train
 
 from losswatch.command import Command, Facts
 from losswatch.config.settings import Job
 from losswatch.task import train
 
-# Notes each call of these in a line of `calls`, with the process, and then runs train.py.
-COUNTING = f"""
-import functools, importlib, os, runpy, sys
+# Notes each call of these in a line of `calls`, with the process.
+COUNTING = """
+import functools, importlib, os
 
 def count(place):
     module, owner, name = place.split(":")
@@ -49,8 +49,6 @@ def counted(*args, **options):
         print(os.getpid(), "torch:load", file=file)
     return load(*args, **options)
 torch.load = counted
-sys.argv[0] = {str(ROOT / "train.py")!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 RUN = ["experiment=smoke", "trainer.max_steps=2", "trainer.val_check_interval=1"]
 UNOBSERVED = "probe.every_n_steps=0"  # so no curves are drawn, which takes a fifth of a run
@@ -59,13 +57,10 @@ UNOBSERVED = "probe.every_n_steps=0"  # so no curves are drawn, which takes a fi
 @pytest.fixture
 def calls(tmp_path):
     """calls(*arguments) -> how often each function was called in that command."""
-    (tmp_path / "counting.py").write_text(COUNTING)
 
     def run(*arguments):
         (tmp_path / "calls").unlink(missing_ok=True)
-        process = SERVER.start("counting.py", *arguments, *RUN, cwd=tmp_path)
-        process.wait(PATIENCE)
-        done = process.result()
+        done = run_script(COUNTING, *arguments, *RUN, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / "calls").read_text().splitlines()
         names = (line.split()[1].split(":") for line in lines)

@@ -411,9 +411,8 @@ def root_of(argument, cwd):
 def pasted(line):
     """What a shell makes of the setting that a line gives."""
     _, hint = line.split(" quote the value for Hydra: ")
-    return subprocess.run(
-        ["sh", "-c", f"printf %s {hint}"], capture_output=True, text=True
-    ).stdout  # fmt: skip
+    shell = subprocess.run(["sh", "-c", f"printf %s {hint}"], capture_output=True, text=True)
+    return shell.stdout
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
